@@ -1,0 +1,182 @@
+"""Fewer tokens out of many: pooling over the grid, and merging by similarity.
+
+Shapes: B batch, H heads, N = h·w image tokens in row-major order on a grid (h, w), D channels per head,
+C channels, S destination tokens, R = N - S source tokens, r merged source tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+
+
+def pooled_grid(grid: tuple[int, int], num_tokens: int) -> tuple[int, int]:
+    """Rows and columns that at most `num_tokens` pooled tokens take on a grid of the same aspect ratio.
+
+    Raises:
+        ValueError: `num_tokens` is not between 1 and the number of tokens of the grid.
+    """
+    h, w = grid
+    if not 1 <= num_tokens <= h * w:
+        raise ValueError(f"num_tokens must be between 1 and {h * w} on a {h}x{w} grid, got {num_tokens}")
+    rows = min(max(round((num_tokens * h / w) ** 0.5), 1), h)
+    columns = min(max(num_tokens // rows, 1), w)
+    return rows, columns
+
+
+def pool_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
+    """Average-pool tokens over their grid, as adaptive average pooling does.
+
+    Args:
+        x: tokens [B, H, N, D], row-major on `grid`.
+        grid: (h, w) with h·w = N.
+        num_tokens: the number wanted; `pooled_grid` gives the rows and columns, so that a perfect square on a
+            square grid gives √n × √n, and any other number the nearest that fits the aspect ratio.
+
+    Returns:
+        Pooled tokens [B, H, n, D], n = rows·columns, row-major.
+
+    Raises:
+        ValueError: the grid does not match the tokens, or `num_tokens` is out of range.
+    """
+    batch, heads, tokens, dim = x.shape
+    h, w = grid
+    if h * w != tokens:
+        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
+    rows, columns = pooled_grid(grid, num_tokens)
+    if h % rows == 0 and w % columns == 0:  # equal cells: a plain mean, without moving channels around
+        cells = x.reshape(batch, heads, rows, h // rows, columns, w // columns, dim)
+        return cells.mean(dim=(3, 5)).flatten(2, 3)
+    image = x.transpose(2, 3).reshape(batch * heads, dim, h, w)
+    pooled = adaptive_avg_pool2d(image, (rows, columns))
+    return pooled.flatten(2).transpose(1, 2).reshape(batch, heads, rows * columns, dim)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which source token merges into which destination token (Bolya & Hoffman, "Token Merging for Fast Stable
+    Diffusion", CVPR-W 2023), best pairs first. Made by `match_tokens`, used by `merge_tokens`.
+
+    Attributes:
+        sources: grid positions of the source tokens [B, R], most similar to their destination first.
+        targets: for each source in that order, the index of its destination among the destinations [B, R].
+        destinations: grid positions of the destination tokens [S], ascending.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    destinations: Tensor
+
+    @property
+    def max_merged(self) -> int:
+        """The largest number of tokens that can be merged away: all the sources."""
+        return self.sources.shape[1]
+
+
+def match_tokens(
+    metric: Tensor,
+    grid: tuple[int, int],
+    stride: tuple[int, int],
+    generator: torch.Generator | None = None,
+) -> Matching:
+    """Pair every token with its most similar destination; one destination per full stride×stride cell.
+
+    Args:
+        metric: what similarity (cosine) is measured on [B, N, C]. An all-zero token is similar to none.
+        grid: (h, w) with h·w = N.
+        stride: (sy, sx), the size of a cell.
+        generator: draws the destination inside each cell; without one it is the cell's top-left token.
+
+    Raises:
+        ValueError: the grid does not match the tokens, or holds no full cell.
+    """
+    batch, tokens, _ = metric.shape
+    h, w = grid
+    sy, sx = stride
+    if h * w != tokens:
+        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
+    if not (1 <= sy <= h and 1 <= sx <= w) or sy * sx == 1:
+        raise ValueError(f"stride must leave a full cell of several tokens on a {h}x{w} grid, got {sy}x{sx}")
+    is_destination = torch.zeros(h * w, dtype=torch.bool, device=metric.device)
+    is_destination[_cell_tokens(grid, stride, generator).to(metric.device)] = True
+    destinations = is_destination.nonzero().squeeze(1)  # [S]
+    sources = (~is_destination).nonzero().squeeze(1)  # [R]
+    unit = normalize(metric, dim=-1)
+    similarity = unit[:, sources] @ unit[:, destinations].transpose(1, 2)  # [B, R, S]
+    best, target = similarity.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)  # [B, R]
+    return Matching(sources.expand(batch, -1).gather(1, order), target.gather(1, order), destinations)
+
+
+def _cell_tokens(grid: tuple[int, int], stride: tuple[int, int], generator: torch.Generator | None) -> Tensor:
+    """Position on the grid of one token per full cell."""
+    (h, w), (sy, sx) = grid, stride
+    shape = (h // sy, w // sx)
+    if generator is None:
+        offset = torch.zeros(shape, dtype=torch.long)
+    else:
+        offset = torch.randint(sy * sx, shape, generator=generator, device=generator.device).cpu()
+    row = torch.arange(shape[0])[:, None] * sy + offset // sx
+    column = torch.arange(shape[1])[None, :] * sx + offset % sx
+    return (row * w + column).flatten()
+
+
+def merge_tokens(x: Tensor, matching: Matching, num_merged: int) -> Tensor:
+    """Average the `num_merged` most similar source tokens into their destinations.
+
+    Args:
+        x: tokens [B, ..., N, D]; leading dimensions between batch and tokens (heads) share one matching.
+        matching: from `match_tokens`.
+        num_merged: r; more than there are sources merges all of them.
+
+    Returns:
+        [B, ..., N - r, D]: the sources that stay, most similar first, then all destinations in grid order.
+    """
+    r = min(max(num_merged, 0), matching.max_merged)
+    dst = x[..., matching.destinations, :]
+    merged_src = _take(x, matching.sources[:, :r])
+    kept_src = _take(x, matching.sources[:, r:])
+    index = _spread(matching.targets[:, :r], merged_src)
+    dst = dst.scatter_reduce(-2, index, merged_src, reduce="mean", include_self=True)
+    return torch.cat([kept_src, dst], dim=-2)
+
+
+def unmerge_tokens(y: Tensor, matching: Matching, num_merged: int) -> Tensor:
+    """Hand every merged token's value back to all tokens that went into it.
+
+    Args:
+        y: merged tokens [B, ..., N - r, D], in the order of `merge_tokens`.
+        matching, num_merged: those given to `merge_tokens`.
+
+    Returns:
+        [B, ..., N, D] in grid order.
+    """
+    slot = merged_slots(matching, num_merged)  # [B, N]
+    return _take(y, slot)
+
+
+def merged_slots(matching: Matching, num_merged: int) -> Tensor:
+    """For every token of the grid, the index of the merged token that holds it [B, N]."""
+    r = min(max(num_merged, 0), matching.max_merged)
+    batch, num_sources = matching.sources.shape
+    num_kept = num_sources - r
+    device = matching.sources.device
+    slot = torch.empty(batch, num_sources + len(matching.destinations), dtype=torch.long, device=device)
+    slot[:, matching.destinations] = num_kept + torch.arange(len(matching.destinations), device=device)
+    slot.scatter_(1, matching.sources[:, :r], num_kept + matching.targets[:, :r])
+    slot.scatter_(1, matching.sources[:, r:], torch.arange(num_kept, device=device).expand(batch, -1))
+    return slot
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, ..., N, D], index [B, K] -> [B, ..., K, D]."""
+    shape = (*x.shape[:-2], index.shape[1], x.shape[-1])
+    middle = (1,) * (x.ndim - 3)
+    return x.gather(-2, index.view(index.shape[0], *middle, -1, 1).expand(shape))
+
+
+def _spread(index: Tensor, like: Tensor) -> Tensor:
+    """index [B, K] -> the shape of `like` [B, ..., K, D]."""
+    middle = (1,) * (like.ndim - 3)
+    return index.view(index.shape[0], *middle, -1, 1).expand_as(like)
