@@ -1,0 +1,8 @@
+"""One file per paper. A new method is one file here and one line in `METHODS`."""
+
+from diffattn.methods.agent import AgentAttention
+from diffattn.methods.base import AttentionMethod
+
+METHODS: dict[str, type[AttentionMethod]] = {
+    AgentAttention.name: AgentAttention,
+}

@@ -1,0 +1,149 @@
+"""Agent attention, training-free (Han et al., "Agent Attention", ECCV 2024, arXiv 2312.08874, sec. 4.4).
+
+Shapes: B batch, H heads, N tokens, n agents, D channels per head.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from diffattn.functional import agent_attention, match_tokens, merge_tokens, pool_tokens, unmerge_tokens
+from diffattn.methods.base import (
+    AttentionFn,
+    AttentionMethod,
+    LayerCall,
+    LayerSpec,
+    Preset,
+    half_overflows,
+)
+from diffattn.methods.thresholds import Thresholds, load_thresholds, min_tokens_for
+from diffattn.schedules import EXACT
+
+AgentSource = Literal["pool", "merge"]
+
+
+@dataclass(frozen=True)
+class AgentAttention(AttentionMethod):
+    """Options of agent attention.
+
+    The number of agents of a layer with N tokens is the larger of `num_agents` and (1 - `agent_ratio`)·N.
+    A layer runs exact where agents cannot pay: when 2·n >= N, or below `min_tokens`.
+    """
+
+    num_agents: int | None = 64  # at least this many agents; None leaves the number to agent_ratio
+    agent_ratio: float | None = 31 / 32  # share of tokens that do not become agents, in (0, 1); None: num_agents alone
+    agents: AgentSource = "pool"  # average-pooled queries, or tokens merged by similarity (the published recipe)
+    merge_ratio: float = 0.4  # "merge": share of tokens merged away before attention, in [0, 1)
+    merge_stride: int = 2  # "merge": one destination token per stride x stride cell
+    scale_exponent: float = 0.3  # κ: exponent on the scale of the broadcast softmax, in [0, 1]
+    shortcut: float = 0.075  # share of each token's own value added to its output
+    min_tokens: int | None = None  # layers with fewer tokens run exact; None: this device's measured threshold
+    max_level: int | None = None  # deepest level that is touched, 0 is the highest resolution; None: all
+    upcast: bool | None = None  # logits in fp32; None: where the layer asks for it and works in fp16
+
+    name: ClassVar[str] = "agent"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        # Few agents while the picture is noise; exact once detail appears.
+        "balanced": Preset(schedule={0.4: {}, 0.0: EXACT}),
+        # A quarter of the agents, at every noise level.
+        "fast": Preset(options={"num_agents": 16, "agent_ratio": 127 / 128}),
+        # The published recipe for 512x512: agents in the first 40 % of the steps (noise level above 0.72 on
+        # Stable Diffusion's schedule), then plain attention between merged tokens; highest resolution only.
+        "paper": Preset(
+            options={"agents": "merge", "num_agents": None, "merge_ratio": 0.4, "max_level": 0},
+            schedule={
+                0.72: {"merge_stride": 4, "agent_ratio": 0.95},
+                0.0: {"merge_stride": 2, "agent_ratio": 0.5},
+            },
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        _check(self.agents in get_args(AgentSource), "agents", self.agents, "'pool' or 'merge'")
+        _check(self.num_agents is None or self.num_agents >= 1, "num_agents", self.num_agents, "1 or more")
+        _check(
+            self.agent_ratio is None or 0 < self.agent_ratio < 1,
+            "agent_ratio", self.agent_ratio, "between 0 and 1, both excluded",
+        )  # fmt: skip
+        _check(
+            not (self.num_agents is None and self.agent_ratio is None),
+            "num_agents", None, "a number, or agent_ratio must be one",
+        )  # fmt: skip
+        _check(0 <= self.merge_ratio < 1, "merge_ratio", self.merge_ratio, "at least 0 and below 1")
+        _check(self.merge_stride >= 2, "merge_stride", self.merge_stride, "2 or more")
+        _check(0 <= self.scale_exponent <= 1, "scale_exponent", self.scale_exponent, "between 0 and 1")
+        _check(isfinite(self.shortcut), "shortcut", self.shortcut, "a finite number")
+        _check(self.min_tokens is None or self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
+        _check(self.max_level is None or self.max_level >= 0, "max_level", self.max_level, "0 or more")
+
+    @cached_property
+    def _thresholds(self) -> Thresholds:
+        return load_thresholds()
+
+    def count(self, num_tokens: int) -> int:
+        """The number of agents n of a layer with `num_tokens` tokens, before rounding to a grid."""
+        by_ratio = 0 if self.agent_ratio is None else num_tokens - int(num_tokens * self.agent_ratio)
+        return max(self.num_agents or 1, by_ratio)
+
+    def supports(self, layer: LayerSpec) -> bool:
+        return not layer.is_cross_attention and (self.max_level is None or layer.level <= self.max_level)
+
+    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+        n = self.count(num_tokens)
+        smallest = self.min_tokens
+        if smallest is None:
+            smallest = min_tokens_for(self._thresholds, device, n)
+        if num_tokens < smallest:
+            return f"{num_tokens} tokens: exact attention is faster below {smallest}"
+        if self.agents == "merge":
+            if mask_rows:
+                return "masked: merged tokens cannot follow a mask"
+            if num_tokens < self.merge_stride**2:
+                return f"{num_tokens} tokens: less than one cell of {self.merge_stride}x{self.merge_stride}"
+            return None
+        if mask_rows > 1:
+            return "masked: the mask differs between queries"
+        if 2 * n >= num_tokens:
+            return f"{n} agents for {num_tokens} tokens: agents pay below half the tokens"
+        return None
+
+    def build(self, layer: LayerSpec) -> AttentionFn:
+        attend = self._attend_merged if self.agents == "merge" else self._attend_pooled
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+            if self.upcast or (self.upcast is None and half_overflows(layer, q.dtype)):
+                return attend(q.float(), k.float(), v.float(), call).to(v.dtype)
+            return attend(q, k, v, call)
+
+        return attention
+
+    def _attend_pooled(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        agents = pool_tokens(q, call.grid, self.count(q.shape[2]))  # [B, H, n, D]
+        return agent_attention(
+            q, k, v, agents, scale_exponent=self.scale_exponent, shortcut=self.shortcut, key_mask=call.mask
+        )
+
+    def _attend_merged(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """Merging happens after the projections: an average commutes with a linear layer."""
+        tokens = q.shape[2]
+        stride = (min(self.merge_stride, call.grid[0]), min(self.merge_stride, call.grid[1]))
+        matching = match_tokens(call.x, call.grid, stride)
+        merged = min(int(tokens * self.merge_ratio), matching.max_merged)
+        left_out = min(tokens - self.count(tokens), matching.max_merged)
+        mq, mk, mv = (merge_tokens(x, matching, merged) for x in (q, k, v))  # [B, H, N - r, D]
+        if 2 * (tokens - left_out) < tokens - merged:
+            agents = merge_tokens(q, matching, left_out)  # [B, H, n, D]
+            out = agent_attention(mq, mk, mv, agents, scale_exponent=self.scale_exponent, shortcut=self.shortcut)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(mq, mk, mv)
+        return unmerge_tokens(out, matching, merged)
+
+
+def _check(holds: bool, option: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{option} must be {allowed}, got {value!r}")

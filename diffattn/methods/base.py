@@ -1,0 +1,91 @@
+"""What a method is: options, and what happens to (q, k, v) of one attention layer.
+
+Shapes: B batch, H heads, N query tokens, M key tokens, D channels per head, C = H·D.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer, as far as it is known when patching."""
+
+    name: str  # dotted path inside the denoiser
+    level: int  # 0 is the highest resolution; one more for every halving
+    num_heads: int
+    head_dim: int
+    is_cross_attention: bool = False
+    upcast: bool = False  # the layer asks for fp32 logits (Stable Diffusion 2.x)
+
+
+@dataclass
+class LayerCall:
+    """One call of one layer, made by the processor."""
+
+    x: Tensor  # the layer's input [B, N, C], already normalised by the block
+    grid: tuple[int, int]  # rows, columns of the image tokens
+    num_context: int = 0  # tokens without a place on the grid; always exact keys, never pooled
+    mask: Tensor | None = None  # additive, [B, H, 1 or N, M]
+    phase: int = 0  # which entry of the schedule applies
+
+
+class AttentionFn(Protocol):
+    """q [B, H, N, D], k, v [B, H, M, D] -> [B, H, N, D]."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options that go together, and the noise levels at which they apply (see `schedules.NoiseSchedule`)."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[float, Mapping[str, Any] | str] | None = None
+
+
+class AttentionMethod(ABC):
+    """Base of every method: subclass it as a frozen dataclass whose fields are the method's options."""
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Preset]]
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Build from named options; an unknown one raises `ValueError` listing those there are."""
+        allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(options) - set(allowed))
+        if unknown:
+            raise ValueError(
+                f"unknown option {', '.join(unknown)} of method {cls.name!r}; allowed: {', '.join(allowed)}"
+            )
+        return cls(**options)
+
+    @abstractmethod
+    def supports(self, layer: LayerSpec) -> bool:
+        """Whether this method can do anything for the layer, whatever the size of the picture."""
+
+    @abstractmethod
+    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+        """Why a call must run exact, or None.
+
+        Args:
+            layer: the layer.
+            num_tokens: N of this call.
+            device: torch device type, such as "cpu" or "cuda".
+            mask_rows: 0 without a mask, 1 for one mask over the keys, N for a mask of its own per query.
+        """
+
+    @abstractmethod
+    def build(self, layer: LayerSpec) -> AttentionFn:
+        """The attention function of one layer."""
+
+
+def half_overflows(layer: LayerSpec, dtype: torch.dtype) -> bool:
+    """Whether the layer's logits need fp32: it asks for it and works in fp16, whose range ends at 65,504."""
+    return layer.upcast and dtype == torch.float16

@@ -1,0 +1,69 @@
+"""From how many tokens on agents beat exact attention, as measured per device by `diffattn bench thresholds`."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+Thresholds = Mapping[str, Mapping[str, int]]
+"""device type -> number of agents -> smallest number of tokens at which agents were faster."""
+
+
+def user_file() -> Path:
+    """Where a machine's own measurements are kept; `DIFFATTN_THRESHOLDS` names another file."""
+    if path := os.environ.get("DIFFATTN_THRESHOLDS"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "diffattn" / "thresholds.json"
+
+
+def shipped_file() -> Path:
+    """The table inside the package."""
+    return Path(str(files("diffattn"))) / "assets" / "thresholds.json"
+
+
+def load_thresholds() -> Thresholds:
+    """The shipped table, with every device that was measured on this machine replaced by its own figures.
+
+    Raises:
+        ValueError: the machine's own file is damaged.
+    """
+    table = dict(read_thresholds(shipped_file()))
+    own = user_file()
+    return table | read_thresholds(own) if own.is_file() else table
+
+
+def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
+    """The table of one file.
+
+    Raises:
+        ValueError: not such a table; the message names the file and what to do.
+    """
+    try:
+        table = json.loads(path.read_text())["devices"]
+        return {device: {str(int(n)): int(tokens) for n, tokens in _row(row).items()} for device, row in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} does not hold thresholds ({type(error).__name__}: {error}); "
+            "delete it, then measure again with `diffattn bench thresholds`"
+        ) from None
+
+
+def _row(row: Mapping[str, int]) -> Mapping[str, int]:
+    if not row:
+        raise ValueError("a device without numbers of agents")
+    return row
+
+
+def min_tokens_for(table: Thresholds, device: str, num_agents: int) -> int:
+    """Smallest number of tokens at which `num_agents` agents are faster than exact attention on a device type.
+
+    Between measured numbers of agents the next larger one decides, above the largest the number of tokens grows
+    in proportion. A device nobody has measured counts as "cuda".
+    """
+    row = {int(n): tokens for n, tokens in table.get(device, table["cuda"]).items()}
+    for n in sorted(row):
+        if num_agents <= n:
+            return row[n]
+    largest = max(row)
+    return row[largest] * num_agents // largest
