@@ -1,0 +1,195 @@
+"""The processor for diffusers' plain `Attention` layout: separate q, k, v projections, tokens [B, N, C].
+
+Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import Tensor
+
+from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec
+from diffattn.processors.base import ACCELERATED, RunState, Tally
+from diffattn.schedules import EXACT
+
+PLAIN_PROCESSORS = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+"""Processors that compute plain softmax attention and nothing else, so that one of ours can stand in."""
+
+
+def why_unsupported(module: torch.nn.Module) -> str | None:
+    """Why a layer must keep its processor, or None."""
+    if not isinstance(module, Attention):
+        return f"attention class {type(module).__name__}"
+    if type(module.processor) not in PLAIN_PROCESSORS:
+        return f"custom processor {type(module.processor).__name__}"
+    if module.added_kv_proj_dim is not None:
+        return "added key and value projections"
+    return None
+
+
+class SelfAttentionProcessor:
+    """Runs a method where it applies, and the layer's original processor object everywhere else."""
+
+    def __new__(cls, *parts: Any, **named_parts: Any) -> Any:
+        """`load_ip_adapter` makes new processors as `processor.__class__()`: it gets diffusers' plain one."""
+        return super().__new__(cls) if parts or named_parts else AttnProcessor2_0()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = new = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(new, name, copy.deepcopy(value, memo))
+        return new
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        original: Any,
+        methods: Sequence[AttentionMethod | None],  # one per phase; None is exact
+        run: RunState,
+        tally: Tally,
+        owner: Any = None,  # the patch
+    ) -> None:
+        self.layer = layer
+        self.original = original
+        self.methods = tuple(methods)
+        self.functions: tuple[AttentionFn | None, ...] = tuple(m.build(layer) if m else None for m in methods)
+        self.run = run
+        self.tally = tally
+        self.owner = owner
+        self._original_takes_temb = "temb" in inspect.signature(original.__call__).parameters
+        self.active = True  # a processor put back after its patch was removed behaves like the original
+
+    def why_exact(self, phase: int | None, num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call runs exact, or `ACCELERATED`."""
+        if phase is None:
+            return "called outside the denoiser's forward"
+        method = self.methods[phase]
+        if method is None:
+            return f"{EXACT} by schedule"
+        if num_tokens not in self.run.grids:
+            return f"{num_tokens} tokens do not form a grid of the latents"
+        return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # [B, N, C] or [B, C, h, w]
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        phase = self.run.phase if self.active else None
+        if isinstance(phase, tuple):
+            return self._by_sample(phase, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return self._run(phase, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    def _by_sample(
+        self, phases: tuple[int, ...], attn: Attention, hidden_states: Tensor, *others: Tensor | None
+    ) -> Tensor:
+        """Samples of one phase run together."""
+        out = torch.empty_like(hidden_states)
+        for phase in sorted(set(phases)):
+            rows = torch.tensor([i for i, p in enumerate(phases) if p == phase], device=hidden_states.device)
+            rest = (None if x is None else _rows(x, rows, len(phases)) for x in others)
+            out = out.index_copy(0, rows, self._run(phase, attn, hidden_states[rows], *rest))
+        return out
+
+    def _run(
+        self,
+        phase: int | None,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        grid_ndim = hidden_states.ndim == 4
+        num_tokens = hidden_states.shape[-2] * (hidden_states.shape[-1] if grid_ndim else 1)
+        mask = attention_mask
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, num_tokens, hidden_states.shape[0])
+            mask = mask.view(hidden_states.shape[0], attn.heads, -1, mask.shape[-1])  # [B, H, 1 or N, N]
+        if encoder_hidden_states is not None:
+            reason = "called as cross-attention"
+        else:
+            mask_rows = 0 if mask is None else mask.shape[2]
+            reason = self.why_exact(phase, num_tokens, hidden_states.device.type, mask_rows)
+        if not (torch.compiler.is_compiling() or self.run.compiled) and self.active:
+            self.tally.add(self.layer.name, reason)
+        if reason != ACCELERATED or phase is None:
+            named = {"temb": temb} if self._original_takes_temb else {}
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **named)
+        function = self.functions[phase]
+        assert function is not None
+        return self._attend(function, phase, self.run.grids[num_tokens], attn, hidden_states, mask, temb)
+
+    def _attend(
+        self,
+        function: AttentionFn,
+        phase: int,
+        grid: tuple[int, int],
+        attn: Attention,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        """What diffusers' `AttnProcessor2_0` does, with `function` in the place of its softmax attention."""
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [B, N, C]
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        q, k, v = _project(attn, hidden_states)  # [B, H, N, D]
+        call = LayerCall(x=hidden_states, grid=grid, mask=mask, phase=phase)
+        out = function(q, k, v, call).transpose(1, 2).flatten(2).to(q.dtype)  # [B, N, C]
+
+        for projection_or_dropout in attn.to_out or ():
+            out = projection_or_dropout(out)
+        if residual.ndim == 4:
+            out = out.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+
+def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, N, C] -> q, k, v [B, H, N, D], normalised where the layer normalises them."""
+    if attn.fused_projections:
+        projected = attn.to_qkv(x).chunk(3, dim=-1)
+    else:
+        projected = (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    q, k, v = (p.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projected)
+    if attn.norm_q is not None:
+        q = attn.norm_q(q)
+    if attn.norm_k is not None:
+        k = attn.norm_k(k)
+    return q, k, v
+
+
+def _rows(x: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """The samples `rows` of a tensor with a batch dimension, or of a mask repeated per head or for all."""
+    if x.shape[0] == 1:
+        return x
+    return x.unflatten(0, (batch, -1))[rows].flatten(0, 1)

@@ -1,0 +1,110 @@
+"""What a patch did, layer by layer."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer of a patched model."""
+
+    name: str
+    level: int
+    method: str  # the method's name, or "-" for a layer left alone
+    tokens: int | None = None  # image tokens at the size of the last run, None before the first
+    accelerated: int = 0  # calls
+    passed_through: Mapping[str, int] = field(default_factory=dict)  # reason -> calls
+    left_alone: str | None = None  # why the layer was not patched
+    displaced_by: str | None = None  # class of the processor that took our place
+
+    @property
+    def note(self) -> str:
+        """Everything that kept the layer exact, in words."""
+        if self.left_alone:
+            return f"left alone: {self.left_alone}"
+        notes = [f"{n} x {reason}" for reason, n in sorted(self.passed_through.items())]
+        if self.displaced_by:
+            notes.insert(0, f"displaced by {self.displaced_by}")
+        return "; ".join(notes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a patch covers and what ran accelerated so far. `str()` is a table, `to_dict()` goes to JSON."""
+
+    model: str
+    method: str
+    preset: str | None
+    layers: tuple[LayerReport, ...]
+    runs: int  # runs begun: a rising noise level begins one
+    calls: int  # calls of the denoiser
+    removed: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers_patched(self) -> int:
+        """Layers that carry our processor, displaced ones excluded."""
+        return sum(layer.left_alone is None and layer.displaced_by is None for layer in self.layers)
+
+    @property
+    def layers_accelerated(self) -> int:
+        """Layers with at least one accelerated call."""
+        return sum(layer.accelerated > 0 for layer in self.layers)
+
+    @property
+    def calls_accelerated(self) -> int:
+        """Accelerated calls of all layers."""
+        return sum(layer.accelerated for layer in self.layers)
+
+    @property
+    def calls_passed_through(self) -> int:
+        """Calls of patched layers that ran exact."""
+        return sum(sum(layer.passed_through.values()) for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and total as JSON types."""
+        totals = ("layers_patched", "layers_accelerated", "calls_accelerated", "calls_passed_through")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
+
+    def __str__(self) -> str:
+        head = ("layer", "level", "tokens", "method", "accelerated", "exact", "why exact")
+        rows = [head, *(_row(layer) for layer in self.layers if layer.left_alone is None)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        preset = f", preset {self.preset}" if self.preset else ""
+        state = " (removed)" if self.removed else ""
+        return "\n".join(
+            [
+                f"{self.model}: {self.method}{preset}{state}",
+                *lines,
+                f"{self.layers_patched} layers patched, {self.layers_accelerated} ran accelerated; "
+                f"{self.calls_accelerated} calls accelerated, {self.calls_passed_through} exact; "
+                f"{self.runs} runs, {self.calls} denoiser calls",
+                *_left_alone(self.layers),
+                *self.notes,
+            ]
+        )
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    tokens = "-" if layer.tokens is None else str(layer.tokens)
+    exact = sum(layer.passed_through.values())
+    return (
+        layer.name,
+        str(layer.level),
+        tokens,
+        layer.method,
+        str(layer.accelerated),
+        str(exact),
+        layer.note,
+    )
+
+
+def _left_alone(layers: tuple[LayerReport, ...]) -> list[str]:
+    """One line per reason, for the layers that were never patched."""
+    reasons: dict[str, int] = {}
+    for layer in layers:
+        if layer.left_alone:
+            reasons[layer.left_alone] = reasons.get(layer.left_alone, 0) + 1
+    return [f"{count} layers left alone: {reason}" for reason, count in reasons.items()]

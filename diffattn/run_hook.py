@@ -1,0 +1,138 @@
+"""Follows the runs of a denoiser: called before each forward, outside anything compiled."""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffattn.methods.base import LayerSpec
+from diffattn.plan import Plan
+from diffattn.processors.base import ACCELERATED, Architecture, Processor
+
+_outside_compiled: Any = torch.compiler.disable
+
+
+class DiffAttnWarning(UserWarning):
+    """Something about a patched model is not as its user would expect."""
+
+
+@dataclass
+class PatchedLayer:
+    """One attention layer of a denoiser, patched or left alone."""
+
+    spec: LayerSpec
+    module: Any  # has set_processor and processor
+    processor: Processor | None = None  # ours
+    left_alone: str | None = None  # why there is none of ours
+    displaced_by: str | None = None  # class of what took our place
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+class RunHook:
+    """The forward pre-hook of one denoiser: reads the noise level, sets the phase, counts for compiled code."""
+
+    def __init__(
+        self, patch: Any, model: nn.Module, architecture: Architecture, layers: Sequence[PatchedLayer]
+    ) -> None:
+        self.patch = patch
+        self.model = model
+        self.architecture = architecture
+        self.layers = [layer for layer in layers if layer.processor is not None]
+        self.grids: list[tuple[int, int]] = []  # by level, of the last call
+        self.outside: OutsideCompiled | None = None
+        self._names = list(inspect.signature(type(uncompiled(model)).forward).parameters)[1:]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Registered with `register_forward_pre_hook(..., with_kwargs=True)`."""
+        if self.outside is not None and module._compiled_call_impl is self.outside:
+            return  # called before, and now traced
+        self.begin_call(args, kwargs, torch.compiler.is_compiling())
+
+    @_outside_compiled
+    def begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], traced: bool = False) -> None:
+        """One call of the denoiser is about to happen; `traced`: from inside a compiled caller."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        sample: Tensor = given[self._names[0]]
+        mask_rows = int(given.get("attention_mask") is not None)
+        run, plan = self.patch.run, self.patch.plan
+        self.grids = self.architecture.grids(uncompiled(self.model), *sample.shape[-2:])
+        run.grids = {h * w: (h, w) for h, w in self.grids}
+        run.compiled = traced or self._is_compiled()
+        levels, to_come, scheduler_run = self.patch.noise_levels().read(given["timestep"])
+        new_run = max(levels) > run.last_level or scheduler_run != run.scheduler_run
+        if run.schedule is None or new_run:
+            run.schedule = copy.deepcopy(plan.schedule)
+            run.schedule.start(sample.shape[0])
+            self.patch.begin_run()
+            self._check_reachable(plan, run.schedule.reachable(to_come), sample.device.type, mask_rows)
+        run.last_level, run.scheduler_run = max(levels), scheduler_run
+        run.schedule.observe(sample, levels)
+        run.phase = run.schedule.phase()
+        self.patch.count_call(self)
+        if run.compiled:
+            self._count(run.phase, sample.device.type, mask_rows)
+
+    def tokens(self, layer: LayerSpec) -> int | None:
+        """Image tokens of a layer at the size of the last call."""
+        if not self.grids:
+            return None
+        rows, columns = self.grids[layer.level]
+        return rows * columns
+
+    def _is_compiled(self) -> bool:
+        return uncompiled(self.model) is not self.model or any(
+            m._compiled_call_impl is not None for m in self.model.modules()
+        )
+
+    def _reasons(self, phase: int, device: str, mask_rows: int) -> list[tuple[str, str]]:
+        """(layer, why exact) in one phase."""
+        return [
+            (
+                layer.spec.name,
+                layer.processor.why_exact(phase, self.tokens(layer.spec) or 0, device, mask_rows),
+            )
+            for layer in self.layers
+            if layer.processor is not None and layer.displaced_by is None
+        ]
+
+    def _count(self, phase: int | tuple[int, ...], device: str, mask_rows: int) -> None:
+        for p in sorted({phase} if isinstance(phase, int) else set(phase)):
+            for name, reason in self._reasons(p, device, mask_rows):
+                self.patch.tally.add(name, reason)
+
+    def _check_reachable(self, plan: Plan, phases: set[int], device: str, mask_rows: int) -> None:
+        """A run in which nothing can be accelerated: an error if the user asked for too many agents, else a warning."""
+        reasons = [r for p in sorted(phases) for _, r in self._reasons(p, device, mask_rows)]
+        if not reasons or ACCELERATED in reasons:
+            return
+        largest = max(h * w for h, w in self.grids)
+        asked = plan.options.get("num_agents")
+        if asked is not None and asked >= largest:
+            raise ValueError(
+                f"num_agents={asked} is not below the {largest} tokens of the largest layer at this size; "
+                f"allowed: 1 to {(largest - 1) // 2}"
+            )
+        if self.patch.first_warning():
+            why = "; ".join(dict.fromkeys(reasons))
+            warnings.warn(f"diffattn accelerates no layer in this run: {why}", DiffAttnWarning, stacklevel=6)
+
+
+class OutsideCompiled:
+    """Stands in for the `_compiled_call_impl` that `module.compile()` leaves, to run the hook outside of it."""
+
+    def __init__(self, hook: RunHook, compiled: Any) -> None:
+        self.hook = hook
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.hook.begin_call(args, kwargs)
+        return self.compiled(*args, **kwargs)
