@@ -16,7 +16,7 @@ lint: .venv/installed-dev
 	$(BIN)/pyright
 
 bench: .venv/installed-dev
-	$(BIN)/python pipelines/benchmark.py --out outputs/bench
+	$(BIN)/python pipelines/benchmark.py --models sd15 --sizes 512,1024 --resume --out outputs/bench
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,13 +1,16 @@
 """diffattn: linear-cost attention for diffusion models. `diffattn.patch(pipe)` makes a pipeline faster."""
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from diffattn import functional
-from diffattn.injection import Patch, patch, unpatch
-from diffattn.methods import METHODS
-from diffattn.methods.base import LayerSpec
-from diffattn.run_hook import DiffAttnWarning
-from diffattn.schedules import NoiseSchedule
+if TYPE_CHECKING:
+    from diffattn import functional
+    from diffattn.injection import Patch, patch, unpatch
+    from diffattn.loading import load_demo
+    from diffattn.methods import METHODS
+    from diffattn.methods.base import LayerSpec
+    from diffattn.run_hook import DiffAttnWarning
+    from diffattn.schedules import NoiseSchedule
 
 __version__ = "0.1.0"
 
@@ -24,9 +27,27 @@ __all__ = [
     "unpatch",
 ]
 
+_HOMES = {
+    "METHODS": "methods",
+    "DiffAttnWarning": "run_hook",
+    "LayerSpec": "methods.base",
+    "NoiseSchedule": "schedules",
+    "Patch": "injection",
+    "load_demo": "loading",
+    "patch": "injection",
+    "unpatch": "injection",
+}
 
-def load_demo(name: str) -> Any:
-    """An embedded model as a ready diffusers pipeline, without a network; see `diffattn.demo.load_demo`."""
-    from diffattn.demo import load_demo
 
-    return load_demo(name)
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first asked for, so that `diffattn --help` does not wait for torch."""
+    if name == "functional":
+        return import_module("diffattn.functional")
+    if name in _HOMES:
+        value = globals()[name] = getattr(import_module(f"diffattn.{_HOMES[name]}"), name)
+        return value
+    raise AttributeError(f"module 'diffattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,7 +8,7 @@ import copy
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from diffattn.methods.base import LayerSpec
 from diffattn.noise_level import NoiseLevels
 from diffattn.plan import LayerFilter, Plan
 from diffattn.processors import Architecture, architecture_of
-from diffattn.processors.base import ACCELERATED, RunState, Tally
+from diffattn.processors.base import ACCELERATED, Latest, RunState, Tally
 from diffattn.report import LayerReport, Report
 from diffattn.run_hook import DiffAttnWarning, OutsideCompiled, PatchedLayer, RunHook, uncompiled
 from diffattn.schedules import Schedule
@@ -88,15 +88,15 @@ class Patch:
 
     def __init__(self, target: DiffusionPipeline | nn.Module, denoisers: Mapping[str, nn.Module], plan: Plan) -> None:
         self.plan = plan
-        self.run = RunState()
+        self.run = RunState(Latest())
         self.tally = Tally()
+        self.hooks: list[RunHook] = []
         self._target = weakref.ref(target)
         self._noise_levels = NoiseLevels(getattr(target, "scheduler", None))
         self._num_runs = 0
         self._num_calls = 0
         self._warned = False
         self._removed = False
-        self._hooks: list[RunHook] = []
         self._layers: list[PatchedLayer] = []
         for prefix, model in denoisers.items():
             architecture = architecture_of(uncompiled(model))
@@ -104,7 +104,7 @@ class Patch:
                 self._build(replace(spec, name=prefix + spec.name), module, architecture)
                 for spec, module in architecture.layers(uncompiled(model))
             ]
-            self._hooks.append(RunHook(self, model, architecture, found))
+            self.hooks.append(RunHook(self, model, architecture, found))
             self._layers += found
         plan.check_names([x.spec.name for x in self._layers if not x.spec.is_cross_attention])
         if not any(layer.processor for layer in self._layers):
@@ -115,7 +115,7 @@ class Patch:
 
     @property
     def _model_name(self) -> str:
-        return type(uncompiled(self._hooks[0].model)).__name__
+        return type(uncompiled(self.hooks[0].model)).__name__
 
     def _build(self, spec: LayerSpec, module: Any, architecture: Architecture) -> PatchedLayer:
         """Everything of one layer, without touching it."""
@@ -142,7 +142,7 @@ class Patch:
 
     def _swap_in(self) -> None:
         try:
-            for hook in self._hooks:
+            for hook in self.hooks:
                 _register(hook)
             for layer in self._layers:
                 if layer.processor is not None:
@@ -158,7 +158,7 @@ class Patch:
                 layer.processor.active = False
                 if layer.module.processor is layer.processor:
                     layer.module.set_processor(layer.processor.original)
-        for hook in self._hooks:
+        for hook in self.hooks:
             _unregister(hook)
         self._removed = True
 
@@ -171,7 +171,7 @@ class Patch:
     def report(self) -> Report:
         """What was patched, what ran accelerated, and why the rest did not."""
         self._notice_displaced()
-        tokens = {layer.spec.name: hook.tokens(layer.spec) for hook in self._hooks for layer in hook.layers}
+        tokens = {layer.spec.name: hook.tokens(layer.spec) for hook in self.hooks for layer in hook.layers}
         return Report(
             model=self._model_name,
             method=self.plan.method,
@@ -205,9 +205,11 @@ class Patch:
             self._noise_levels = NoiseLevels(scheduler)
         return self._noise_levels
 
-    def begin_run(self) -> None:
-        """A run begins: count it, and look whether all processors are still in place."""
+    def begin_run(self, size: Sequence[int]) -> None:
+        """A run on latents of a size begins: count it, and look whether all processors are still in place."""
         self._num_runs += 1
+        for hook in self.hooks:
+            hook.set_size(*size)
         if names := self._notice_displaced():
             by = ", ".join(sorted({x.displaced_by for x in self._layers if x.displaced_by}))
             warnings.warn(
@@ -219,7 +221,7 @@ class Patch:
 
     def count_call(self, hook: RunHook) -> None:
         """A call of one denoiser begins; only the main one's are counted, not its ControlNets'."""
-        self._num_calls += hook is self._hooks[0]
+        self._num_calls += hook is self.hooks[0]
 
     def first_warning(self) -> bool:
         """True once."""

@@ -57,7 +57,7 @@ class Plan:
             chosen: Schedule = NoiseSchedule(entries) if entries else constant()
             phases = [None if p is None else {**base, **p, **options} for p in chosen.phases]
         else:
-            chosen = NoiseSchedule(schedule) if isinstance(schedule, Mapping) else schedule
+            chosen = _schedule(schedule)
             phases = [None if p is None else {**base, **options, **p} for p in chosen.phases]
         methods = tuple(None if p is None else kind.from_options(p) for p in phases)
         if not any(methods):
@@ -90,7 +90,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         ValueError: not readable as JSON, or with keys other than `RECIPE_KEYS` and "protocol" (which is for
             people: how the recipe was found).
     """
-    if not isinstance(recipe, Mapping):
+    if isinstance(recipe, str | Path):
         try:
             recipe = json.loads(Path(recipe).read_text())
         except (OSError, ValueError) as error:
@@ -99,7 +99,17 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"a recipe is a mapping with the keys {', '.join(RECIPE_KEYS)}, got {recipe!r}")
     if unknown := sorted(set(recipe) - {*RECIPE_KEYS, "protocol"}):
         raise ValueError(f"unknown recipe key {', '.join(unknown)}; allowed: {', '.join(RECIPE_KEYS)}")
+    if not isinstance(recipe.get("options", {}), Mapping):
+        raise ValueError(f"a recipe's options are a mapping from name to value, got {recipe['options']!r}")
     return recipe
+
+
+def _schedule(schedule: Any) -> Schedule:
+    if isinstance(schedule, Mapping):
+        return NoiseSchedule(schedule)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be a Schedule or a mapping from noise level to options, got {schedule!r}")
+    return schedule
 
 
 def _lookup(what: str, name: str, table: Mapping[str, Any]) -> Any:

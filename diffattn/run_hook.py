@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffattn.methods.base import LayerSpec
-from diffattn.plan import Plan
-from diffattn.processors.base import ACCELERATED, Architecture, Processor
+from diffattn.processors.base import ACCELERATED, Architecture, DenoiserCall, Processor
 
 _outside_compiled: Any = torch.compiler.disable
 
@@ -63,23 +62,26 @@ class RunHook:
         given = dict(zip(self._names, args, strict=False)) | kwargs
         sample: Tensor = given[self._names[0]]
         mask_rows = int(given.get("attention_mask") is not None)
-        run, plan = self.patch.run, self.patch.plan
-        self.grids = self.architecture.grids(uncompiled(self.model), *sample.shape[-2:])
-        run.grids = {h * w: (h, w) for h, w in self.grids}
-        run.compiled = traced or self._is_compiled()
+        run, device = self.patch.run, sample.device.type
+        self.set_size(*sample.shape[-2:])
         levels, to_come, scheduler_run = self.patch.noise_levels().read(given["timestep"])
         new_run = max(levels) > run.last_level or scheduler_run != run.scheduler_run
         if run.schedule is None or new_run:
-            run.schedule = copy.deepcopy(plan.schedule)
+            run.schedule = copy.deepcopy(self.patch.plan.schedule)
             run.schedule.start(sample.shape[0])
-            self.patch.begin_run()
-            self._check_reachable(plan, run.schedule.reachable(to_come), sample.device.type, mask_rows)
+            self.patch.begin_run(sample.shape[-2:])
+            self._check_reachable(run.schedule.reachable(to_come), device, mask_rows)
         run.last_level, run.scheduler_run = max(levels), scheduler_run
         run.schedule.observe(sample, levels)
-        run.phase = run.schedule.phase()
+        phase, compiled = run.schedule.phase(), traced or self._is_compiled()
+        run.begin(DenoiserCall(phase, {h * w: (h, w) for h, w in self.grids}, compiled))
         self.patch.count_call(self)
-        if run.compiled:
-            self._count(run.phase, sample.device.type, mask_rows)
+        if compiled:
+            self._count(phase, device, mask_rows)
+
+    def set_size(self, height: int, width: int) -> None:
+        """Latents of this size are coming."""
+        self.grids = self.architecture.grids(uncompiled(self.model), height, width)
 
     def tokens(self, layer: LayerSpec) -> int | None:
         """Image tokens of a layer at the size of the last call."""
@@ -95,10 +97,11 @@ class RunHook:
 
     def _reasons(self, phase: int, device: str, mask_rows: int) -> list[tuple[str, str]]:
         """(layer, why exact) in one phase."""
+        grids = {h * w for h, w in self.grids}
         return [
             (
                 layer.spec.name,
-                layer.processor.why_exact(phase, self.tokens(layer.spec) or 0, device, mask_rows),
+                layer.processor.why_exact(phase, grids, self.tokens(layer.spec) or 0, device, mask_rows),
             )
             for layer in self.layers
             if layer.processor is not None and layer.displaced_by is None
@@ -109,13 +112,14 @@ class RunHook:
             for name, reason in self._reasons(p, device, mask_rows):
                 self.patch.tally.add(name, reason)
 
-    def _check_reachable(self, plan: Plan, phases: set[int], device: str, mask_rows: int) -> None:
+    def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
         """A run in which nothing can be accelerated: an error if the user asked for too many agents, else a warning."""
-        reasons = [r for p in sorted(phases) for _, r in self._reasons(p, device, mask_rows)]
+        hooks: list[RunHook] = self.patch.hooks
+        reasons = [r for h in hooks for p in sorted(phases) for _, r in h._reasons(p, device, mask_rows)]
         if not reasons or ACCELERATED in reasons:
             return
-        largest = max(h * w for h, w in self.grids)
-        asked = plan.options.get("num_agents")
+        largest = max(h.tokens(layer.spec) or 0 for h in hooks for layer in h.layers)
+        asked = self.patch.plan.options.get("num_agents")
         if asked is not None and asked >= largest:
             raise ValueError(
                 f"num_agents={asked} is not below the {largest} tokens of the largest layer at this size; "

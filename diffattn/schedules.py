@@ -6,7 +6,7 @@ equals the time of flow matching. Sampling goes from high to low.
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 EXACT = "exact"
 
@@ -14,6 +14,7 @@ Options = Mapping[str, Any] | None
 """Options laid over those of the method for one phase; None is exact attention."""
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Phases over one run."""
 

@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 
 def pooled_grid(grid: tuple[int, int], num_tokens: int) -> tuple[int, int]:
-    """Rows and columns that at most `num_tokens` pooled tokens take on a grid of the same aspect ratio.
+    """Rows and columns of about `num_tokens` pooled tokens, in the aspect ratio of the grid.
 
     Raises:
         ValueError: `num_tokens` is not between 1 and the number of tokens of the grid.
@@ -102,7 +102,7 @@ def match_tokens(
     is_destination[_cell_tokens(grid, stride, generator).to(metric.device)] = True
     destinations = is_destination.nonzero().squeeze(1)  # [S]
     sources = (~is_destination).nonzero().squeeze(1)  # [R]
-    unit = normalize(metric, dim=-1)
+    unit = normalize(metric.float(), dim=-1).to(metric.dtype)  # norms in fp32: small half-precision ones are 0
     similarity = unit[:, sources] @ unit[:, destinations].transpose(1, 2)  # [B, R, S]
     best, target = similarity.max(dim=-1)
     order = best.argsort(dim=-1, descending=True, stable=True)  # [B, R]

@@ -65,21 +65,23 @@ class AgentAttention(AttentionMethod):
 
     def __post_init__(self) -> None:
         _check(self.agents in get_args(AgentSource), "agents", self.agents, "'pool' or 'merge'")
-        _check(self.num_agents is None or self.num_agents >= 1, "num_agents", self.num_agents, "1 or more")
         _check(
-            self.agent_ratio is None or 0 < self.agent_ratio < 1,
-            "agent_ratio", self.agent_ratio, "between 0 and 1, both excluded",
-        )  # fmt: skip
-        _check(
-            not (self.num_agents is None and self.agent_ratio is None),
-            "num_agents", None, "a number, or agent_ratio must be one",
-        )  # fmt: skip
-        _check(0 <= self.merge_ratio < 1, "merge_ratio", self.merge_ratio, "at least 0 and below 1")
-        _check(self.merge_stride >= 2, "merge_stride", self.merge_stride, "2 or more")
-        _check(0 <= self.scale_exponent <= 1, "scale_exponent", self.scale_exponent, "between 0 and 1")
-        _check(isfinite(self.shortcut), "shortcut", self.shortcut, "a finite number")
-        _check(self.min_tokens is None or self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
-        _check(self.max_level is None or self.max_level >= 0, "max_level", self.max_level, "0 or more")
+            self.num_agents is None or _is_int(self.num_agents, 1), "num_agents", self.num_agents, "1 or more, or None"
+        )
+        ratio = self.agent_ratio
+        _check(ratio is None or (_is_number(ratio) and 0 < ratio < 1), "agent_ratio", ratio, "above 0 and below 1")
+        if self.num_agents is None and ratio is None:
+            raise ValueError("num_agents and agent_ratio cannot both be None")
+        merged = self.merge_ratio
+        _check(_is_number(merged) and 0 <= merged < 1, "merge_ratio", merged, "at least 0 and below 1")
+        _check(_is_int(self.merge_stride, 2), "merge_stride", self.merge_stride, "a whole number, 2 or more")
+        kappa = self.scale_exponent
+        _check(_is_number(kappa) and 0 <= kappa <= 1, "scale_exponent", kappa, "a number from 0 to 1")
+        _check(_is_number(self.shortcut), "shortcut", self.shortcut, "a finite number")
+        for name in ("min_tokens", "max_level"):
+            value = getattr(self, name)
+            _check(value is None or _is_int(value, 0), name, value, "a whole number, 0 or more, or None")
+        _check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
 
     @cached_property
     def _thresholds(self) -> Thresholds:
@@ -97,7 +99,7 @@ class AgentAttention(AttentionMethod):
         n = self.count(num_tokens)
         smallest = self.min_tokens
         if smallest is None:
-            smallest = min_tokens_for(self._thresholds, device, n)
+            smallest = min_tokens_for(self._thresholds, device, None if self.agents == "merge" else n)
         if num_tokens < smallest:
             return f"{num_tokens} tokens: exact attention is faster below {smallest}"
         if self.agents == "merge":
@@ -105,7 +107,7 @@ class AgentAttention(AttentionMethod):
                 return "masked: merged tokens cannot follow a mask"
             if num_tokens < self.merge_stride**2:
                 return f"{num_tokens} tokens: less than one cell of {self.merge_stride}x{self.merge_stride}"
-            return None
+            return f"{n} agents for {num_tokens} tokens" if n >= num_tokens else None
         if mask_rows > 1:
             return "masked: the mask differs between queries"
         if 2 * n >= num_tokens:
@@ -113,6 +115,7 @@ class AgentAttention(AttentionMethod):
         return None
 
     def build(self, layer: LayerSpec) -> AttentionFn:
+        _ = self._thresholds  # a damaged table is told of when patching, not in the middle of a run
         attend = self._attend_merged if self.agents == "merge" else self._attend_pooled
 
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
@@ -142,6 +145,14 @@ class AgentAttention(AttentionMethod):
         else:
             out = torch.nn.functional.scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _check(holds: bool, option: str, value: object, allowed: str) -> None:

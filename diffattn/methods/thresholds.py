@@ -7,7 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 Thresholds = Mapping[str, Mapping[str, int]]
-"""device type -> number of agents -> smallest number of tokens at which agents were faster."""
+"""device type -> number of pooled agents, or `MERGE` -> smallest number of tokens at which they were faster."""
+
+MERGE = "merge"
+"""The row of agents merged by similarity, which cost more than pooled ones whatever their number."""
 
 
 def user_file() -> Path:
@@ -41,7 +44,7 @@ def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
     """
     try:
         table = json.loads(path.read_text())["devices"]
-        return {device: {str(int(n)): int(tokens) for n, tokens in _row(row).items()} for device, row in table.items()}
+        return {device: {_key(n): int(tokens) for n, tokens in _row(row).items()} for device, row in table.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} does not hold thresholds ({type(error).__name__}: {error}); "
@@ -50,20 +53,30 @@ def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
 
 
 def _row(row: Mapping[str, int]) -> Mapping[str, int]:
-    if not row:
+    if not set(row) - {MERGE}:
         raise ValueError("a device without numbers of agents")
     return row
 
 
-def min_tokens_for(table: Thresholds, device: str, num_agents: int) -> int:
-    """Smallest number of tokens at which `num_agents` agents are faster than exact attention on a device type.
+def _key(key: str) -> str:
+    return key if key == MERGE else str(int(key))
 
-    Between measured numbers of agents the next larger one decides, above the largest the number of tokens grows
-    in proportion. A device nobody has measured counts as "cuda".
+
+def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> int:
+    """Smallest number of tokens at which agents are faster than exact attention on a device type.
+
+    Args:
+        table: from `load_thresholds`.
+        device: torch device type; one nobody has measured counts as "cuda".
+        num_agents: of pooled agents: between measured numbers the next larger one decides, above the largest the
+            number of tokens grows in proportion. None: agents merged by similarity.
     """
-    row = {int(n): tokens for n, tokens in table.get(device, table["cuda"]).items()}
-    for n in sorted(row):
+    row = table.get(device, table["cuda"])
+    pooled = {int(n): tokens for n, tokens in row.items() if n != MERGE}
+    largest = max(pooled)
+    if num_agents is None:
+        return row.get(MERGE, pooled[largest])
+    for n in sorted(pooled):
         if num_agents <= n:
-            return row[n]
-    largest = max(row)
-    return row[largest] * num_agents // largest
+            return pooled[n]
+    return pooled[largest] * num_agents // largest

@@ -5,7 +5,7 @@ Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec
-from diffattn.processors.base import ACCELERATED, RunState, Tally
+from diffattn.processors.base import ACCELERATED, DenoiserCall, RunState, Tally
 from diffattn.schedules import EXACT
 
 PLAIN_PROCESSORS = (
@@ -37,8 +37,9 @@ def why_unsupported(module: torch.nn.Module) -> str | None:
     """Why a layer must keep its processor, or None."""
     if not isinstance(module, Attention):
         return f"attention class {type(module).__name__}"
-    if type(module.processor) not in PLAIN_PROCESSORS:
-        return f"custom processor {type(module.processor).__name__}"
+    kind = type(_genuine(module.processor))
+    if kind not in PLAIN_PROCESSORS:
+        return f"custom processor {kind.__name__}"
     if module.added_kv_proj_dim is not None:
         return "added key and value projections"
     return None
@@ -74,16 +75,15 @@ class SelfAttentionProcessor:
         self.tally = tally
         self.owner = owner
         self._original_takes_temb = "temb" in inspect.signature(original.__call__).parameters
+        self._fused = isinstance(_genuine(original), FusedAttnProcessor2_0)
         self.active = True  # a processor put back after its patch was removed behaves like the original
 
-    def why_exact(self, phase: int | None, num_tokens: int, device: str, mask_rows: int) -> str:
-        """Why a call runs exact, or `ACCELERATED`."""
-        if phase is None:
-            return "called outside the denoiser's forward"
+    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
         method = self.methods[phase]
         if method is None:
             return f"{EXACT} by schedule"
-        if num_tokens not in self.run.grids:
+        if num_tokens not in grids:
             return f"{num_tokens} tokens do not form a grid of the latents"
         return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
 
@@ -97,50 +97,64 @@ class SelfAttentionProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        phase = self.run.phase if self.active else None
-        if isinstance(phase, tuple):
-            return self._by_sample(phase, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return self._run(phase, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        call = self.run.current()
+        inputs = (encoder_hidden_states, attention_mask, temb)
+        if call is None or not self.active:  # outside the denoiser, or after the patch was removed
+            return self._exact(attn, hidden_states, *inputs)
+        if isinstance(call.phase, tuple):
+            return self._by_sample(call, call.phase, attn, hidden_states, *inputs)
+        return self._run(call, call.phase, attn, hidden_states, *inputs)
 
     def _by_sample(
-        self, phases: tuple[int, ...], attn: Attention, hidden_states: Tensor, *others: Tensor | None
+        self,
+        call: DenoiserCall,
+        phases: tuple[int, ...],
+        attn: Attention,
+        hidden_states: Tensor,
+        *others: Tensor | None,
     ) -> Tensor:
         """Samples of one phase run together."""
         out = torch.empty_like(hidden_states)
         for phase in sorted(set(phases)):
             rows = torch.tensor([i for i, p in enumerate(phases) if p == phase], device=hidden_states.device)
             rest = (None if x is None else _rows(x, rows, len(phases)) for x in others)
-            out = out.index_copy(0, rows, self._run(phase, attn, hidden_states[rows], *rest))
+            out = out.index_copy(0, rows, self._run(call, phase, attn, hidden_states[rows], *rest))
         return out
 
     def _run(
         self,
-        phase: int | None,
+        call: DenoiserCall,
+        phase: int,
         attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None,
         attention_mask: Tensor | None,
         temb: Tensor | None,
     ) -> Tensor:
-        grid_ndim = hidden_states.ndim == 4
-        num_tokens = hidden_states.shape[-2] * (hidden_states.shape[-1] if grid_ndim else 1)
+        """All samples are in one phase: accelerate, or find the reason not to."""
+        is_image = hidden_states.ndim == 4
+        num_tokens = hidden_states.shape[-2] * (hidden_states.shape[-1] if is_image else 1)
         mask = attention_mask
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, num_tokens, hidden_states.shape[0])
             mask = mask.view(hidden_states.shape[0], attn.heads, -1, mask.shape[-1])  # [B, H, 1 or N, N]
-        if encoder_hidden_states is not None:
-            reason = "called as cross-attention"
-        else:
+        reason = "called as cross-attention"
+        if encoder_hidden_states is None:
             mask_rows = 0 if mask is None else mask.shape[2]
-            reason = self.why_exact(phase, num_tokens, hidden_states.device.type, mask_rows)
-        if not (torch.compiler.is_compiling() or self.run.compiled) and self.active:
+            reason = self.why_exact(phase, call.grids, num_tokens, hidden_states.device.type, mask_rows)
+        if not (call.compiled or torch.compiler.is_compiling()):
             self.tally.add(self.layer.name, reason)
-        if reason != ACCELERATED or phase is None:
-            named = {"temb": temb} if self._original_takes_temb else {}
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, **named)
         function = self.functions[phase]
-        assert function is not None
-        return self._attend(function, phase, self.run.grids[num_tokens], attn, hidden_states, mask, temb)
+        if reason != ACCELERATED or function is None:
+            return self._exact(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return self._attend(function, phase, call.grids[num_tokens], attn, hidden_states, mask, temb)
+
+    def _exact(
+        self, attn: Attention, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
+    ) -> Tensor:
+        """The original processor object, called as it would have been."""
+        named = {"temb": temb} if self._original_takes_temb else {}
+        return self.original(attn, hidden_states, encoder_hidden_states=context, attention_mask=mask, **named)
 
     def _attend(
         self,
@@ -161,7 +175,7 @@ class SelfAttentionProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        q, k, v = _project(attn, hidden_states)  # [B, H, N, D]
+        q, k, v = _project(attn, hidden_states, self._fused)  # [B, H, N, D]
         call = LayerCall(x=hidden_states, grid=grid, mask=mask, phase=phase)
         out = function(q, k, v, call).transpose(1, 2).flatten(2).to(q.dtype)  # [B, N, C]
 
@@ -174,9 +188,16 @@ class SelfAttentionProcessor:
         return out / attn.rescale_output_factor
 
 
-def _project(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _genuine(processor: Any) -> Any:
+    """The processor itself; for one of ours that was put back after its removal, what it stands for."""
+    while isinstance(processor, SelfAttentionProcessor) and not processor.active:
+        processor = processor.original
+    return processor
+
+
+def _project(attn: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, N, C] -> q, k, v [B, H, N, D], normalised where the layer normalises them."""
-    if attn.fused_projections:
+    if fused:
         projected = attn.to_qkv(x).chunk(3, dim=-1)
     else:
         projected = (attn.to_q(x), attn.to_k(x), attn.to_v(x))

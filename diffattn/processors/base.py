@@ -2,7 +2,8 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from torch import nn
@@ -14,27 +15,50 @@ ACCELERATED = "accelerated"
 """What is counted for a call that was accelerated; anything else is the reason why it was not."""
 
 
+@dataclass(frozen=True)
+class DenoiserCall:
+    """What a processor needs to know of the denoiser call it is part of."""
+
+    phase: int | tuple[int, ...]  # of the schedule, for the batch or one per sample
+    grids: Mapping[int, tuple[int, int]]  # number of tokens -> (rows, columns), at every level
+    compiled: bool  # part of the denoiser is compiled: the hook counts instead of the processors
+
+
+class Latest:
+    """The call that began last in any thread: what autograd's own threads recompute."""
+
+    call: DenoiserCall | None = None
+
+
 class RunState(threading.local):
     """The run under way, one per thread. Written outside the denoiser, before each of its calls; read inside.
 
     Attributes:
-        phase: phase of the schedule, or one per sample; None before the first call.
-        grids: number of tokens -> (rows, columns), for every resolution of the call's latents.
-        compiled: whether part of the denoiser is compiled; the hook then counts instead of the processors.
+        call: the call under way.
         schedule: this run's own copy of the schedule.
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
     """
 
-    phase: int | tuple[int, ...] | None = None
-    grids: Mapping[int, tuple[int, int]] = {}
-    compiled: bool = False
+    call: DenoiserCall | None = None
     schedule: Schedule | None = None
     last_level: float = -1.0
     scheduler_run: int | None = None
 
+    def __init__(self, latest: Latest) -> None:
+        """Called once per thread, with the same `latest`."""
+        self.latest = latest
+
+    def begin(self, call: DenoiserCall) -> None:
+        """A call of the denoiser begins in this thread."""
+        self.call = self.latest.call = call
+
+    def current(self) -> DenoiserCall | None:
+        """The call of this thread; in a thread that never called the denoiser, the latest of any."""
+        return self.latest.call if self.call is None else self.call
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self)] = new = type(self)()
+        memo[id(self)] = new = type(self)(Latest())
         return new
 
 
@@ -68,8 +92,8 @@ class Processor(Protocol):
     active: bool  # False once the patch is removed: behaves like the original wherever it still is
     owner: Any  # the patch
 
-    def why_exact(self, phase: int | None, num_tokens: int, device: str, mask_rows: int) -> str:
-        """Why a call runs exact, or `ACCELERATED`."""
+    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
         ...
 
 
