@@ -1,0 +1,128 @@
+"""`diffattn bench`: how fast this machine is with and without agents."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from diffattn.cli.common import Device, JsonFile, bad_input, check_writable, fail, stdout, write_json
+
+NOT_FINISHED = 1
+
+T = TypeVar("T")
+BenchDtype = Annotated[
+    str, typer.Option(help="float32, float16 or bfloat16; auto is bfloat16 where the hardware has it, else float32.")
+]
+
+app = typer.Typer(
+    help="Measure speed on this machine: whole denoising steps, or the thresholds of the agents.",
+    no_args_is_help=True,
+)
+
+
+@app.command("attention")
+def attention(
+    models: Annotated[str, typer.Option(help="UNets with random weights: sd15, sdxl.")] = "sd15,sdxl",
+    sizes: Annotated[str, typer.Option(help="Sides of the square pictures, in pixels.")] = "512,768,1024,1536",
+    variants: Annotated[
+        str, typer.Option(help="What to compare with sdpa: presets of the agents, tome (tomesd), floor (no attention).")
+    ] = "sdpa,balanced,fast,paper,tome,floor",
+    rounds: Annotated[int, typer.Option(help="Times every variant is timed; they take turns.")] = 9,
+    warmup: Annotated[int, typer.Option(help="Calls of every variant before the first round.")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch of one step; 2 is one picture with guidance.")] = 2,
+    levels: Annotated[
+        str | None, typer.Option(help="Levels whose self-attention is compared. [default: sd15 0,1; sdxl 1,2]")
+    ] = None,
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Layers with fewer tokens run exact. [default: this machine's thresholds]")
+    ] = None,
+    device: Device = "auto",
+    dtype: BenchDtype = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: as torch chooses]")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile as well.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for attention.json and attention.png.")] = Path("outputs/bench"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is in the folder, measure what is missing.")
+    ] = False,
+    time_budget: Annotated[float | None, typer.Option(help="Minutes after which no round begins.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Time one denoising step: exact attention, agents, token merging, and no attention at all.
+
+    The results are written after every round: interrupt when you like, go on with --resume.
+    """
+    check_writable(out, folder=True)
+    check_writable(json)
+    with bad_input():
+        from diffattn.evaluation.attention_benchmark import Benchmark, BenchmarkConfig
+        from diffattn.evaluation.benchmark_report import plot, table
+
+        config = BenchmarkConfig(
+            models=_list(models, "models"), sizes=_list(sizes, "sizes", int), variants=_list(variants, "variants"),
+            rounds=rounds, warmup=warmup, batch=batch, min_tokens=min_tokens, device=device, dtype=dtype,
+            levels=None if levels is None else _list(levels, "levels", int), threads=threads, compile=compile,
+        )  # fmt: skip
+        benchmark = Benchmark(config, out, resume=resume)
+    results = benchmark.run(time_budget=_seconds(time_budget), say=_say)
+    write_json(json, results)
+    stdout.print(table(results), markup=False)
+    try:
+        plot(results, out / "attention.png")
+    except ValueError as error:
+        stdout.print(f"no plot: {error}", markup=False)
+    if not benchmark.is_complete:
+        stdout.print("the time was up before everything was measured; go on with --resume")
+        raise typer.Exit(NOT_FINISHED)
+
+
+@app.command("thresholds")
+def thresholds(
+    device: Device = "auto",
+    dtype: BenchDtype = "auto",
+    time_budget: Annotated[float, typer.Option(help="Minutes; grids that would take longer are left out.")] = 1.7,
+    shipped: Annotated[
+        bool, typer.Option("--shipped", help="Write the table inside the package, for maintainers.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write there instead. [default: your thresholds file]")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Measure from how many tokens on agents are faster than exact attention here; diffattn then goes by it."""
+    check_writable(out)
+    check_writable(json)
+    with bad_input():
+        from diffattn.evaluation.machine import resolve
+        from diffattn.evaluation.threshold_benchmark import measure_thresholds, save_thresholds
+        from diffattn.methods.thresholds import read_thresholds, shipped_file, user_file
+
+        if shipped and out:
+            raise ValueError("--shipped and --out name two places; give one")
+        path = shipped_file() if shipped else out or user_file()
+        if path.is_file():
+            read_thresholds(path)
+        found_device, found_dtype = resolve(device, dtype)
+    check_writable(path)
+    results = measure_thresholds(found_device, found_dtype, time_budget=_seconds(time_budget) or 0, say=_say)
+    row = save_thresholds(path, found_device, found_dtype, results)
+    write_json(json, {"file": str(path), "device": found_device.type, "thresholds": row})
+    for num_agents, tokens in row.items():
+        stdout.print(f"{num_agents} agents are faster from {tokens} tokens on")
+    stdout.print(f"written to {path}", markup=False)
+
+
+def _say(line: str) -> None:
+    stdout.print(line, markup=False)
+
+
+def _list(text: str, option: str, kind: Callable[[str], T] = str) -> tuple[T, ...]:
+    """The items of a comma-separated option."""
+    try:
+        return tuple(kind(item.strip()) for item in text.split(",") if item.strip())
+    except ValueError:
+        raise ValueError(f"--{option} takes numbers separated by commas, got {text!r}") from None
+
+
+def _seconds(minutes: float | None) -> float | None:
+    if minutes is not None and not minutes > 0:
+        fail(f"--time-budget must be above 0 minutes, got {minutes}")
+    return None if minutes is None else 60 * minutes

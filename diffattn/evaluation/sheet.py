@@ -1,0 +1,66 @@
+"""Sheets of pictures with labelled rows and columns."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+GAP = 8  # pixels between pictures
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def comparison_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
+    """One picture of many, in a grid.
+
+    Args:
+        rows: label and pictures of every row, one picture per column; all pictures of one size.
+        columns: label of every column; long ones are wrapped.
+
+    Returns:
+        RGB, labels left and above.
+
+    Raises:
+        ValueError: no picture, a row of another length than `columns`, or pictures of different sizes.
+    """
+    sizes = {picture.size for _, pictures in rows for picture in pictures}
+    if len(sizes) != 1:
+        raise ValueError(f"a sheet needs pictures of one size, got {sorted(sizes)}")
+    for label, pictures in rows:
+        if len(pictures) != len(columns):
+            raise ValueError(f"row {label!r} has {len(pictures)} pictures for {len(columns)} columns")
+    width, height = sizes.pop()
+    font = ImageFont.load_default(size=max(12, width // 14))
+    heads = [_wrap(label, font, width) for label in columns]
+    sides = [_wrap(label, font, max(96, width * 2 // 3)) for label, _ in rows]
+    left = GAP + max(int(_width(line, font)) for lines in sides for line in lines) + GAP
+    top = GAP + max(len(lines) for lines in heads) * _line_height(font) + GAP
+    sheet = Image.new("RGB", (left + len(columns) * (width + GAP), top + len(rows) * (height + GAP)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, lines in enumerate(heads):
+        draw.text((left + i * (width + GAP) + width // 2, top - GAP), "\n".join(lines), INK, font, anchor="md")
+    for j, ((_, pictures), lines) in enumerate(zip(rows, sides, strict=True)):
+        y = top + j * (height + GAP)
+        draw.text((GAP, y + height // 2), "\n".join(lines), INK, font, anchor="lm")
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture.convert("RGB"), (left + i * (width + GAP), y))
+    return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of whole words, each within `width` pixels unless a single word is longer."""
+    lines: list[str] = []
+    for word in text.split() or [""]:
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _width(longer, font) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> float:
+    return font.getlength(text)
+
+
+def _line_height(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    _, top, _, bottom = font.getbbox("Ag")
+    return int((bottom - top) * 1.5)

@@ -1,0 +1,22 @@
+"""How much faster one denoising step gets: the benchmark behind the figures in the README.
+
+    python pipelines/benchmark.py --models sd15 --sizes 1024 --rounds 9 --out outputs/bench
+
+A UNet of the size of Stable Diffusion 1.5 or XL, with random weights, runs one step under guidance. Its variants take
+turns: exact attention (sdpa), the presets of agent attention, token merging (tome), and no attention at all (floor),
+under which nothing can get. The same as `diffattn bench attention`; `--help` explains every option.
+
+What happens, in order (`diffattn/evaluation/attention_benchmark.py`):
+
+1. `BenchmarkConfig` checks what was asked for.
+2. For each model a UNet is built; for each size every variant is applied, timed, and removed, round after round.
+3. attention.json is rewritten after every round, so an interrupted run goes on with `--resume`.
+4. The table is printed, and drawn as attention.png.
+"""
+
+import typer
+
+from diffattn.cli.bench import attention
+
+if __name__ == "__main__":
+    typer.run(attention)
