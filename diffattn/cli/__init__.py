@@ -1,0 +1,30 @@
+"""The command line: parses, calls the library, prints. No logic.
+
+Only light modules are imported here; each command imports torch and diffusers when it runs.
+"""
+
+import warnings
+
+import typer
+
+from diffattn.cli import bench, demo, generate, info
+from diffattn.cli.common import OneLineErrors, show_warning
+
+app = typer.Typer(
+    name="diffattn",
+    cls=OneLineErrors,
+    help="Linear-cost attention for diffusion models: one line makes a diffusers pipeline faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("info")(info.info)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point of `diffattn` and `python -m diffattn`."""
+    warnings.showwarning = show_warning
+    app(prog_name="diffattn")

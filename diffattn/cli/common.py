@@ -1,0 +1,122 @@
+"""What the commands share: options, errors, progress, JSON. Heavy libraries are imported inside functions."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+BAD_INPUT = 2
+
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers, 0 to 2^63.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps; auto takes the first there is of cuda, mps, cpu.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto is float16 on cuda, float32 elsewhere.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there as JSON.")]
+
+stdout = Console(soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class OneLineErrors(TyperGroup):
+    """A group of commands whose every complaint about its input is one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except typer.Abort:
+            sys.exit(1)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # not one of typer's: a bug, with its traceback
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.format_message())  # type: ignore[attr-defined]
+                sys.exit(BAD_INPUT)
+            fail(_told(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _told(error: Any) -> str:
+    """The message of one of typer's errors, the offending value named."""
+    details = getattr(error.__cause__, "errors", list)()
+    value = f": {details[0]['input']!r}" if details else ""
+    return error.format_message() + value
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    print("diffattn:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+@contextmanager
+def bad_input() -> Iterator[None]:
+    """Within, what the library says about its arguments ends the program; only for the steps before the work."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        fail(str(error))
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """A status line instead of the libraries' own progress bars and log lines while a model is loaded."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with stderr.status(f"loading {what}"):
+            yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr; the function it gives advances it by one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def show_warning(message: Warning | str, *where: Any) -> None:
+    """One line on stderr, without the place in the source; for `warnings.showwarning`."""
+    print("diffattn: warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def check_writable(path: Path | None, folder: bool = False) -> None:
+    """End the program before the work is done if its result could not be written; missing folders are fine."""
+    if path is None:
+        return
+    place = path if folder else path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        fail(f"cannot write to {str(path)!r}: {str(place)!r} is not a folder")
+    if not os.access(place, os.W_OK):
+        fail(f"cannot write to {str(path)!r}: no permission")
+    if not folder and path.is_dir():
+        fail(f"cannot write to {str(path)!r}: it is a folder")
+
+
+def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
+    """Write results if a file was asked for; makes the folder."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")

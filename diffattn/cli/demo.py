@@ -1,0 +1,78 @@
+"""`diffattn demo`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from diffattn.cli.common import (
+    Device,
+    Dtype,
+    JsonFile,
+    Seed,
+    bad_input,
+    check_writable,
+    loading,
+    progress,
+    stdout,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from diffattn.demo import DemoResult
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for comparison.png and result.json.")] = Path("outputs/demo"),
+    model: Annotated[str, typer.Option(help="Embedded model.")] = "emoji-sd",
+    method: Annotated[str, typer.Option(help="Attention method, see `diffattn info`.")] = "agent",
+    preset: Annotated[str, typer.Option(help="Preset of the method, see `diffattn info`.")] = "balanced",
+    steps: Annotated[int, typer.Option(help="Sampling steps per picture.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 and below: none.")] = 2.5,
+    rounds: Annotated[int, typer.Option(help="How often every prompt is drawn and timed in both ways.")] = 3,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: JsonFile = None,
+) -> None:
+    """See and time the same pictures unpatched and patched.
+
+    The embedded model draws every prompt in both ways, in turns. The sheet shows the pictures and their
+    difference, the figures the times and how alike the pictures are.
+    """
+    check_writable(out, folder=True)
+    check_writable(json)
+    with loading(model), bad_input():
+        from diffattn.demo import Demo, DemoSettings
+
+        settings = DemoSettings(
+            model=model, method=method, preset=preset, steps=steps, guidance=guidance, rounds=rounds, seed=seed,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        ready = Demo(settings)
+    with progress("drawing pictures", total=ready.num_pictures) as advance:
+        result = ready.run(advance)
+    sheet, figures = result.save(out)
+    write_json(json, result.to_dict())
+    stdout.print(_table(result))
+    stdout.print(str(result.report), markup=False)
+    stdout.print(f"\n{result.verdict}\nPictures: {sheet}\nFigures:  {figures}", markup=False)
+
+
+def _table(result: "DemoResult") -> Table:
+    settings = result.settings
+    table = Table(
+        title=f"{settings.model} at {result.size}x{result.size}, {settings.steps} steps, {result.device}, "
+        f"{str(result.dtype).removeprefix('torch.')}: unpatched against {settings.method}, {settings.preset}",
+        title_justify="left",
+    )
+    table.add_column("prompt")
+    for head in ("unpatched s", "patched s", "speed-up", "PSNR dB", "SSIM"):
+        table.add_column(head, justify="right")
+    for row in (*result.pairs, result):
+        name = getattr(row, "prompt", "all (medians, means)")
+        figures = (row.baseline_s, row.accelerated_s, row.speedup, row.psnr, row.ssim)
+        formats = (".2f", ".2f", ".2f", ".1f", ".3f")
+        table.add_row(name, *(format(x, f) for x, f in zip(figures, formats, strict=True)))
+    return table

@@ -1,0 +1,118 @@
+"""`diffattn generate`."""
+
+import json as jsonlib
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffattn.cli.common import (
+    Device,
+    Dtype,
+    JsonFile,
+    Seed,
+    bad_input,
+    check_writable,
+    fail,
+    loading,
+    progress,
+    stdout,
+    write_json,
+)
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+WORDS = {"none": None, "true": True, "false": False}
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw; may be empty.")],
+    model: Annotated[
+        str, typer.Option(help="Embedded model, folder in diffusers' layout, or hub id (owner/name).")
+    ] = "emoji-sd",
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
+    method: Annotated[str, typer.Option(help="Attention method, see `diffattn info`; none: unpatched.")] = "agent",
+    preset: Annotated[
+        str | None, typer.Option(help="Preset of the method, see `diffattn info`.", show_default="the method's own")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Option of the method; may be given several times.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance scale; 1 and below: none.",
+            show_default="7.5, of an embedded model its own",
+        ),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures; number i has the seed SEED + i.")] = 1,
+    out: Annotated[Path, typer.Option(help="PNG file, or folder for files named by prompt and seed.")] = Path(
+        "outputs/generate"
+    ),
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: JsonFile = None,
+) -> None:
+    """Draw pictures with any Stable Diffusion model.
+
+    The recipe of every picture (prompt, seed, options, versions ...) is stored in its PNG, under "diffattn".
+    """
+    names = _names(out, prompt, seed, num_images)
+    check_writable(json)
+    with loading(model), bad_input():
+        from diffattn.devices import choose_device, choose_dtype
+        from diffattn.generation import Request, prepare
+        from diffattn.generation import generate as draw
+        from diffattn.loading import load_pipeline
+
+        request = Request(
+            model=model, prompt=prompt, negative_prompt=negative_prompt, method=method, preset=preset,
+            options=_options(option or []), steps=steps, guidance=guidance, width=width, height=height,
+            num_images=num_images, seed=seed,
+        )  # fmt: skip
+        place = choose_device(device)
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+        request, patch = prepare(pipe, request)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    with progress("drawing", total=steps * num_images) as advance:
+        for name, picture in zip(names, draw(pipe, request, advance), strict=True):
+            picture.save(name)
+            pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.recipe})
+            stdout.print(f"{name}  {picture.seconds:.2f} s, seed {picture.seed}", markup=False)
+    report = patch.report() if patch else None
+    if report:
+        stdout.print(str(report), markup=False)
+    write_json(json, {"pictures": pictures, "report": report.to_dict() if report else None})
+
+
+def _names(out: Path, prompt: str, seed: int, num_images: int) -> list[Path]:
+    """Where the pictures go: one file as it is named, several with their seeds behind the name."""
+    seeds = range(seed, seed + num_images)
+    if out.suffix.lower() in PICTURES and not out.is_dir():
+        if out.suffix.lower() != ".png":
+            fail(f"--out {str(out)!r}: pictures are written as .png")
+        check_writable(out)
+        return [out] if num_images == 1 else [out.with_name(f"{out.stem}-{s}{out.suffix}") for s in seeds]
+    check_writable(out, folder=True)
+    stem = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "empty"
+    return [out / f"{stem}-{s}.png" for s in seeds]
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """`key=value`, the value read as JSON, or else as the bare word it is."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--option {pair!r} is not of the form key=value")
+        try:
+            found[key] = WORDS[value.lower()] if value.lower() in WORDS else jsonlib.loads(value)
+        except ValueError:
+            found[key] = value
+    return found

@@ -1,0 +1,227 @@
+"""The demo: an embedded model draws the same pictures unpatched and patched; how fast, and how alike?"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from diffattn.devices import choose_device, choose_dtype, describe_device, dtype_name, versions
+from diffattn.evaluation import comparison_sheet, psnr, ssim
+from diffattn.evaluation.speed import Timings, interleave
+from diffattn.injection import Patch, patch
+from diffattn.loading import load_demo
+from diffattn.report import Report
+
+__all__ = ["PROMPTS", "DemoResult", "DemoSettings", "Pair", "load_demo", "run_demo"]
+
+PROMPTS = ("unicorn", "mushroom", "doughnut", "crab", "guitar")
+"""Fixed prompts, all among the names that `emoji-sd` was trained on."""
+
+UNPATCHED, PATCHED = "unpatched", "patched"
+SHEET, RESULT = "comparison.png", "result.json"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo does. The defaults take well below 3 minutes on two CPU cores."""
+
+    model: str = "emoji-sd"
+    method: str = "agent"
+    preset: str = "balanced"
+    steps: int = 25
+    guidance: float = 2.5
+    seed: int = 0  # of every picture
+    rounds: int = 3  # how often every prompt is drawn and timed in both ways
+    prompts: Sequence[str] = PROMPTS
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.prompts:
+            raise ValueError("prompts must hold at least one")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt drawn in both ways."""
+
+    prompt: str
+    baseline_s: float  # seconds for one picture unpatched, median over the rounds
+    accelerated_s: float  # patched
+    speedup: float  # of patched over unpatched in the same round, median over the rounds
+    psnr: float  # dB, patched against unpatched; infinite if identical
+    ssim: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found, and its comparison sheet."""
+
+    settings: DemoSettings
+    pairs: tuple[Pair, ...]
+    size: int  # pixels, width and height
+    baseline_s: float  # seconds for one picture unpatched, median over prompts and rounds
+    accelerated_s: float
+    speedup: float  # of patched over unpatched in the same round, median over prompts and rounds
+    spread: tuple[float, float]  # first and third quartile of that
+    psnr: float  # mean over the prompts
+    ssim: float
+    device: torch.device
+    dtype: torch.dtype
+    report: Report
+    sheet: Image.Image
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: faster or not, beyond the spread of the measurement or not."""
+        low, high = self.spread
+        measured = f"{self.speedup:.2f}x the speed (middle half of the measurements: {low:.2f}x to {high:.2f}x)"
+        if not self.report.layers_accelerated:
+            return f"Nothing is faster: no layer ran accelerated at {self.size}x{self.size} on {self.device.type}."
+        if low > 1:
+            return f"Faster: {measured}."
+        if self.speedup <= 1:
+            return f"Nothing is faster: {measured}."
+        return f"Not clearly faster: {measured}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the sheet as JSON types; the PSNR of identical pictures is null."""
+        fields = asdict(self.settings) | {"prompts": list(self.settings.prompts)}
+        totals = ("size", "baseline_s", "accelerated_s", "speedup", "psnr", "ssim")
+        pairs: list[dict[str, Any]] = [asdict(pair) for pair in self.pairs]
+        found: dict[str, Any] = fields | {name: getattr(self, name) for name in totals} | {"spread": list(self.spread)}
+        found |= {"dtype": dtype_name(self.dtype), "device": str(self.device), "hardware": describe_device(self.device)}
+        found |= {"layers_patched": self.report.layers_patched, "layers_accelerated": self.report.layers_accelerated}
+        found |= {"verdict": self.verdict, "versions": versions(), "pairs": pairs, "report": self.report.to_dict()}
+        for part in (found, *pairs):
+            part["psnr"] = part["psnr"] if math.isfinite(part["psnr"]) else None
+        return found
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write the sheet and the figures into a folder, made if missing; the two paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.sheet.save(folder / SHEET)
+        (folder / RESULT).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        return folder / SHEET, folder / RESULT
+
+
+class Demo:
+    """The model loaded twice, once unpatched and once patched: ready to run.
+
+    Raises:
+        ValueError, TypeError: from the settings, see `load_demo`, `choose_device`, `choose_dtype` and `patch`.
+    """
+
+    def __init__(self, settings: DemoSettings) -> None:
+        self.settings = settings
+        self.device = choose_device(settings.device)
+        self.dtype = choose_dtype(settings.dtype, self.device)
+        self.pipes = {name: self._load() for name in (UNPATCHED, PATCHED)}
+        self.patch: Patch = patch(self.pipes[PATCHED], settings.method, preset=settings.preset)
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures that `run` draws, those of the warm-up included."""
+        return 2 + 2 * len(self.settings.prompts) * self.settings.rounds
+
+    def run(self, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
+        """Draw every prompt in both ways, in turns, several times; the first pair of all is not counted.
+
+        Args:
+            on_picture: called after every picture.
+        """
+        timings: list[Timings] = []
+        pictures: dict[str, list[Tensor]] = {}
+        for i, prompt in enumerate(self.settings.prompts):
+            seen: dict[str, Tensor] = {}  # the same in every round
+
+            def draw(name: str, prompt: str = prompt, seen: dict[str, Tensor] = seen) -> None:
+                seen[name] = self._draw(self.pipes[name], prompt)
+                on_picture()
+
+            variants = {name: partial(draw, name) for name in self.pipes}
+            timings.append(interleave(variants, self.settings.rounds, warmup=int(i == 0), device=self.device))
+            for name, picture in seen.items():
+                pictures.setdefault(name, []).append(picture)
+        return self._result(timings, torch.cat(pictures[UNPATCHED]), torch.cat(pictures[PATCHED]))
+
+    def _load(self) -> DiffusionPipeline:
+        pipe = load_demo(self.settings.model, self.dtype).to(self.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _draw(self, pipe: Any, prompt: str) -> Tensor:
+        """The picture [1, 3, H, W] in 0..1, on the CPU."""
+        return pipe(
+            prompt,
+            num_inference_steps=self.settings.steps,
+            guidance_scale=self.settings.guidance,
+            generator=torch.Generator().manual_seed(self.settings.seed),
+            output_type="pt",
+        ).images.float().cpu()  # fmt: skip
+
+    def _result(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> DemoResult:
+        """From times and pictures [P, 3, H, W] of all prompts."""
+        rows = zip(self.settings.prompts, timings, psnr(fast, plain).tolist(), ssim(fast, plain).tolist(), strict=True)
+        pairs = tuple(Pair(prompt, *_figures(times), db, alike) for prompt, times, db, alike in rows)
+        together = Timings(UNPATCHED, tuple(r for times in timings for r in times.rounds))
+        baseline, accelerated, speedup = _figures(together)
+        ratio = together.time_ratio(PATCHED)
+        return DemoResult(
+            settings=self.settings,
+            pairs=pairs,
+            size=plain.shape[-1],
+            baseline_s=baseline,
+            accelerated_s=accelerated,
+            speedup=speedup,
+            spread=(1 / ratio.q75, 1 / ratio.q25),
+            psnr=statistics.fmean(pair.psnr for pair in pairs),
+            ssim=statistics.fmean(pair.ssim for pair in pairs),
+            device=self.device,
+            dtype=self.dtype,
+            report=self.patch.report(),
+            sheet=self._sheet(plain, fast, baseline, accelerated),
+        )
+
+    def _sheet(self, plain: Tensor, fast: Tensor, baseline: float, accelerated: float) -> Image.Image:
+        rows = {
+            f"unpatched: {baseline:.2f} s": plain,
+            f"{self.settings.method}, {self.settings.preset}: {accelerated:.2f} s": fast,
+            "absolute difference": (plain - fast).abs(),
+        }
+        return comparison_sheet([(label, _pictures(x)) for label, x in rows.items()], self.settings.prompts)
+
+
+def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
+    """Draw, time and compare; see `Demo`.
+
+    Args:
+        settings: what to do, by default what `diffattn demo` does.
+        on_picture: called after every picture.
+    """
+    return Demo(settings or DemoSettings()).run(on_picture)
+
+
+def _figures(times: Timings) -> tuple[float, float, float]:
+    """Median seconds unpatched and patched, and the median speed-up of neighbours in time."""
+    return times.seconds(UNPATCHED).median, times.seconds(PATCHED).median, times.speedup(PATCHED)
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """[P, 3, H, W] in 0..1 -> P pictures."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(x) for x in pixels]

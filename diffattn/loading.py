@@ -1,0 +1,127 @@
+"""Diffusers pipelines by name: embedded in the package, in a local folder, or on the hub. Safetensors only."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import RepositoryNotFoundError
+
+INDEX = "model_index.json"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that comes with the package."""
+
+    what: str
+    guidance: float  # the scale its card recommends
+
+
+EMBEDDED = {"emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", guidance=2.5)}
+
+
+def embedded_folder(name: str) -> Path:
+    """Where an embedded model lies."""
+    return Path(str(files("diffattn") / "assets" / name))
+
+
+def embedded_models() -> list[str]:
+    """Names of the embedded models that are installed."""
+    return [name for name in EMBEDDED if (embedded_folder(name) / INDEX).is_file()]
+
+
+def load_demo(name: str = "emoji-sd", dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """An embedded model as a ready diffusers pipeline, without a network, on the CPU.
+
+    Raises:
+        ValueError: no embedded model of this name; the message lists those there are.
+    """
+    if name not in embedded_models():
+        raise ValueError(f"unknown embedded model {name!r}; available: {', '.join(embedded_models()) or 'none'}")
+    return DiffusionPipeline.from_pretrained(embedded_folder(name), dtype=dtype, use_safetensors=True)
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """A diffusers pipeline on the CPU.
+
+    Args:
+        model: the name of an embedded model, a folder in diffusers' layout, or an id on the hub ("owner/name"),
+            looked for in this order.
+        dtype: precision of all its parts.
+
+    Raises:
+        ValueError: none of these; a folder that is not a model; weights that are pickles; a hub that has no such
+            model or cannot be reached.
+    """
+    if model in embedded_models():
+        return load_demo(model, dtype)
+    if Path(model).exists():
+        return _from_folder(Path(model), dtype)
+    if HUB_ID.fullmatch(model):
+        return _from_hub(model, dtype)
+    raise ValueError(
+        f"no model {model!r}: not a folder, not a hub id (owner/name), and not an embedded model "
+        f"({', '.join(embedded_models()) or 'none installed'})"
+    )
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    if folder.is_file():
+        why = "a pickle, which can run code when loaded" if folder.suffix in PICKLES else "a single file"
+        raise ValueError(f"{str(folder)!r} is {why}; give a folder in diffusers' layout with safetensors weights")
+    _refuse_pickles(folder, _parts(folder))
+    try:
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(folder)!r} could not be loaded: {_first_line(error)}") from error
+
+
+def _parts(folder: Path) -> list[str]:
+    """Names of the parts of the pipeline in a folder; raises `ValueError` if there is no pipeline."""
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{str(folder)!r} is not a model: it has no {INDEX}")
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r} is not a model: its {INDEX} is not JSON: {error}") from None
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ValueError(f"{str(folder)!r} is not a model: its {INDEX} names no pipeline class")
+    return [name for name in index if not name.startswith("_")]
+
+
+def _refuse_pickles(folder: Path, parts: list[str]) -> None:
+    """Raise for a part of the pipeline whose only weights are pickles, naming the file."""
+    for part in parts:
+        here = [path for path in sorted((folder / part).glob("*")) if path.is_file()]
+        pickles = [path for path in here if path.suffix in PICKLES]
+        if pickles and not any(path.suffix == ".safetensors" for path in here):
+            raise ValueError(
+                f"refused: {str(pickles[0])!r} is a pickle, which can run code when loaded; "
+                "only weights saved as safetensors are loaded"
+            )
+
+
+def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"the hub has no model {model!r}, or it is private") from error
+    except (OSError, ValueError, AttributeError) as error:
+        message = str(error)
+        if "not fully cached" in message or "cached snapshot" in message:
+            why = "it is not in the local cache and the hub could not be reached"
+        elif "safetensors" in message:
+            why = "it has no safetensors weights, and pickles are refused"
+        else:
+            why = _first_line(error)
+        raise ValueError(f"model {model!r} could not be loaded: {why}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
