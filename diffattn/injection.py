@@ -209,7 +209,7 @@ class Patch:
         """A run on latents of a size begins: count it, and look whether all processors are still in place."""
         self._num_runs += 1
         for hook in self.hooks:
-            hook.set_size(*size)
+            hook.begin_run(*size)
         if names := self._notice_displaced():
             by = ", ".join(sorted({x.displaced_by for x in self._layers if x.displaced_by}))
             warnings.warn(

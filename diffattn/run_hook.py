@@ -47,6 +47,7 @@ class RunHook:
         self.architecture = architecture
         self.layers = [layer for layer in layers if layer.processor is not None]
         self.grids: list[tuple[int, int]] = []  # by level, of the last call
+        self.compiled = False  # part of the denoiser is compiled
         self.outside: OutsideCompiled | None = None
         self._names = list(inspect.signature(type(uncompiled(model)).forward).parameters)[1:]
 
@@ -63,7 +64,7 @@ class RunHook:
         sample: Tensor = given[self._names[0]]
         mask_rows = int(given.get("attention_mask") is not None)
         run, device = self.patch.run, sample.device.type
-        self.set_size(*sample.shape[-2:])
+        grids = self.set_size(*sample.shape[-2:])
         levels, to_come, scheduler_run = self.patch.noise_levels().read(given["timestep"])
         new_run = max(levels) > run.last_level or scheduler_run != run.scheduler_run
         if run.schedule is None or new_run:
@@ -73,15 +74,23 @@ class RunHook:
             self._check_reachable(run.schedule.reachable(to_come), device, mask_rows)
         run.last_level, run.scheduler_run = max(levels), scheduler_run
         run.schedule.observe(sample, levels)
-        phase, compiled = run.schedule.phase(), traced or self._is_compiled()
-        run.begin(DenoiserCall(phase, {h * w: (h, w) for h, w in self.grids}, compiled))
+        phase, compiled = run.schedule.phase(), traced or self.compiled
+        run.begin(DenoiserCall(phase, {h * w: (h, w) for h, w in grids}, compiled))
         self.patch.count_call(self)
         if compiled:
             self._count(phase, device, mask_rows)
 
-    def set_size(self, height: int, width: int) -> None:
-        """Latents of this size are coming."""
-        self.grids = self.architecture.grids(uncompiled(self.model), height, width)
+    def set_size(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Latents of this size are coming; their grids by level."""
+        self.grids = grids = self.architecture.grids(uncompiled(self.model), height, width)
+        return grids
+
+    def begin_run(self, height: int, width: int) -> None:
+        """A run on latents of this size begins, perhaps with another denoiser of the same patch."""
+        self.set_size(height, width)
+        self.compiled = uncompiled(self.model) is not self.model or any(
+            m._compiled_call_impl is not None for m in self.model.modules()
+        )
 
     def tokens(self, layer: LayerSpec) -> int | None:
         """Image tokens of a layer at the size of the last call."""
@@ -89,11 +98,6 @@ class RunHook:
             return None
         rows, columns = self.grids[layer.level]
         return rows * columns
-
-    def _is_compiled(self) -> bool:
-        return uncompiled(self.model) is not self.model or any(
-            m._compiled_call_impl is not None for m in self.model.modules()
-        )
 
     def _reasons(self, phase: int, device: str, mask_rows: int) -> list[tuple[str, str]]:
         """(layer, why exact) in one phase."""

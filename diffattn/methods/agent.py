@@ -52,12 +52,12 @@ class AgentAttention(AttentionMethod):
         "balanced": Preset(schedule={0.4: {}, 0.0: EXACT}),
         # A quarter of the agents, at every noise level.
         "fast": Preset(options={"num_agents": 16, "agent_ratio": 127 / 128}),
-        # The published recipe for 512x512: agents in the first 40 % of the steps (noise level above 0.72 on
+        # The published recipe for 512x512: agents in the first 40 % of the steps (noise level above 0.69 on
         # Stable Diffusion's schedule), then plain attention between merged tokens; highest resolution only.
         "paper": Preset(
             options={"agents": "merge", "num_agents": None, "merge_ratio": 0.4, "max_level": 0},
             schedule={
-                0.72: {"merge_stride": 4, "agent_ratio": 0.95},
+                0.69: {"merge_stride": 4, "agent_ratio": 0.95},
                 0.0: {"merge_stride": 2, "agent_ratio": 0.5},
             },
         ),
