@@ -1,0 +1,95 @@
+"""Position biases of mediator attention (arXiv 2408.05710), for any grid and any number of mediators.
+
+A bias is the sum of a 7×7 window and one vector per axis, all learned:
+
+    B₁ = resize(an → h×w) + ah + aw     of mediators looking at tokens
+    B₂ = resize(na → h×w)ᵀ + ha + wa    of tokens looking at mediators
+
+Shapes: H heads, N = h·w tokens in row-major order on a grid (h, w), n = m·m mediators in row-major order.
+"""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+WINDOW = 7
+"""Side of the windows `an` and `na`."""
+
+
+def gather_bias(an: Tensor, ah: Tensor, aw: Tensor, grid: tuple[int, int]) -> Tensor:
+    """B₁, added to the logits of mediators over tokens.
+
+    Args:
+        an: windows [H, n, 7, 7], resized to the grid (bilinear, align_corners=False).
+        ah: per row [1, H, n, h', 1]; another h' than the grid's h is resized (linear, align_corners=True).
+        aw: per column [1, H, n, 1, w'], likewise.
+        grid: (h, w) of the tokens.
+
+    Returns:
+        [H, n, N], in fp32 at least.
+    """
+    h, w = grid
+    axes = resize_axis(ah, 3, h) + resize_axis(aw, 4, w)  # [1, H, n, h, w]
+    return (axes[0] + _resize_window(an, grid)).flatten(2)
+
+
+def spread_bias(na: Tensor, ha: Tensor, wa: Tensor, grid: tuple[int, int]) -> Tensor:
+    """B₂, added to the logits of tokens over mediators.
+
+    Args:
+        na: windows [H, n, 7, 7], resized as in `gather_bias`.
+        ha: per row [1, H, h', 1, n], resized likewise.
+        wa: per column [1, H, 1, w', n], likewise.
+        grid: (h, w) of the tokens.
+
+    Returns:
+        [H, N, n], in fp32 at least.
+    """
+    h, w = grid
+    axes = resize_axis(ha, 2, h) + resize_axis(wa, 3, w)  # [1, H, h, w, n]
+    return axes[0].flatten(1, 2) + _resize_window(na, grid).flatten(2).transpose(1, 2)
+
+
+def resize_axis(bias: Tensor, dim: int, size: int) -> Tensor:
+    """Resize one axis linearly, first and last entries staying where they are (align_corners=True).
+
+    Args:
+        bias: any shape.
+        dim: the axis, 0 or more.
+        size: its new length, 1 or more.
+    """
+    bias = _at_least_fp32(bias)
+    if bias.shape[dim] == size:
+        return bias
+    moved = bias.movedim(dim, -1)
+    resized = interpolate(moved.reshape(1, -1, moved.shape[-1]), size=size, mode="linear", align_corners=True)
+    return resized.reshape(*moved.shape[:-1], size).movedim(-1, dim)
+
+
+def resize_mediators(bias: Tensor, dim: int, num_mediators: int) -> Tensor:
+    """Resize the axis of the mediators as the m×m image it is: bilinear between the centres of their cells.
+
+    Args:
+        bias: any shape, with m·m entries along `dim`.
+        dim: the axis, 0 or more.
+        num_mediators: its new length, a perfect square.
+    """
+    bias = _at_least_fp32(bias)
+    if bias.shape[dim] == num_mediators:
+        return bias
+    side, new_side = isqrt(bias.shape[dim]), isqrt(num_mediators)
+    moved = bias.movedim(dim, -1)
+    image = moved.reshape(1, -1, side, side)
+    resized = interpolate(image, size=(new_side, new_side), mode="bilinear", align_corners=False)
+    return resized.reshape(*moved.shape[:-1], num_mediators).movedim(-1, dim)
+
+
+def _resize_window(window: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[H, n, 7, 7] -> [H, n, h, w]"""
+    return interpolate(_at_least_fp32(window), size=grid, mode="bilinear", align_corners=False)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

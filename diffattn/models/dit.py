@@ -1,0 +1,278 @@
+"""One backbone for DiT (Peebles & Xie, ICCV 2023) and SiT (Ma et al., ECCV 2024), with a choice of attention per layer.
+
+Shapes: B batch, c image channels, N = h·w tokens on a grid (h, w), C hidden channels, n mediators.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from diffattn.models import convert, convert_diffusers
+from diffattn.models.attention import AttentionOptions, MediatorAttention
+from diffattn.models.config import attention_per_layer, check_num_mediators, check_one_of, mediator_set, token_grid
+from diffattn.models.layers import (
+    DiTBlock,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbedder,
+    TimestepEmbedder,
+    position_embedding,
+    unpatchify,
+)
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """A class-conditional diffusion transformer: `model(x, t, y).sample`.
+
+    Args:
+        sample_size: height and width of its images or latents, or one number for both. Other sizes run too:
+            the position embedding is recomputed, position biases are resized.
+        patch_size: side p of the square that becomes a token.
+        in_channels: c.
+        hidden_size: C, a multiple of `num_heads` and of 4.
+        num_layers, num_heads: as they say.
+        mlp_ratio: hidden width of the MLPs over C.
+        num_classes: classes, with ids from 0.
+        null_class: the id `num_classes` stands for "no class", which guidance needs.
+        learn_sigma: twice the output channels, as official checkpoints have. A velocity model leaves the second half
+            out of its output.
+        prediction: "velocity" (SiT) or "epsilon" (DiT).
+        time_direction: "noise_to_data": t from 0 (noise) to 1 (data), as SiT; "data_to_noise": t from 0 (data) to 999
+            (noise), as DiT. It is for whoever samples; t reaches the embedder as it is given.
+        attention: "softmax", "agent" or "mediator", for all layers or one name per layer.
+        mediators: the numbers of mediators n that have position biases of their own: perfect squares.
+        num_agents, agent_scale_exponent, agent_shortcut: of agent layers, see `functional.agent_attention`.
+        qk_norm: RMS norm of queries and keys, per head.
+        norm_eps: of the norm before each MLP.
+        frequency_shift: time frequencies are 10000^(-i/(128 - shift)): 0 official, 1 diffusers.
+
+    Raises:
+        ValueError: naming the value that does not fit, and what is allowed.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]  # noqa: RUF012, as diffusers declares it
+    _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ("pos_embed", "norm")
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 384,
+        num_layers: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        null_class: bool = True,
+        learn_sigma: bool = False,
+        prediction: str = "velocity",
+        time_direction: str = "noise_to_data",
+        attention: str | Sequence[str] = "softmax",
+        mediators: Sequence[int] = (4, 16, 64),
+        num_agents: int = 64,
+        agent_scale_exponent: float = 0.3,
+        agent_shortcut: float = 0.075,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        frequency_shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_one_of("prediction", prediction, ("velocity", "epsilon"))
+        check_one_of("time_direction", time_direction, ("noise_to_data", "data_to_noise"))
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size must be a multiple of num_heads={num_heads} and of 4, got {hidden_size}")
+        self.patch_size, self.in_channels = patch_size, in_channels
+        self.drops_sigma = learn_sigma and prediction == "velocity"
+        self.grid = token_grid(sample_size, patch_size)
+        self.attention = attention_per_layer(attention, num_layers)
+        self.mediators = mediator_set(mediators, self.grid) if "mediator" in self.attention else ()
+        self.num_mediators = max(self.mediators, default=0)
+        self.gradient_checkpointing = False
+
+        options = AttentionOptions(
+            num_heads=num_heads,
+            grid=self.grid,
+            qk_norm=qk_norm,
+            mediators=self.mediators,
+            num_agents=num_agents,
+            agent_scale_exponent=agent_scale_exponent,
+            agent_shortcut=agent_shortcut,
+        )
+        mlp_hidden = int(hidden_size * mlp_ratio + 1e-6)  # a ratio read off two widths must give them back
+        self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, mlp_hidden, kind, options, norm_eps) for kind in self.attention
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
+        self.register_buffer("pos_embed", position_embedding(self.grid, hidden_size), persistent=False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """adaLN-Zero: every block begins as the identity, and the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
+        nn.init.zeros_(patch.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for module in self.t_embedder.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        gates = [module for name, module in self.named_modules() if name.endswith("adaLN_modulation.1")]
+        for module in (*gates, self.final_layer.linear):
+            for weight in module.parameters():
+                nn.init.zeros_(weight)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict at one time step.
+
+        Args:
+            x: noisy images or latents [B, c, H, W], H and W multiples of the patch size.
+            t: times [B], or one for all, as the checkpoint was trained (see `time_direction`).
+            y: class ids [B]. Their range is checked on the CPU; elsewhere that would wait for the device.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            `.sample` [B, c, H, W], or [B, 2c, H, W] of an epsilon model that learns sigma.
+
+        Raises:
+            ValueError: the size does not divide into patches or has too few for the mediators; a class id out of range.
+        """
+        grid = token_grid(x.shape[-2:], self.patch_size)
+        dtype = self.x_embedder.proj.weight.dtype  # under autocast the tokens stay in fp32
+        tokens = (self.x_embedder(x) + self._positions(grid)).to(dtype)  # [B, N, C]
+        condition = self.t_embedder(t.to(x.device).expand(len(x)), dtype) + self.y_embedder(y)  # [B, C]
+        recomputed = self._gradient_checkpointing_func if self.gradient_checkpointing else None
+        for block in self.blocks:
+            if recomputed is not None and torch.is_grad_enabled():
+                tokens = recomputed(block, tokens, condition, grid, self.num_mediators)
+            else:
+                tokens = block(tokens, condition, grid, self.num_mediators)
+        sample = unpatchify(self.final_layer(tokens, condition), grid, self.patch_size)
+        if self.drops_sigma:
+            sample = sample[:, : self.in_channels]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """[1, N, C]"""
+        own = self.pos_embed
+        assert isinstance(own, Tensor)
+        return own if grid == self.grid else position_embedding(grid, own.shape[-1]).to(own)
+
+    def set_num_mediators(self, num_mediators: int) -> None:
+        """Choose n for the calls to come; a new or loaded model runs with its largest.
+
+        Args:
+            num_mediators: one of the configured `mediators`, or a perfect square between two of them, for which
+                their position biases are blended.
+
+        Raises:
+            ValueError: there are no mediator layers, or n is no perfect square, or out of range.
+        """
+        check_num_mediators(num_mediators, self.mediators)
+        self.num_mediators = num_mediators
+
+    @classmethod
+    def from_official(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        num_heads: int,
+        prediction: str = "velocity",
+        num_classes: int | None = None,
+        sample_size: int | Sequence[int] | None = None,
+    ) -> Self:
+        """A model from the weights of an official DiT or SiT, or of a published mediator checkpoint.
+
+        Args:
+            state_dict: the weights by their official names.
+            num_heads: which the shapes do not tell.
+            prediction: "velocity" (SiT, mediators; time from noise to data) or "epsilon" (DiT; from data to noise).
+            num_classes: only needed when the label table has no null row.
+            sample_size: only needed when the grid is not square and there are no mediators.
+
+        Raises:
+            ValueError: naming the missing and the unexpected weights, or the value that does not fit.
+        """
+        config = convert.official_config(state_dict, num_heads, prediction, num_classes, sample_size)
+        return cls(**config)._load(convert.official_to_native(state_dict))
+
+    def to_official(self, num_mediators: int | None = None) -> dict[str, Tensor]:
+        """The weights by their official names, as copies; mediator layers with the biases of one n.
+
+        Args:
+            num_mediators: n, as in `set_num_mediators`; None: the present one. Agent layers are written as the
+                softmax layers whose weights they have.
+        """
+        if num_mediators is not None:
+            check_num_mediators(num_mediators, self.mediators)
+        official = {key: weight for key, weight in self.state_dict().items() if ".biases." not in key}
+        official["pos_embed"] = self._positions(self.grid)
+        for i, block in enumerate(self.blocks):
+            if isinstance(layer := block.attn, MediatorAttention):
+                biases = layer.biases_at(num_mediators or self.num_mediators)
+                official |= {f"blocks.{i}.attn.{name}": bias for name, bias in biases.items()}
+        return {key: weight.detach().clone() for key, weight in official.items()}
+
+    @classmethod
+    def from_diffusers(cls, model: DiTTransformer2DModel, prediction: str = "epsilon") -> Self:
+        """A model with the weights and outputs of diffusers' DiT, including its time frequencies.
+
+        Raises:
+            TypeError: another class.
+            ValueError: a setting this backbone does not have, or copies of the embedders that differ between blocks.
+        """
+        if not isinstance(model, DiTTransformer2DModel):
+            raise TypeError(f"expected a DiTTransformer2DModel, got {type(model).__name__}")
+        config = convert_diffusers.config_from_diffusers(model.config, prediction)
+        return cls(**config)._load(convert_diffusers.diffusers_to_native(model.state_dict(), config["num_layers"]))
+
+    def to_diffusers(self) -> DiTTransformer2DModel:
+        """diffusers' DiT with these weights. It returns all channels, and knows nothing of the direction of time.
+
+        Warns:
+            UserWarning: unless `frequency_shift` is 1, since diffusers divides the exponent of the time frequencies by
+                127 and not 128: at t = 999 they are up to 2.9 radians apart, and outputs differ.
+
+        Raises:
+            ValueError: something that class does not have, such as mediator layers.
+        """
+        config = convert_diffusers.config_to_diffusers(self.config, self.attention, self.grid)
+        theirs = DiTTransformer2DModel(**config)
+        weights = convert_diffusers.native_to_diffusers(self.state_dict(), config["num_layers"])
+        theirs.load_state_dict(weights)
+        if (shift := self.t_embedder.frequency_shift) != 1:
+            warnings.warn(
+                f"diffusers' DiT has the time frequencies 10000^(-i/127), this model 10000^(-i/{128 - shift:g}): "
+                "outputs will differ, at t = 999 visibly",
+                stacklevel=2,
+            )
+        _cast_like(theirs, self.x_embedder.proj.weight)
+        return theirs.eval()
+
+    def _load(self, weights: Mapping[str, Tensor]) -> Self:
+        own = self.state_dict()
+        convert.check_names(own, weights)
+        convert.check_shapes(own, weights)
+        self.load_state_dict(weights)
+        _cast_like(self, weights["x_embedder.proj.weight"])
+        return self.eval()
+
+
+def _cast_like(model: nn.Module, weight: Tensor) -> None:
+    """To the device and dtype of a weight. `ModelMixin.to` warns of any dtype, modules to keep in fp32 or not."""
+    nn.Module.to(model, device=weight.device, dtype=weight.dtype)
