@@ -23,7 +23,7 @@ from diffattn.report import Report
 
 __all__ = ["PROMPTS", "DemoResult", "DemoSettings", "Pair", "load_demo", "run_demo"]
 
-PROMPTS = ("unicorn", "mushroom", "doughnut", "crab", "guitar")
+PROMPTS = ("footprints", "T-Rex", "tent", "man vampire", "green heart")
 """Fixed prompts, all among the names that `emoji-sd` was trained on."""
 
 UNPATCHED, PATCHED = "unpatched", "patched"

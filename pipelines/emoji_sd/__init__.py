@@ -1,0 +1,1 @@
+"""Parts of `train_emoji_sd.py`: data, the training loop, VAE, denoiser, export, evaluation."""

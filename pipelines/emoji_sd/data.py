@@ -1,0 +1,74 @@
+"""Captioned pictures from a zip in the Hugging Face `imagefolder` layout (pictures + `metadata.jsonl`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pictures:
+    images: Tensor  # [N, 3, S, S] uint8
+    names: list[str]  # N captions
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, indices: list[int]) -> Pictures:
+        return Pictures(self.images[indices], [self.names[i] for i in indices])
+
+
+def load_pictures(path: Path, size: int) -> Pictures:
+    """All pictures of the zip as RGB on white, resized to `size`×`size`."""
+    images, names = [], []
+    with zipfile.ZipFile(path) as archive:
+        for line in archive.read("metadata.jsonl").decode().splitlines():
+            row = json.loads(line)
+            images.append(_decode(archive.read(row["file_name"]), size))
+            names.append(row["text"])
+    if not names:
+        raise ValueError(f"{path} holds no pictures: its metadata.jsonl is empty")
+    return Pictures(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), names)
+
+
+def _decode(data: bytes, size: int) -> np.ndarray:
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def split_names(count: int, every: int, keep: bool) -> tuple[list[int], list[int]]:
+    """(trained, held out): every `every`-th picture is trained on (`keep`) or is the one held out."""
+    picked = [i for i in range(count) if i % every == 0]
+    rest = [i for i in range(count) if i % every]
+    return (picked, rest) if keep else (rest, picked)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 → float -1..1."""
+    return images.float() / 127.5 - 1
+
+
+def shrink(x: Tensor, size: int) -> Tensor:
+    """[B, 3, S, S] float → [B, 3, size, size] by area averaging."""
+    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="area")
+
+
+def batch_indices(step: int, batch: int, count: int, seed: int) -> Tensor:
+    """The pictures of one step: a fresh shuffle per epoch, known from the step alone (so a resume repeats it)."""
+    places = range(step * batch, (step + 1) * batch)
+    shuffles = {e: torch.randperm(count, generator=step_rng(seed, -1 - e)) for e in {p // count for p in places}}
+    return torch.stack([shuffles[p // count][p % count] for p in places])
+
+
+def step_rng(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step, independent of every other step."""
+    return torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)

@@ -1,0 +1,130 @@
+"""The f=8 autoencoder: small, fully convolutional (so it trains on crops), L1 + edges + coarse scales + a tiny KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from .data import Pictures, batch_indices, shrink, to_float
+
+
+def build_vae(channels: tuple[int, ...], layers: int, size: int) -> AutoencoderKL:
+    levels = len(channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=size,
+        mid_block_add_attention=False,
+    )
+
+
+class VaeTrainer(nn.Module):
+    """The autoencoder and a linear readout of its latents, dropped after training: the readout hands
+    the encoder a direct gradient for colour, which is the last thing reconstruction alone learns."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+        self.readout = nn.Conv2d(vae.config.latent_channels, 3, 1)
+
+
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def chroma(x: Tensor) -> Tensor:
+    return x - x.mean(dim=1, keepdim=True)
+
+
+def colour_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1, and the square for colour: most pixels are white or yellow, and L1 alone gives up the rare colours."""
+    return (y - x).abs().mean() + 4 * (chroma(y) - chroma(x)).square().mean()
+
+
+def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1 of pixels, of their differences, of 2×, 4×, 8× averages, and of colour apart from brightness."""
+    loss = (y - x).abs().mean()
+    for a, b in zip(edges(y), edges(x), strict=True):
+        loss = loss + 0.5 * (a - b).abs().mean()
+    for factor in (2, 4, 8):
+        a, b = F.avg_pool2d(y, factor), F.avg_pool2d(x, factor)
+        loss = loss + colour_loss(a, b)
+    return loss
+
+
+def vae_loss(
+    pictures: Pictures, sizes: tuple[int, ...], pixels: int, seed: int, device: str, kl_weight: float = 1e-4
+) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
+    """Loss of one step of `pixels` pixels: crop sizes take turns, so group norms see details and whole pictures."""
+
+    def loss_of(model: nn.Module, step: int, rng: torch.Generator) -> Tensor:
+        size = sizes[step % len(sizes)]
+        batch = max(pixels // size**2, 1)
+        images = pictures.images[batch_indices(step, batch, len(pictures), seed)]
+        x = crop_batch(images, size, rng).to(device).contiguous(memory_format=torch.channels_last)
+        posterior = model.vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+        z = posterior.mean + posterior.std * noise
+        y = model.vae.decode(z).sample
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        return reconstruction_loss(y, x) + colour_loss(model.readout(z), F.avg_pool2d(x, 8)) + kl_weight * kl
+
+    return loss_of
+
+
+def crop_batch(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """uint8 [B, 3, S, S] → float [B, 3, size, size]: by turns whole pictures, crops, whole, crops at half scale.
+
+    Many whole pictures in one batch bring many colours: a steadier gradient for the rare ones.
+    """
+    out = []
+    for i, image in enumerate(images):
+        x = to_float(image)
+        scale = (size, x.shape[-1], size, x.shape[-1] // 2)[i % 4]
+        x = shrink(x[None], max(scale, size))[0]
+        top, left = torch.randint(x.shape[-1] - size + 1, (2,), generator=rng).tolist()
+        out.append(x[:, top : top + size, left : left + size])
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor, size: int, device: str, batch: int = 16) -> tuple[Tensor, Tensor]:
+    """uint8 [N, 3, S, S] → posterior mean and std, both [N, 4, size/8, size/8], before scaling."""
+    means, stds = [], []
+    for part in images.split(batch):
+        posterior = vae.encode(shrink(to_float(part.to(device)), size)).latent_dist
+        means.append(posterior.mean.cpu())
+        stds.append(posterior.std.cpu())
+    return torch.cat(means), torch.cat(stds)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor, device: str, batch: int = 16) -> Tensor:
+    """Unscaled latents → uint8 [N, 3, 8h, 8w]."""
+    parts = [vae.decode(z.to(device)).sample.cpu() for z in latents.split(batch)]
+    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Fold z → (z - mean) / std, per channel [4], into the two 1×1 convolutions around the latents.
+
+    Every latent channel then weighs the same in the denoiser's loss, and `scaling_factor` is 1.
+    """
+    mean, std = mean.to(vae.device), std.to(vae.device)
+    moments, back = vae.quant_conv, vae.post_quant_conv  # 8 → 8 channels (mean, log variance), 4 → 4
+    scale = torch.cat([1 / std, torch.ones_like(std)])
+    shift = torch.cat([-mean / std, -2 * std.log()])
+    moments.weight.mul_(scale[:, None, None, None])
+    moments.bias.mul_(scale).add_(shift)
+    back.bias.add_(back.weight[:, :, 0, 0] @ mean)
+    back.weight.mul_(std[None, :, None, None])
+    vae.register_to_config(scaling_factor=1.0)
