@@ -80,7 +80,7 @@ def pool_mediators(q: Tensor, grid: tuple[int, int], num_mediators: int) -> Tens
         raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
     image = q.transpose(2, 3).reshape(batch * heads, dim, h, w)
     pooled = adaptive_avg_pool2d(image, (side, side))
-    return pooled.flatten(2).transpose(1, 2).reshape(batch, heads, num_mediators, dim)
+    return pooled.flatten(2).transpose(1, 2).contiguous().unflatten(0, (batch, heads))
 
 
 def mediator_side(num_mediators: int, grid: tuple[int, int] | None = None) -> int:

@@ -36,7 +36,7 @@ class AgentAttention(AttentionMethod):
     """
 
     num_agents: int | None = 64  # at least this many agents; None leaves the number to agent_ratio
-    agent_ratio: float | None = 31 / 32  # share of tokens that do not become agents, in (0, 1); None: num_agents alone
+    agent_ratio: float | None = 63 / 64  # share of tokens that do not become agents, in (0, 1); None: num_agents alone
     agents: AgentSource = "pool"  # average-pooled queries, or tokens merged by similarity (the published recipe)
     merge_ratio: float = 0.4  # "merge": share of tokens merged away before attention, in [0, 1)
     merge_stride: int = 2  # "merge": one destination token per stride x stride cell
@@ -51,7 +51,7 @@ class AgentAttention(AttentionMethod):
         # Few agents while the picture is noise; exact once detail appears.
         "balanced": Preset(schedule={0.4: {}, 0.0: EXACT}),
         # A quarter of the agents, at every noise level.
-        "fast": Preset(options={"num_agents": 16, "agent_ratio": 127 / 128}),
+        "fast": Preset(options={"num_agents": 16, "agent_ratio": 255 / 256}),
         # The published recipe for 512x512: agents in the first 40 % of the steps (noise level above 0.69 on
         # Stable Diffusion's schedule), then plain attention between merged tokens; highest resolution only.
         "paper": Preset(
