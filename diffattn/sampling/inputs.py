@@ -1,0 +1,109 @@
+"""What a call of the pipeline may be given: every check raises an error that names the value and what is allowed.
+
+Shapes: B images, c channels, H height and W width of the latents (of the pixels without a VAE).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from diffattn.sampling.euler_maruyama import EulerMaruyamaScheduler
+
+Generators = torch.Generator | list[torch.Generator]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PICTURE_CHANNELS = (1, 3)
+SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, EulerMaruyamaScheduler)
+"""Whose model output is -v, and whose time step falls from num_train_timesteps at noise to 0 at data."""
+
+
+def check_velocity_model(transformer: Any) -> None:
+    """Raise `ValueError` for a model whose output is not a velocity from noise to data."""
+    config = transformer.config
+    if config.get("prediction") != "velocity":
+        raise ValueError(
+            f"SiTPipeline samples models that predict the velocity; this {type(transformer).__name__} has "
+            f'prediction={config.get("prediction")!r}. Models that predict noise ("epsilon") run in diffusers\' '
+            "DiTPipeline, after `model.to_diffusers()`"
+        )
+    if config.time_direction != "noise_to_data":
+        raise ValueError(f"SiTPipeline needs time_direction 'noise_to_data', got {config.time_direction!r}")
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise `TypeError` for a scheduler that does not sample velocity models."""
+    if not isinstance(scheduler, SCHEDULERS):
+        allowed = ", ".join(allowed.__name__ for allowed in SCHEDULERS)
+        raise TypeError(f"a velocity model is sampled with one of {allowed}; got {type(scheduler).__name__}")
+
+
+def check_at_least_1(name: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{name} must be 1 or more, got {number}")
+
+
+def check_guidance(config: Any, scale: float, channels: int | None) -> None:
+    """Of a transformer's configuration."""
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"guidance_scale must be 0 or more, got {scale}")
+    if scale != 1 and not config.null_class:
+        raise ValueError(
+            f"guidance_scale={scale} needs a model with a null class, trained with label dropout; "
+            "this one has none, and runs with guidance_scale=1 only"
+        )
+    if channels is not None and not 1 <= channels <= config.in_channels:
+        raise ValueError(f"guidance_channels must be 1 to {config.in_channels}, or None for all, got {channels}")
+
+
+def check_output_type(config: Any, output_type: str, has_vae: bool) -> None:
+    """Of a transformer's configuration."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    if output_type == "pil" and not has_vae and config.in_channels not in PICTURE_CHANNELS:
+        raise ValueError(
+            f"output_type 'pil' needs a VAE, or 1 or 3 channels; this model draws {config.in_channels}: "
+            "use 'np', 'pt' or 'latent'"
+        )
+
+
+def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
+    if unknown := set(names) - set(allowed):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs may have {', '.join(allowed)}, got {', '.join(sorted(unknown))}"
+        )
+
+
+def check_generators(generator: Generators | None, batch: int) -> None:
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"give one generator, or one for each of the {batch} images; got {len(generator)}")
+
+
+def latent_shape(
+    config: Any, scale_factor: int, batch: int, height: int | None, width: int | None, latents: Tensor | None
+) -> tuple[int, int, int, int]:
+    """[B, c, H, W] to draw.
+
+    Args:
+        config: of the transformer.
+        scale_factor: pixels along the side of a latent.
+        batch: B.
+        height, width: in pixels; None: those of the given latents, else the transformer's own.
+        latents: given ones, whose shape is checked.
+    """
+    own = config.sample_size
+    rows, columns = (own, own) if isinstance(own, int) else own
+    if latents is not None and latents.dim() == 4:
+        rows, columns = latents.shape[-2:]
+    unit = config.patch_size * scale_factor
+    for name, size in (("height", height), ("width", width)):
+        if size is not None and (size < 1 or size % unit):
+            raise ValueError(f"{name} must be a positive multiple of {unit} pixels, got {size}")
+    rows = rows if height is None else height // scale_factor
+    columns = columns if width is None else width // scale_factor
+    shape = (batch, config.in_channels, rows, columns)
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"latents must have the shape {list(shape)} here, got {list(latents.shape)}")
+    return shape

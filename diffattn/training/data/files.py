@@ -1,0 +1,152 @@
+"""Where the pictures' bytes are: a folder or a zip. Both can be pickled and read from forked processes and threads."""
+
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+
+
+class Files(Protocol):
+    """Named byte strings."""
+
+    where: str
+    """What messages call the whole."""
+    names: tuple[str, ...]
+    """Paths with forward slashes, ascending, hidden files left out."""
+    folders: tuple[str, ...]
+    """Every folder, empty ones too, as in `names`."""
+
+    def read(self, row: int) -> bytes:
+        """The content of `names[row]`; `OSError` or `ValueError` where it cannot be had."""
+        ...
+
+    def signatures(self, rows: Tensor) -> list[str]:
+        """For each of the rows, int64 [n]: what tells two versions of the file apart without reading it."""
+        ...
+
+
+def open_files(path: Path) -> Files:
+    """The files of a folder or zip.
+
+    Raises:
+        ValueError: neither, a damaged zip, or one with encrypted entries or another compression than deflate.
+    """
+    if path.is_dir():
+        return Folder(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        return Zip(path)
+    what = "is neither a folder nor a zip" if path.exists() else "does not exist"
+    raise ValueError(f"{str(path)!r} {what}")
+
+
+class Folder:
+    """The files below a folder. Links are followed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `ValueError` if a folder cannot be listed."""
+        self.path, self.where = path.resolve(), str(path)
+        sizes, folders = {}, set()
+        for here, inner, files in os.walk(self.path, onerror=_refuse, followlinks=True):
+            inner[:] = [name for name in inner if _wanted(name)]
+            base = Path(here).relative_to(self.path).as_posix()
+            prefix = "" if base == "." else base + "/"
+            folders.update(prefix + name for name in inner)
+            sizes |= {prefix + name: _size(Path(here) / name) for name in files if _wanted(name)}
+        self.names: tuple[str, ...] = tuple(sorted(sizes))
+        self.folders: tuple[str, ...] = tuple(sorted(folders))
+        self.sizes = torch.tensor([sizes[name] for name in self.names], dtype=torch.int64)
+
+    def read(self, row: int) -> bytes:
+        return (self.path / self.names[row]).read_bytes()
+
+    def signatures(self, rows: Tensor) -> list[str]:
+        return [str(size) for size in self.sizes[rows].tolist()]
+
+
+class Zip:
+    """The files in a zip, stored or deflated.
+
+    The directory is kept as one tensor and the archive as a memory map, so that a data set of a million pictures
+    costs little in every loader process, and processes and threads share no file position.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.where = path.resolve(), str(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = [(_posix(entry.filename), entry) for entry in archive.infolist()]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{str(path)!r} is a damaged zip: {error}") from None
+        files = {name: e for name, e in entries if not e.is_dir() and all(map(_wanted, name.split("/")))}
+        for name, entry in files.items():
+            if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name!r} in {str(path)!r} is encrypted or not deflated; zip it anew")
+        self.names = tuple(sorted(files))
+        table = [
+            (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type) for _, e in sorted(files.items())
+        ]
+        self.table = torch.tensor(table, dtype=torch.int64).view(-1, 5)
+        kept = (name for name, _ in entries if all(map(_wanted, name.rstrip("/").split("/"))))
+        self.folders = tuple(sorted({folder for name in kept for folder in _folders_of(name)}))
+        self._map: mmap.mmap | None = None
+
+    def read(self, row: int) -> bytes:
+        start, length, size, crc, method = self.table[row].tolist()
+        archive = self._mapped()
+        try:
+            signature, name, extra = _LOCAL_HEADER.unpack(archive[start : start + _LOCAL_HEADER.size])
+            start += _LOCAL_HEADER.size + name + extra
+            data = archive[start : start + length]
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompress(data, -zlib.MAX_WBITS, size)
+        except (struct.error, zlib.error):
+            signature = data = b""
+        if signature != b"PK\3\4" or zlib.crc32(data) != crc:
+            raise ValueError("the zip is damaged, or was changed since it was opened")
+        return data
+
+    def signatures(self, rows: Tensor) -> list[str]:
+        return [f"{size} {crc:08x}" for size, crc in self.table[rows, 2:4].tolist()]
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._map
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_map": None}
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"cannot list the folder {error.filename!r}: {error.strerror}")
+
+
+def _size(path: Path) -> int:
+    """In bytes; -1 for a link to nowhere, which is an unreadable picture."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _wanted(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _posix(name: str) -> str:
+    return name.replace("\\", "/").lstrip("/")
+
+
+def _folders_of(name: str) -> list[str]:
+    """The folders that a zip entry lies in, and itself if it is one (it then ends in a slash)."""
+    parents = [str(parent) for parent in PurePosixPath(name).parents if str(parent) != "."]
+    return [*parents, name.rstrip("/")] if name.endswith("/") else parents
