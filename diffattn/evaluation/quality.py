@@ -1,0 +1,173 @@
+"""What a set of generated pictures scored, and under which protocol. Only equal protocols compare."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffattn.devices import dtype_name, versions
+from diffattn.evaluation.extractors import FeatureExtractor
+from diffattn.evaluation.fid import fid, fid_infinity
+from diffattn.evaluation.kid import kid
+from diffattn.evaluation.precision_recall import precision_recall
+from diffattn.evaluation.reference import Reference
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that a figure depends on but the thing that is measured."""
+
+    num_pictures: int  # N, generated
+    reference: str
+    reference_hash: str
+    reference_pictures: int | None
+    extractor: str
+    extractor_hash: str
+    resize: str
+    sampler: str
+    steps: int
+    guidance: float
+    seeds: str  # "0..9999"
+    dtype: str
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, int | bool] = field(default_factory=dict)  # of the metrics: subsets, neighbours, …
+
+    @classmethod
+    def of(
+        cls,
+        num_pictures: int,
+        reference: Reference,
+        extractor: FeatureExtractor,
+        *,
+        sampler: str,
+        steps: int,
+        guidance: float,
+        seeds: str,
+        dtype: torch.dtype | str,
+        device: torch.device | str,
+        options: Mapping[str, int | bool] | None = None,
+    ) -> Self:
+        """With what reference and extractor say of themselves, and the versions in use.
+
+        Raises:
+            ValueError: the reference was made with another extractor.
+        """
+        check_extractor(reference, extractor)
+        return cls(
+            num_pictures=num_pictures,
+            reference=reference.name,
+            reference_hash=reference.hash,
+            reference_pictures=reference.statistics.count,
+            extractor=extractor.name,
+            extractor_hash=extractor.hash,
+            resize=extractor.resize,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            seeds=seeds,
+            dtype=dtype if isinstance(dtype, str) else dtype_name(dtype),
+            device=str(device),
+            versions=versions() | {"torchmetrics": version("torchmetrics")},
+            options=dict(options or {}),
+        )
+
+    def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
+        """Field -> (own value, the other's), for the fields that differ."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """Scores of one subject under one protocol."""
+
+    subject: str  # what was measured: "mediator n=16"
+    protocol: Protocol
+    scores: Mapping[str, float]  # "fid", "kid", "kid_std", "precision", "recall", "fid_infinity"
+
+    @property
+    def label(self) -> str:
+        """How its FID is to be quoted, such as "FID-10000 (cifar-classifier, CIFAR-10 train)"."""
+        p = self.protocol
+        return f"FID-{p.num_pictures} ({p.extractor}, {p.reference})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: a field is missing or unknown.
+        """
+        try:
+            return cls(data["subject"], Protocol(**data["protocol"]), dict(data["scores"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a quality result: {error}") from error
+
+
+def compare(a: QualityResult, b: QualityResult, may_differ: Collection[str] = ()) -> dict[str, float]:
+    """Scores of b minus those of a, for the scores both have.
+
+    Args:
+        may_differ: fields of the protocol that are the very thing compared, such as ("steps",).
+
+    Raises:
+        ValueError: any other field differs; all of them are named, with both values.
+    """
+    unknown = set(may_differ) - {f.name for f in fields(Protocol)}
+    if unknown:
+        raise ValueError(f"the protocol has no {', '.join(sorted(unknown))}")
+    found = {name: pair for name, pair in a.protocol.differences(b.protocol).items() if name not in may_differ}
+    if found:
+        named = "; ".join(f"{name}: {mine!r} and {theirs!r}" for name, (mine, theirs) in found.items())
+        raise ValueError(f"{a.subject!r} and {b.subject!r} do not compare, their protocols differ in {named}")
+    return {name: b.scores[name] - a.scores[name] for name in a.scores if name in b.scores}
+
+
+def quality(
+    features: Tensor,
+    reference: Reference,
+    *,
+    kid_subsets: int = 100,
+    kid_subset_size: int | None = None,
+    neighbours: int = 3,
+    infinity: bool = False,
+    seed: int = 0,
+) -> tuple[dict[str, float], dict[str, int | bool]]:
+    """All scores of generated pictures, and the options for their `Protocol`.
+
+    Args:
+        features: of the generated pictures [N, d].
+        reference: with features, of the same extractor.
+        kid_subsets, kid_subset_size: see `kid`.
+        neighbours: see `precision_recall`.
+        infinity: "fid_infinity" too, which needs more than d pictures.
+        seed: of the draws of KID and FID∞.
+
+    Raises:
+        ValueError: from the metrics.
+    """
+    distance = kid(features, reference, kid_subsets, kid_subset_size, seed)
+    precision, recall = precision_recall(features, reference, neighbours)
+    scores = {"fid": fid(features, reference), "kid": distance.mean, "kid_std": distance.std}
+    scores |= {"precision": precision, "recall": recall}
+    if infinity:
+        scores["fid_infinity"] = fid_infinity(features, reference, seed=seed)
+    options = {"kid_subsets": distance.subsets, "kid_subset_size": distance.subset_size, "neighbours": neighbours}
+    return scores, options | {"metric_seed": seed}
+
+
+def check_extractor(reference: Reference, extractor: FeatureExtractor) -> None:
+    """Raises `ValueError` if the reference was made with another extractor; an unknown hash is let pass."""
+    if reference.extractor != extractor.name or reference.extractor_hash not in ("", extractor.hash):
+        raise ValueError(
+            f"reference {reference.name!r} was made with {reference.extractor!r} ({reference.extractor_hash[:12]}), "
+            f"not with {extractor.name!r} ({extractor.hash[:12]})"
+        )

@@ -1,0 +1,1 @@
+"""Parts of `train_classifiers.py`: data, augmentation, the training loop, measuring, export."""
