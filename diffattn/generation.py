@@ -1,4 +1,4 @@
-"""Pictures from text with any Stable Diffusion pipeline, and the recipe in every picture's file."""
+"""Pictures from text, or from the name of a class, and the recipe in every picture's file."""
 
 import inspect
 import json
@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from diffattn.devices import dtype_name, versions
 from diffattn.injection import Patch, patch
 from diffattn.loading import EMBEDDED
+from diffattn.sampling import SiTPipeline
 
 EXACT = "none"
 """The method that leaves the pipeline unpatched."""
@@ -33,9 +34,9 @@ class Request:
     """What to draw. Everything but `model` and the size is checked here, and raises `ValueError`."""
 
     model: str  # as it was asked for; written into the recipe
-    prompt: str  # may be empty
+    prompt: str  # may be empty; for a SiT the name or id of a class
     negative_prompt: str = ""
-    method: str = "agent"  # a name in `diffattn.METHODS`, or "none"
+    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: see `default_method`
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     steps: int = 25
@@ -100,23 +101,38 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
         The request with its size, guidance and preset filled in, and the patch (None for method "none").
 
     Raises:
-        TypeError: the pipeline does not draw from text alone, or its architecture is not supported.
-        ValueError: a size the VAE cannot divide; as `diffattn.patch`.
+        TypeError: the pipeline draws neither from text alone nor from classes, or its architecture is not supported.
+        ValueError: a size the VAE cannot divide; an unknown class; as `diffattn.patch`.
     """
-    _check_draws_from_text(pipe)
+    if isinstance(pipe, SiTPipeline):
+        if request.negative_prompt:
+            raise ValueError(f"{type(pipe).__name__} draws classes and takes no negative_prompt")
+        pipe.get_label_ids(_label(request.prompt))
+    else:
+        _check_draws_from_text(pipe)
     width, height = request.width, request.height
     if width is None or height is None:
         own_width, own_height = _default_size(pipe)
         width = own_width if width is None else width
         height = own_height if height is None else height
     check_size(pipe, width, height)
-    found, preset = None, request.preset
-    if request.method != EXACT:
-        found = patch(pipe, request.method, preset=preset, **request.options)
+    found, preset, method = None, request.preset, request.method or default_method(pipe)
+    if method != EXACT:
+        found = patch(pipe, method, preset=preset, **request.options)
         preset = found.plan.preset
     own = EMBEDDED[request.model].guidance if request.model in EMBEDDED else DEFAULT_GUIDANCE
     guidance = own if request.guidance is None else request.guidance
-    return replace(request, width=width, height=height, preset=preset, guidance=guidance), found
+    return replace(request, width=width, height=height, method=method, preset=preset, guidance=guidance), found
+
+
+def default_method(pipe: DiffusionPipeline) -> str:
+    """The method for a pipeline: "mediator" where the model learned mediators, "agent" elsewhere."""
+    return "mediator" if isinstance(pipe, SiTPipeline) and pipe.transformer.mediators else "agent"
+
+
+def _label(prompt: str) -> int | str:
+    """A class id is written in digits."""
+    return int(prompt) if prompt.isdecimal() else prompt
 
 
 def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], None] | None = None) -> Iterator[Picture]:
@@ -129,9 +145,11 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
         request: what to draw.
         on_step: called after every sampling step.
     """
+    subject: dict[str, Any] = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    if isinstance(pipe, SiTPipeline):
+        subject = {"class_labels": _label(request.prompt)}
     arguments: dict[str, Any] = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
+        **subject,
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance,
         "width": request.width,
@@ -139,9 +157,10 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
     }
     if on_step is not None:
         arguments["callback_on_step_end"] = _step_callback(on_step)
+    draw: Any = pipe
     for seed in range(request.seed, request.seed + request.num_images):
         begin = time.perf_counter()
-        image = pipe(**arguments, generator=torch.Generator().manual_seed(seed)).images[0]  # type: ignore[operator]
+        image = draw(**arguments, generator=torch.Generator().manual_seed(seed)).images[0]
         seconds = time.perf_counter() - begin
         yield Picture(image, seed, seconds, _recipe(pipe, request, seed))
 
@@ -149,6 +168,8 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
 def check_size(pipe: DiffusionPipeline, width: int, height: int) -> None:
     """Raise `ValueError` for pixels the VAE cannot divide, naming the nearest sizes it can."""
     unit = math.lcm(MIN_MULTIPLE, int(getattr(pipe, "vae_scale_factor", 1)))
+    if isinstance(pipe, SiTPipeline):
+        unit = pipe.transformer.patch_size * pipe.vae_scale_factor
     for name, size in (("width", width), ("height", height)):
         if size < 1 or size % unit:
             below, above = size // unit * unit, (size // unit + 1) * unit

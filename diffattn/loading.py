@@ -5,10 +5,13 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import RepositoryNotFoundError
+
+from diffattn.sampling import SiTPipeline
 
 INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -23,7 +26,10 @@ class Embedded:
     guidance: float  # the scale its card recommends
 
 
-EMBEDDED = {"emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", guidance=2.5)}
+EMBEDDED = {
+    "emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", guidance=2.5),
+    "cifar-sit": Embedded("a small SiTPipeline with mediators that draws the classes of CIFAR-10", guidance=1.5),
+}
 
 
 def embedded_folder(name: str) -> Path:
@@ -44,7 +50,7 @@ def load_demo(name: str = "emoji-sd", dtype: torch.dtype = torch.float32) -> Dif
     """
     if name not in embedded_models():
         raise ValueError(f"unknown embedded model {name!r}; available: {', '.join(embedded_models()) or 'none'}")
-    return DiffusionPipeline.from_pretrained(embedded_folder(name), dtype=dtype, use_safetensors=True)
+    return _from_pretrained(embedded_folder(name), dtype)
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -71,13 +77,21 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPi
     )
 
 
+def _from_pretrained(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """With the class that the model's index names: diffusers knows its own and not ours."""
+    own = {kind.__name__: kind for kind in (SiTPipeline,)}
+    index: Any = DiffusionPipeline.load_config(model)
+    name = index["_class_name"]
+    return own.get(name, DiffusionPipeline).from_pretrained(model, dtype=dtype, use_safetensors=True)
+
+
 def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if folder.is_file():
         why = "a pickle, which can run code when loaded" if folder.suffix in PICKLES else "a single file"
         raise ValueError(f"{str(folder)!r} is {why}; give a folder in diffusers' layout with safetensors weights")
     _refuse_pickles(folder, _parts(folder))
     try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return _from_pretrained(folder, dtype)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(folder)!r} could not be loaded: {_first_line(error)}") from error
 
@@ -109,7 +123,7 @@ def _refuse_pickles(folder: Path, parts: list[str]) -> None:
 
 def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
+        return _from_pretrained(model, dtype)
     except RepositoryNotFoundError as error:
         raise ValueError(f"the hub has no model {model!r}, or it is private") from error
     except (OSError, ValueError, AttributeError) as error:

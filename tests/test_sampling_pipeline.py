@@ -201,6 +201,18 @@ def test_a_run_never_waits_for_the_device(kind: str) -> None:
     assert found.shape == (2, 4, 16, 16)
 
 
+@every_scheduler
+def test_nor_does_a_run_that_follows_the_noise_level(kind: str) -> None:
+    pipe = tiny_pipeline(SCHEDULERS[kind][0]())
+    pipe.transformer.to("meta")
+    least, most = min(pipe.transformer.mediators), max(pipe.transformer.mediators)
+    with diffattn.patch(pipe, "mediator", schedule={0.5: {"num_mediators": least}, 0.0: {"num_mediators": most}}):
+        found = pipe([0, 1], num_inference_steps=4, output_type="latent", return_trace=True)
+    assert found.images.device.type == "meta"
+    assert [call["phase"] for call in found.trace] == sorted(call["phase"] for call in found.trace)
+    assert {call["phase"] for call in found.trace} == {0, 1}
+
+
 # Images.
 
 

@@ -26,12 +26,18 @@ WORDS = {"none": None, "true": True, "false": False}
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to draw; may be empty.")],
+    prompt: Annotated[str, typer.Option(help="What to draw, may be empty; for a SiT the name or id of a class.")],
     model: Annotated[
         str, typer.Option(help="Embedded model, folder in diffusers' layout, or hub id (owner/name).")
     ] = "emoji-sd",
     negative_prompt: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
-    method: Annotated[str, typer.Option(help="Attention method, see `diffattn info`; none: unpatched.")] = "agent",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention method, see `diffattn info`; none: unpatched.",
+            show_default="agent; mediator for a SiT that learned them",
+        ),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Preset of the method, see `diffattn info`.", show_default="the method's own")
     ] = None,
@@ -58,7 +64,7 @@ def generate(
     dtype: Dtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Draw pictures with any Stable Diffusion model.
+    """Draw pictures with any Stable Diffusion model, or a SiT of this project.
 
     The recipe of every picture (prompt, seed, options, versions ...) is stored in its PNG, under "diffattn".
     """

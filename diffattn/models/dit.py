@@ -156,7 +156,8 @@ class DiT(ModelMixin, ConfigMixin):
         grid = token_grid(x.shape[-2:], self.patch_size)
         dtype = self.x_embedder.proj.weight.dtype  # under autocast the tokens stay in fp32
         tokens = (self.x_embedder(x) + self._positions(grid)).to(dtype)  # [B, N, C]
-        condition = self.t_embedder(t.to(x.device).expand(len(x)), dtype) + self.y_embedder(y)  # [B, C]
+        t = t.to(x.device, non_blocking=True).expand(len(x))
+        condition = self.t_embedder(t, dtype) + self.y_embedder(y)  # [B, C]
         recomputed = self._gradient_checkpointing_func if self.gradient_checkpointing else None
         for block in self.blocks:
             if recomputed is not None and torch.is_grad_enabled():

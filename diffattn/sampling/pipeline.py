@@ -205,7 +205,7 @@ class SiTPipeline(DiffusionPipeline):
         device = self._execution_device
         x = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device).float()
         y = torch.tensor(ids, device=device)
-        set_uniform_timesteps(self.scheduler, num_inference_steps, device)
+        set_uniform_timesteps(self.scheduler, num_inference_steps, "cpu")  # where patches read times without waiting
         timesteps, t = self.scheduler.timesteps, times(self.scheduler)
         self._num_timesteps = len(timesteps)
         if patch := find_patch(self.transformer):

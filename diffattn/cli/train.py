@@ -1,0 +1,64 @@
+"""`diffattn train`: a DiT/SiT with mediator attention from a folder of images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffattn.cli.common import JsonFile, bad_input, check_writable, fail, stdout, write_json
+
+
+def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, such as optim.lr=1e-3 model.attention=softmax; they win over preset and file."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Pictures: class folders, a zip, a Hugging Face name. Same as data.source=…")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Same as run.out=…")] = None,
+    preset: Annotated[str | None, typer.Option(help="cifar-sit, cifar-sit-cpu or sit-256.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or YAML file of settings.", metavar="FILE")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as run.seed=…  [default: 0]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or auto: what accelerate finds.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or auto. Same as run.precision=…")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print parameters, GFLOPs, memory, steps; stop.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Train a class-conditional SiT; the same command again goes on where a killed run stopped.
+
+    Several processes or GPUs: accelerate launch pipelines/train.py with the same arguments.
+    """
+    check_writable(json)
+    options = {
+        "data.source": data,
+        "run.out": None if out is None else str(out),
+        "run.seed": seed,
+        "run.precision": dtype,
+    }
+    with bad_input():
+        from diffattn.training.config import TrainConfig
+        from diffattn.training.run import finish
+        from diffattn.training.run import train as run_training
+        from diffattn.training.setup import set_up
+
+        read = TrainConfig.read(preset, config, settings or (), options)
+        check_writable(Path(read.run.out), folder=True)
+        setup = set_up(read, device, _say)
+    for line in setup.plan.lines():
+        setup.say(line)
+    if dry_run:
+        write_json(json, {"config": read.to_dict(), "plan": setup.plan.to_dict()})
+        return
+    try:
+        folder = run_training(setup)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) is RuntimeError:
+            raise  # torch's own: a bug, with its traceback
+        fail(str(error))
+    finish()
+    write_json(json, {"config": read.to_dict(), "plan": setup.plan.to_dict(), "pipeline": str(folder)})
+
+
+def _say(line: str) -> None:
+    stdout.print(line, markup=False)

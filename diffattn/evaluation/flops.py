@@ -1,0 +1,66 @@
+"""Floating-point operations, counted by `torch.utils.flop_counter`: products, convolutions and attention.
+
+A multiply-add counts two; norms, softmaxes, activations and sums do not count. (The "GFLOPs" of the DiT, SiT and
+mediator papers are multiply-adds: half of these.)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from diffattn.models import DiT
+from diffattn.models.config import token_grid
+
+
+def count_gflops(call: Callable[[], Any]) -> float:
+    """GFLOPs of a call; cheapest with everything on the meta device, where nothing is computed.
+
+    Attention goes through matrix products within, since torch does not count its fused CPU kernel.
+    """
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def _convolution_backward(
+    grad_shape: list[int], x_shape: list[int], weight_shape: list[int], *rest: Any, **kwargs: Any
+) -> int:
+    """As much as the forward pass for each gradient; torch's own formula takes a depth-wise convolution for a full
+    one. `rest`: bias sizes, stride, padding, dilation, transposed, output padding, groups, which gradients."""
+    transposed, (of_x, of_weight, _) = rest[4], rest[7]
+    return (of_x + of_weight) * conv_flop_count(x_shape, weight_shape, grad_shape, transposed)
+
+
+def forward_gflops(
+    model: DiT, num_mediators: int | None = None, sample_size: int | Sequence[int] | None = None
+) -> float:
+    """GFLOPs of one forward pass of one sample, as the configuration has it: patches of the model do not count.
+
+    Args:
+        model: the backbone, on any device; it is left as it is.
+        num_mediators: n, as in `DiT.set_num_mediators`; None: the present one.
+        sample_size: height and width of the sample, or one number for both; None: the model's own.
+
+    Raises:
+        ValueError: the model cannot run with so many mediators, or at this size.
+    """
+    p = model.patch_size
+    h, w = model.grid if sample_size is None else token_grid(sample_size, p)
+    with torch.device("meta"):
+        twin = type(model).from_config(model.config)
+        x, t, y = torch.empty(1, model.in_channels, h * p, w * p), torch.empty(1), torch.empty(1, dtype=torch.long)
+    assert isinstance(twin, DiT)
+    if number := num_mediators or model.num_mediators:
+        twin.set_num_mediators(number)
+    return count_gflops(lambda: _forward(twin, x, t, y))
+
+
+def _forward(model: DiT, *inputs: Tensor) -> None:
+    with torch.no_grad():
+        model(*inputs)

@@ -1,0 +1,150 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `step-00001000` with safetensors and JSON, written under a temporary name, flushed to disk,
+marked complete and renamed. Whatever is not complete is never read, and goes at the next save. Old checkpoints
+are removed only when a new one is in place.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+COMPLETE = "COMPLETE"
+STATE = "state.json"
+TENSORS = ("model", "ema", "optimizer", "random")
+"""Each is a file of tensors by name."""
+
+Tensors = Mapping[str, Tensor]
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def save(root: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint, then remove all but the last `keep`.
+
+    Args:
+        root: the folder of all checkpoints.
+        step: steps done.
+        tensors: by the names in `TENSORS`.
+        state: everything else, as JSON holds it.
+        keep: checkpoints to keep, this one included.
+
+    Raises:
+        OSError: it could not be written (a full disk); what was there before is untouched.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder_of(root, step), root / f".writing-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name in TENSORS:
+            _write_tensors(temporary / f"{name}.safetensors", tensors.get(name, {}))
+        _write(temporary / STATE, json.dumps(state, indent=1).encode())
+        _write(temporary / COMPLETE, b"")
+        _flush(temporary)
+        if final.exists():  # of a run that went on from an earlier step
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in complete(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def complete(root: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / COMPLETE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return complete(root)[-1] if complete(root) else None
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the state of a checkpoint.
+
+    Raises:
+        ValueError: it is not a complete checkpoint, or cannot be read.
+    """
+    if not (folder / COMPLETE).is_file():
+        raise ValueError(f"{str(folder)!r} is not a complete checkpoint")
+    try:
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
+        return tensors, json.loads((folder / STATE).read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {str(folder)!r} cannot be read: {error}") from None
+
+
+def random_states() -> dict[str, Tensor]:
+    """The state of every global random number generator.
+
+    Training itself draws from generators of its own, by seed and step; these are for what users add.
+    """
+    version, python, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *python], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor(numpy.asarray(keys, dtype=numpy.int64)),
+        "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+    }
+    assert kind == "MT19937"
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: Tensors) -> None:
+    """Undo what happened to the generators since `random_states`."""
+    torch.set_rng_state(states["torch"])
+    version, *python = states["python"].tolist()
+    gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(python), gauss[0] if gauss else None))
+    position, has_gauss, cached = states["numpy_rest"].tolist()
+    keys = states["numpy"].numpy().astype(numpy.uint32)
+    numpy.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> None:
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # also what the system says of a full disk
+        raise OSError(str(error)) from error
+    _flush(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,311 @@
+"""Everything a training run can be told, with defaults, presets, files and command-line settings.
+
+What stands later wins: defaults, preset, file, `section.field=value` settings.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
+
+import yaml
+
+from diffattn.models.config import PRESETS as MODEL_PRESETS
+from diffattn.models.config import check_one_of
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    source: str = ""  # class folders, a zip or folder with dataset.json or metadata.jsonl, or a Hugging Face name
+    size: int = 32  # side of the square pictures, in pixels
+    label: str | None = None  # column of metadata.jsonl that holds the class
+    split: str = "train"  # of a Hugging Face dataset
+    vae: str | None = None  # folder or hub id of an AutoencoderKL; None trains on pixels
+    cache: str | None = None  # folder of the cached VAE moments; None: inside the run's folder
+    flip: bool = True  # mirror half of the pictures
+    in_memory: bool = True  # decode all pictures once and keep them; for latents memory-mapped shards are used
+    num_workers: int = 0  # loader processes, when pictures are not in memory
+    skip_bad: bool = False  # leave unreadable pictures out, named and counted, instead of stopping
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone, see `diffattn.models.DiT`."""
+
+    size: str | None = None  # "S/2" to "XL/8"; it sets patch_size, hidden_size, num_layers and num_heads
+    patch_size: int = 2
+    hidden_size: int = 384
+    num_layers: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    attention: str | tuple[str, ...] = "mediator"  # for all layers, or one name per layer
+    mediators: tuple[int, ...] = (4, 16, 64)  # trained together; each step draws one of them
+    qk_norm: bool = False
+    learn_sigma: bool = False
+    start: str | None = None  # weights to begin from: our folder, or an official .safetensors
+    freeze_backbone: bool = False  # train mediator parameters only
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned: the velocity of an interpolant (Ma et al., "SiT", ECCV 2024)."""
+
+    path: str = "linear"  # or "gvp"
+    time: str = "uniform"  # how t is drawn: "uniform" or "logit_normal" (Esser et al., 2024)
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    label_dropout: float = 0.1  # share of samples trained without class, which guidance needs
+    min_snr: float | None = None  # γ of min-SNR weighting (Hang et al., ICCV 2023); None weights all times alike
+    distill: str | None = None  # softmax teacher, our folder or an official .safetensors
+    distill_weight: float = 1.0  # of the relative error of each mediator layer against the teacher's
+    bins: int = 10  # of t, for the loss per bin
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate; batch sizes count samples."""
+
+    batch: int = 256  # of one optimizer step, over all processes
+    accumulation: int = 1  # a process splits its share into so many passes
+    lr: float = 1e-4  # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    schedule: str = "constant"  # after the warm-up: "constant", "cosine" or "linear"
+    final_lr: float = 0.0  # at the last step, as a share of the peak; not for "constant"
+    warmup: int = 0  # steps of linear warm-up
+    clip: float = 1.0  # norm of the gradient; 0 leaves it alone
+    ema: float = 0.9999  # decay of the averaged weights, reached as (1 + step)/(10 + step)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long, how often."""
+
+    out: str = "outputs/train"  # checkpoints, samples, logs, and at the end the pipeline
+    steps: int = 400_000
+    seed: int = 0
+    precision: str = "auto"  # "fp32", "bf16", or "auto": bf16 where the hardware has it
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    log_every: int = 100  # steps
+    save_every: int = 5_000
+    keep: int = 2  # checkpoints
+    sample_every: int = 10_000  # 0 for never
+    sample_steps: int = 50
+    guidance: float = 4.0  # of the sample grids
+    eval_every: int = 0  # steps; quality for every number of mediators, 0 for never
+    eval_samples: int = 1_000
+    extractor: str = "cifar-classifier"  # feature extractor of the evaluation
+    max_bad_steps: int = 10  # consecutive non-finite steps after which training stops
+    trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate; those not installed are left out
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Raises:
+        ValueError: a value out of range; the message names the field, the value and what is allowed.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_one_of("objective.path", self.objective.path, ("linear", "gvp"))
+        check_one_of("objective.time", self.objective.time, ("uniform", "logit_normal"))
+        check_one_of("optim.schedule", self.optim.schedule, ("constant", "cosine", "linear"))
+        check_one_of("run.precision", self.run.precision, ("auto", "fp32", "bf16"))
+        if self.model.size is not None:
+            check_one_of("model.size", self.model.size, tuple(MODEL_PRESETS))
+        for name in ("data.size", "optim.batch", "optim.accumulation", "run.steps", "run.log_every", "run.save_every",
+                     "run.keep", "run.max_bad_steps", "objective.bins"):  # fmt: skip
+            _at_least(1, name, self.get(name))
+        for name in ("optim.lr", "optim.clip", "optim.warmup", "optim.weight_decay", "run.sample_every"):
+            _at_least(0, name, self.get(name))
+        for name in ("objective.label_dropout", "optim.ema", "optim.final_lr"):
+            if not 0 <= self.get(name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {self.get(name)}")
+
+    def get(self, name: str) -> Any:
+        """The value of "section.field"."""
+        section, _, item = name.partition(".")
+        return getattr(getattr(self, section), item)
+
+    @classmethod
+    def read(
+        cls,
+        preset: str | None = None,
+        file: str | Path | None = None,
+        settings: Iterable[str] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A configuration from a preset, a JSON or YAML file, settings such as "optim.lr=1e-3", and named options.
+
+        `options` are {"section.field": value}; those that are None are not given.
+
+        Raises:
+            ValueError: an unknown preset, section or field, a value of the wrong kind, or an unreadable file.
+        """
+        values: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
+        if preset is not None:
+            check_one_of("preset", preset, tuple(PRESETS))
+            _merge(values, PRESETS[preset])
+        if file is not None:
+            _merge(values, _read_file(file))
+        for setting in settings:
+            _merge(values, _parsed(setting))
+        for name, value in (options or {}).items():
+            if value is not None:
+                section, _, item = name.partition(".")
+                _merge(values, {section: {item: value}})
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The inverse of `to_dict`; what is missing takes its default."""
+        _known("section", values, [f.name for f in fields(cls)])
+        sections = {}
+        for section in fields(cls):
+            kind = section.default_factory
+            assert is_dataclass(kind)
+            given = values.get(section.name, {})
+            types = {f.name: f.type for f in fields(kind)}
+            _known(f"field of {section.name}", given, list(types))
+            sections[section.name] = kind(**{k: _cast(f"{section.name}.{k}", v, types[k]) for k, v in given.items()})  # type: ignore[operator]
+        return cls(**sections)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """As JSON can hold it."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def model_arguments(self) -> dict[str, Any]:
+        """The arguments of `DiT` that this configuration sets; those the data decide are not among them."""
+        names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
+                 "qk_norm", "learn_sigma")  # fmt: skip
+        given = {name: getattr(self.model, name) for name in names}
+        return given | (dict(MODEL_PRESETS[self.model.size]) if self.model.size else {})
+
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "data.source", "data.cache", "data.in_memory", "data.num_workers", "run.out", "run.steps", "run.log_every",
+        "run.save_every", "run.keep", "run.sample_every", "run.sample_steps", "run.guidance", "run.eval_every",
+        "run.eval_samples", "run.extractor", "run.trackers", "run.max_bad_steps", "run.compile",
+        "run.gradient_checkpointing", "optim.accumulation", "objective.bins", "model.start",
+    }
+)  # fmt: skip
+"""Fields in which a resumed run may differ from the run it continues."""
+
+
+def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """ "section.field: old value -> new value" of every difference that a resumed run must not have."""
+    found = []
+    for section, values in old.to_dict().items():
+        for name, value in values.items():
+            other = new.to_dict()[section][name]
+            if value != other and f"{section}.{name}" not in FREE_TO_CHANGE:
+                found.append(f"{section}.{name}: {value!r} -> {other!r}")
+    return found
+
+
+def _at_least(least: float, name: str, value: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _known(what: str, given: Iterable[str], allowed: list[str]) -> None:
+    if unknown := [name for name in given if name not in allowed]:
+        raise ValueError(f"unknown {what}: {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
+
+
+def _merge(values: dict[str, dict[str, Any]], more: Mapping[str, Mapping[str, Any]]) -> None:
+    for section, entries in more.items():
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"{section!r} must be a section with fields, got {entries!r}")
+        values.setdefault(section, {}).update(entries)
+
+
+def _read_file(file: str | Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(Path(file).read_text())  # JSON is YAML too
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{str(file)!r} is not a readable JSON or YAML file: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{str(file)!r} must hold sections such as data and model, got {content!r}")
+    return content
+
+
+def _parsed(setting: str) -> dict[str, dict[str, Any]]:
+    """ "section.field=value" -> {section: {field: value}}"""
+    name, equals, text = setting.partition("=")
+    section, dot, item = name.partition(".")
+    if not (equals and dot):
+        raise ValueError(f"a setting reads section.field=value, such as optim.lr=1e-4; got {setting!r}")
+    try:
+        return {section: {item: yaml.safe_load(text)}}
+    except yaml.YAMLError:
+        raise ValueError(f"{name}: {text!r} is not a value") from None
+
+
+def _cast(name: str, value: Any, kind: Any) -> Any:
+    """The value as a field of this type holds it, or a `ValueError` naming what is allowed."""
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    for option in options:
+        try:
+            return _as(value, option)
+        except (TypeError, ValueError):
+            continue
+    allowed = " or ".join("none" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _as(value: Any, kind: Any) -> Any:
+    if kind is type(None):
+        if value is None:
+            return None
+    elif get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else None
+        inner = get_args(kind)
+        if items is not None and (inner[-1] is Ellipsis or len(items) == len(inner)):
+            return tuple(_as(item, inner[0]) for item in items)
+    elif kind is float and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-4 as text
+    elif type(value) is kind:
+        return value
+    raise TypeError
+
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "cifar-sit": {  # the embedded model, on a GPU
+        "data": {"size": 32},
+        "model": {"patch_size": 2, "hidden_size": 192, "num_layers": 9, "num_heads": 6, "mediators": (4, 16, 64)},
+        "optim": {"batch": 256, "lr": 1e-3, "schedule": "cosine", "final_lr": 0.02, "warmup": 500, "ema": 0.9995,
+                  "betas": (0.9, 0.99), "weight_decay": 0.01},
+        "objective": {"time": "logit_normal"},
+        "run": {"steps": 60_000, "save_every": 2_000, "sample_every": 5_000, "guidance": 1.5},
+    },
+    "cifar-sit-cpu": {  # smaller, for two CPU cores and half an hour: patches of 4, so 64 tokens
+        "data": {"size": 32},
+        "model": {"patch_size": 4, "hidden_size": 128, "num_layers": 8, "num_heads": 4, "mediators": (4, 16, 64)},
+        "optim": {"batch": 64, "lr": 1.5e-3, "schedule": "cosine", "final_lr": 0.02, "warmup": 100, "ema": 0.998,
+                  "betas": (0.9, 0.99), "weight_decay": 0.01},
+        "objective": {"time": "logit_normal"},
+        "run": {"steps": 2_400, "save_every": 200, "sample_every": 1_200, "guidance": 1.5, "log_every": 50},
+    },
+    "sit-256": {  # the paper's setting: latents of 256 x 256 pictures, SiT-S/2, 400,000 steps
+        "data": {"size": 256, "vae": "stabilityai/sd-vae-ft-ema", "in_memory": False},
+        "model": {"size": "S/2", "learn_sigma": True},
+        "optim": {"batch": 256, "lr": 1e-4},
+        "run": {"steps": 400_000, "save_every": 10_000},
+    },
+}  # fmt: skip
+"""Presets by name; each is laid over the defaults."""

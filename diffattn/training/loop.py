@@ -1,0 +1,235 @@
+"""The training loop. Everything random in it follows from (seed, step), so a resumed run repeats the uninterrupted one.
+
+Shapes: B samples of one process in one step.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from diffattn.models import DiT
+from diffattn.training import checkpoints, state
+from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
+from diffattn.training.data.batches import Batches
+from diffattn.training.distill import Distillation
+from diffattn.training.log import StepLog
+from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # optimizer steps, skipped ones included
+    skipped: int = 0  # because the loss or its gradient was not finite
+    seconds: float = 0.0  # of training, all runs together
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training stopped after too many steps in a row whose loss or gradient was not finite."""
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of one step: linear warm-up, then constant, half a cosine, or a line down to the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = min((step - config.warmup) / max(steps - config.warmup, 1), 1.0)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
+    low = 1.0 if config.schedule == "constant" else config.final_lr
+    return config.lr * (low + (1 - low) * shape)
+
+
+@dataclass
+class Trainer:
+    """A model, its data and optimizer, and the steps that were done.
+
+    Args:
+        config: the run.
+        model: on its device; its mediator numbers are trained in turn, one drawn per step.
+        batches: of this process.
+        accelerator: of accelerate; decides processes, device and precision.
+        distillation: from a softmax teacher, or None.
+        on_step: called after every step with the trainer, on every process; sample grids and evaluation hang here.
+    """
+
+    config: TrainConfig
+    model: DiT
+    batches: Batches
+    accelerator: Accelerator
+    distillation: Distillation | None = None
+    on_step: Callable[["Trainer"], None] | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        optim = self.config.optim
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.loss_of = VelocityLoss(self.config.objective, self.model.config["num_classes"])
+        self.wrapped: nn.Module = self.accelerator.prepare(self.model)
+        if self.config.run.compile:
+            self.model.compile()
+        optimizer = torch.optim.AdamW(
+            trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
+        self.optimizer: Any = self.accelerator.prepare(optimizer)
+        self.ema = EMAModel(self.model.parameters(), decay=optim.ema, foreach=True)
+        self.root = Path(self.config.run.out) / "checkpoints"
+        self.bins = LossBins(self.config.objective.bins, self.accelerator.device)
+        self.bad_in_a_row = 0
+
+    # --- resume and save ---
+
+    def resume(self) -> bool:
+        """Go on from the latest complete checkpoint, if there is one.
+
+        Raises:
+            ValueError: it was made with another configuration; the message names the differing fields.
+        """
+        folder = checkpoints.latest(self.root)
+        if folder is None:
+            return False
+        tensors, saved = checkpoints.load(folder)
+        old = TrainConfig.from_dict(saved["config"])
+        differing = differing_fields(old, self.config)
+        if saved["data"] != self.batches.fingerprint:
+            differing.append("the pictures (another data.source, or changed files)")
+        if differing:
+            raise ValueError(f"{folder} was made with another configuration: {'; '.join(differing)}")
+        state.restore(self.model, self.ema, self.optimizer.optimizer, tensors)
+        self.ema.optimization_step = saved["ema_step"]
+        checkpoints.restore_random_states(tensors["random"])
+        self.progress = Progress(**saved["progress"])
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint. Every process must call it; the first one writes."""
+        tensors = {
+            "model": state.model_tensors(self.model),
+            "ema": state.ema_tensors(self.ema, self.model),
+            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.model),
+            "random": checkpoints.random_states(),
+        }
+        if self.accelerator.is_main_process:
+            rest = {
+                "config": self.config.to_dict(),
+                "data": self.batches.fingerprint,
+                "progress": vars(self.progress),
+                "ema_step": self.ema.optimization_step,
+            }
+            checkpoints.save(self.root, self.progress.step, tensors, rest, self.config.run.keep)
+        self.accelerator.wait_for_everyone()
+
+    # --- steps ---
+
+    def train(self, log: StepLog) -> None:
+        """Train to the configured number of steps, saving on the way and at the end.
+
+        Raises:
+            NonFiniteLoss: after `run.max_bad_steps` bad steps in a row.
+            OSError: the last checkpoint could not be written; a failure before is logged and tried again.
+        """
+        self.wrapped.train()
+        run = self.config.run
+        log.begin(self.progress)
+        for x, y in self.batches.iterate(self.progress.step):
+            if self.progress.step >= run.steps:
+                break
+            with log.timed(self.progress):
+                loss, norm = self.step(x, y)
+            self.progress.step += 1
+            log.add(self, loss, norm)
+            if self.on_step is not None:
+                self.on_step(self)
+            if self.progress.step % run.save_every == 0 and self.progress.step < run.steps:
+                try:
+                    self.save()
+                except OSError as error:
+                    log.say(f"checkpoint at step {self.progress.step} not written: {error}; the last one stays")
+        log.flush(self)
+        self.save()
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step on this process's samples; mean unweighted loss and gradient norm, on the device.
+
+        Raises:
+            NonFiniteLoss: see `train`.
+        """
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, self.progress.step, config.run.steps)
+        drawn = self._draw(x)
+        if drawn.num_mediators is not None:
+            self.model.set_num_mediators(drawn.num_mediators)
+        parts = self._parts(len(x))
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, rows in enumerate(parts):
+            syncing = contextlib.nullcontext() if i == len(parts) - 1 else self.accelerator.no_sync(self.wrapped)
+            with syncing:
+                loss = self._loss(x[rows], y[rows], drawn.rows(rows))
+                self.accelerator.backward(loss[0] * (rows.stop - rows.start) / len(x))
+            total += loss[1] * (rows.stop - rows.start) / len(x)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = torch.as_tensor(nn.utils.clip_grad_norm_(trained, config.optim.clip or math.inf))
+        self._update(bool(torch.isfinite(state.whole(norm))))
+        return total, norm
+
+    def _loss(self, x: Tensor, y: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
+        """Loss for the gradient and unweighted mean loss of some samples."""
+        teaching = self.distillation.watching() if self.distillation else contextlib.nullcontext()
+        with self.accelerator.autocast(), teaching:
+            loss, unweighted = self.loss_of(self.wrapped, x, y, drawn)
+        self.bins.add(drawn.t, unweighted)
+        mean = loss.mean()
+        if self.distillation is not None:
+            mean = mean + self.config.objective.distill_weight * self.distillation.loss()
+        return mean, unweighted.mean()
+
+    def _draw(self, x: Tensor) -> Draw:
+        """This process's rows of the global batch's random numbers."""
+        objective, run = self.config.objective, self.config.run
+        rank = self.accelerator.process_index
+        batch = self.config.optim.batch
+        drawn = draw(objective, run.seed, self.progress.step, batch, tuple(x.shape[1:]), self.model.mediators)
+        return drawn.rows(slice(rank * len(x), (rank + 1) * len(x)))
+
+    def _parts(self, samples: int) -> list[slice]:
+        """Equal parts of this process's samples, one per pass."""
+        size = math.ceil(samples / self.config.optim.accumulation)
+        return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+    def _update(self, finite: bool) -> None:
+        """Step the optimizer and the average, or skip a bad step; the norm is the same on every process."""
+        if finite:
+            self.optimizer.step()
+            self.ema.step(self.model.parameters())
+            self.bad_in_a_row = 0
+        else:
+            self.progress.skipped += 1
+            self.bad_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.bad_in_a_row >= self.config.run.max_bad_steps:
+            raise NonFiniteLoss(
+                f"loss or gradient not finite in {self.bad_in_a_row} steps in a row, the last one step "
+                f"{self.progress.step}; try a lower optim.lr, optim.clip=1, or run.precision=fp32"
+            )
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[DiT]:
+        """Within, the model has the averaged weights and is in evaluation mode."""
+        number = self.model.num_mediators
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.ema.restore(self.model.parameters())
+            self.model.num_mediators = number
+            self.model.train()

@@ -1,0 +1,99 @@
+"""What a run will cost, before it begins: `--dry-run`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from diffattn.evaluation.flops import forward_gflops
+from diffattn.models import DiT
+from diffattn.training.config import TrainConfig
+
+OPTIMIZER_BYTES = 4 * (1 + 1 + 2 + 1)
+"""Per parameter, in fp32: weight, gradient, two moments of AdamW, average."""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Figures of a run."""
+
+    parameters: int
+    gflops: dict[str, float]  # number of mediators, or "softmax" -> one forward pass of one sample
+    weight_gib: float  # weights, gradients, optimizer, average
+    activation_gib: float  # of the samples that one process holds at once
+    steps: int
+    batch: int
+    batch_per_process: int
+    epochs: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def lines(self) -> list[str]:
+        """For people."""
+        per_n = ", ".join(f"{name}: {g:.3g}" for name, g in self.gflops.items())
+        epochs = "" if self.epochs is None else f" ({self.epochs:.1f} epochs)"
+        return [
+            f"parameters        {self.parameters / 1e6:.2f} M",
+            f"GFLOPs per image  {per_n} (one forward pass, multiply-adds x 2, by number of mediators)",
+            f"memory            {self.weight_gib:.2f} GiB weights, gradients, optimizer, average "
+            f"+ about {self.activation_gib:.2f} GiB activations",
+            f"steps             {self.steps}{epochs}",
+            f"batch             {self.batch} in all, {self.batch_per_process} per process and pass",
+        ]
+
+
+def make_plan(
+    config: TrainConfig, arguments: dict[str, Any], samples: int | None = None, processes: int = 1
+) -> TrainPlan:
+    """Count parameters, floating-point operations and bytes on the meta device: nothing is computed.
+
+    Args:
+        config: the run.
+        arguments: of the `DiT`.
+        samples: pictures in the data, if known.
+        processes: that share a batch.
+    """
+    with torch.device("meta"):
+        model = DiT(**arguments)
+    micro = max(config.optim.batch // processes // config.optim.accumulation, 1)
+    numbers = model.mediators or (None,)
+    trained = sum(p.numel() for p in model.parameters())
+    item_bytes = 2 if config.run.precision == "bf16" else 4
+    return TrainPlan(
+        parameters=trained,
+        gflops={"softmax" if n is None else str(n): forward_gflops(model, n) for n in numbers},
+        weight_gib=trained * OPTIMIZER_BYTES / 2**30,
+        activation_gib=micro * _saved_bytes(model) * item_bytes / 4 / 2**30,
+        steps=config.run.steps,
+        batch=config.optim.batch,
+        batch_per_process=micro,
+        epochs=None if samples is None else config.run.steps * config.optim.batch / samples,
+    )
+
+
+def _saved_bytes(model: DiT) -> int:
+    """Bytes that one sample's forward pass keeps for the backward pass, in fp32, weights left out."""
+    parameters = {id(p) for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no id is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in parameters and base.shape[:1] == (1,):
+            sizes[id(base)] = base.numel() * base.element_size()
+            kept.append(base)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(*_one_sample(model)).sample.sum()
+    return sum(sizes.values())
+
+
+def _one_sample(model: DiT) -> tuple[Tensor, Tensor, Tensor]:
+    """x [1, c, H, W], t [1], y [1] on the meta device."""
+    h, w = (side * model.patch_size for side in model.grid)
+    with torch.device("meta"):
+        return torch.empty(1, model.in_channels, h, w), torch.empty(1), torch.empty(1, dtype=torch.long)

@@ -1,0 +1,84 @@
+"""Pictures of a model under training: a grid of classes for every number of mediators."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from diffattn.models import DiT
+from diffattn.sampling import SiTPipeline
+
+
+def pipeline_of(model: DiT, class_names: Sequence[str], vae: AutoencoderKL | None = None) -> SiTPipeline:
+    """A pipeline around a model, with the ODE's Euler steps."""
+    pipe = SiTPipeline(
+        transformer=model,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1),
+        vae=vae,
+        id2label=dict(enumerate(class_names)),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample_grid(
+    pipe: SiTPipeline,
+    classes: Sequence[int],
+    rows: int,
+    steps: int,
+    guidance: float,
+    seed: int = 0,
+) -> Image.Image:
+    """A grid with a column per class and `rows` seeds per number of mediators; equal seeds stand below each other.
+
+    Args:
+        pipe: around the model; its number of mediators is put back.
+        classes: class ids, one column each.
+        rows: seeds.
+        steps: of the sampler.
+        guidance: scale; 1 is none.
+        seed: of the first row; the next rows have the next seeds.
+    """
+    model: DiT = pipe.transformer
+    before = model.num_mediators
+    draw: Any = pipe
+    lines: list[list[Image.Image]] = []
+    try:
+        for number in model.mediators or (None,):
+            if number is not None:
+                model.set_num_mediators(number)
+            for row in range(rows):
+                generators = [torch.Generator().manual_seed(seed + row) for _ in classes]
+                lines.append(
+                    draw(
+                        list(classes),
+                        num_inference_steps=steps,
+                        guidance_scale=guidance,
+                        generator=generators,
+                    ).images
+                )
+    finally:
+        model.num_mediators = before
+    return tile(lines)
+
+
+def tile(lines: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
+    """Pictures of one size, in lines, on white."""
+    width, height = lines[0][0].size
+    across = max(len(line) for line in lines)
+    sheet = Image.new("RGB", (across * (width + gap) - gap, len(lines) * (height + gap) - gap), "white")
+    for y, line in enumerate(lines):
+        for x, image in enumerate(line):
+            sheet.paste(image, (x * (width + gap), y * (height + gap)))
+    return sheet
+
+
+def save_grid(image: Image.Image, folder: Path, step: int) -> Path:
+    """As `step-00001000.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.png"
+    image.save(path)
+    return path

@@ -1,0 +1,86 @@
+"""What a run needs before its first step: data, model arguments, processes, and what it will cost."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers import AutoencoderKL
+
+from diffattn.training.config import TrainConfig
+from diffattn.training.data import check_balance, open_dataset
+from diffattn.training.plan import TrainPlan, make_plan
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Setup:
+    """What a run needs before its first step."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    dataset: Any
+    vae: AutoencoderKL | None
+    arguments: dict[str, Any]  # of the DiT
+    plan: TrainPlan
+    say: Say
+
+
+def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup:
+    """Open the data, decide the model, count the cost. Nothing is written.
+
+    Raises:
+        ValueError: see `TrainConfig`, `open_dataset`, `DiT`; a batch that does not divide.
+    """
+    accelerator = make_accelerator(config, device)
+    say = say if accelerator.is_main_process else lambda line: None
+    processes = accelerator.num_processes
+    if config.optim.batch % processes:
+        raise ValueError(f"optim.batch={config.optim.batch} does not divide into {processes} processes")
+    if not config.data.source:
+        raise ValueError("data.source must name the pictures: a folder, a zip, or a Hugging Face dataset")
+    data = config.data
+    dataset = open_dataset(data.source, data.size, split=data.split, label=data.label, skip_bad=data.skip_bad)
+    for line in check_balance(dataset).lines():
+        say(line)
+    vae = None if data.vae is None else AutoencoderKL.from_pretrained(data.vae).eval().requires_grad_(False)
+    shape = dataset.shape if vae is None else latent_shape(vae, data.size)
+    arguments = config.model_arguments() | {
+        "in_channels": shape[0],
+        "sample_size": shape[1],
+        "num_classes": len(dataset.class_names),
+    }
+    plan = make_plan(config, arguments, len(dataset), processes)
+    return Setup(config, accelerator, dataset, vae, arguments, plan, say)
+
+
+def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
+    """accelerate's, for a device ("auto", "cpu" or whatever it finds) and precision."""
+    trackers = [name for name in config.run.trackers if name != "tensorboard" or find_spec("tensorboard")]
+    precision = config.run.precision
+    if precision == "auto":
+        precision = (
+            "bf16" if device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        )
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        cpu=device == "cpu",
+        log_with=trackers or None,  # type: ignore[arg-type]
+        project_dir=config.run.out,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # biases of other n
+    )
+
+
+def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:
+    """(c, h, w) of the latents of square pictures of this size.
+
+    Raises:
+        ValueError: the autoencoder does not divide the size.
+    """
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if size % factor:
+        raise ValueError(f"data.size must be a multiple of {factor} for this autoencoder, got {size}")
+    return vae.config["latent_channels"], size // factor, size // factor

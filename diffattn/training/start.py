@@ -1,0 +1,112 @@
+"""What a model begins with: nothing, or the weights of another one that it can make sense of."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffattn.functional.position_bias import resize_axis, resize_mediators
+from diffattn.models import DiT
+from diffattn.models.attention import MEDIATOR_AXIS, MediatorAttention
+from diffattn.models.convert import check_names, check_shapes
+
+GRID_AXIS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
+"""The position biases that follow the grid -> the axis of its rows or columns."""
+
+
+def load_backbone(source: str | Path, num_heads: int) -> DiT:
+    """A model from a folder of ours (its `transformer` subfolder too), or an official `.safetensors` file.
+
+    Raises:
+        ValueError: neither of them, or not readable.
+    """
+    path = Path(source)
+    try:
+        if path.suffix == ".safetensors" and path.is_file():
+            return DiT.from_official(load_file(path), num_heads=num_heads)
+        if path.is_dir():
+            inner = path / "transformer"
+            return DiT.from_pretrained(inner if inner.is_dir() else path, use_safetensors=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{str(source)!r} cannot be read: {error}") from None
+    raise ValueError(
+        f"{str(source)!r} is neither a folder with a DiT nor an official .safetensors file; "
+        "`diffattn convert` makes one of them from a .pt file"
+    )
+
+
+def class_names_of(source: str | Path) -> list[str]:
+    """The classes of a saved pipeline in the order of their ids; empty where the source does not say."""
+    index = Path(source) / "model_index.json"
+    if not index.is_file():
+        return []
+    id2label = json.loads(index.read_text()).get("id2label") or {}
+    return [id2label[key] for key in sorted(id2label, key=int)]
+
+
+def start_from(model: DiT, source: DiT) -> list[str]:
+    """Give `model` the weights of `source`, which may have softmax in the place of mediators, or another grid.
+
+    Position biases are resized to the grid, or to the number of mediators where `source` has another. Where it has
+    none, biases keep their small random values and the depth-wise convolution begins at zero, so that the first
+    step sees plain attention through mediators.
+
+    Returns:
+        The parameters that `source` did not decide.
+
+    Raises:
+        ValueError: naming the missing and the unexpected weights, or those of the wrong shape.
+    """
+    own, given = model.state_dict(), dict(source.state_dict())
+    new: list[str] = []
+    for i, block in enumerate(model.blocks):
+        theirs = source.blocks[i].attn if i < len(source.blocks) else None
+        prefix = f"blocks.{i}.attn."
+        if not isinstance(block.attn, MediatorAttention):
+            given = {k: w for k, w in given.items() if not (k.startswith(prefix) and _is_mediators(k))}
+        elif isinstance(theirs, MediatorAttention):
+            given = {k: w for k, w in given.items() if not k.startswith(f"{prefix}biases.")}
+            given |= _fitted_biases(block.attn, theirs, prefix)
+        elif theirs is not None:
+            nn.init.zeros_(block.attn.dwc.weight)
+            nn.init.zeros_(block.attn.dwc.bias)  # type: ignore[arg-type]
+            new += [k for k in own if k.startswith(prefix) and _is_mediators(k)]
+    own = model.state_dict()
+    given |= {name: own[name] for name in new}
+    check_names(own, given)
+    check_shapes(own, given)
+    model.load_state_dict(given)
+    return new
+
+
+def _is_mediators(name: str) -> bool:
+    return re.search(r"\.attn\.(biases|dwc)\.", name) is not None
+
+
+def _fitted_biases(ours: MediatorAttention, theirs: MediatorAttention, prefix: str) -> dict[str, Tensor]:
+    """Their biases at our numbers of mediators and on our grid; the nearest number where there is no other."""
+    fitted = {}
+    for n in ours.mediators:
+        inside = min(theirs.mediators) <= n <= max(theirs.mediators)
+        nearest = n if inside else min(theirs.mediators, key=lambda m: abs(m - n))
+        biases = theirs.biases_at(nearest)
+        for name, like in ours.biases_at(n).items():
+            bias = resize_mediators(biases[name], MEDIATOR_AXIS[name], n)
+            if name in GRID_AXIS:
+                bias = resize_axis(bias, GRID_AXIS[name], like.shape[GRID_AXIS[name]])
+            fitted[f"{prefix}biases.{n}.{name}"] = bias.detach().to(like.dtype)
+    return fitted
+
+
+def make_model(arguments: dict, start: str | None, device: torch.device | str = "cpu") -> tuple[DiT, list[str]]:
+    """A new model, and the parameters that did not come from `start` (all of them without one)."""
+    model = DiT(**arguments)
+    new = [name for name, _ in model.named_parameters()]
+    if start is not None:
+        new = start_from(model, load_backbone(start, arguments["num_heads"]))
+    nn.Module.to(model, device)
+    return model, new

@@ -1,0 +1,83 @@
+"""Training configuration: what wins over what, and what is refused."""
+
+import json
+import re
+
+import pytest
+
+from diffattn.training.config import PRESETS, TrainConfig, differing_fields
+
+
+def test_defaults_presets_files_settings_and_options_win_in_this_order(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim:\n  lr: 3e-4\n  batch: 32\nmodel:\n  attention: [softmax, mediator]\n")
+    config = TrainConfig.read("cifar-sit-cpu", file, ["optim.batch=16", "run.out=here"], {"run.out": "there"})
+    assert config.model.patch_size == 4  # preset
+    assert config.optim.lr == 3e-4  # file over preset; YAML reads 3e-4 as text
+    assert config.optim.batch == 16  # setting over file
+    assert config.run.out == "there"  # option over setting
+    assert config.model.attention == ("softmax", "mediator")
+    assert config.optim.eps == TrainConfig().optim.eps  # default
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid_and_survives_json(preset) -> None:
+    config = TrainConfig.read(preset)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_json_file_is_read_too(tmp_path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(TrainConfig.read("cifar-sit").to_dict()))
+    assert TrainConfig.read(file=file) == TrainConfig.read("cifar-sit")
+
+
+def test_the_size_preset_sets_the_backbone() -> None:
+    arguments = TrainConfig.read(settings=["model.size=XL/2"]).model_arguments()
+    assert (arguments["hidden_size"], arguments["num_layers"], arguments["patch_size"]) == (1152, 28, 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("optim.learning_rate=1", "unknown field of optim: 'learning_rate'; allowed: batch"),
+        ("optimizer.lr=1", "unknown section: 'optimizer'"),
+        ("lr=1", "section.field=value"),
+        ("optim.lr", "section.field=value"),
+        ("optim.batch=many", "optim.batch must be int, got 'many'"),
+        ("optim.batch=1.5", "optim.batch must be int, got 1.5"),
+        ("optim.batch=true", "optim.batch must be int, got True"),
+        ("optim.batch=0", "optim.batch must be at least 1, got 0"),
+        ("optim.lr=-1", "optim.lr must be at least 0, got -1"),
+        ("optim.lr=.nan", "optim.lr must be at least 0, got nan"),
+        ("optim.betas=[0.9]", "optim.betas must be"),
+        ("objective.path=cosine", "objective.path must be one of linear, gvp, got 'cosine'"),
+        ("objective.label_dropout=2", "objective.label_dropout must be from 0 to 1, got 2"),
+        ("model.size=XXL/2", "model.size must be one of"),
+        ("run.precision=fp8", "run.precision must be one of"),
+        ("optim.lr=[1", "optim.lr"),
+    ],
+)
+def test_bad_settings_name_the_value_and_what_is_allowed(setting, says) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        TrainConfig.read(settings=[setting])
+
+
+def test_unreadable_and_senseless_files(tmp_path) -> None:
+    with pytest.raises(ValueError, match="not a readable JSON or YAML file"):
+        TrainConfig.read(file=tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="must hold sections"):
+        TrainConfig.read(file=tmp_path / "list.yaml")
+    (tmp_path / "flat.yaml").write_text("optim: 3\n")
+    with pytest.raises(ValueError, match="'optim' must be a section"):
+        TrainConfig.read(file=tmp_path / "flat.yaml")
+    with pytest.raises(ValueError, match="preset must be one of cifar-sit"):
+        TrainConfig.read("cifar")
+
+
+def test_differences_that_matter_are_named_and_others_are_not() -> None:
+    old = TrainConfig.read("cifar-sit")
+    new = TrainConfig.read("cifar-sit", settings=["run.steps=7", "run.keep=9", "optim.lr=1e-2", "model.num_layers=3"])
+    assert differing_fields(old, new) == ["model.num_layers: 9 -> 3", "optim.lr: 0.001 -> 0.01"]
+    assert differing_fields(old, old) == []
