@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from diffattn.methods import METHODS
     from diffattn.methods.base import LayerSpec
     from diffattn.run_hook import DiffAttnWarning
-    from diffattn.schedules import NoiseSchedule
+    from diffattn.schedules import LatentChangeSchedule, NoiseSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "DiffAttnWarning",
+    "LatentChangeSchedule",
     "LayerSpec",
     "NoiseSchedule",
     "Patch",
@@ -30,6 +31,7 @@ __all__ = [
 _HOMES = {
     "METHODS": "methods",
     "DiffAttnWarning": "run_hook",
+    "LatentChangeSchedule": "schedules",
     "LayerSpec": "methods.base",
     "NoiseSchedule": "schedules",
     "Patch": "injection",

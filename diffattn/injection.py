@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffattn.methods.base import LayerSpec
@@ -21,8 +21,9 @@ from diffattn.noise_level import NoiseLevels
 from diffattn.plan import LayerFilter, Plan
 from diffattn.processors import Architecture, architecture_of
 from diffattn.processors.base import ACCELERATED, Latest, RunState, Tally
+from diffattn.processors.denoisers import denoisers_of, uncompiled
 from diffattn.report import LayerReport, Report
-from diffattn.run_hook import DiffAttnWarning, OutsideCompiled, PatchedLayer, RunHook, uncompiled
+from diffattn.run_hook import DiffAttnWarning, OutsideCompiled, PatchedLayer, RunHook
 from diffattn.schedules import Schedule
 
 SHARED = "pipelines made from this one with from_pipe share its denoiser and run patched too"
@@ -35,10 +36,10 @@ def patch(
     preset: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     layers: LayerFilter | None = None,
-    schedule: Schedule | Mapping[float, Any] | None = None,
+    schedule: Schedule | Mapping[Any, Any] | None = None,
     **options: Any,
 ) -> "Patch":
-    """Make a diffusers pipeline, or its denoiser, use another attention.
+    """Make a pipeline of diffusers or of this package, or its denoiser, use another attention.
 
     Undone by `patch.remove()`, by `unpatch`, or at the end of a `with` block. A pipeline made with `from_pipe`
     shares the denoiser and so the patch. Compile first, then patch.
@@ -50,7 +51,8 @@ def patch(
         recipe: a mapping, or the path of a JSON file, with any of method, preset, options, layers, schedule.
             What is given beside it wins, the method excepted.
         layers: names of layers (as in the report), or a predicate on `LayerSpec`; default all that are supported.
-        schedule: options by noise level (1 noise ... 0 data), as a `Schedule` or the mapping of `NoiseSchedule`.
+        schedule: options by noise level (1 noise ... 0 data) or by the latents' change: a `Schedule`, the mapping of
+            `NoiseSchedule`, or that of `LatentChangeSchedule.to_dict`.
         **options: fields of the method's configuration; they win over the preset's.
 
     Returns:
@@ -62,7 +64,7 @@ def patch(
             that is patched already.
     """
     plan = Plan.read(method, preset, recipe, layers, schedule, options)
-    denoisers = _denoisers(pipe_or_model)
+    denoisers = denoisers_of(pipe_or_model)
     for model in denoisers.values():
         if _patches_of(model):
             raise ValueError(
@@ -78,16 +80,25 @@ def unpatch(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
     Raises:
         TypeError: the architecture is not supported.
     """
-    for model in _denoisers(pipe_or_model).values():
+    for model in denoisers_of(pipe_or_model).values():
         for found in _patches_of(model):
             found.remove()
+
+
+def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> "Patch | None":
+    """The patch of a pipeline or denoiser, if it has one.
+
+    Raises:
+        TypeError: the architecture is not supported.
+    """
+    found = [found for model in denoisers_of(pipe_or_model).values() for found in _patches_of(model)]
+    return found[0] if found else None
 
 
 class Patch:
     """A patched model, made by `patch`."""
 
     def __init__(self, target: DiffusionPipeline | nn.Module, denoisers: Mapping[str, nn.Module], plan: Plan) -> None:
-        self.plan = plan
         self.run = RunState(Latest())
         self.tally = Tally()
         self.hooks: list[RunHook] = []
@@ -98,15 +109,16 @@ class Patch:
         self._warned = False
         self._removed = False
         self._layers: list[PatchedLayer] = []
+        anatomy = {prefix: _layers_of(prefix, model) for prefix, model in denoisers.items()}
+        specs = [spec for layers in anatomy.values() for spec, _ in layers]
+        plan.check_names([spec.name for spec in specs if not spec.is_cross_attention])
+        self.plan = plan.fit(specs)
+        self._options = [self.plan.options_at(phase) for phase in range(len(plan.methods))]
         for prefix, model in denoisers.items():
             architecture = architecture_of(uncompiled(model))
-            found = [
-                self._build(replace(spec, name=prefix + spec.name), module, architecture)
-                for spec, module in architecture.layers(uncompiled(model))
-            ]
+            found = [self._build(spec, module, architecture) for spec, module in anatomy[prefix]]
             self.hooks.append(RunHook(self, model, architecture, found))
             self._layers += found
-        plan.check_names([x.spec.name for x in self._layers if not x.spec.is_cross_attention])
         if not any(layer.processor for layer in self._layers):
             why = Counter(layer.left_alone for layer in self._layers)
             reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no attention layer"
@@ -126,10 +138,10 @@ class Patch:
             layer.left_alone = reason
         elif not self.plan.chooses(spec):
             layer.left_alone = "not among the chosen layers"
-        elif not self.plan.covers(spec):
-            layer.left_alone = f"level {spec.level} is not covered with these options"
+        elif reason := self.plan.why_not(spec):
+            layer.left_alone = reason
         else:
-            methods = [m if m is not None and m.supports(spec) else None for m in self.plan.methods]
+            methods = [m if m is not None and not m.why_not(spec) else None for m in self.plan.methods]
             layer.processor = architecture.processor(
                 layer=spec,
                 original=module.processor,
@@ -183,6 +195,23 @@ class Patch:
             notes=(SHARED,) if isinstance(self._target(), DiffusionPipeline) else (),
         )
 
+    def trace(self) -> list[dict[str, Any]]:
+        """What happened in every call of the latest run of the calling thread, as JSON types.
+
+        Each call has "noise_level" (1 noise ... 0 data), "phase" (which entry of the schedule), "options" (of that
+        entry, or "exact") and "change" (Δ_k of a `LatentChangeSchedule`, or None): of the batch, or a list with
+        one per sample where they differ.
+        """
+        return copy.deepcopy(list(self.run.trace))
+
+    def expect_new_run(self) -> None:
+        """The next call in this thread begins a new run, whatever its noise level.
+
+        A rising noise level, or time steps that a scheduler sets anew, begin one anyway. For pipelines whose denoiser
+        is given another time than the scheduler's own: a run that was broken off in its first step leaves no trace.
+        """
+        self.run.schedule = None
+
     def _layer_report(self, layer: PatchedLayer, tokens: int | None) -> LayerReport:
         counts = self.tally.of(layer.spec.name)
         return LayerReport(
@@ -208,6 +237,7 @@ class Patch:
     def begin_run(self, size: Sequence[int]) -> None:
         """A run on latents of a size begins: count it, and look whether all processors are still in place."""
         self._num_runs += 1
+        self.run.trace.clear()
         for hook in self.hooks:
             hook.begin_run(*size)
         if names := self._notice_displaced():
@@ -219,9 +249,20 @@ class Patch:
                 stacklevel=7,
             )
 
-    def count_call(self, hook: RunHook) -> None:
-        """A call of one denoiser begins; only the main one's are counted, not its ControlNets'."""
-        self._num_calls += hook is self.hooks[0]
+    def record_call(self, hook: RunHook, noise_levels: Sequence[float], phase: int | tuple[int, ...]) -> None:
+        """A call of one denoiser begins; only the main one's are counted and traced, not its ControlNets'."""
+        if hook is not self.hooks[0]:
+            return
+        self._num_calls += 1
+        several = isinstance(phase, tuple)
+        self.run.trace.append(
+            {
+                "noise_level": noise_levels[0] if len(noise_levels) == 1 else list(noise_levels),
+                "phase": list(phase) if several else phase,
+                "options": [self._options[p] for p in phase] if several else self._options[phase],
+                "change": getattr(self.run.schedule, "change", None),
+            }
+        )
 
     def first_warning(self) -> bool:
         """True once."""
@@ -235,7 +276,7 @@ class Patch:
             if self._removed or layer.processor is None:
                 continue
             before, there = layer.displaced_by, layer.module.processor
-            layer.displaced_by = None if there is layer.processor else type(there).__name__
+            layer.displaced_by = None if there is layer.processor else _name_of(there)
             if layer.displaced_by and not before:
                 names.append(layer.spec.name)
         return names
@@ -252,28 +293,14 @@ class Patch:
         return new
 
 
-def _denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
-    """Prefix of layer names -> denoiser; the main one comes first, without a prefix.
+def _layers_of(prefix: str, model: nn.Module) -> list[tuple[LayerSpec, nn.Module]]:
+    """Every attention layer of a denoiser, named with the prefix."""
+    layers = architecture_of(uncompiled(model)).layers(uncompiled(model))
+    return [(replace(spec, name=prefix + spec.name), module) for spec, module in layers]
 
-    Raises:
-        TypeError: neither a pipeline with a supported denoiser nor a supported denoiser.
-    """
-    if isinstance(pipe_or_model, nn.Module):
-        architecture_of(uncompiled(pipe_or_model))
-        return {"": pipe_or_model}
-    if not isinstance(pipe_or_model, DiffusionPipeline):
-        raise TypeError(f"expected a diffusers pipeline or its denoiser, got {type(pipe_or_model).__name__}")
-    main = getattr(pipe_or_model, "unet", None) or getattr(pipe_or_model, "transformer", None)
-    if not isinstance(main, nn.Module):
-        raise TypeError(f"{type(pipe_or_model).__name__} has no denoiser (unet or transformer)")
-    architecture_of(uncompiled(main))
-    found = {"": main}
-    control = getattr(pipe_or_model, "controlnet", None)
-    nets = getattr(control, "nets", [control])  # MultiControlNetModel has several
-    for i, net in enumerate(nets):
-        if isinstance(net, nn.Module) and isinstance(uncompiled(net), ControlNetModel):
-            found["controlnet." if len(nets) == 1 else f"controlnet.{i}."] = net
-    return found
+
+def _name_of(processor: Any) -> str:
+    return "the layer's own attention" if processor is None else type(processor).__name__
 
 
 def _patches_of(model: nn.Module) -> list[Patch]:

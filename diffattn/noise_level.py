@@ -4,9 +4,10 @@ The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from math import exp, log, sqrt
+from operator import mul
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -47,10 +48,7 @@ class NoiseLevels:
             if position is not None:
                 to_come = self._schedule()[position:]
                 return Reading(to_come[:1], to_come, self._runs_seen)
-            values = timestep.detach().flatten().tolist()
-        else:
-            values = [float(timestep)]
-        levels = [self._level(t) for t in (values[:1] if len(set(values)) == 1 else values)]
+        levels = [self._level(t) for t in values_of(timestep)]
         return Reading(levels, levels, None)
 
     def _position(self, timestep: Tensor) -> int | None:
@@ -81,18 +79,27 @@ class NoiseLevels:
         return self._convert(timestep)
 
 
+def values_of(timestep: Tensor | float) -> list[float]:
+    """A time step's value, or one per sample if they differ in a tensor [B]. On a device, this waits for it."""
+    if not isinstance(timestep, Tensor):
+        return [float(timestep)]
+    values = timestep.detach().flatten()
+    numbers = values[:1].tolist() if values.stride() == (0,) else values.tolist()
+    return numbers[:1] if len(set(numbers)) == 1 else numbers
+
+
 def _converter(scheduler: Any) -> Callable[[float], float]:
     """How one scheduler's time steps become noise levels."""
     config = getattr(scheduler, "config", {})
     trained_on = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
     if scheduler is None:
-        return _discrete(stable_diffusion_alphas_cumprod())
+        return discrete(stable_diffusion_alphas_cumprod())
     if _is_flow_matching(scheduler):
         return lambda t: min(max(t / trained_on, 0.0), 1.0)
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     by_table = hasattr(scheduler, "precondition_noise") or config.get("timestep_type") == "continuous"
     if alphas_cumprod is not None and not by_table:
-        return _discrete(alphas_cumprod.tolist())
+        return discrete(alphas_cumprod.tolist())
     if isinstance(getattr(scheduler, "sigmas", None), Tensor) and len(scheduler.timesteps):
         return _table(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), config.get("sigma_data", 1.0))
     return lambda t: min(max(t / trained_on, 0.0), 1.0)
@@ -109,16 +116,23 @@ def _is_flow_matching(scheduler: Any) -> bool:
 
 def stable_diffusion_alphas_cumprod() -> list[float]:
     """ᾱ of Stable Diffusion's training schedule: β scaled-linear from 0.00085 to 0.012 over 1,000 steps."""
-    low, high = sqrt(0.00085), sqrt(0.012)
-    betas = [(low + (high - low) * i / (NUM_TRAIN_TIMESTEPS - 1)) ** 2 for i in range(NUM_TRAIN_TIMESTEPS)]
-    product, out = 1.0, []
-    for beta in betas:
-        product *= 1 - beta
-        out.append(product)
-    return out
+    return _products(root**2 for root in _linear(sqrt(0.00085), sqrt(0.012)))
 
 
-def _discrete(alphas_cumprod: Sequence[float]) -> Callable[[float], float]:
+def dit_alphas_cumprod() -> list[float]:
+    """ᾱ of DiT's training schedule: β linear from 0.0001 to 0.02 over 1,000 steps."""
+    return _products(_linear(0.0001, 0.02))
+
+
+def _linear(low: float, high: float) -> list[float]:
+    return [low + (high - low) * i / (NUM_TRAIN_TIMESTEPS - 1) for i in range(NUM_TRAIN_TIMESTEPS)]
+
+
+def _products(betas: Iterable[float]) -> list[float]:
+    return list(accumulate((1 - beta for beta in betas), mul))
+
+
+def discrete(alphas_cumprod: Sequence[float]) -> Callable[[float], float]:
     """Time steps index ᾱ: u = √(1-ᾱ) / (√ᾱ + √(1-ᾱ)); fractional ones are interpolated."""
     levels = [sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)) for a in (min(max(a, 0.0), 1.0) for a in alphas_cumprod)]
 

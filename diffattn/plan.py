@@ -1,14 +1,14 @@
 """From what the user asked for to a checked plan, before any model is looked at."""
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from diffattn.methods import METHODS
 from diffattn.methods.base import AttentionMethod, LayerSpec
-from diffattn.schedules import NoiseSchedule, Schedule, constant
+from diffattn.schedules import EXACT, NoiseSchedule, Schedule, constant, read_schedule
 
 DEFAULT_PRESET = "balanced"
 RECIPE_KEYS = ("method", "preset", "options", "layers", "schedule")
@@ -34,7 +34,7 @@ class Plan:
         preset: str | None,
         recipe: str | Path | Mapping[str, Any] | None,
         layers: LayerFilter | None,
-        schedule: Schedule | Mapping[float, Any] | None,
+        schedule: Schedule | Mapping[Any, Any] | None,
         options: Mapping[str, Any],
     ) -> Self:
         """The plan for the arguments of `patch`, which documents them; raises `ValueError` as it does."""
@@ -64,9 +64,26 @@ class Plan:
             raise ValueError("the schedule is exact at every noise level: nothing would be accelerated")
         return cls(method, preset, methods, chosen, layers, dict(options))
 
-    def covers(self, layer: LayerSpec) -> bool:
-        """Whether the method can do anything for the layer in any phase."""
-        return any(m is not None and m.supports(layer) for m in self.methods)
+    def fit(self, layers: Sequence[LayerSpec]) -> Self:
+        """The plan for the layers of one model.
+
+        Raises:
+            ValueError: an option that these layers do not allow.
+        """
+        return replace(self, methods=tuple(m and m.fit(layers) for m in self.methods))
+
+    def why_not(self, layer: LayerSpec) -> str | None:
+        """Why the method can do nothing for the layer in any phase, or None."""
+        reasons = [m.why_not(layer) for m in self.methods if m is not None]
+        return reasons[0] if all(reasons) else None
+
+    def options_at(self, phase: int) -> dict[str, Any] | str:
+        """What applies in a phase as JSON types: "exact", or the options that are not the method's defaults."""
+        method = self.methods[phase]
+        if method is None:
+            return EXACT
+        values = {f.name: (getattr(method, f.name), f.default) for f in fields(method)}  # type: ignore[arg-type]
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     def chooses(self, layer: LayerSpec) -> bool:
         """Whether the layer is among those asked for."""
@@ -106,7 +123,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _schedule(schedule: Any) -> Schedule:
     if isinstance(schedule, Mapping):
-        return NoiseSchedule(schedule)
+        return read_schedule(schedule)
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule must be a Schedule or a mapping from noise level to options, got {schedule!r}")
     return schedule

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffattn.methods.base import LayerSpec
 from diffattn.processors.base import ACCELERATED, Architecture, DenoiserCall, Processor
+from diffattn.processors.denoisers import uncompiled
 
 _outside_compiled: Any = torch.compiler.disable
 
@@ -29,11 +30,6 @@ class PatchedLayer:
     processor: Processor | None = None  # ours
     left_alone: str | None = None  # why there is none of ours
     displaced_by: str | None = None  # class of what took our place
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile(module)`, or the module itself."""
-    return getattr(model, "_orig_mod", model)
 
 
 class RunHook:
@@ -61,11 +57,14 @@ class RunHook:
     def begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], traced: bool = False) -> None:
         """One call of the denoiser is about to happen; `traced`: from inside a compiled caller."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        sample: Tensor = given[self._names[0]]
+        sample: Tensor = given[self.architecture.sample_name]
+        time = given[self.architecture.time_name]
         mask_rows = int(given.get("attention_mask") is not None)
         run, device = self.patch.run, sample.device.type
         grids = self.set_size(*sample.shape[-2:])
-        levels, to_come, scheduler_run = self.patch.noise_levels().read(given["timestep"])
+        levels, to_come, scheduler_run = self.architecture.read_time(
+            uncompiled(self.model), time, self.patch.noise_levels()
+        )
         new_run = max(levels) > run.last_level or scheduler_run != run.scheduler_run
         if run.schedule is None or new_run:
             run.schedule = copy.deepcopy(self.patch.plan.schedule)
@@ -76,7 +75,7 @@ class RunHook:
         run.schedule.observe(sample, levels)
         phase, compiled = run.schedule.phase(), traced or self.compiled
         run.begin(DenoiserCall(phase, {h * w: (h, w) for h, w in grids}, compiled))
-        self.patch.count_call(self)
+        self.patch.record_call(self, levels, phase)
         if compiled:
             self._count(phase, device, mask_rows)
 

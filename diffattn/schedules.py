@@ -1,4 +1,4 @@
-"""Schedules: which options of a method apply at which noise level. Pure Python.
+"""Schedules: which options of a method apply at which noise level, or after how much change. Pure Python.
 
 The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1 is pure noise, 0 is data, and it
 equals the time of flow matching. Sampling goes from high to low.
@@ -6,7 +6,7 @@ equals the time of flow matching. Sampling goes from high to low.
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 EXACT = "exact"
 
@@ -81,6 +81,149 @@ class NoiseSchedule:
         return {str(b): EXACT if p is None else dict(p) for b, p in zip(self.bounds, self.phases, strict=True)}
 
 
+class LatentChangeSchedule:
+    """Options by how much the latents still change: step-wise dynamic mediators (Pu et al., ECCV 2024).
+
+        LatentChangeSchedule([{"num_mediators": 4}, {"num_mediators": 16}, {"num_mediators": 64}], [0.8, 0.45])
+
+    A run begins with the first entry. Δ_k is the mean change of the k-th state x_k over x_{k-1}, Δ₀ the mean of the
+    first few of them; the run moves on to entry i + 1, and never back, at the first Δ_k < r_i·Δ₀ after those. The
+    states are the noisy inputs of the denoiser, one per step, without the initial noise, as published: the first
+    change is known at the third step. Calls at the noise level of the call before (the second evaluation of Heun's
+    method) belong to the same step, and the later state counts. Measuring the change waits for the device, once per
+    call; inputs in half precision round small changes.
+
+    Args:
+        entries: options or "exact", one more than `thresholds`.
+        thresholds: r_1 >= r_2 >= ... above 0, as shares of Δ₀.
+        first: how many changes Δ₀ is the mean of; none of them can lead on.
+        distance: "l1", mean |x_k - x_{k-1}|, or "l2", mean (x_k - x_{k-1})².
+        per_sample: decide for every sample by its own change; otherwise the mean over the batch decides for all.
+
+    Raises:
+        ValueError: naming the argument and what is allowed.
+    """
+
+    KIND = "latent_change"
+
+    def __init__(
+        self,
+        entries: Sequence[Mapping[str, Any] | str],
+        thresholds: Sequence[float],
+        *,
+        first: int = 3,
+        distance: str = "l1",
+        per_sample: bool = False,
+    ) -> None:
+        if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence):
+            raise ValueError(f"entries must be a list of options or {EXACT!r}, got {entries!r}")
+        self.phases: tuple[Options, ...] = tuple(_options(entry) for entry in entries)
+        self.thresholds: tuple[float, ...] = _thresholds(thresholds, len(self.phases))
+        if not isinstance(first, int) or isinstance(first, bool) or first < 1:
+            raise ValueError(f"first must be a whole number, 1 or more, got {first!r}")
+        if distance not in ("l1", "l2"):
+            raise ValueError(f"distance must be 'l1' or 'l2', got {distance!r}")
+        if not isinstance(per_sample, bool):
+            raise ValueError(f"per_sample must be True or False, got {per_sample!r}")
+        self.first, self.distance, self.per_sample = first, distance, per_sample
+        self.start(1)
+
+    def start(self, batch: int) -> None:
+        self._step: list[float] | None = None  # noise levels of the step under way
+        self._steps = 0  # begun so far
+        self._before: Any = None  # the state before that step
+        self._state: Any = None  # the state of that step
+        self._changes: list[list[float]] = []  # of the steps before, for the batch or every sample
+        self._change: list[float] | None = None  # of the step under way
+        self._current: int | tuple[int, ...] = 0
+
+    @property
+    def change(self) -> float | list[float] | None:
+        """Δ_k of the call observed last, for the batch or every sample; None before there is one."""
+        return self._change if self.per_sample or self._change is None else self._change[0]
+
+    def observe(self, latents: Any, noise_levels: Sequence[float]) -> None:
+        """`latents` [B, ...]: a batch that grows by whole copies of itself, as for guidance, is the same samples."""
+        if self._state is not None and self._state.shape[1:] != latents.shape[1:]:
+            self.start(len(latents))
+        if self._step != list(noise_levels):
+            self._begin_step(list(noise_levels))
+        if self._steps > 1:
+            self._state = latents.detach().clone()  # a scheduler may go on to change it in place
+        if self._before is not None:
+            self._change = self._measure(latents.detach())
+            samples = range(len(self._change))
+            changes = [*self._changes, self._change]
+            phases = tuple(self._decide([c[i % len(c)] for c in changes]) for i in samples)
+            self._current = phases[0] if len(set(phases)) == 1 else phases
+
+    def _begin_step(self, noise_levels: list[float]) -> None:
+        if self._change is not None:
+            self._changes.append(self._change)
+        self._before, self._step = self._state, noise_levels
+        self._steps += 1
+
+    def _measure(self, latents: Any) -> list[float]:
+        """The change over the state before, for the batch or every sample."""
+        before, batch = self._before, len(latents)
+        if len(before) != batch:
+            before = before[[i % len(before) for i in range(batch)]]
+        difference = latents.float() - before.float()
+        distances = difference.abs() if self.distance == "l1" else difference.square()
+        return distances.flatten(1).mean(1).tolist() if self.per_sample else [distances.mean().item()]
+
+    def _decide(self, changes: Sequence[float]) -> int:
+        """The phase after these changes of one sample, or of the batch."""
+        reference, phase = sum(changes[: self.first]) / self.first, 0
+        for change in changes[self.first :]:
+            while phase < len(self.thresholds) and change < self.thresholds[phase] * reference:
+                phase += 1
+        return phase
+
+    def phase(self) -> int | tuple[int, ...]:
+        return self._current
+
+    def reachable(self, noise_levels: Iterable[float]) -> set[int]:
+        return set(range(len(self.phases)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types; `from_dict` and a recipe's "schedule" read it back."""
+        return {
+            "kind": self.KIND,
+            "entries": [EXACT if p is None else dict(p) for p in self.phases],
+            "thresholds": list(self.thresholds),
+            "first": self.first,
+            "distance": self.distance,
+            "per_sample": self.per_sample,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The schedule that `to_dict` wrote; `ValueError` for a key that is missing or unknown."""
+        given = {key: value for key, value in values.items() if key != "kind"}
+        needed, allowed = ("entries", "thresholds"), ("entries", "thresholds", "first", "distance", "per_sample")
+        if missing := [key for key in needed if key not in given]:
+            raise ValueError(f"a schedule of kind {cls.KIND!r} needs {', '.join(missing)}")
+        if unknown := sorted(set(map(str, given)) - set(allowed)):
+            raise ValueError(
+                f"unknown key {', '.join(unknown)} of a schedule of kind {cls.KIND!r}; allowed: {', '.join(allowed)}"
+            )
+        return cls(**given)
+
+
+def read_schedule(values: Mapping[Any, Any]) -> NoiseSchedule | LatentChangeSchedule:
+    """A schedule from JSON types: the entries of a `NoiseSchedule`, or {"kind": "latent_change", ...}.
+
+    Raises:
+        ValueError: another kind, or not what that kind takes.
+    """
+    if "kind" not in values:
+        return NoiseSchedule(values)
+    if values["kind"] != LatentChangeSchedule.KIND:
+        raise ValueError(f"kind of schedule must be {LatentChangeSchedule.KIND!r}, got {values['kind']!r}")
+    return LatentChangeSchedule.from_dict(values)
+
+
 def constant() -> NoiseSchedule:
     """The same options at every noise level."""
     return NoiseSchedule({0.0: {}})
@@ -102,3 +245,16 @@ def _options(entry: Mapping[str, Any] | str) -> Options:
     if entry == EXACT:
         return None
     raise ValueError(f"a schedule's entries are options or {EXACT!r}, got {entry!r}")
+
+
+def _thresholds(values: Sequence[float], num_phases: int) -> tuple[float, ...]:
+    numbers = not isinstance(values, str) and isinstance(values, Sequence)
+    numbers = numbers and all(isinstance(r, int | float) and not isinstance(r, bool) for r in values)
+    if not numbers or not all(isfinite(r) and r > 0 for r in values) or list(values) != sorted(values, reverse=True):
+        raise ValueError(f"thresholds must be falling numbers above 0, got {values!r}")
+    if num_phases != len(values) + 1 or not values:
+        raise ValueError(
+            f"a schedule needs one entry more than thresholds, and a threshold, got {num_phases} entries "
+            f"and {len(values)} thresholds"
+        )
+    return tuple(float(r) for r in values)

@@ -2,7 +2,9 @@
 
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import AttentionMethod
+from diffattn.methods.mediator import MediatorAttention
 
 METHODS: dict[str, type[AttentionMethod]] = {
     AgentAttention.name: AgentAttention,
+    MediatorAttention.name: MediatorAttention,
 }

@@ -4,7 +4,7 @@ Shapes: B batch, H heads, N query tokens, M key tokens, D channels per head, C =
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, Self
 
@@ -22,6 +22,8 @@ class LayerSpec:
     head_dim: int
     is_cross_attention: bool = False
     upcast: bool = False  # the layer asks for fp32 logits (Stable Diffusion 2.x)
+    kind: str = "softmax"  # what the layer computes by itself: exact attention, or what it was trained with
+    mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
 
 
 @dataclass
@@ -33,6 +35,8 @@ class LayerCall:
     num_context: int = 0  # tokens without a place on the grid; always exact keys, never pooled
     mask: Tensor | None = None  # additive, [B, H, 1 or N, M]
     phase: int = 0  # which entry of the schedule applies
+    mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
+    """What the layer itself learned, if it did: (q, k, v, number of mediators) -> [B, H, N, D]."""
 
 
 class AttentionFn(Protocol):
@@ -54,6 +58,7 @@ class AttentionMethod(ABC):
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Preset]]
+    replaces: ClassVar[str] = "softmax"  # the kind of layer it stands in for, see `LayerSpec.kind`
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -65,6 +70,20 @@ class AttentionMethod(ABC):
                 f"unknown option {', '.join(unknown)} of method {cls.name!r}; allowed: {', '.join(allowed)}"
             )
         return cls(**options)
+
+    def fit(self, layers: Sequence[LayerSpec]) -> Self:
+        """The method for the layers of one model, with what depends on them filled in.
+
+        Raises:
+            ValueError: an option out of the range of what the layers allow.
+        """
+        return self
+
+    def why_not(self, layer: LayerSpec) -> str | None:
+        """Why the method can do nothing for a layer, whatever the size of the picture, or None."""
+        if layer.kind != self.replaces:
+            return f"{layer.kind} attention, which method {self.name!r} does not replace"
+        return None if self.supports(layer) else f"level {layer.level} is not covered with these options"
 
     @abstractmethod
     def supports(self, layer: LayerSpec) -> bool:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,31 @@ class HeadNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+class LayerProcessor(Protocol):
+    """What can stand in the place of a layer's `attend`: a plain object, which is not saved with the model.
+
+    It gets the layer, its input x [B, N, C], the projected and normed q, k, v [B, H, N, D], and what `attend` gets
+    besides; it returns [B, H, N, D].
+    """
+
+    def __call__(
+        self,
+        layer: "AttentionLayer",
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        num_mediators: int,
+    ) -> Tensor: ...
+
+
 class AttentionLayer(nn.Module, ABC):
     """Projections around what a subclass does with q, k and v."""
 
     def __init__(self, dim: int, options: AttentionOptions) -> None:
         super().__init__()
+        self.processor: LayerProcessor | None = None
         self.num_heads = options.num_heads
         head_dim = dim // options.num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -64,8 +85,16 @@ class AttentionLayer(nn.Module, ABC):
         """x [B, N, C] -> [B, N, C]; `num_mediators` is for the layers that have any."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
-        out = self.attend(self.q_norm(q), self.k_norm(k), v, grid, num_mediators)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.processor is None:
+            out = self.attend(q, k, v, grid, num_mediators)
+        else:
+            out = self.processor(self, x, q, k, v, grid, num_mediators)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+    def set_processor(self, processor: LayerProcessor | None) -> None:
+        """Put a processor in the place of `attend`; None takes it out again."""
+        self.processor = processor
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], num_mediators: int) -> Tensor:

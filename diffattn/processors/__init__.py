@@ -3,9 +3,10 @@
 from torch import nn
 
 from diffattn.processors.base import Architecture
+from diffattn.processors.sit import SiTArchitecture
 from diffattn.processors.unet import UNetArchitecture
 
-ARCHITECTURES: tuple[Architecture, ...] = (UNetArchitecture(),)
+ARCHITECTURES: tuple[Architecture, ...] = (UNetArchitecture(), SiTArchitecture())
 
 
 def architecture_of(model: nn.Module) -> Architecture:

@@ -3,10 +3,8 @@
 Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
 """
 
-import copy
 import inspect
-from collections.abc import Collection, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import (
@@ -19,9 +17,8 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor
 
-from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec
-from diffattn.processors.base import ACCELERATED, DenoiserCall, RunState, Tally
-from diffattn.schedules import EXACT
+from diffattn.methods.base import AttentionFn, LayerCall, LayerSpec
+from diffattn.processors.base import DenoiserCall, MethodProcessor, by_phase, genuine
 
 PLAIN_PROCESSORS = (
     AttnProcessor,
@@ -37,7 +34,7 @@ def why_unsupported(module: torch.nn.Module) -> str | None:
     """Why a layer must keep its processor, or None."""
     if not isinstance(module, Attention):
         return f"attention class {type(module).__name__}"
-    kind = type(_genuine(module.processor))
+    kind = type(genuine(module.processor))
     if kind not in PLAIN_PROCESSORS:
         return f"custom processor {kind.__name__}"
     if module.added_kv_proj_dim is not None:
@@ -45,47 +42,17 @@ def why_unsupported(module: torch.nn.Module) -> str | None:
     return None
 
 
-class SelfAttentionProcessor:
+class SelfAttentionProcessor(MethodProcessor):
     """Runs a method where it applies, and the layer's original processor object everywhere else."""
 
     def __new__(cls, *parts: Any, **named_parts: Any) -> Any:
         """`load_ip_adapter` makes new processors as `processor.__class__()`: it gets diffusers' plain one."""
         return super().__new__(cls) if parts or named_parts else AttnProcessor2_0()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self)] = new = object.__new__(type(self))
-        for name, value in self.__dict__.items():
-            setattr(new, name, copy.deepcopy(value, memo))
-        return new
-
-    def __init__(
-        self,
-        layer: LayerSpec,
-        original: Any,
-        methods: Sequence[AttentionMethod | None],  # one per phase; None is exact
-        run: RunState,
-        tally: Tally,
-        owner: Any = None,  # the patch
-    ) -> None:
-        self.layer = layer
-        self.original = original
-        self.methods = tuple(methods)
-        self.functions: tuple[AttentionFn | None, ...] = tuple(m.build(layer) if m else None for m in methods)
-        self.run = run
-        self.tally = tally
-        self.owner = owner
+    def __init__(self, layer: LayerSpec, original: Any, *parts: Any, **named_parts: Any) -> None:
+        super().__init__(layer, original, *parts, **named_parts)
         self._original_takes_temb = "temb" in inspect.signature(original.__call__).parameters
-        self._fused = isinstance(_genuine(original), FusedAttnProcessor2_0)
-        self.active = True  # a processor put back after its patch was removed behaves like the original
-
-    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
-        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
-        method = self.methods[phase]
-        if method is None:
-            return f"{EXACT} by schedule"
-        if num_tokens not in grids:
-            return f"{num_tokens} tokens do not form a grid of the latents"
-        return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
+        self._fused = isinstance(genuine(original), FusedAttnProcessor2_0)
 
     def __call__(
         self,
@@ -97,29 +64,11 @@ class SelfAttentionProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        call = self.run.current()
-        inputs = (encoder_hidden_states, attention_mask, temb)
-        if call is None or not self.active:  # outside the denoiser, or after the patch was removed
-            return self._exact(attn, hidden_states, *inputs)
-        if isinstance(call.phase, tuple):
-            return self._by_sample(call, call.phase, attn, hidden_states, *inputs)
-        return self._run(call, call.phase, attn, hidden_states, *inputs)
-
-    def _by_sample(
-        self,
-        call: DenoiserCall,
-        phases: tuple[int, ...],
-        attn: Attention,
-        hidden_states: Tensor,
-        *others: Tensor | None,
-    ) -> Tensor:
-        """Samples of one phase run together."""
-        out = torch.empty_like(hidden_states)
-        for phase in sorted(set(phases)):
-            rows = torch.tensor([i for i, p in enumerate(phases) if p == phase], device=hidden_states.device)
-            rest = (None if x is None else _rows(x, rows, len(phases)) for x in others)
-            out = out.index_copy(0, rows, self._run(call, phase, attn, hidden_states[rows], *rest))
-        return out
+        call = self._call_under_way()
+        tensors = (hidden_states, encoder_hidden_states, attention_mask, temb)
+        if call is None:
+            return self._exact(attn, *tensors)
+        return by_phase(call.phase, lambda phase, *tensors: self._run(call, phase, attn, *tensors), *tensors)
 
     def _run(
         self,
@@ -142,10 +91,8 @@ class SelfAttentionProcessor:
         if encoder_hidden_states is None:
             mask_rows = 0 if mask is None else mask.shape[2]
             reason = self.why_exact(phase, call.grids, num_tokens, hidden_states.device.type, mask_rows)
-        if not (call.compiled or torch.compiler.is_compiling()):
-            self.tally.add(self.layer.name, reason)
-        function = self.functions[phase]
-        if reason != ACCELERATED or function is None:
+        function = self._function(call, phase, reason)
+        if function is None:
             return self._exact(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         return self._attend(function, phase, call.grids[num_tokens], attn, hidden_states, mask, temb)
 
@@ -188,13 +135,6 @@ class SelfAttentionProcessor:
         return out / attn.rescale_output_factor
 
 
-def _genuine(processor: Any) -> Any:
-    """The processor itself; for one of ours that was put back after its removal, what it stands for."""
-    while isinstance(processor, SelfAttentionProcessor) and not processor.active:
-        processor = processor.original
-    return processor
-
-
 def _project(attn: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, N, C] -> q, k, v [B, H, N, D], normalised where the layer normalises them."""
     if fused:
@@ -207,10 +147,3 @@ def _project(attn: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]
     if attn.norm_k is not None:
         k = attn.norm_k(k)
     return q, k, v
-
-
-def _rows(x: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """The samples `rows` of a tensor with a batch dimension, or of a mask repeated per head or for all."""
-    if x.shape[0] == 1:
-        return x
-    return x.unflatten(0, (batch, -1))[rows].flatten(0, 1)

@@ -1,18 +1,24 @@
 """What the processors of one patch share: the run under way, and the count of what happened."""
 
+import copy
 import threading
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from diffattn.methods.base import LayerSpec
-from diffattn.schedules import Schedule
+from diffattn.methods.base import AttentionFn, AttentionMethod, LayerSpec
+from diffattn.noise_level import NoiseLevels, Reading
+from diffattn.schedules import EXACT, Schedule
 
 ACCELERATED = "accelerated"
 """What is counted for a call that was accelerated; anything else is the reason why it was not."""
+
+LONGEST_TRACE = 10_000
+"""Calls that a trace holds: of a model that is called by hand at one noise level for ever, the last ones."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class RunState(threading.local):
         schedule: this run's own copy of the schedule.
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
+        trace: what happened in every call of this run, as JSON types.
     """
 
     call: DenoiserCall | None = None
@@ -48,6 +55,7 @@ class RunState(threading.local):
     def __init__(self, latest: Latest) -> None:
         """Called once per thread, with the same `latest`."""
         self.latest = latest
+        self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
 
     def begin(self, call: DenoiserCall) -> None:
         """A call of the denoiser begins in this thread."""
@@ -101,6 +109,8 @@ class Architecture(Protocol):
     """How one family of denoisers is taken apart. One file per family."""
 
     title: str  # what is supported, as error messages list it
+    sample_name: str  # what `forward` calls its noisy input
+    time_name: str  # what `forward` calls its time step
 
     def matches(self, model: nn.Module) -> bool:
         """Whether this family covers the model."""
@@ -118,6 +128,94 @@ class Architecture(Protocol):
         """Rows and columns of the tokens at every level, for latents of this size."""
         ...
 
-    def processor(self, **parts: Any) -> Processor:
-        """Our processor for one layer of this family, made of the arguments of `SelfAttentionProcessor`."""
+    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+        """The noise level of a time step that the model was given; `levels` knows the pipeline's scheduler."""
         ...
+
+    def processor(self, **parts: Any) -> Processor:
+        """Our processor for one layer of this family, made of the arguments of `MethodProcessor`."""
+        ...
+
+
+class MethodProcessor:
+    """Runs a method where it applies, and what the layer does by itself everywhere else. A subclass per layout."""
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        original: Any,
+        methods: Sequence[AttentionMethod | None],  # one per phase; None is exact
+        run: RunState,
+        tally: Tally,
+        owner: Any = None,  # the patch
+    ) -> None:
+        self.layer = layer
+        self.original = original
+        self.methods = tuple(methods)
+        self.functions: tuple[AttentionFn | None, ...] = tuple(m.build(layer) if m else None for m in methods)
+        self.run = run
+        self.tally = tally
+        self.owner = owner
+        self.active = True  # a processor put back after its patch was removed behaves like the original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = new = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(new, name, copy.deepcopy(value, memo))
+        return new
+
+    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
+        method = self.methods[phase]
+        if method is None:
+            return f"{EXACT} by schedule"
+        if num_tokens not in grids:
+            return f"{num_tokens} tokens do not form a grid of the latents"
+        return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
+
+    def _call_under_way(self) -> DenoiserCall | None:
+        """None outside the denoiser, and once the patch is removed."""
+        return self.run.current() if self.active else None
+
+    def _function(self, call: DenoiserCall, phase: int, reason: str) -> AttentionFn | None:
+        """The method's function for a phase, None if there is a reason to run exact; counts which."""
+        if not (call.compiled or torch.compiler.is_compiling()):
+            self.tally.add(self.layer.name, reason)
+        return self.functions[phase] if reason == ACCELERATED else None
+
+
+def by_phase(phases: int | tuple[int, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """`run(phase, *tensors)`: once, or for the samples of each phase together.
+
+    Args:
+        phases: of the batch, or one per sample.
+        run: gives a tensor [B, ...] for the samples it is given.
+        tensors: [B, ...], or [B·heads, ...] sample by sample, or [1, ...] for all samples.
+    """
+    if isinstance(phases, int):
+        return run(phases, *tensors)
+    groups = {phase: [i for i, p in enumerate(phases) if p == phase] for phase in sorted(set(phases))}
+    device = next(x.device for x in tensors if x is not None)
+    parts = []
+    for phase, group in groups.items():
+        rows = torch.tensor(group, device=device)
+        parts.append(run(phase, *(None if x is None else _rows(x, rows, len(phases)) for x in tensors)))
+    order = [i for group in groups.values() for i in group]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(parts)[torch.tensor(places, device=device)]
+
+
+def genuine(processor: Any) -> Any:
+    """The processor itself; for one of ours that was put back after its removal, what it stands for."""
+    while isinstance(processor, MethodProcessor) and not processor.active:
+        processor = processor.original
+    return processor
+
+
+def _rows(x: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """The samples `rows` of a tensor with a batch dimension, or of a mask repeated per head or for all."""
+    if x.shape[0] == 1:
+        return x
+    if x.shape[0] == batch:
+        return x[rows]
+    return x.unflatten(0, (batch, -1))[rows].flatten(0, 1)

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from diffattn.methods.base import LayerSpec
+from diffattn.noise_level import NoiseLevels, Reading
 from diffattn.processors import attention
 
 
@@ -15,6 +16,8 @@ class UNetArchitecture:
     """`UNet2DConditionModel` and `ControlNetModel`."""
 
     title = "UNet2DConditionModel (Stable Diffusion 1.x, 2.x, XL) and ControlNetModel"
+    sample_name = "sample"
+    time_name = "timestep"
 
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, UNet2DConditionModel | ControlNetModel)
@@ -34,6 +37,9 @@ class UNetArchitecture:
             grids.append((height, width))
             height, width = (height + 1) // 2, (width + 1) // 2  # stride-2 convolutions round up
         return grids
+
+    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+        return levels.read(time)
 
     def processor(self, **parts: Any) -> attention.SelfAttentionProcessor:
         return attention.SelfAttentionProcessor(**parts)

@@ -1,0 +1,81 @@
+"""Mediator attention: how many of the mediators that a model learned run at which noise level (Pu et al., "Efficient
+Diffusion Transformer with Step-wise Dynamic Attention Mediators", ECCV 2024, arXiv 2408.05710).
+
+Shapes: B batch, H heads, N tokens, D channels per head.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from diffattn.functional import mediator_side
+from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset
+
+SHARES = ("min", "mid", "max")
+"""The smallest, middle and largest of the numbers a model learned; the middle of an even number is the larger one."""
+
+
+@dataclass(frozen=True)
+class MediatorAttention(AttentionMethod):
+    """Options of mediator attention, for layers that learned it.
+
+    The layer's own computation runs with another number of mediators than the model is set to; "exact" in a schedule
+    is the layer as the model runs it (see `DiT.set_num_mediators`).
+    """
+
+    # A perfect square from the smallest to the largest number the model learned, or one of `SHARES`, which fit every
+    # model; None leaves the layers as the model runs them.
+    num_mediators: int | str | None = None
+
+    name: ClassVar[str] = "mediator"
+    replaces: ClassVar[str] = "mediator"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        # Few mediators while the picture is noise, all once detail appears.
+        "balanced": Preset(
+            schedule={0.7: {"num_mediators": "min"}, 0.4: {"num_mediators": "mid"}, 0.0: {"num_mediators": "max"}}
+        ),
+        # Never the largest number.
+        "fast": Preset(schedule={0.5: {"num_mediators": "min"}, 0.0: {"num_mediators": "mid"}}),
+    }
+
+    def __post_init__(self) -> None:
+        n = self.num_mediators
+        if isinstance(n, str):
+            if n not in SHARES:
+                raise ValueError(f"num_mediators must be a perfect square, or one of {', '.join(SHARES)}, got {n!r}")
+        elif n is not None:
+            mediator_side(n)
+
+    def supports(self, layer: LayerSpec) -> bool:
+        return bool(layer.mediators)
+
+    def fit(self, layers: Sequence[LayerSpec]) -> Self:
+        numbers = {self._number(layer.mediators) for layer in layers if layer.mediators}
+        return replace(self, num_mediators=numbers.pop()) if len(numbers) == 1 else self
+
+    def _number(self, learned: Sequence[int]) -> int | None:
+        """The number of mediators for a layer that learned these, ascending; `ValueError` if it is out of range."""
+        n = self.num_mediators
+        if isinstance(n, str):
+            return {"min": learned[0], "mid": learned[len(learned) // 2], "max": learned[-1]}[n]
+        if n is not None and not learned[0] <= n <= learned[-1]:
+            raise ValueError(
+                f"num_mediators must be a perfect square from {learned[0]} to {learned[-1]}, got {n}; "
+                f"the model learned {', '.join(map(str, learned))}"
+            )
+        return n
+
+    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+        return "num_mediators is not given: as the model is set" if self.num_mediators is None else None
+
+    def build(self, layer: LayerSpec) -> AttentionFn:
+        n = self._number(layer.mediators)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+            assert n is not None
+            assert call.mediate is not None
+            return call.mediate(q, k, v, n)
+
+        return attention
