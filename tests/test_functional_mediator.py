@@ -222,6 +222,14 @@ def test_half_precision_biases_are_resized_in_fp32() -> None:
     torch.testing.assert_close(gather, wide)
 
 
+def test_biases_are_resized_in_fp32_under_autocast_too() -> None:
+    b = {name: x.float() for name, x in biases(2, 4, 3, 3).items()}
+    outside = gather_bias(b["an"], b["ah"], b["aw"], (5, 6)), spread_bias(b["na"], b["ha"], b["wa"], (5, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gather_bias(b["an"], b["ah"], b["aw"], (5, 6)), spread_bias(b["na"], b["ha"], b["wa"], (5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 # What is refused.
 
 

@@ -16,7 +16,7 @@ BenchDtype = Annotated[
 ]
 
 app = typer.Typer(
-    help="Measure speed on this machine: whole denoising steps, or the thresholds of the agents.",
+    help="Measure speed on this machine: whole denoising steps, mediators, or the thresholds of the agents.",
     no_args_is_help=True,
 )
 
@@ -71,9 +71,59 @@ def attention(
         plot(results, out / "attention.png")
     except ValueError as error:
         stdout.print(f"no plot: {error}", markup=False)
-    if not benchmark.is_complete:
-        stdout.print("the time was up before everything was measured; go on with --resume")
-        raise typer.Exit(NOT_FINISHED)
+    _check_finished(benchmark.is_complete)
+
+
+@app.command("mediator")
+def mediator(
+    what: Annotated[
+        str, typer.Option(help="A transformer block, a whole DiT of patch size 2, or both.")
+    ] = "block,model",
+    widths: Annotated[str, typer.Option(help="Published sizes: S, B, L, XL.")] = "S,XL",
+    sizes: Annotated[str, typer.Option(help="Tokens, of square grids.")] = "256,1024,4096,16384",
+    mode: Annotated[
+        str, typer.Option(help="A forward pass; or forward and backward, without an optimizer.")
+    ] = "forward,training",
+    mediators: Annotated[str, typer.Option(help="Numbers of mediators, perfect squares.")] = "4,16,64",
+    rounds: Annotated[int, typer.Option(help="Times every variant is timed; they take turns.")] = 9,
+    batch: Annotated[int, typer.Option(help="Samples in one call.")] = 1,
+    device: Device = "auto",
+    dtype: BenchDtype = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: as torch chooses]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for mediator.json and mediator.png.")] = Path("outputs/bench"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is in the folder, measure what is missing.")
+    ] = False,
+    time_budget: Annotated[
+        float | None, typer.Option(help="Minutes; what would take longer is left out, dear sizes get fewer rounds.")
+    ] = None,
+    json: JsonFile = None,
+) -> None:
+    """Time mediator attention against softmax attention, and find from how many tokens on it pays.
+
+    Every comparison has the time ratio, counted GFLOPs and the peak memory of a call. What the memory has no room
+    for is left out. The results are written after every round: interrupt when you like, go on with --resume.
+    """
+    check_writable(out, folder=True)
+    check_writable(json)
+    with bad_input():
+        from diffattn.evaluation.mediator_benchmark import MediatorBenchmark, MediatorBenchmarkConfig
+        from diffattn.evaluation.mediator_report import plot, table
+
+        config = MediatorBenchmarkConfig(
+            what=_list(what, "what"), widths=_list(widths, "widths"), sizes=_list(sizes, "sizes", int),
+            modes=_list(mode, "mode"), mediators=_list(mediators, "mediators", int), rounds=rounds, batch=batch,
+            device=device, dtype=dtype, threads=threads,
+        )  # fmt: skip
+        benchmark = MediatorBenchmark(config, out, resume=resume)
+    results = benchmark.run(time_budget=_seconds(time_budget), say=_say)
+    write_json(json, results)
+    stdout.print(table(results), markup=False)
+    try:
+        plot(results, out / "mediator.png")
+    except ValueError as error:
+        stdout.print(f"no plot: {error}", markup=False)
+    _check_finished(benchmark.is_complete)
 
 
 @app.command("thresholds")
@@ -108,6 +158,12 @@ def thresholds(
     for num_agents, tokens in row.items():
         stdout.print(f"{num_agents} agents are faster from {tokens} tokens on")
     stdout.print(f"written to {path}", markup=False)
+
+
+def _check_finished(is_complete: bool) -> None:
+    if not is_complete:
+        stdout.print("the time was up before everything was measured; go on with --resume")
+        raise typer.Exit(NOT_FINISHED)
 
 
 def _say(line: str) -> None:

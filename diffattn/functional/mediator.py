@@ -8,9 +8,9 @@ per head.
 from math import isqrt
 
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, scaled_dot_product_attention
+from torch.nn.functional import adaptive_avg_pool2d
 
-from diffattn.functional.tokens import pool_tokens
+from diffattn.functional.sdpa import biased_attention
 
 
 def mediator_attention(
@@ -27,7 +27,7 @@ def mediator_attention(
         O   = softmax(s·Q Mᵀ + B₂) V_M   spread
 
     The cost is O(N·n·D) instead of O(N²·D). The depth-wise convolution that the paper adds to O is the layer's.
-    Logits and softmax are fp32 in half precision too: every kernel of `scaled_dot_product_attention` keeps them so.
+    Logits and softmax are fp32 in half precision too, see `sdpa.biased_attention`.
 
     Args:
         q, k, v: queries, keys and values [B, H, N, D].
@@ -42,19 +42,15 @@ def mediator_attention(
         ValueError: a bias of another shape.
     """
     heads, tokens, n = q.shape[1], q.shape[2], mediators.shape[2]
-    gather_mask = _as_mask(gather_bias, "gather_bias", (heads, n, k.shape[2]), q)
-    spread_mask = _as_mask(spread_bias, "spread_bias", (heads, tokens, n), q)
-    mediator_v = scaled_dot_product_attention(mediators, k, v, attn_mask=gather_mask)  # [B, H, n, D]
-    return scaled_dot_product_attention(q, mediators, mediator_v, attn_mask=spread_mask)
+    _check_bias(gather_bias, "gather_bias", (heads, n, k.shape[2]))
+    _check_bias(spread_bias, "spread_bias", (heads, tokens, n))
+    mediator_v = biased_attention(mediators, k, v, gather_bias)  # [B, H, n, D]
+    return biased_attention(q, mediators, mediator_v, spread_bias)
 
 
-def _as_mask(bias: Tensor | None, name: str, shape: tuple[int, int, int], like: Tensor) -> Tensor | None:
-    """[H, ·, ·] -> [1, H, ·, ·] in the dtype that the attention kernels want, the queries' own."""
-    if bias is None:
-        return None
-    if tuple(bias.shape) != shape:
+def _check_bias(bias: Tensor | None, name: str, shape: tuple[int, int, int]) -> None:
+    if bias is not None and tuple(bias.shape) != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(bias.shape)}")
-    return bias.to(like.dtype).unsqueeze(0)
 
 
 def pool_mediators(q: Tensor, grid: tuple[int, int], num_mediators: int) -> Tensor:
@@ -74,13 +70,15 @@ def pool_mediators(q: Tensor, grid: tuple[int, int], num_mediators: int) -> Tens
     batch, heads, tokens, dim = q.shape
     h, w = grid
     side = mediator_side(num_mediators, grid)
-    if h == w:
-        return pool_tokens(q, grid, num_mediators)
     if h * w != tokens:
         raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
-    image = q.transpose(2, 3).reshape(batch * heads, dim, h, w)
-    pooled = adaptive_avg_pool2d(image, (side, side))
-    return pooled.flatten(2).transpose(1, 2).contiguous().unflatten(0, (batch, heads))
+    if h % side == 0 and w % side == 0:  # equal cells: a plain mean, without moving channels around
+        cells = q.reshape(batch, heads, side, h // side, side, w // side, dim)
+        return cells.mean(dim=(3, 5)).flatten(2, 3)
+    # The image keeps its channels side by side in memory, the layout in which pooling is fastest on a CPU.
+    image = q.transpose(1, 2).flatten(2).unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, h, w]
+    pooled = adaptive_avg_pool2d(image, (side, side)).permute(0, 2, 3, 1)  # [B, √n, √n, C]
+    return pooled.unflatten(3, (heads, dim)).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def mediator_side(num_mediators: int, grid: tuple[int, int] | None = None) -> int:

@@ -8,7 +8,9 @@ A bias is the sum of a 7×7 window and one vector per axis, all learned:
 Shapes: H heads, N = h·w tokens in row-major order on a grid (h, w), n = m·m mediators in row-major order.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,10 @@ def gather_bias(an: Tensor, ah: Tensor, aw: Tensor, grid: tuple[int, int]) -> Te
     """
     h, w = grid
     axes = resize_axis(ah, 3, h) + resize_axis(aw, 4, w)  # [1, H, n, h, w]
-    return (axes[0] + _resize_window(an, grid)).flatten(2)
+    with _no_autocast(an.device.type):
+        rows, columns = (_resizing(size, an) for size in grid)
+        window = rows @ _at_least_fp32(an) @ columns.mT  # [H, n, h, w]
+    return (axes[0] + window).flatten(2)
 
 
 def spread_bias(na: Tensor, ha: Tensor, wa: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -49,7 +54,11 @@ def spread_bias(na: Tensor, ha: Tensor, wa: Tensor, grid: tuple[int, int]) -> Te
     """
     h, w = grid
     axes = resize_axis(ha, 2, h) + resize_axis(wa, 3, w)  # [1, H, h, w, n]
-    return axes[0].flatten(1, 2) + _resize_window(na, grid).flatten(2).transpose(1, 2)
+    with _no_autocast(na.device.type):
+        rows, columns = (_resizing(size, na) for size in grid)
+        wide = columns @ _at_least_fp32(na).permute(0, 2, 3, 1)  # [H, 7, w, n]
+        window = (rows @ wide.flatten(2)).unflatten(2, (w, -1))  # [H, h, w, n]
+    return (axes[0] + window).flatten(1, 2)
 
 
 def resize_axis(bias: Tensor, dim: int, size: int) -> Tensor:
@@ -86,9 +95,20 @@ def resize_mediators(bias: Tensor, dim: int, num_mediators: int) -> Tensor:
     return resized.reshape(*moved.shape[:-1], num_mediators).movedim(-1, dim)
 
 
-def _resize_window(window: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[H, n, 7, 7] -> [H, n, h, w]"""
-    return interpolate(_at_least_fp32(window), size=grid, mode="bilinear", align_corners=False)
+def _resizing(size: int, like: Tensor) -> Tensor:
+    """The matrix [size, 7] that resizes one side of a window linearly (align_corners=False).
+
+    Two products with it are the bilinear resizing of a window, several times faster on a CPU than `interpolate`, and
+    with gradients that are the same every time on a GPU.
+    """
+    unit = _at_least_fp32(torch.eye(WINDOW, dtype=like.dtype, device=like.device))
+    return interpolate(unit.unsqueeze(0), size=size, mode="linear", align_corners=False)[0].mT
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Products stay in fp32 within; a device without autocast ("meta") needs nothing."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

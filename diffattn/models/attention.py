@@ -168,7 +168,8 @@ class MediatorAttention(AttentionLayer):
         gather = gather_bias(bias["an_bias"], bias["ah_bias"], bias["aw_bias"], grid)  # [H, n, N]
         spread = spread_bias(bias["na_bias"], bias["ha_bias"], bias["wa_bias"], grid)  # [H, N, n]
         mediators = pool_mediators(q, grid, num_mediators)  # [B, H, n, D]
-        return mediator_attention(q, k, v, mediators, gather, spread) + self._convolve(v, grid)
+        # The convolved values come first: their sum has their layout in memory, the one that the projection takes.
+        return self._convolve(v, grid) + mediator_attention(q, k, v, mediators, gather, spread)
 
     def _convolve(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Depth-wise 3×3 convolution of the values [B, H, N, D] laid out as an image of C channels."""

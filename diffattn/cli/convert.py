@@ -1,0 +1,93 @@
+"""`diffattn convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffattn.cli.common import JsonFile, bad_input, check_writable, fail, loading, stdout, write_json
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Official .pt or .safetensors file, or a folder of a DiT or DiTTransformer2DModel."
+        ),
+    ],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder, or a .safetensors file for --to official.")],
+    to: Annotated[
+        str, typer.Option(help="Layout: diffattn (folder), official (file) or diffusers (folder).")
+    ] = "diffattn",
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="Entry of a .pt file with the weights.", show_default="ema, model or state_dict, if there is one"
+        ),
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads.", show_default="of the biases, or of S, B, L, XL by width")
+    ] = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            help="velocity (SiT, mediators) or epsilon (DiT).", show_default="velocity; epsilon for a diffusers folder"
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes, if the label table has no null row.", show_default="rows - 1")
+    ] = None,
+    sample_size: Annotated[
+        str | None,
+        typer.Option(help="Height x width of the latents, if not square: 32x64.", show_default="of the weights"),
+    ] = None,
+    num_mediators: Annotated[
+        int | None,
+        typer.Option(help="Mediators whose biases an official file gets.", show_default="the model's largest"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="as it is")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DEST if it is there.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Convert a checkpoint between the official layout, diffattn's and diffusers'.
+
+    Official files are those of DiT, SiT and published mediator checkpoints. A .pt file is read as tensors and plain
+    values only; code in it is never run. Weights are written as safetensors.
+    """
+    check_writable(dest, folder=to != "official")
+    check_writable(json)
+    with loading(str(source)), bad_input():
+        import torch
+
+        from diffattn.devices import choose_dtype
+        from diffattn.models.convert_files import ReadOptions, check_destination, read_model, write_model
+
+        check_destination(dest, to, force)
+        wanted = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
+        options = ReadOptions(key, num_heads, prediction, num_classes, _size(sample_size))
+        model, layout = read_model(source, options)
+        try:
+            write_model(model, dest, to, num_mediators=num_mediators, dtype=wanted)
+        except OSError as error:
+            fail(str(error))
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    parameters = sum(p.numel() for p in model.parameters())
+    write_json(json, {"source": str(source), "from": layout, "dest": str(dest), "to": to,
+                      "parameters": parameters, "config": config})  # fmt: skip
+    kinds = ", ".join(f"{model.attention.count(kind)} {kind}" for kind in dict.fromkeys(model.attention))
+    mediators = f", mediators {', '.join(map(str, model.mediators))}" if model.mediators else ""
+    stdout.print(
+        f"{layout} -> {to}: {parameters / 1e6:.1f}M parameters, width {config['hidden_size']}, layers: {kinds}"
+        f"{mediators}; predicts {config['prediction']}\nwritten to {dest}",
+        markup=False,
+    )
+
+
+def _size(text: str | None) -> int | tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--sample-size is one number, or height x width such as 32x64, got {text!r}")
+    numbers = tuple(map(int, parts))
+    return numbers[0] if len(numbers) == 1 else numbers

@@ -1,0 +1,271 @@
+"""Checkpoint files in every layout: read into a `DiT` whatever they hold, and written in any layout.
+
+official    one file: DiT, SiT, published mediators; .pt with pickled tensors is read, never written
+diffattn    a folder, as `DiT.save_pretrained` writes it
+diffusers   a folder of `DiTTransformer2DModel`
+"""
+
+import argparse
+import json
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffattn.models.config import SIZES, check_one_of
+from diffattn.models.dit import DiT
+
+OFFICIAL, NATIVE, DIFFUSERS = "official", "diffattn", "diffusers"
+LAYOUTS = (NATIVE, OFFICIAL, DIFFUSERS)
+PICKLED, SAFE = (".pt", ".pth"), ".safetensors"
+KEYS = ("ema", "model", "state_dict")
+"""Where training programs keep the weights among other things, the preferred first."""
+
+HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+CONFIG_FILE = "config.json"
+CLASSES: Mapping[str, type[DiT] | type[DiTTransformer2DModel]] = {
+    "DiT": DiT,
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+}
+PARALLEL = "module."
+"""What `DistributedDataParallel` puts before every name."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the weights do not tell. Only `prediction` is for folders too, those of diffusers.
+
+    Attributes:
+        key: entry of a .pt file that holds the weights; None: the first of `KEYS` there is, or the whole file.
+        num_heads: None: of the position biases, or of the published size with this width.
+        prediction: "velocity" or "epsilon"; None: velocity of an official file, epsilon of a diffusers folder.
+        num_classes: see `DiT.from_official`.
+        sample_size: height and width; see `DiT.from_official`.
+    """
+
+    key: str | None = None
+    num_heads: int | None = None
+    prediction: str | None = None
+    num_classes: int | None = None
+    sample_size: int | Sequence[int] | None = None
+
+
+def read_model(source: Path, options: ReadOptions | None = None) -> tuple[DiT, str]:
+    """A model from a file or folder, and the layout it was in.
+
+    Raises:
+        ValueError: nothing there, or nothing that can be read; options that do not belong to such a source; weights
+            that do not fit. The message names what and, where it is a choice, what is allowed.
+    """
+    options = options or ReadOptions()
+    if source.is_dir():
+        return _read_folder(source, options)
+    if not source.is_file():
+        raise ValueError(f"there is no file or folder {str(source)!r}")
+    if options.num_heads is not None and options.num_heads < 1:
+        raise ValueError(f"num_heads must be 1 or more, got {options.num_heads}")
+    weights = _read_weights(source, options.key)
+    model = DiT.from_official(
+        weights,
+        _num_heads(weights) if options.num_heads is None else options.num_heads,
+        options.prediction or "velocity",
+        options.num_classes,
+        options.sample_size,
+    )
+    return model, OFFICIAL
+
+
+# Folders.
+
+
+def _read_folder(source: Path, options: ReadOptions) -> tuple[DiT, str]:
+    kind = _class_in(source)
+    is_native = kind is DiT
+    given = {name for name, value in vars(options).items() if value is not None}
+    if unused := sorted(given - (set() if is_native else {"prediction"})):
+        raise ValueError(f"{', '.join(unused)}: {str(source)!r} has a configuration that tells; leave it out")
+    first = _first_weights(source)
+    try:
+        with safe_open(first, framework="pt") as file:
+            dtype = file.get_tensor(next(iter(file.keys()))).dtype
+        loaded: Any = kind.from_pretrained(
+            source, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError, TypeError) as error:
+        raise ValueError(f"{str(source)!r} cannot be read: {error}") from None
+    model, found = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            raise ValueError(f"{str(source)!r} has {what.replace('_', ' ')}: {', '.join(map(str, found[what][:8]))}")
+    if isinstance(model, DiT):
+        return model.eval(), NATIVE
+    return DiT.from_diffusers(model, options.prediction or "epsilon"), DIFFUSERS
+
+
+def _class_in(folder: Path) -> type[DiT] | type[DiTTransformer2DModel]:
+    """The class that a model folder names."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        hint = "; of a pipeline, give the folder of its transformer" if (folder / "model_index.json").is_file() else ""
+        raise ValueError(f"{str(folder)!r} is no model folder: it has no {CONFIG_FILE}{hint}")
+    try:
+        name = json.loads(path.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable configuration: {error}") from None
+    if name not in CLASSES:
+        raise ValueError(f"{str(folder)!r} holds a {name}; what can be converted: {', '.join(CLASSES)}")
+    return CLASSES[name]
+
+
+def _first_weights(folder: Path) -> Path:
+    files = sorted(folder.glob(f"*{SAFE}"))
+    if not files:
+        raise ValueError(f"{str(folder)!r} has no weights in {SAFE} files")
+    return files[0]
+
+
+# Files.
+
+
+def _read_weights(source: Path, key: str | None) -> dict[str, Tensor]:
+    """The weights of an official file by name."""
+    if source.suffix == SAFE:
+        if key is not None:
+            raise ValueError(f"key={key!r} is for {' and '.join(PICKLED)} files, {source.name!r} holds weights alone")
+        try:
+            return load_file(source)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{str(source)!r} is not a readable safetensors file: {error}") from None
+    if source.suffix not in PICKLED:
+        raise ValueError(f"a checkpoint file ends in {', '.join((*PICKLED, SAFE))}, got {source.name!r}")
+    return _weights_in(_read_pickle(source), key, source.name)
+
+
+def _read_pickle(source: Path) -> Any:
+    """What a .pt file holds, tensors and plain values only; the arguments of a program are such."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{str(source)!r} is not read: {_reason(error)}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(source)!r} is not a readable .pt file: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what is wrong; the others are advice to switch the protection off."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"it holds more than weights ({found[1].rstrip(',')}), which could run code"
+    return lines[0] if lines else type(error).__name__
+
+
+def _weights_in(content: Any, key: str | None, name: str) -> dict[str, Tensor]:
+    """The weights in what a .pt file holds."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name!r} holds a {type(content).__name__}, not weights by name")
+    tables = [str(k) for k, value in content.items() if isinstance(value, Mapping)]
+    if key is None:
+        key = next((k for k in KEYS if k in tables), None)
+    elif key not in tables:
+        raise ValueError(f"{name!r} has no weights under {key!r}; there are: {', '.join(tables) or 'none apart'}")
+    weights = content if key is None else content[key]
+    if other := [str(k) for k, x in weights.items() if not (isinstance(k, str) and isinstance(x, Tensor))]:
+        raise ValueError(f"not every entry of {name!r} is a tensor ({', '.join(other[:5])}); name the weights' key")
+    parallel = all(k.startswith(PARALLEL) for k in weights)
+    return {k.removeprefix(PARALLEL) if parallel else k: value for k, value in weights.items()}
+
+
+def _num_heads(weights: Mapping[str, Tensor]) -> int:
+    """Heads: the position biases have one axis for them; else those of the published size with this width."""
+    for name, weight in weights.items():
+        if name.endswith("attn.an_bias"):
+            return weight.shape[0] if weight.ndim else 1
+    patch = weights.get("x_embedder.proj.weight")
+    if patch is None or not patch.ndim:
+        return 1  # it is no such checkpoint, which the check of the names will say
+    if patch.shape[0] not in HEADS:
+        widths = ", ".join(f"{width}: {heads}" for width, heads in HEADS.items())
+        raise ValueError(f"a width of {patch.shape[0]} is none of the published ones ({widths}); give num_heads")
+    return HEADS[patch.shape[0]]
+
+
+# Writing.
+
+
+def write_model(
+    model: DiT, dest: Path, layout: str, *, num_mediators: int | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a model; what is not written whole is not there.
+
+    Args:
+        model: cast to `dtype` in place.
+        dest: a .safetensors file for the official layout, a folder for the others; replaced if it is there.
+        layout: one of `LAYOUTS`.
+        num_mediators: n whose position biases an official file gets; see `DiT.to_official`.
+        dtype: None: that of the weights.
+
+    Raises:
+        ValueError: see `check_destination`, or the layout has no room for this model.
+        OSError: the disk is full, or not to be written on.
+    """
+    check_destination(dest, layout, force=True)
+    if num_mediators is not None and layout != OFFICIAL:
+        raise ValueError(f"num_mediators={num_mediators} is for the official layout; a folder keeps every number")
+    nn.Module.to(model, dtype or model.x_embedder.proj.weight.dtype)  # with the position embedding
+    official = model.to_official(num_mediators) if layout == OFFICIAL else {}
+    written = model.to_diffusers() if layout == DIFFUSERS else model
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as place:
+        new = Path(place) / dest.name
+        try:
+            if layout == OFFICIAL:
+                save_file({name: weight.contiguous() for name, weight in official.items()}, new)
+                new.chmod(0o644)
+            else:
+                written.save_pretrained(new)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {str(dest)!r}: {error}") from None
+        if dest.is_dir():
+            dest.replace(Path(place) / "old")
+        new.replace(dest)
+
+
+def check_destination(dest: Path, layout: str, force: bool) -> None:
+    """Raises `ValueError` if a model cannot be written there in this layout, or would replace what it must not.
+
+    Args:
+        dest: file or folder.
+        layout: one of `LAYOUTS`.
+        force: replace a file, or a folder in which there is a model and nothing else.
+    """
+    check_one_of("layout", layout, LAYOUTS)
+    is_file = layout == OFFICIAL
+    if is_file and dest.suffix != SAFE:
+        raise ValueError(f"the official layout is written as a {SAFE} file, got {str(dest)!r}")
+    if not is_file and dest.suffix in (*PICKLED, SAFE):
+        raise ValueError(f"the {layout} layout is a folder, got the name of a file, {str(dest)!r}")
+    if not dest.exists():
+        return
+    if dest.is_dir() == is_file:
+        raise ValueError(f"{str(dest)!r} is a {'folder' if is_file else 'file'} already")
+    others = [] if is_file else [x.name for x in dest.iterdir() if x.name != CONFIG_FILE and not _is_weights(x.name)]
+    if others:
+        raise ValueError(f"{str(dest)!r} holds other things than a model ({', '.join(sorted(others)[:5])})")
+    if not force and (is_file or any(dest.iterdir())):
+        raise ValueError(f"{str(dest)!r} exists; --force replaces it")
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith("diffusion_pytorch_model") and name.endswith((SAFE, f"{SAFE}.index.json"))
