@@ -57,8 +57,8 @@ CIFAR-10 is offered for research; its pictures are not part of this project. Use
 {parameters:,} parameters: hidden size {model[hidden_size]}, {model[num_layers]} layers, {model[num_heads]} heads,
 patch size {model[patch_size]}. Velocity on the linear path, times {objective[time]}, label dropout
 {objective[label_dropout]}. {steps:,} steps of {optim[batch]} pictures ({epochs:.1f} epochs), each with one of the
-numbers of mediators. AdamW {optim[betas]}, learning rate {optim[lr]:g} ({optim[schedule]}, warm-up {optim[warmup]} steps),
-weight decay {optim[weight_decay]}, averaged weights ({optim[ema]}), seed {run[seed]}.
+numbers of mediators. AdamW {optim[betas]}, learning rate {optim[lr]:g} ({optim[schedule]}, warm-up
+{optim[warmup]} steps), weight decay {optim[weight_decay]}, averaged weights ({optim[ema]}), seed {run[seed]}.
 The weights are stored in fp16 and load as fp32.
 
 Hardware: {hardware}. Training took {minutes:.0f} minutes.

@@ -153,11 +153,10 @@ def test_gflops_of_training_are_three_times_those_of_forward_but_for_what_has_no
         assert forward["4"]["gflops"] < forward["16"]["gflops"] < forward[SOFTMAX]["gflops"]
 
 
-@pytest.mark.parametrize("n", [4, 64])
-def test_gflops_of_a_deep_model_are_those_counted_on_all_its_layers(n):
-    s = Subject(MODEL, "S", 256, (4, 64), 1, META, torch.float32)
+def test_gflops_of_a_deep_model_are_those_counted_on_all_its_layers():
+    s = Subject(MODEL, "S", 256, (16,), 1, META, torch.float32)
     assert isinstance(s.mediating, DiT)
-    assert gflops(s, str(n), training=False) == pytest.approx(forward_gflops(s.mediating, n), rel=1e-9)
+    assert gflops(s, training=False)["16"] == pytest.approx(forward_gflops(s.mediating, 16), rel=1e-9)
 
 
 def test_resume_measures_only_what_is_missing(measured):
@@ -203,14 +202,17 @@ def test_the_cheapest_comes_first(measured):
 
 
 def test_a_time_budget_leaves_out_what_would_take_too_long_and_says_so(tmp_path):
-    benchmark, lines = MediatorBenchmark(replace(CONFIG, rounds=1), tmp_path), []
-    results = benchmark.run(time_budget=1e-6, say=lines.append)
+    config = replace(CONFIG, what=(BLOCK,), rounds=1)
+    benchmark = MediatorBenchmark(config, tmp_path)
+    results = benchmark.run(time_budget=1e-6, say=silent)
     assert len(results["results"]) == 1  # the first is always measured: only then is it known how long things take
-    assert len(results["left_out"]) == 7
+    assert len(results["left_out"]) == 3
     assert "minutes, too long for the time budget" in results["left_out"][0]["why"]
     assert not benchmark.is_complete
     assert results["left_out"][0]["why"] in table(results)
-    assert MediatorBenchmark(replace(CONFIG, rounds=1), tmp_path, resume=True).run(say=silent)["left_out"] == []
+    again = MediatorBenchmark(config, tmp_path, resume=True)
+    assert again.run(say=silent)["left_out"] == []
+    assert again.is_complete
 
 
 def test_what_memory_has_no_room_for_is_left_out_and_not_missed(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ class MediatorBenchmark:
         training, rounds = job.mode == TRAINING, self.config.rounds
         model, size, mode = job.key
         names = subject.variants
-        counted = {name: gflops(subject, name, training) for name in names}
+        counted = gflops(subject, training)
         calls = {name: subject.step(name, training) for name in names}
         peaks = {name: peak_mib(call, self.device) for name, call in calls.items()}
 

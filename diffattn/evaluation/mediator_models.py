@@ -147,44 +147,48 @@ class Subject:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(self.device, self.dtype)
 
 
-def over_depth(figure: Callable[[Subject], float], subject: Subject) -> float:
-    """A figure that grows by the same amount with every layer, from models of one and of two layers."""
-    if subject.what == BLOCK:
-        return figure(subject)
-    one, two = (figure(replace(subject, num_layers=layers)) for layers in (1, 2))
-    return one + (subject.depth - 1) * (two - one)
-
-
 def memory_needed(subject: Subject, training: bool) -> float:
     """About how many bytes a step with the most mediators needs: weights, gradients, what is kept for backward."""
-
-    def held(subject: Subject) -> float:
-        weights = {p.untyped_storage()._cdata: p.untyped_storage() for p in subject.mediating.parameters()}
-        weight_bytes = sum(storage.nbytes() for storage in weights.values())
-        if not training:
-            return weight_bytes
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
-            subject.step(subject.variants[-1], training)()
-        return 2 * weight_bytes + sum(storage.nbytes() for storage in kept.values())
-
-    return over_depth(held, replace(subject, device=torch.device("meta")))
+    return _over_depth([_held(twin, training) for twin in _on_meta(subject)], subject.depth)
 
 
-def gflops(subject: Subject, variant: str, training: bool) -> float:
-    """Counted GFLOPs of a step."""
+def gflops(subject: Subject, training: bool) -> dict[str, float]:
+    """Variant -> counted GFLOPs of a step."""
+    twins = _on_meta(subject)
+    return {
+        name: _over_depth([count_gflops(twin.step(name, training)) for twin in twins], subject.depth)
+        for name in subject.variants
+    }
 
-    def counted(subject: Subject) -> float:
-        return count_gflops(subject.step(variant, training))
 
-    return over_depth(counted, replace(subject, device=torch.device("meta")))
+def _on_meta(subject: Subject) -> list[Subject]:
+    """A block; or models of one and of two layers, which tell for any depth, since all layers are the same."""
+    twin = replace(subject, device=torch.device("meta"))
+    return [twin] if subject.what == BLOCK else [replace(twin, num_layers=layers) for layers in (1, 2)]
+
+
+def _over_depth(figures: Sequence[float], depth: int) -> float:
+    """The figure of a whole subject from those of its `_on_meta`."""
+    return figures[0] + (depth - 1) * (figures[-1] - figures[0])
+
+
+def _held(subject: Subject, training: bool) -> int:
+    """Bytes of weights and, in training, of gradients and of what is kept for backward."""
+    weights = {p.untyped_storage()._cdata: p.untyped_storage() for p in subject.mediating.parameters()}
+    weight_bytes = sum(storage.nbytes() for storage in weights.values())
+    if not training:
+        return weight_bytes
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
+        subject.step(subject.variants[-1], training)()
+    return 2 * weight_bytes + sum(storage.nbytes() for storage in kept.values())
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:

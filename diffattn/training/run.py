@@ -1,6 +1,8 @@
 """One training run, from its configuration to the exported pipeline."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from diffattn.training.distill import Distillation, freeze_backbone
 from diffattn.training.log import StepLog
 from diffattn.training.loop import Trainer
 from diffattn.training.samples import pipeline_of
-from diffattn.training.setup import Setup
+from diffattn.training.setup import Say, Setup
 from diffattn.training.start import class_names_of, load_backbone, make_model
 from diffattn.training.watch import Watcher
 
@@ -77,13 +79,26 @@ def prepared(setup: Setup) -> Any:
     """The data in the form the loop takes them: decoded in memory, or as cached latents."""
     data, accelerator = setup.config.data, setup.accelerator
     if setup.vae is None:
-        return in_memory(setup.dataset) if data.in_memory else setup.dataset
+        return in_memory(setup.dataset, telling(setup.say, "decoded")) if data.in_memory else setup.dataset
     folder = Path(data.cache or Path(setup.config.run.out) / "latents")
     with accelerator.main_process_first():
         return cache_latents(
             setup.dataset, setup.vae.to(accelerator.device), folder, device=accelerator.device,
-            num_workers=data.num_workers,
+            num_workers=data.num_workers, progress=telling(setup.say, "encoded"),
         )  # fmt: skip
+
+
+def telling(say: Say, what: str, seconds: float = 5.0) -> Callable[[int, int], None]:
+    """A progress callback that says "decoded 2000 of 50000 pictures" every few seconds."""
+    said = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > seconds:
+            said = time.monotonic()
+            say(f"{what} {done} of {total} pictures")
+
+    return progress
 
 
 def teacher_of(setup: Setup, model: DiT) -> Distillation | None:
