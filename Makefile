@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint app bench clean
 
 demo: .venv/installed
 	$(BIN)/diffattn demo --out outputs/demo
@@ -14,6 +14,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+app: .venv/installed-app
+	$(BIN)/diffattn app
 
 bench: .venv/installed-dev
 	$(BIN)/python pipelines/benchmark.py --models sd15 --sizes 512,1024 --resume --out outputs/bench
@@ -33,4 +36,8 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/installed-app: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[app]'
 	touch $@

@@ -7,7 +7,7 @@ import warnings
 
 import typer
 
-from diffattn.cli import bench, demo, generate, info
+from diffattn.cli import bench, convert, demo, generate, info, train, tune, web
 from diffattn.cli.common import OneLineErrors, show_warning
 
 app = typer.Typer(
@@ -21,6 +21,10 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.command("train")(train.train)
+app.command("tune")(tune.tune)
+app.command("convert")(convert.convert)
+app.command("app")(web.app)
 app.add_typer(bench.app, name="bench")
 
 

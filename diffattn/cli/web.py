@@ -1,0 +1,58 @@
+"""`diffattn app`; not named so, since the package itself has an `app`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffattn.cli.common import Device, Dtype, bad_input, fail
+
+
+def app(
+    models_dir: Annotated[
+        Path | None, typer.Option(help="Folder of models in diffusers' layout that may be chosen.", metavar="FOLDER")
+    ] = None,
+    hub: Annotated[bool, typer.Option(help="Allow models of the hub (owner/name).")] = True,
+    port: Annotated[int | None, typer.Option(help="Port.", show_default="the first free from 7860 on")] = None,
+    listen: Annotated[bool, typer.Option("--listen", help="Serve all network addresses; needs --auth.")] = False,
+    share: Annotated[bool, typer.Option("--share", help="Public link through Gradio's servers; needs --auth.")] = False,
+    auth: Annotated[
+        str | None,
+        typer.Option(help="Name and password that the page asks for.", metavar="NAME:PASSWORD", envvar="DIFFATTN_AUTH"),
+    ] = None,
+    max_side: Annotated[int, typer.Option(help="Largest width and height, in pixels.")] = 1024,
+    max_steps: Annotated[int, typer.Option(help="Most steps.")] = 100,
+    max_images: Annotated[int, typer.Option(help="Most pictures of one job.")] = 8,
+    browser: Annotated[bool, typer.Option("--browser", help="Show the page in a browser.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Open the web page: draw, compare with exact attention, and see what the time steps do.
+
+    Only this computer can reach it, unless --listen or --share is given. Needs the extra "app".
+    """
+    with bad_input():
+        try:
+            from diffattn.webui import launch
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            fail("the web page needs Gradio: pip install 'diffattn[app]'")
+        from diffattn.jobs import Limits, Models, Worker
+
+        worker = Worker(
+            Models(models_dir, hub), Limits(side=max_side, steps=max_steps, images=max_images), device, dtype
+        )
+        launch(
+            worker, host="0.0.0.0" if listen else "127.0.0.1", port=port, share=share, auth=_auth(auth),
+            open_browser=browser,
+        )  # fmt: skip
+
+
+def _auth(given: str | None) -> tuple[str, str] | None:
+    if given is None:
+        return None
+    name, _, password = given.partition(":")
+    if not (name and password):
+        raise ValueError("--auth must be NAME:PASSWORD, both not empty")
+    return name, password

@@ -1,0 +1,145 @@
+"""The same seeds unpatched and patched: times, work, memory, and how alike the pictures are."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffattn.evaluation import psnr, ssim
+from diffattn.evaluation.flops import count_gflops
+from diffattn.generation import EXACT, Picture, Request, generate, prepare
+from diffattn.injection import Patch
+from diffattn.jobs.choices import method_and_preset
+from diffattn.jobs.run_trace import RunTrace
+from diffattn.jobs.watch import Watch
+from diffattn.report import Report
+
+MAX_COUNTED_TOKENS = 4096  # latent pixels above which operations are not counted: it takes a [tokens, tokens] matrix
+
+MakeWatch = Callable[..., Watch]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One acceleration of a comparison, or "none"."""
+
+    name: str
+    pictures: tuple[Picture, ...]
+    seconds: float  # of a picture, median
+    gflops: float | None  # of all denoiser calls of a picture; a multiply-add counts two; None: not counted
+    peak_mib: float | None  # most memory allocated on a CUDA device, None elsewhere
+    psnr: float | None  # dB, mean over the pictures; None for "none"; infinite if identical
+    ssim: float | None
+    report: Report | None
+    trace: RunTrace
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All variants; the first is unpatched."""
+
+    request: Request
+    variants: tuple[Variant, ...]
+
+    def speedup(self, variant: Variant) -> float:
+        """Of the median times."""
+        return self.variants[0].seconds / variant.seconds
+
+
+@dataclass
+class _Collected:
+    request: Request
+    pictures: list[Picture]
+    peaks: list[float]
+    gflops: float | None = None
+    report: Report | None = None
+    trace: RunTrace | None = None
+
+
+def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch) -> Comparison:
+    """Draw the pictures of a request unpatched and with every acceleration, in an order that rotates.
+
+    Args:
+        pipe: on the device it is to run on; it is left unpatched.
+        request: its method and preset are not used.
+        names: accelerations, see `choices.accelerations`.
+        watch: makes the `Watch` of one picture, called as watch(request, patch, done, pictures, what).
+    """
+    collected = {name: _variant(request, name) for name in (EXACT, *names)}
+    order, total = list(collected), len(collected) * request.num_images
+    for name in order:  # the first run of a kind takes longer: it does not count
+        _draw(pipe, _Collected(replace(collected[name].request, steps=min(2, request.steps)), [], []),
+              request.seed, watch, "warming up", 0, total)  # fmt: skip
+    for i in range(request.num_images):
+        for j in range(len(order)):
+            name = order[(i + j) % len(order)]
+            _draw(pipe, collected[name], request.seed + i, watch, name, i * len(order) + j, total)
+    reference = torch.cat([_pixels(picture.image) for picture in collected[EXACT].pictures])
+    found = tuple(_summary(name, one, reference) for name, one in collected.items())
+    return Comparison(request, found)
+
+
+def _variant(request: Request, name: str) -> _Collected:
+    method, preset = method_and_preset(name)
+    return _Collected(replace(request, method=method, preset=preset), [], [])
+
+
+def _draw(pipe: Any, one: _Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int) -> None:
+    """One picture; the model is patched before and restored after it."""
+    ready, patch = prepare(pipe, replace(one.request, seed=seed, num_images=1))
+    on_cuda = pipe.device.type == "cuda"
+    try:
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(pipe.device)
+        with watch(ready, patch, done, total, what) as followed:
+            one.pictures += generate(pipe, ready)
+        if on_cuda:
+            one.peaks.append(torch.cuda.max_memory_allocated(pipe.device) / 2**20)
+        one.request = replace(ready, seed=one.request.seed, num_images=one.request.num_images)
+        one.report, one.trace = patch.report() if patch else None, followed.trace
+        if one.gflops is None and what != "warming up":
+            one.gflops = _gflops(pipe, followed, patch)
+    finally:
+        if patch:
+            patch.remove()
+
+
+@torch.no_grad()
+def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
+    """Of all calls of a picture: one call of every phase is repeated and counted."""
+    model: Any = getattr(pipe, "unet", None) or pipe.transformer
+    x = next(iter(followed.inputs.values()))[0][0]
+    phases = [entry["phase"] for entry in patch.trace()] if patch else [0] * len(followed.trace.seconds)
+    if x.shape[-2] * x.shape[-1] > MAX_COUNTED_TOKENS or set(phases) - set(followed.inputs):
+        return None
+    of_phase = {}
+    for phase, (args, kwargs) in followed.inputs.items():
+        of_phase[phase] = count_gflops(lambda args=args, kwargs=kwargs: model(*args, **kwargs))
+    return sum(of_phase[phase] for phase in phases)
+
+
+def _summary(name: str, one: _Collected, reference: Tensor) -> Variant:
+    own = torch.cat([_pixels(picture.image) for picture in one.pictures])
+    exact, small = name == EXACT, min(own.shape[2:]) < 11
+    assert one.trace is not None
+    return Variant(
+        name=name,
+        pictures=tuple(one.pictures),
+        seconds=statistics.median(picture.seconds for picture in one.pictures),
+        gflops=one.gflops,
+        peak_mib=max(one.peaks, default=None),
+        psnr=None if exact else float(psnr(own, reference).mean()),
+        ssim=None if exact or small else float(ssim(own, reference).mean()),
+        report=one.report,
+        trace=one.trace,
+    )
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """[1, 3, H, W] in 0..1"""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255

@@ -1,0 +1,120 @@
+"""Follows a run from outside: hooks on the denoiser that stop it, time it, and make previews."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+from torch import Tensor
+
+from diffattn.generation import Request
+from diffattn.injection import Patch
+from diffattn.jobs.preview import Preview, clean_estimate
+from diffattn.jobs.run_trace import Recorder, RunTrace
+
+PREVIEW_SECONDS = 0.3  # least time between two previews
+
+
+class Stopped(Exception):
+    """The run was stopped by its user."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    step: int  # calls of the denoiser of this picture
+    steps: int
+    picture: int  # pictures done before
+    pictures: int
+    seconds_left: float | None  # of the job
+    preview: Image.Image | None = None
+    what: str = ""
+
+
+class Watch:
+    """Within its `with` block every call of the pipeline's denoiser is followed; leaves no hook behind.
+
+    Raises:
+        Stopped: out of the denoiser, before its next call, once `stop` is set.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        request: Request,
+        patch: Patch | None,
+        stop: threading.Event,
+        emit: Callable[[Progress], None],
+        preview: Preview | None = None,
+        done: int = 0,
+        pictures: int | None = None,
+        what: str = "",
+    ) -> None:
+        self.pipe, self.request, self.patch = pipe, request, patch
+        self.stop, self.emit, self.preview = stop, emit, preview
+        self.done, self.pictures, self.what = done, pictures or request.num_images, what
+        self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # phase -> arguments of its first call
+        self._denoiser: Any = getattr(pipe, "unet", None) or pipe.transformer
+        self._handles: list[Any] = []
+        self._begin = self._last = time.perf_counter()
+        self._last_preview = 0.0
+        self._calls = 0
+        self.begin_picture()
+
+    def begin_picture(self) -> None:
+        """The next call belongs to another picture."""
+        self.recorder = Recorder(self.what, self.patch)
+        self._state: Tensor | None = None
+
+    @property
+    def trace(self) -> RunTrace:
+        """Of the picture under way, or the last."""
+        return self.recorder.trace
+
+    def __enter__(self) -> Self:
+        self._handles = [
+            self._denoiser.register_forward_pre_hook(self._before),
+            self._denoiser.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: Any, args: tuple[Any, ...]) -> None:
+        if self.stop.is_set():
+            raise Stopped
+
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x, t = args[0], args[1]
+        now = time.perf_counter()
+        self._calls += 1
+        self.recorder.record(self._change(x), now - self._last)
+        self._last = now
+        phases = [entry["phase"] for entry in self.patch.trace()[-1:]] if self.patch else [0]
+        if phases and isinstance(phases[0], int):
+            self.inputs.setdefault(phases[0], (args, kwargs))
+        step, steps = len(self.trace.seconds), self._num_steps()
+        left = (self.pictures - self.done) * steps - step
+        sketch = None
+        if self.preview is not None and (now - self._last_preview > PREVIEW_SECONDS or step == 1):
+            found = output[0] if isinstance(output, tuple) else output.sample
+            sketch = self.preview(clean_estimate(self.pipe, x, t, found, self.request.guidance or 1))
+            self._last_preview = now
+        seconds_left = (now - self._begin) / self._calls * left if self._calls > 1 else None
+        self.emit(Progress(step, steps, self.done, self.pictures, seconds_left, sketch, self.what))
+
+    def _num_steps(self) -> int:
+        return max(len(self.pipe.scheduler.timesteps), len(self.trace.seconds))
+
+    def _change(self, x: Tensor) -> float | None:
+        """mean |x_k - x_{k-1}| of the conditional half."""
+        before, self._state = self._state, x[-1].detach().float().clone()
+        return None if before is None else float((self._state - before).abs().mean())

@@ -1,0 +1,121 @@
+"""The tab that draws the same pictures exact and accelerated."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffattn.jobs import Comparison, Progress, Stopped, Worker
+from diffattn.jobs.worker import save_pictures
+from diffattn.webui.generate import stopper
+from diffattn.webui.inputs import inputs, request_of, wire
+from diffattn.webui.shared import JOB, QUICK, note, progress_html, table, told
+
+HEAD = (
+    "acceleration",
+    "s per picture",
+    "speed-up",
+    "GFLOPs per picture",
+    "peak MiB (GPU)",
+    "PSNR dB",
+    "SSIM",
+    "layers",
+)
+
+
+def tab(page: gr.Blocks, worker: Worker) -> None:
+    """Lay it out."""
+    with gr.Row(elem_classes="diffattn-split"):
+        with gr.Column(scale=2, min_width=320):
+            found = inputs(worker, several=True)
+        with gr.Column(scale=3, min_width=320):
+            with gr.Row():
+                go = gr.Button("Compare (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="compare")
+                halt = gr.Button("Stop", variant="stop", elem_id="stop-compare")
+            time = gr.Markdown(str(worker.limits))
+            stage = gr.HTML(note("Exact on the left, accelerated on the right."), elem_id="compare-stage")
+            shown = gr.Radio([], label="Shown", visible=False)
+            slider = gr.ImageSlider(
+                label="Exact | accelerated", format="png", type="filepath", interactive=False, slider_position=50,
+                elem_id="slider",
+            )  # fmt: skip
+            figures = gr.HTML()
+            with gr.Accordion("What ran in which layer", open=False):
+                report = gr.HTML()
+            pairs = gr.State({})
+
+    @told
+    def run(
+        prompt: str, model: str, accelerations: list[str], steps: float, guidance: float | None, width: float | None,
+        height: float | None, seed: float, num_images: float, negative_prompt: str, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        given = [prompt, model, accelerations, steps, guidance, width, height, seed, num_images, negative_prompt]
+        blank = gr.skip()
+        yield note("Starting …"), blank, None, "", "", blank
+        try:
+            names = worker.limits.variants_of(accelerations)
+            asked = request_of(worker, given, acceleration="automatic")
+            for event in worker.compare(str(request.session_hash), asked, names):
+                if isinstance(event, Progress):
+                    yield progress_html(event), blank, blank, blank, blank, blank
+                elif isinstance(event, Comparison):
+                    chosen = _pairs(event, Path(page.GRADIO_CACHE))
+                    first = next(iter(chosen))
+                    radio = gr.Radio(list(chosen), value=first, visible=len(chosen) > 1)
+                    yield note("Done."), radio, chosen[first], _figures(event), _reports(event), chosen
+        except Stopped:
+            yield note("Stopped. Change something and press Compare again."), blank, blank, blank, blank, blank
+
+    go.click(run, found.all(), [stage, shown, slider, figures, report, pairs], api_name="compare", **JOB)
+    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+
+    def show(name: str, pairs: dict[str, Any]) -> Any:
+        return pairs.get(name)
+
+    shown.input(show, [shown, pairs], slider, api_name="show_pair", **QUICK)
+    wire(page, worker, found, gr.State(), time, "compare")
+
+
+def _pairs(comparison: Comparison, folder: Path) -> dict[str, tuple[str, str]]:
+    """Label of a pair -> files of its exact and accelerated picture."""
+    exact, *others = ((variant.name, save_pictures(variant.pictures, folder)) for variant in comparison.variants)
+    several = comparison.request.num_images > 1
+    return {
+        name + (f", seed {comparison.request.seed + i}" if several else ""): (str(exact[1][i]), str(path))
+        for name, paths in others
+        for i, path in enumerate(paths)
+    }
+
+
+def _figures(comparison: Comparison) -> str:
+    rows = []
+    for v in comparison.variants:
+        db = "–" if v.psnr is None else "identical" if math.isinf(v.psnr) else f"{v.psnr:.1f}"
+        layers = f"{v.report.layers_accelerated} of {v.report.layers_patched} accelerated" if v.report else "exact"
+        rows.append(
+            (v.name, f"{v.seconds:.2f}", f"{comparison.speedup(v):.2f}×", _or_dash(v.gflops, ".1f"),
+             _or_dash(v.peak_mib, ".0f"), db, _or_dash(v.ssim, ".3f"), layers)
+        )  # fmt: skip
+    count = comparison.request.num_images
+    what = "one picture each: times of single pictures vary, draw more for a firm figure"
+    below = what if count == 1 else f"median of {count} pictures, drawn in turns"
+    return table(HEAD, rows) + note(f"Times: {below}.")
+
+
+def _reports(comparison: Comparison) -> str:
+    head, parts = ("layer", "tokens", "calls accelerated", "calls exact", "why exact"), []
+    for v in comparison.variants:
+        if v.report:
+            rows = [
+                (x.name, str(x.tokens or "–"), str(x.accelerated), str(sum(x.passed_through.values())), x.note)
+                for x in v.report.layers
+                if x.left_alone != "cross-attention"
+            ]
+            parts.append(note(v.name) + table(head, rows))
+    return "".join(parts)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

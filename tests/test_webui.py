@@ -1,0 +1,187 @@
+"""The page's endpoints, through Gradio's own client."""
+
+# ruff: noqa: E402, the page needs Gradio
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import web
+
+web.need_gradio()
+
+import httpx
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from diffattn.generation import recipe_of
+from diffattn.jobs import Worker
+from diffattn.webui import launch
+
+FAILS = (AppError, ValueError)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    return web.tiny_worker(web.save_models(tmp_path_factory.mktemp("web") / "models"))
+
+
+@pytest.fixture(scope="module")
+def address(worker: Worker) -> Iterator[str]:
+    with web.served(worker) as found:
+        yield found
+
+
+@pytest.fixture
+def client(address: str) -> Client:
+    return Client(address, verbose=False)
+
+
+def draw(client: Client, **changes: Any) -> Any:
+    return client.predict(**(settings() | changes), api_name="/generate")
+
+
+def settings() -> dict[str, Any]:
+    return dict(prompt="a cat", model="one", acceleration="none", steps=2, guidance=None, width=None, height=None,
+                seed=0, num_images=1, negative_prompt="")  # fmt: skip
+
+
+def compare_settings() -> dict[str, Any]:
+    found = settings()
+    del found["acceleration"]
+    return found | {"accelerations": ["agent/fast", "agent/balanced"], "width": 64, "height": 64}
+
+
+def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
+    found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    names = {"/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate"}
+    assert set(found) == names
+    assert [p["parameter_name"] for p in found["/generate"]["parameters"]] == list(settings())
+
+
+def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> None:
+    stage, pictures, files, code = draw(client, num_images=2, seed=7, acceleration="agent/fast")
+    assert "2 of 2 pictures" in stage
+    assert len(pictures) == 2
+    assert [recipe_of(Path(file))["seed"] for file in files] == [7, 8]
+    assert "manual_seed(7)" in code
+    assert "diffattn.patch(pipe, 'agent', preset='fast')" in code
+
+
+def test_time_steps_are_those_of_the_same_visitor(client: Client, address: str) -> None:
+    draw(client, acceleration="agent/balanced", steps=5, width=64, height=64)
+    chart, data = client.predict(api_name="/time_steps")
+    assert "<svg" in chart
+    assert data["switches"] == [next(i for i, n in enumerate(data["numbers"]) if n is None)]
+    chart, data = Client(address, verbose=False).predict(api_name="/time_steps")
+    assert "<svg" not in chart
+    assert data is None
+
+
+def test_compare_and_its_pairs(client: Client) -> None:
+    _, _, pair, figures, report = client.predict(**compare_settings(), api_name="/compare")
+    assert [recipe_of(Path(file))["method"] for file in pair] == ["none", "agent"]
+    assert "agent/balanced" in figures
+    assert "why exact" in report
+    other = client.predict("agent/balanced", api_name="/show_pair")
+    assert recipe_of(Path(other[1]))["preset"] == "balanced"
+
+
+def test_about_a_model_and_its_time(client: Client) -> None:
+    assert "32×32" in client.predict("one", api_name="/describe_model")
+    draw(client)
+    assert "Time: about" in client.predict("one", 2, None, None, 1, api_name="/estimate")
+    assert "from 8 to 64" in client.predict("one", 2, 10**6, None, 1, api_name="/estimate")
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"model": "../../etc"}, "not available here"),
+        ({"model": "/etc"}, "not available here"),
+        ({"width": 10**9}, "width must be"),
+        ({"width": 33}, "multiple of 8"),
+        ({"guidance": 1e9}, "guidance must be"),
+        ({"guidance": "nan"}, "guidance must be a number from 0 to 30, got nan"),
+        ({"steps": 10**6}, "greater than maximum value 400"),
+        ({"num_images": 99}, "greater than maximum value 4"),
+        ({"acceleration": "__class__"}, "not in the list of choices"),
+        ({"prompt": "x" * 101}, "at most 100 characters"),
+        ({"seed": -1}, "less than minimum value 0"),
+        ({"seed": 2**70}, "seed must be a whole number"),
+    ],
+    ids=str,
+)
+def test_hostile_inputs_are_refused_in_words(client: Client, bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(FAILS, match=says) as caught:
+        draw(client, **bad)
+    assert "Traceback" not in str(caught.value)
+    assert "diffattn/" not in str(caught.value)
+
+
+def test_files_of_the_server_are_not_served(address: str) -> None:
+    for path in ("/etc/passwd", str(Path(__file__)), "pyproject.toml", "../../etc/passwd"):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_eight_clients_at_once_each_get_their_own(address: str) -> None:
+    def visit(seed: int) -> tuple[int, list[str]]:
+        files = draw(Client(address, verbose=False), seed=100 * seed)[2]
+        return recipe_of(Path(files[0]))["seed"], files
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(visit, range(8)))
+    assert [seed for seed, _ in found] == [100 * seed for seed in range(8)]
+    assert len({file for _, files in found for file in files}) == 8
+
+
+def test_stop_ends_a_running_job_of_its_visitor_alone(client: Client, address: str) -> None:
+    job = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
+    wait_for(lambda: any("step " in str(out) for out in job.outputs()))
+    assert "Nothing is running" in Client(address, verbose=False).predict(api_name="/stop")
+    begin = time.monotonic()
+    assert "Stopped" in client.predict(api_name="/stop")
+    wait_for(job.done)
+    assert time.monotonic() - begin < 30
+    assert "Stopped" in str(job.outputs()[-1])
+
+
+def test_a_waiting_job_can_be_cancelled(client: Client, address: str) -> None:
+    running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
+    wait_for(lambda: any("step " in str(out) for out in running.outputs()))
+    other = Client(address, verbose=False)
+    waiting = other.submit(**settings(), api_name="/generate")
+    wait_for(lambda: waiting.status().rank is not None)
+    assert waiting.cancel()
+    client.predict(api_name="/stop")
+    wait_for(running.done)
+    assert "Done" in draw(client)[0]
+    assert waiting.outputs() == []
+
+
+@pytest.mark.parametrize(
+    "open_to_others", [{"share": True}, {"host": "0.0.0.0"}, {"host": "0.0.0.0", "auth": ("", "")}]
+)
+def test_a_page_open_to_others_needs_a_password(worker: Worker, open_to_others: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="--auth"):
+        launch(worker, wait=False, **open_to_others)
+
+
+def test_with_a_password_nothing_is_served_without_it(worker: Worker) -> None:
+    page, address = launch(worker, auth=("me", "secret"), wait=False, warm_up=None)
+    try:
+        assert httpx.get(f"{address}gradio_api/info").status_code == 401
+        inside = Client(address, auth=("me", "secret"), verbose=False)
+        assert "32×32" in inside.predict("one", api_name="/describe_model")
+    finally:
+        page.close()
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
