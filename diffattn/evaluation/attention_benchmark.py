@@ -21,7 +21,7 @@ from diffattn.devices import dtype_name
 from diffattn.evaluation.benchmark_models import MODELS, PIXELS_PER_LATENT, build_unet, make_inputs
 from diffattn.evaluation.benchmark_results import ResultFile
 from diffattn.evaluation.benchmark_variants import FLOOR, SDPA, VARIANTS, LeftOut, apply_variant
-from diffattn.evaluation.machine import describe_machine, resolve
+from diffattn.evaluation.machine import cpu_threads, describe_machine, resolve
 from diffattn.evaluation.speed import Timings, interleave
 
 RESULT_FILE = "attention.json"
@@ -93,7 +93,7 @@ class Benchmark:
         """
         self.config = config
         self.device, self.dtype = resolve(config.device, config.dtype)
-        with _threads(config.threads):
+        with cpu_threads(config.threads):
             self.results = ResultFile(out / RESULT_FILE, _conditions(config, self.device, self.dtype), resume)
 
     def run(self, *, time_budget: float | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Benchmark:
             say: is told of the progress, line by line.
         """
         deadline = None if time_budget is None else time.monotonic() + time_budget
-        with _threads(self.config.threads):
+        with cpu_threads(self.config.threads):
             for name in self.config.models:
                 jobs = self._missing(name)
                 if not jobs or _is_over(deadline):
@@ -240,16 +240,6 @@ def _left_out(config: BenchmarkConfig, unet: nn.Module, levels: tuple[int, ...])
 def _conditions(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     settings = asdict(config) | {"device": str(device), "dtype": dtype_name(dtype)}
     return {"machine": describe_machine(device), "settings": settings}
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _is_over(deadline: float | None) -> bool:

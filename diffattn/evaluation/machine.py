@@ -3,6 +3,8 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -73,3 +75,14 @@ def _version(package: str) -> dict[str, str]:
         return {package: version(package)}
     except PackageNotFoundError:
         return {}
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within, torch uses so many CPU threads; None leaves the number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

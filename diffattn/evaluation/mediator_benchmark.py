@@ -7,8 +7,7 @@ JSON file, whole after every round; `resume` goes on where it ends.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import isqrt
@@ -20,7 +19,7 @@ import torch
 from diffattn.devices import dtype_name
 from diffattn.evaluation.benchmark_results import ResultFile
 from diffattn.evaluation.json_file import write_json
-from diffattn.evaluation.machine import describe_machine, resolve
+from diffattn.evaluation.machine import cpu_threads, describe_machine, resolve
 from diffattn.evaluation.mediator_models import SOFTMAX, WHAT, WIDTHS, Subject, gflops, memory_needed, peak_mib
 from diffattn.evaluation.speed import Timings, interleave
 from diffattn.functional import mediator_side
@@ -108,7 +107,7 @@ class MediatorBenchmark:
         """
         self.config = config
         self.device, self.dtype = resolve(config.device, config.dtype)
-        with _threads(config.threads):
+        with cpu_threads(config.threads):
             settings = asdict(config) | {"device": str(self.device), "dtype": dtype_name(self.dtype)}
             conditions = {"machine": describe_machine(self.device), "settings": settings}
             self.results = ResultFile(out / RESULT_FILE, conditions, resume)
@@ -126,7 +125,7 @@ class MediatorBenchmark:
         deadline = None if time_budget is None else time.monotonic() + time_budget
         missing = self._missing()
         seconds_per_work = 0.0
-        with _threads(self.config.threads):
+        with cpu_threads(self.config.threads):
             for i, job in enumerate(missing):
                 now = time.monotonic()
                 left = None if deadline is None else deadline - now
@@ -231,13 +230,3 @@ def _memory(device: torch.device) -> float:
     if device.type == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return float("inf")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
