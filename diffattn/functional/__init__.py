@@ -1,14 +1,16 @@
 """Pure tensor functions. Nothing here knows of diffusers, layers or configuration."""
 
 from diffattn.functional.agent import agent_attention
+from diffattn.functional.landmark import landmark_attention
 from diffattn.functional.mediator import mediator_attention, mediator_side, pool_mediators
 from diffattn.functional.position_bias import gather_bias, resize_axis, resize_mediators, spread_bias
-from diffattn.functional.tokens import Matching, match_tokens, merge_tokens, pool_tokens, unmerge_tokens
+from diffattn.functional.tokens import Matching, match_tokens, merge_tokens, pool_tokens, sample_tokens, unmerge_tokens
 
 __all__ = [
     "Matching",
     "agent_attention",
     "gather_bias",
+    "landmark_attention",
     "match_tokens",
     "mediator_attention",
     "mediator_side",
@@ -17,6 +19,7 @@ __all__ = [
     "pool_tokens",
     "resize_axis",
     "resize_mediators",
+    "sample_tokens",
     "spread_bias",
     "unmerge_tokens",
 ]

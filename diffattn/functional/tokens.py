@@ -54,6 +54,45 @@ def pool_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
     return pooled.flatten(2).transpose(1, 2).contiguous().unflatten(0, (batch, heads))
 
 
+def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
+    """The middle of every cell of a coarser grid: the mean of the 2x2 tokens around its centre.
+
+    Unlike the mean over whole cells (`pool_tokens`) this keeps the spread of the tokens, which landmarks need: where
+    all tokens of a cell are averaged, what is sharp is gone.
+
+    Args:
+        x: tokens [B, H, N, D], row-major on `grid`.
+        grid: (h, w) with h·w = N.
+        num_tokens: the number wanted; `pooled_grid` gives the rows and columns, as for `pool_tokens`.
+
+    Returns:
+        Tokens [B, H, n, D], n = rows·columns, row-major. Along an axis with less than two tokens per cell, the token
+        in the middle alone.
+
+    Raises:
+        ValueError: the grid does not match the tokens, or `num_tokens` is out of range.
+    """
+    h, w = grid
+    if h * w != x.shape[2]:
+        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {x.shape[2]}")
+    rows, columns = pooled_grid(grid, num_tokens)
+    corners = [
+        (row[:, None] * w + column).flatten()
+        for row in _middle(h, rows, x.device)
+        for column in _middle(w, columns, x.device)
+    ]
+    return x[:, :, torch.cat(corners)].unflatten(2, (len(corners), -1)).mean(dim=2)
+
+
+def _middle(length: int, cells: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Positions [cells] of the two tokens around the centre of each cell; of one, if cells are shorter than two."""
+    centre = (2 * torch.arange(cells, device=device) + 1) * length  # in units of 1 / (2·cells)
+    if length < 2 * cells:
+        return (centre // (2 * cells),)
+    first = (centre - cells) // (2 * cells)
+    return first, first + 1
+
+
 @dataclass(frozen=True)
 class Matching:
     """Which source token merges into which destination token (Bolya & Hoffman, "Token Merging for Fast Stable

@@ -1,4 +1,5 @@
-"""Agent attention, training-free (Han et al., "Agent Attention", ECCV 2024, arXiv 2312.08874, sec. 4.4).
+"""Agent attention, training-free (Han et al., "Agent Attention", ECCV 2024, arXiv 2312.08874, sec. 4.4), and corrected
+(Xiong et al., "Nyströmformer", AAAI 2021).
 
 Shapes: B batch, H heads, N tokens, n agents, D channels per head.
 """
@@ -12,7 +13,16 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from diffattn.functional import agent_attention, match_tokens, merge_tokens, pool_tokens, unmerge_tokens
+from diffattn.functional import (
+    agent_attention,
+    landmark_attention,
+    match_tokens,
+    merge_tokens,
+    pool_tokens,
+    sample_tokens,
+    unmerge_tokens,
+)
+from diffattn.functional.landmark import MAX_DAMPING
 from diffattn.methods.base import (
     AttentionFn,
     AttentionMethod,
@@ -24,7 +34,8 @@ from diffattn.methods.base import (
 from diffattn.methods.thresholds import Thresholds, load_thresholds, min_tokens_for
 from diffattn.schedules import EXACT
 
-AgentSource = Literal["pool", "merge"]
+AgentSource = Literal["pool", "merge", "landmarks"]
+DEFAULT_SCALE_EXPONENT, DEFAULT_SHORTCUT = 0.3, 0.075
 
 
 @dataclass(frozen=True)
@@ -37,21 +48,27 @@ class AgentAttention(AttentionMethod):
 
     num_agents: int | None = 64  # at least this many agents; None leaves the number to agent_ratio
     agent_ratio: float | None = 63 / 64  # share of tokens that do not become agents, in (0, 1); None: num_agents alone
-    agents: AgentSource = "pool"  # average-pooled queries, or tokens merged by similarity (the published recipe)
+    agents: AgentSource | None = None
+    """"pool": average-pooled queries. "merge": tokens merged by similarity (the published recipe). "landmarks": tokens
+    sampled from queries and keys, with a correction between the two steps; by far the closest to exact attention.
+    None: landmarks, or pooled queries where `scale_exponent` or `shortcut` is given."""
+    damping: float = 1e-5  # "landmarks": of the correction, in (0, 0.001]; more is smoother
     merge_ratio: float = 0.4  # "merge": share of tokens merged away before attention, in [0, 1)
     merge_stride: int = 2  # "merge": one destination token per stride x stride cell
-    scale_exponent: float = 0.3  # κ: exponent on the scale of the broadcast softmax, in [0, 1]
-    shortcut: float = 0.075  # share of each token's own value added to its output
+    scale_exponent: float | None = None  # κ: exponent on the scale of the broadcast softmax, in [0, 1]; None: 0.3
+    shortcut: float | None = None  # share of each token's own value added to its output; None: 0.075
     min_tokens: int | None = None  # layers with fewer tokens run exact; None: this device's measured threshold
     max_level: int | None = None  # deepest level that is touched, 0 is the highest resolution; None: all
     upcast: bool | None = None  # logits in fp32; None: where the layer asks for it and works in fp16
 
     name: ClassVar[str] = "agent"
     presets: ClassVar[Mapping[str, Preset]] = {
-        # Few agents while the picture is noise; exact once detail appears.
-        "balanced": Preset(schedule={0.4: {}, 0.0: EXACT}),
-        # A quarter of the agents, at every noise level.
+        # Corrected agents, at every noise level.
+        "balanced": Preset(),
+        # A quarter of them.
         "fast": Preset(options={"num_agents": 16, "agent_ratio": 255 / 256}),
+        # Pooled queries while the picture is noise; exact once detail appears.
+        "pooled": Preset(options={"agents": "pool"}, schedule={0.4: {}, 0.0: EXACT}),
         # The published recipe for 512x512: agents in the first 40 % of the steps (noise level above 0.69 on
         # Stable Diffusion's schedule), then plain attention between merged tokens; highest resolution only.
         "paper": Preset(
@@ -64,7 +81,8 @@ class AgentAttention(AttentionMethod):
     }
 
     def __post_init__(self) -> None:
-        _check(self.agents in get_args(AgentSource), "agents", self.agents, "'pool' or 'merge'")
+        sources = get_args(AgentSource)
+        _check(self.agents in (*sources, None), "agents", self.agents, "'pool', 'merge' or 'landmarks', or None")
         _check(
             self.num_agents is None or _is_int(self.num_agents, 1), "num_agents", self.num_agents, "1 or more, or None"
         )
@@ -75,13 +93,31 @@ class AgentAttention(AttentionMethod):
         merged = self.merge_ratio
         _check(_is_number(merged) and 0 <= merged < 1, "merge_ratio", merged, "at least 0 and below 1")
         _check(_is_int(self.merge_stride, 2), "merge_stride", self.merge_stride, "a whole number, 2 or more")
-        kappa = self.scale_exponent
-        _check(_is_number(kappa) and 0 <= kappa <= 1, "scale_exponent", kappa, "a number from 0 to 1")
-        _check(_is_number(self.shortcut), "shortcut", self.shortcut, "a finite number")
+        kappa, share = self.scale_exponent, self.shortcut
+        _check(
+            kappa is None or (_is_number(kappa) and 0 <= kappa <= 1), "scale_exponent", kappa, "a number from 0 to 1"
+        )
+        _check(share is None or _is_number(share), "shortcut", share, "a finite number")
+        if self.agents == "landmarks" and (kappa is not None or share is not None):
+            raise ValueError("scale_exponent and shortcut belong to agents='pool' and 'merge'; landmarks have neither")
+        damping = self.damping
+        _check(
+            _is_number(damping) and 0 < damping <= MAX_DAMPING,
+            "damping",
+            damping,
+            f"a number above 0 and at most {MAX_DAMPING}",
+        )
         for name in ("min_tokens", "max_level"):
             value = getattr(self, name)
             _check(value is None or _is_int(value, 0), name, value, "a whole number, 0 or more, or None")
         _check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
+
+    @property
+    def source(self) -> AgentSource:
+        """What the agents are, with None resolved."""
+        if self.agents is not None:
+            return self.agents
+        return "landmarks" if self.scale_exponent is None and self.shortcut is None else "pool"
 
     @cached_property
     def _thresholds(self) -> Thresholds:
@@ -99,15 +135,17 @@ class AgentAttention(AttentionMethod):
         n = self.count(num_tokens)
         smallest = self.min_tokens
         if smallest is None:
-            smallest = min_tokens_for(self._thresholds, device, None if self.agents == "merge" else n)
+            smallest = min_tokens_for(self._thresholds, device, None if self.source == "merge" else n)
         if num_tokens < smallest:
             return f"{num_tokens} tokens: exact attention is faster below {smallest}"
-        if self.agents == "merge":
+        if self.source == "merge":
             if mask_rows:
                 return "masked: merged tokens cannot follow a mask"
             if num_tokens < self.merge_stride**2:
                 return f"{num_tokens} tokens: less than one cell of {self.merge_stride}x{self.merge_stride}"
             return f"{n} agents for {num_tokens} tokens" if n >= num_tokens else None
+        if mask_rows and self.source == "landmarks":
+            return "masked: landmarks cannot follow a mask"
         if mask_rows > 1:
             return "masked: the mask differs between queries"
         if 2 * n >= num_tokens:
@@ -116,7 +154,9 @@ class AgentAttention(AttentionMethod):
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         _ = self._thresholds  # a damaged table is told of when patching, not in the middle of a run
-        attend = self._attend_merged if self.agents == "merge" else self._attend_pooled
+        attend = {"pool": self._attend_pooled, "merge": self._attend_merged, "landmarks": self._attend_landmarks}[
+            self.source
+        ]
 
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
             if self.upcast or (self.upcast is None and half_overflows(layer, q.dtype)):
@@ -127,8 +167,17 @@ class AgentAttention(AttentionMethod):
 
     def _attend_pooled(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         agents = pool_tokens(q, call.grid, self.count(q.shape[2]))  # [B, H, n, D]
-        return agent_attention(
-            q, k, v, agents, scale_exponent=self.scale_exponent, shortcut=self.shortcut, key_mask=call.mask
+        return self._through(agents, q, k, v, call.mask)
+
+    def _through(self, agents: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        kappa = DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
+        shortcut = DEFAULT_SHORTCUT if self.shortcut is None else self.shortcut
+        return agent_attention(q, k, v, agents, scale_exponent=kappa, shortcut=shortcut, key_mask=mask)
+
+    def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        n = self.count(q.shape[2])
+        return landmark_attention(
+            q, k, v, sample_tokens(q, call.grid, n), sample_tokens(k, call.grid, n), damping=self.damping
         )
 
     def _attend_merged(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
@@ -141,7 +190,7 @@ class AgentAttention(AttentionMethod):
         mq, mk, mv = (merge_tokens(x, matching, merged) for x in (q, k, v))  # [B, H, N - r, D]
         if 2 * (tokens - left_out) < tokens - merged:
             agents = merge_tokens(q, matching, left_out)  # [B, H, n, D]
-            out = agent_attention(mq, mk, mv, agents, scale_exponent=self.scale_exponent, shortcut=self.shortcut)
+            out = self._through(agents, mq, mk, mv)
         else:
             out = torch.nn.functional.scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)

@@ -7,10 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 Thresholds = Mapping[str, Mapping[str, int]]
-"""device type -> number of pooled agents, or `MERGE` -> smallest number of tokens at which they were faster."""
+"""device type -> number of agents (landmarks), or `MERGE` -> smallest number of tokens at which they were faster."""
 
 MERGE = "merge"
-"""The row of agents merged by similarity, which cost more than pooled ones whatever their number."""
+"""The row of agents merged by similarity, which cost more than others whatever their number."""
 
 
 def user_file() -> Path:
@@ -68,8 +68,8 @@ def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> in
     Args:
         table: from `load_thresholds`.
         device: torch device type; one nobody has measured counts as "cuda".
-        num_agents: of pooled agents: between measured numbers the next larger one decides, above the largest the
-            number of tokens grows in proportion. None: agents merged by similarity.
+        num_agents: of landmarks or pooled agents: between measured numbers the next larger one decides, above the
+            largest the number of tokens grows in proportion. None: agents merged by similarity.
     """
     row = table.get(device, table["cuda"])
     pooled = {int(n): tokens for n, tokens in row.items() if n != MERGE}

@@ -1,0 +1,243 @@
+"""Training-free approximations of self-attention, as functions of one layer's q, k, v, with what they cost.
+
+Shapes: B batch, H heads, N = h·w tokens on a grid, D channels per head, n agents or landmarks.
+Costs are multiply-adds per head and per channel, so that exact attention costs 2·N².
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as attention
+from torch.nn.functional import unfold
+
+from diffattn.functional import (
+    agent_attention,
+    landmark_attention,
+    match_tokens,
+    merge_tokens,
+    pool_tokens,
+    sample_tokens,
+)
+from diffattn.functional.landmark import PROBES, correct
+
+WINDOW = 5  # keys a side around each query that are exact
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one self-attention layer saw in one call; `before` is the same layer one step earlier."""
+
+    x: Tensor  # [B, N, C]
+    q: Tensor  # [B, H, N, D]
+    k: Tensor
+    v: Tensor
+    before: "Layer | None" = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Of a square picture."""
+        side = round(self.q.shape[2] ** 0.5)
+        return side, side
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of attention."""
+        return self.q, self.k, self.v
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A family at one size."""
+
+    family: str
+    run: Callable[[Layer], Tensor]
+    cost: Callable[[int, int], float]  # N, D -> multiply-adds
+
+
+def exact(layer: Layer) -> Tensor:
+    """What all others are measured against."""
+    return attention(*layer.qkv)
+
+
+def candidates() -> list[Candidate]:
+    """Every family at the sizes that make sense."""
+    found = [
+        Candidate("first order around the mean query", first_order, lambda N, D: 2 * N * D),
+        Candidate("exact window, far keys pooled", windowed, lambda N, D: 2 * N * (N / 16 + N / 4)),
+    ]
+    for side in (8, 4, 2):  # share 1/64, 1/16, 1/4
+        found += _sized(side**2)
+    for factor in (4, 2):
+        found += [
+            Candidate("every second (fourth) key", lambda it, f=factor: subsampled(it, f), _keys(factor)),
+            Candidate("keys and values pooled", lambda it, f=factor: pooled_keys(it, f), _keys(factor)),
+            Candidate("tiles", lambda it, f=factor: tiled(it, f), _keys(factor)),
+        ]
+    return found
+
+
+def _sized(divisor: int) -> list[Candidate]:
+    def cost(N: int, D: int, cubes: float = 0.0, more: float = 0.0) -> float:
+        n = N / divisor
+        return 4 * N * n + more * N + (2 * n**2 + cubes * n**3 / D if cubes else 0)
+
+    def of(family: str, run: Callable[[Layer, int], Tensor], cubes: float = 0.0, more: float = 0.0) -> Candidate:
+        return Candidate(family, lambda it: run(it, it.q.shape[2] // divisor), lambda N, D: cost(N, D, cubes, more))
+
+    return [
+        of("agents, published κ and shortcut", lambda it, n: _agents(it, n, 0.3, 0.075)),
+        of("agents, κ = 1, no shortcut", lambda it, n: _agents(it, n, 1.0, 0.0)),
+        of("agents merged by similarity", merged_agents),
+        of("landmarks (ours)", lambda it, n: _landmarks(it, n, sample_tokens), cubes=1.2, more=2 * PROBES),
+        of("landmarks from pooled tokens", lambda it, n: _landmarks(it, n, pool_tokens), cubes=1.2, more=2 * PROBES),
+        of("landmarks and an exact window", landmarks_and_window, cubes=1.2, more=2 * WINDOW**2),
+        of("pooled, 6 Newton-Schulz steps", lambda it, n: newton_schulz(it, n, 6), cubes=24),
+        Candidate(
+            "landmarks of the step before",
+            lambda it: reused(it, it.q.shape[2] // divisor),
+            lambda N, D: 2 * N * N / divisor,
+        ),
+    ]
+
+
+def _keys(factor: int) -> Callable[[int, int], float]:
+    return lambda N, D: 2 * N * N / factor**2
+
+
+def _agents(layer: Layer, n: int, kappa: float, shortcut: float) -> Tensor:
+    agents = pool_tokens(layer.q, layer.grid, n)
+    return agent_attention(*layer.qkv, agents, scale_exponent=kappa, shortcut=shortcut)
+
+
+def _landmarks(layer: Layer, n: int, choose: Callable[[Tensor, tuple[int, int], int], Tensor]) -> Tensor:
+    return landmark_attention(*layer.qkv, choose(layer.q, layer.grid, n), choose(layer.k, layer.grid, n))
+
+
+def landmarks_and_window(layer: Layer, n: int) -> Tensor:
+    """Landmarks, with what they miss among the nearest keys put right.
+
+    With a row p of exact attention known up to its sum, e_j = exp(s·q·k_j), and landmarks' own p̂ = f(q) W⁺ F in its
+    place (f, F: the two softmaxes), the window Ω of the query takes e_j where p̂_j stood:
+
+        O = (Ô - Σ_Ω p̂_j v_j + Σ_Ω p_j v_j) / (1 - Σ_Ω p̂_j + Σ_Ω p_j)
+
+    with p_j = e_j / z, and z the sum of e_j over all keys, known at the landmarks and handed to the queries as values
+    are, in logarithms. Where Ω is the whole picture, the result is exact whatever z is.
+    """
+    q, k, v = layer.qkv
+    s = q.shape[-1] ** -0.5
+    ql, kl = (sample_tokens(x, layer.grid, n) for x in (q, k))
+    logits = ql @ k.mT * s
+    rows = logits.softmax(-1)  # F [B, H, n, N]
+    spread = (q @ kl.mT * s).softmax(-1)  # f [B, H, N, n]
+    handed = spread @ correct(ql, kl, torch.cat((rows, logits.logsumexp(-1, keepdim=True)), dim=-1))
+    own, log_z = handed[..., :-1], handed[..., -1:]  # p̂ [B, H, N, N], of which a kernel would compute Ω alone
+    near = _near(layer.grid, q.device)
+    within = (q @ k.mT * s).masked_fill(near == 0, -torch.inf)
+    true = (within - log_z.maximum(within.logsumexp(-1, keepdim=True))).exp()  # z is at least its part in the window
+    mine = own * near
+    total = 1 - mine.sum(-1, keepdim=True) + true.sum(-1, keepdim=True)
+    return ((own - mine + true) @ v) / total.clamp(min=1e-6)
+
+
+def _near(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Which keys lie in the window of each query, 0 or 1 [N, N]."""
+    rows, columns = (torch.arange(size, device=device) for size in grid)
+    half = WINDOW // 2
+    same_row = (rows[:, None] - rows[None]).abs() <= half
+    same_column = (columns[:, None] - columns[None]).abs() <= half
+    return torch.kron(same_row.float(), same_column.float())
+
+
+def merged_agents(layer: Layer, n: int) -> Tensor:
+    """Agents by token merging (Bolya & Hoffman, 2023), as the published agent attention for Stable Diffusion has it."""
+    stride = round((layer.q.shape[2] / n) ** 0.5)
+    matching = match_tokens(layer.x, layer.grid, (stride, stride))
+    agents = merge_tokens(layer.q, matching, min(layer.q.shape[2] - n, matching.max_merged))
+    return agent_attention(*layer.qkv, agents)
+
+
+def newton_schulz(layer: Layer, n: int, steps: int) -> Tensor:
+    """The Nyströmformer's own inverse (Xiong et al., 2021, eq. 11-13)."""
+    q, k = pool_tokens(layer.q, layer.grid, n), pool_tokens(layer.k, layer.grid, n)
+    w = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    norms = w.sum(-2).amax(-1) * w.sum(-1).amax(-1)
+    z, one = w.mT / norms[..., None, None], torch.eye(n)
+    for _ in range(steps):
+        wz = w @ z
+        z = 0.25 * z @ (13 * one - wz @ (15 * one - wz @ (7 * one - wz)))
+    return attention(layer.q, k, z @ attention(q, layer.k, layer.v))
+
+
+def reused(layer: Layer, n: int) -> Tensor:
+    """Only the broadcast is computed: the corrected values are those of the step before."""
+    before = layer.before or layer
+    q, k = (sample_tokens(x, layer.grid, n) for x in (before.q, before.k))
+    return attention(layer.q, k, correct(q, k, attention(q, before.k, before.v)))
+
+
+def first_order(layer: Layer) -> Tensor:
+    """Attention as a linear function of the query, exact at the mean query."""
+    q, k, v = layer.qkv
+    scale, centre = q.shape[-1] ** -0.5, q.mean(-2, keepdim=True)
+    p = (centre @ k.mT * scale).softmax(-1)
+    mean_v, mean_k = p @ v, p @ k
+    return mean_v + scale * (q - centre) @ ((k * p.mT).mT @ v - mean_k.mT @ mean_v)
+
+
+def subsampled(layer: Layer, factor: int) -> Tensor:
+    """Keys and values at every `factor`-th row and column."""
+
+    def pick(x: Tensor) -> Tensor:
+        return x.unflatten(2, layer.grid)[:, :, ::factor, ::factor].flatten(2, 3)
+
+    return attention(layer.q, pick(layer.k), pick(layer.v))
+
+
+def pooled_keys(layer: Layer, factor: int) -> Tensor:
+    """Keys and values averaged over cells of `factor` x `factor`."""
+    n = layer.q.shape[2] // factor**2
+    return attention(layer.q, pool_tokens(layer.k, layer.grid, n), pool_tokens(layer.v, layer.grid, n))
+
+
+def tiled(layer: Layer, factor: int) -> Tensor:
+    """Attention within `factor` x `factor` tiles of the grid."""
+    h, w = layer.grid
+
+    def cut(x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H·tiles, N/tiles, D]
+        cells = x.unflatten(2, (factor, h // factor, factor, w // factor))
+        return cells.transpose(3, 4).flatten(4, 5).flatten(1, 3)
+
+    out = attention(*(cut(x) for x in layer.qkv)).unflatten(1, (-1, factor, factor))
+    return out.unflatten(4, (h // factor, w // factor)).transpose(3, 4).flatten(2, 5)
+
+
+def windowed(layer: Layer) -> Tensor:
+    """The keys around each query's tile exact, the whole picture in 2x2 means beside them, weighed by their size."""
+    q, k, v = layer.qkv
+    h, w = layer.grid
+    tile, n = h // 4, q.shape[2] // 4
+    far_k, far_v = (pool_tokens(x, layer.grid, n) for x in (k, v))
+
+    def cut(x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H, 16, tile², D]
+        image = x.unflatten(2, (h, w)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+        patches = unfold(image, tile, stride=tile).unflatten(1, (x.shape[3], tile * tile))  # [BH, D, tile², 16]
+        return patches.permute(0, 3, 2, 1).unflatten(0, x.shape[:2])
+
+    near = [cut(x) for x in (q, k, v)]
+    everyone = [x[:, :, None].expand(-1, -1, 16, -1, -1) for x in (far_k, far_v)]
+    own = _pooled_tile(h, tile)  # [16, n]: pooled keys inside the tile count there already
+    bias = torch.zeros(16, 1, tile * tile + n)
+    bias[:, 0, tile * tile :] = torch.where(own, -torch.inf, torch.tensor(4.0).log())
+    keys, values = (torch.cat((a, b), dim=3) for a, b in zip(near[1:], everyone, strict=True))
+    out = attention(near[0], keys, values, attn_mask=bias)  # [B, H, 16, tile², D]
+    return out.unflatten(2, (4, 4)).unflatten(4, (tile, tile)).transpose(3, 4).flatten(2, 5)
+
+
+def _pooled_tile(side: int, tile: int) -> Tensor:
+    """Which 2x2 means lie in which of the 16 tiles, [16, (side/2)²]."""
+    where = torch.arange(side // 2) // (tile // 2)
+    owner = (where[:, None] * 4 + where[None]).flatten()
+    return owner[None] == torch.arange(16)[:, None]

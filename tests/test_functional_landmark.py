@@ -1,0 +1,231 @@
+"""Attention through landmarks: its formula, where it is exact, how close it comes, and what keeps it sane."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import interpolate, scaled_dot_product_attention
+
+from diffattn.functional import agent_attention, landmark_attention, pool_tokens, sample_tokens
+from diffattn.functional.landmark import MAX_DAMPING, correct, probe_tokens
+from diffattn.methods.agent import AgentAttention
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def smooth(side: int, dim: int, seed: int, scale: float = 1.0, coarse: int = 6) -> Tensor:
+    """Tokens of two heads that vary slowly over the grid, as in pictures, with some noise of their own."""
+    image = interpolate(rand(2, dim, coarse, coarse, seed=seed), size=(side, side), mode="bicubic")
+    image = image + 0.1 * rand(2, dim, side, side, seed=seed + 1)
+    return scale * image.flatten(2).transpose(1, 2)[None]  # [1, 2, N, D]
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return ((found.double() - true.double()).norm() / true.double().norm()).item()
+
+
+@given(h=st.integers(1, 12), w=st.integers(1, 12), wanted=st.integers(1, 144), seed=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_samples_are_the_middle_of_their_cells(h: int, w: int, wanted: int, seed: int) -> None:
+    wanted = min(wanted, h * w)
+    x = rand(1, 2, h * w, 3, seed=seed, dtype=torch.float64)
+    image = x.unflatten(2, (h, w))
+    rows = min(max(round((wanted * h / w) ** 0.5), 1), h)
+    columns = min(max(wanted // rows, 1), w)
+
+    def middle(length: int, cells: int, i: int) -> list[int]:
+        centre = (i + 0.5) * length / cells  # where positions are cell borders
+        if length < 2 * cells:
+            return [int(centre)]
+        first = int((2 * (2 * i + 1) * length - 2 * cells) // (4 * cells))  # floor(centre - 1/2)
+        return [first, first + 1]
+
+    expected = [
+        image[:, :, middle(h, rows, i)][:, :, :, middle(w, columns, j)].mean(dim=(2, 3))
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    torch.testing.assert_close(sample_tokens(x, (h, w), wanted), torch.stack(expected, dim=2))
+
+
+def test_samples_of_cells_of_four_are_their_inner_two() -> None:
+    x = torch.arange(8.0)[None, None, :, None]
+    assert sample_tokens(x, (1, 8), 2).flatten().tolist() == [1.5, 5.5]
+
+
+@pytest.mark.parametrize("wanted", [0, 17])
+def test_samples_out_of_range_are_refused(wanted: int) -> None:
+    with pytest.raises(ValueError, match=rf"between 1 and 16 .*got {wanted}"):
+        sample_tokens(rand(1, 1, 16, 2), (4, 4), wanted)
+    with pytest.raises(ValueError, match="a grid of 4x5 has 20 tokens, the tensor has 16"):
+        sample_tokens(rand(1, 1, 16, 2), (4, 5), 4)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0, 30.0])
+def test_is_the_damped_least_squares_of_the_formula(scale: float) -> None:
+    """The same, solved in float64 by singular values: Σ/(Σ² + λ) instead of Cholesky."""
+    q, k, v = (smooth(12, 8, seed=s, scale=scale) for s in (1, 3, 5))
+    ql, kl = (sample_tokens(x, (12, 12), 9).double() for x in (q, k))
+    logits = ql @ kl.mT * 8**-0.5
+    w = logits.softmax(-1)
+    spread = logits.std(dim=-1, correction=0).mean(-1)
+    damp = (1e-4 * spread.clamp(min=1) ** 3).clamp(max=1e-3) * w.sum(-2).amax(-1)
+    gathered = scaled_dot_product_attention(ql, k.double(), v.double())
+    mean = gathered.mean(-2, keepdim=True)
+    left, values, right = torch.linalg.svd(w)
+    z = right.mT @ torch.diag_embed(values / (values**2 + damp[..., None])) @ left.mT @ (gathered - mean)
+    probes = probe_tokens(q).double()
+    x = scaled_dot_product_attention(probes, kl, z)
+    y = scaled_dot_product_attention(probes, k.double(), v.double()) - mean
+    gamma = ((x * y).sum((2, 3)) / (x * x).sum((2, 3)) / 0.8).clamp(0, 1)[..., None, None]
+    expected = mean + gamma * scaled_dot_product_attention(q.double(), kl, z)
+    assert error(landmark_attention(q, k, v, ql.float(), kl.float(), damping=1e-4), expected) < 1e-3
+
+
+def test_landmarks_everywhere_are_exact_attention() -> None:
+    q, k, v = (rand(2, 3, 20, 8, seed=s) for s in range(3))
+    exact = scaled_dot_product_attention(q, k, v)
+    assert error(landmark_attention(q, k, v, q, k, damping=1e-9), exact) < 2e-3
+
+
+def test_a_query_at_a_landmark_gets_its_exact_attention() -> None:
+    q, k, v = (smooth(12, 8, seed=s) for s in (1, 3, 5))
+    picked = torch.arange(0, 144, 9)
+    landmarks = q[:, :, picked], k[:, :, picked]
+    gathered = scaled_dot_product_attention(landmarks[0], k, v)
+    out = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered, damping=1e-7))
+    exact = scaled_dot_product_attention(q, k, v)
+    assert error(out[:, :, picked], exact[:, :, picked]) < 0.1 * error(out, exact)
+
+
+def test_values_that_are_all_alike_come_back() -> None:
+    q, k = rand(1, 2, 36, 4), rand(1, 2, 36, 4, seed=1)
+    v = rand(1, 2, 1, 4, seed=2).expand(1, 2, 36, 4)
+    out = landmark_attention(q, k, v, sample_tokens(q, (6, 6), 9), sample_tokens(k, (6, 6), 9))
+    torch.testing.assert_close(out, v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.0])
+def test_is_far_closer_than_agents_at_the_same_number(scale: float) -> None:
+    grid = (24, 24)
+    q, k, v = smooth(24, 16, 1, scale), smooth(24, 16, 3, scale), smooth(24, 16, 5)
+    exact = scaled_dot_product_attention(q, k, v)
+    landmarks = landmark_attention(q, k, v, sample_tokens(q, grid, 36), sample_tokens(k, grid, 36))
+    agents = agent_attention(q, k, v, pool_tokens(q, grid, 36))
+    assert error(landmarks, exact) < 0.5 * error(agents, exact)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0, 100.0])
+def test_sharp_heads_stay_finite_and_bounded(scale: float) -> None:
+    q, k, v = (rand(1, 2, 256, 8, seed=s) for s in range(3))
+    q = q * scale
+    out = landmark_attention(q, k, v, sample_tokens(q, (16, 16), 16), sample_tokens(k, (16, 16), 16))
+    assert out.isfinite().all()
+    assert out.norm() < 10 * v.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_single(dtype: torch.dtype) -> None:
+    q, k, v = (smooth(16, 8, seed=s) for s in (1, 3, 5))
+    exact = scaled_dot_product_attention(q, k, v)
+    outs = []
+    for kind in (torch.float32, dtype):
+        a, b, c = (x.to(kind) for x in (q, k, v))
+        outs.append(landmark_attention(a, b, c, sample_tokens(a, (16, 16), 16), sample_tokens(b, (16, 16), 16)))
+    assert outs[1].dtype == dtype
+    assert error(outs[1], exact) < error(outs[0], exact) + 0.03
+
+
+def test_autocast_leaves_the_core_in_single_precision() -> None:
+    q, k, v = (smooth(12, 8, seed=s) for s in (1, 3, 5))
+    landmarks = sample_tokens(q, (12, 12), 9), sample_tokens(k, (12, 12), 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = landmark_attention(q, k, v, *landmarks)
+    assert error(out, landmark_attention(q, k, v, *landmarks)) < 0.05
+
+
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [1.5, 2.0, 2.5])
+def test_sharp_heads_of_noisy_tokens_are_not_amplified(noise: float, scale: float) -> None:
+    """Logits with a standard deviation of 2 to 6: the correction alone would be off by twice to four times the norm."""
+    grid = (32, 32)
+    q, k, v = (smooth(32, 32, seed=s, coarse=8) + noise * rand(1, 2, 1024, 32, seed=s + 7) for s in (1, 3, 5))
+    size = scale / (q.std() * k.std()).sqrt()
+    q, k = q * size, k * size
+    landmarks = sample_tokens(q, grid, 64), sample_tokens(k, grid, 64)
+    exact, gathered = (scaled_dot_product_attention(x, k, v) for x in (q, landmarks[0]))
+    bare = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered))
+    assert error(bare, exact) > 1.3
+    assert error(landmark_attention(q, k, v, *landmarks), exact) < 1.1
+
+
+def test_a_correction_that_fits_is_taken_as_it_is() -> None:
+    q, k, v = (smooth(24, 16, s, scale) for s, scale in ((1, 0.7), (3, 0.7), (5, 1.0)))
+    landmarks = sample_tokens(q, (24, 24), 36), sample_tokens(k, (24, 24), 36)
+    gathered = scaled_dot_product_attention(landmarks[0], k, v)
+    bare = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered))
+    torch.testing.assert_close(landmark_attention(q, k, v, *landmarks), bare, atol=1e-5, rtol=1e-4)
+
+
+def test_probes_are_spread_over_the_picture() -> None:
+    places = probe_tokens(torch.arange(1024.0)[None, None, :, None]).flatten().long()
+    assert len(set((places // 128).tolist())) == 8  # in every eighth of the rows,
+    assert len(set((places % 32 // 4).tolist())) >= 5  # and all over the columns
+    assert probe_tokens(rand(1, 1, 5, 2)).shape == (1, 1, 5, 2)
+
+
+def test_a_head_that_cannot_be_factorised_keeps_its_agents() -> None:
+    q, k, v = (smooth(12, 8, seed=s) for s in (1, 3, 5))
+    landmarks = sample_tokens(q, (12, 12), 9), sample_tokens(k, (12, 12), 9)
+    gathered = scaled_dot_product_attention(landmarks[0], k, v)
+    expected = correct(*landmarks, gathered)
+    landmarks[1][:, 0, 0] = torch.inf  # logits that are no numbers, of the first head
+    found = correct(*landmarks, gathered)
+    torch.testing.assert_close(found[:, 0], gathered[:, 0], atol=0, rtol=0)
+    torch.testing.assert_close(found[:, 1], expected[:, 1])
+
+
+def test_both_softmaxes_run_fused() -> None:
+    """Tokens whose channels do not lie side by side would have PyTorch build [N, n] matrices, at twice the time."""
+    q, k, v = (rand(2, 64, 2, 8, seed=s).transpose(1, 2) for s in range(3))  # as projections leave them
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        landmark_attention(q, k, v, sample_tokens(q, (8, 8), 16), sample_tokens(k, (8, 8), 16))
+    calls = [event.name for event in profile.events() if "_scaled_dot_product" in event.name]
+    assert calls == ["aten::_scaled_dot_product_flash_attention_for_cpu"] * 2
+
+
+def test_can_be_trained_through() -> None:
+    q, k, v = (rand(1, 1, 16, 4, seed=s, dtype=torch.float32).requires_grad_() for s in range(3))
+    out = landmark_attention(q, k, v, sample_tokens(q, (4, 4), 4), sample_tokens(k, (4, 4), 4), damping=1e-3)
+    out.square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() and x.grad.norm() > 0 for x in (q, k, v))
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, 2 * MAX_DAMPING, float("nan")])
+def test_damping_out_of_range_is_refused(damping: float) -> None:
+    q = rand(1, 1, 4, 2)
+    with pytest.raises(ValueError, match=r"damping must be above 0 and at most 0\.001"):
+        landmark_attention(q, q, q, q, q, damping=damping)
+    with pytest.raises(ValueError, match="damping must be"):
+        AgentAttention(agents="landmarks", damping=damping)
+
+
+def test_different_landmarks_are_refused() -> None:
+    q = rand(1, 1, 4, 2)
+    with pytest.raises(ValueError, match="same shape"):
+        landmark_attention(q, q, q, q, q[:, :, :2])
+
+
+@pytest.mark.parametrize("options", [{"scale_exponent": 1.0}, {"shortcut": 0.0}])
+def test_options_that_would_do_nothing_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="landmarks have neither"):
+        AgentAttention(agents="landmarks", **options)  # type: ignore[arg-type]
+
+
+def test_agents_are_landmarks_unless_told_otherwise() -> None:
+    assert AgentAttention().source == "landmarks"
+    assert AgentAttention(agents="merge").source == "merge"
+    assert AgentAttention(scale_exponent=1.0).source == AgentAttention(shortcut=0.0).source == "pool"
