@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffattn import functional
+    from diffattn.evaluation.tune import tune
     from diffattn.injection import Patch, patch, unpatch
     from diffattn.loading import load_demo
     from diffattn.methods import METHODS
@@ -25,6 +26,7 @@ __all__ = [
     "functional",
     "load_demo",
     "patch",
+    "tune",
     "unpatch",
 ]
 
@@ -37,6 +39,7 @@ _HOMES = {
     "Patch": "injection",
     "load_demo": "loading",
     "patch": "injection",
+    "tune": "evaluation.tune",
     "unpatch": "injection",
 }
 

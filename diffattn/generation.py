@@ -5,18 +5,21 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
 from PIL import Image, PngImagePlugin
 
 from diffattn.devices import dtype_name, versions
 from diffattn.injection import Patch, patch
 from diffattn.loading import EMBEDDED
 from diffattn.sampling import SiTPipeline
+from diffattn.sampling.class_pipelines import check_null_class, class_ids, draws_classes
 
 EXACT = "none"
 """The method that leaves the pipeline unpatched."""
@@ -26,7 +29,7 @@ PNG_KEY = "diffattn"
 
 MIN_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines refuse other sizes, whatever their VAE
 MAX_SEED = 2**63 - 1
-DEFAULT_GUIDANCE = 7.5
+DEFAULT_GUIDANCE = 7.5  # of pipelines that draw from text with a UNet; see `own_guidance`
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,14 @@ class Request:
     """What to draw. Everything but `model` and the size is checked here, and raises `ValueError`."""
 
     model: str  # as it was asked for; written into the recipe
-    prompt: str  # may be empty; for a SiT the name or id of a class
+    prompt: str  # may be empty; for a DiT or SiT the name or id of a class
     negative_prompt: str = ""
     method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: see `default_method`
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and what else is not given here
     steps: int = 25
-    guidance: float | None = None  # 1 and below: without; None: the embedded model's own, or 7.5
+    guidance: float | None = None  # 1 and below: without; None: see `own_guidance`
     width: int | None = None  # pixels; None: what the model was trained for
     height: int | None = None
     num_images: int = 1  # image i has the seed `seed + i`
@@ -52,8 +56,8 @@ class Request:
         _check(math.isfinite(guidance) and guidance >= 0, "guidance", guidance, "0 or more")
         _check(self.num_images >= 1, "num-images", self.num_images, "1 or more")
         _check(0 <= self.seed <= MAX_SEED - self.num_images, "seed", self.seed, "at least 0 and below 2^63")
-        if self.method == EXACT and (self.preset or self.options):
-            raise ValueError(f"method {EXACT!r} has no preset and no options")
+        if self.method == EXACT and (self.preset or self.options or self.recipe is not None):
+            raise ValueError(f"method {EXACT!r} has no preset, no options and no recipe")
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,14 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
 
     Raises:
         TypeError: the pipeline draws neither from text alone nor from classes, or its architecture is not supported.
-        ValueError: a size the VAE cannot divide; an unknown class; as `diffattn.patch`.
+        ValueError: a size the pipeline cannot draw; an unknown class; as `diffattn.patch`.
     """
-    if isinstance(pipe, SiTPipeline):
+    guidance = own_guidance(pipe, request.model) if request.guidance is None else request.guidance
+    if draws_classes(pipe):
         if request.negative_prompt:
             raise ValueError(f"{type(pipe).__name__} draws classes and takes no negative_prompt")
-        pipe.get_label_ids(_label(request.prompt))
+        class_ids(pipe, [request.prompt])
+        check_null_class(pipe, guidance)
     else:
         _check_draws_from_text(pipe)
     width, height = request.width, request.height
@@ -118,10 +124,11 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
     check_size(pipe, width, height)
     found, preset, method = None, request.preset, request.method or default_method(pipe)
     if method != EXACT:
-        found = patch(pipe, method, preset=preset, **request.options)
-        preset = found.plan.preset
-    own = EMBEDDED[request.model].guidance if request.model in EMBEDDED else DEFAULT_GUIDANCE
-    guidance = own if request.guidance is None else request.guidance
+        found = patch(pipe, method, preset=preset, recipe=request.recipe, **request.options)
+        preset, method = found.plan.preset, found.plan.method
+        if request.method not in (None, method):
+            found.remove()
+            raise ValueError(f"the recipe is for method {method!r}, not {request.method!r}")
     return replace(request, width=width, height=height, method=method, preset=preset, guidance=guidance), found
 
 
@@ -130,9 +137,16 @@ def default_method(pipe: DiffusionPipeline) -> str:
     return "mediator" if isinstance(pipe, SiTPipeline) and pipe.transformer.mediators else "agent"
 
 
-def _label(prompt: str) -> int | str:
-    """A class id is written in digits."""
-    return int(prompt) if prompt.isdecimal() else prompt
+def own_guidance(pipe: Any, model: str) -> float:
+    """The guidance scale of a model by name: what an embedded one recommends, or what its pipeline takes for itself.
+
+    7.5 for Stable Diffusion and wherever the pipeline is not one of diffusers' DiT and PixArt.
+    """
+    if model in EMBEDDED:
+        return EMBEDDED[model].guidance
+    if isinstance(pipe, DiTPipeline | PixArtAlphaPipeline | PixArtSigmaPipeline):
+        return float(inspect.signature(pipe.__call__).parameters["guidance_scale"].default)
+    return DEFAULT_GUIDANCE
 
 
 def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], None] | None = None) -> Iterator[Picture]:
@@ -145,29 +159,46 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
         request: what to draw.
         on_step: called after every sampling step.
     """
-    subject: dict[str, Any] = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    if isinstance(pipe, SiTPipeline):
-        subject = {"class_labels": _label(request.prompt)}
-    arguments: dict[str, Any] = {
-        **subject,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
-        "width": request.width,
-        "height": request.height,
-    }
-    if on_step is not None:
-        arguments["callback_on_step_end"] = _step_callback(on_step)
+    arguments = call_arguments(pipe, request)
     draw: Any = pipe
     for seed in range(request.seed, request.seed + request.num_images):
         begin = time.perf_counter()
-        image = draw(**arguments, generator=torch.Generator().manual_seed(seed)).images[0]
+        with _telling(pipe, on_step) as callback:
+            image = draw(**arguments, **callback, generator=torch.Generator().manual_seed(seed)).images[0]
         seconds = time.perf_counter() - begin
         yield Picture(image, seed, seconds, _recipe(pipe, request, seed))
 
 
+def call_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, Any]:
+    """What a pipeline is called with for a request that went through `prepare`, but for its generator."""
+    subject: dict[str, Any] = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    if draws_classes(pipe):
+        subject = {"class_labels": class_ids(pipe, [request.prompt])}
+    steps = {"num_inference_steps": request.steps, "guidance_scale": request.guidance}
+    return subject | steps | size_arguments(pipe, request.width, request.height)
+
+
+def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str, int]:
+    """What a pipeline is called with for a size, None for its own; a `DiTPipeline` draws no other and is told nothing.
+
+    Raises:
+        ValueError: another size for a `DiTPipeline`.
+    """
+    if isinstance(pipe, DiTPipeline):
+        own = _default_size(pipe)
+        check_size(pipe, own[0] if width is None else width, own[1] if height is None else height)
+        return {}
+    return {name: size for name, size in (("width", width), ("height", height)) if size is not None}
+
+
 def check_size(pipe: DiffusionPipeline, width: int, height: int) -> None:
-    """Raise `ValueError` for pixels the VAE cannot divide, naming the nearest sizes it can."""
-    unit = math.lcm(MIN_MULTIPLE, int(getattr(pipe, "vae_scale_factor", 1)))
+    """Raise `ValueError` for pixels the pipeline cannot draw, naming the nearest sizes it can."""
+    if isinstance(pipe, DiTPipeline):
+        own = _default_size(pipe)
+        if (width, height) != own:
+            raise ValueError(f"{type(pipe).__name__} draws {own[0]}x{own[1]} pixels only, got {width}x{height}")
+        return
+    unit = math.lcm(MIN_MULTIPLE, pixels_per_latent(pipe))
     if isinstance(pipe, SiTPipeline):
         unit = pipe.transformer.patch_size * pipe.vae_scale_factor
     for name, size in (("width", width), ("height", height)):
@@ -177,14 +208,24 @@ def check_size(pipe: DiffusionPipeline, width: int, height: int) -> None:
             raise ValueError(f"{name} {size} is not a positive multiple of {unit} pixels; nearest: {near}")
 
 
+def pixels_per_latent(pipe: Any) -> int:
+    """Pixels along the side of a latent; `DiTPipeline` does not say it."""
+    if isinstance(pipe, DiTPipeline):
+        return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return int(getattr(pipe, "vae_scale_factor", 1))
+
+
 def _default_size(pipe: Any) -> tuple[int, int]:
     """Width and height in pixels the denoiser was trained for."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    size = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    size = getattr(getattr(_denoiser(pipe), "config", None), "sample_size", None)
     if size is None:
         raise ValueError(f"{type(pipe).__name__} has no size of its own; give width and height")
     rows, columns = (size, size) if isinstance(size, int) else size
-    return columns * pipe.vae_scale_factor, rows * pipe.vae_scale_factor
+    return columns * pixels_per_latent(pipe), rows * pixels_per_latent(pipe)
+
+
+def _denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
 
 
 def _check_draws_from_text(pipe: Any) -> None:
@@ -196,12 +237,36 @@ def _check_draws_from_text(pipe: Any) -> None:
         raise TypeError(f"{type(pipe).__name__} {what}; pictures are drawn from text alone here")
 
 
+@contextmanager
+def _telling(pipe: Any, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
+    """Within, `on_step` is called after every step: by the argument of the pipeline that is given, or by a hook."""
+    if on_step is None:
+        yield {}
+    elif "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        yield {"callback_on_step_end": _step_callback(on_step)}
+    else:
+        with _denoiser(pipe).register_forward_hook(_step_hook(pipe, on_step)):
+            yield {}
+
+
 def _step_callback(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
     def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         on_step()
         return {}
 
     return callback
+
+
+def _step_hook(pipe: Any, on_step: Callable[[], None]) -> Callable[..., None]:
+    """After the last call of the denoiser in every step: a scheduler of order 2 takes two, but for its last step."""
+    calls = count(1)
+
+    def hook(*_: Any) -> None:
+        call = next(calls)
+        if call % pipe.scheduler.order == 0 or call == len(pipe.scheduler.timesteps):
+            on_step()
+
+    return hook
 
 
 def _recipe(pipe: Any, request: Request, seed: int) -> dict[str, Any]:

@@ -1,32 +1,19 @@
-"""patch and unpatch: the only file that changes someone else's model.
+"""patch and unpatch; they and the `Patch` they make are all that changes someone else's model."""
 
-Everything is built first and swapped in last, so that a failure leaves no trace; removing puts back the very
-objects that were there.
-"""
-
-import copy
-import warnings
-import weakref
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffattn.methods.base import LayerSpec
-from diffattn.noise_level import NoiseLevels
+from diffattn.patched import Patch
 from diffattn.plan import LayerFilter, Plan
-from diffattn.processors import Architecture, architecture_of
-from diffattn.processors.base import ACCELERATED, Latest, RunState, Tally
 from diffattn.processors.denoisers import denoisers_of, uncompiled
-from diffattn.report import LayerReport, Report
-from diffattn.run_hook import DiffAttnWarning, OutsideCompiled, PatchedLayer, RunHook
+from diffattn.run_hook import RunHook
 from diffattn.schedules import Schedule
 
-SHARED = "pipelines made from this one with from_pipe share its denoiser and run patched too"
+__all__ = ["Patch", "find_patch", "patch", "unpatch"]
 
 
 def patch(
@@ -38,7 +25,7 @@ def patch(
     layers: LayerFilter | None = None,
     schedule: Schedule | Mapping[Any, Any] | None = None,
     **options: Any,
-) -> "Patch":
+) -> Patch:
     """Make a pipeline of diffusers or of this package, or its denoiser, use another attention.
 
     Undone by `patch.remove()`, by `unpatch`, or at the end of a `with` block. A pipeline made with `from_pipe`
@@ -49,7 +36,8 @@ def patch(
         method: a name in `diffattn.METHODS`.
         preset: a named set of options; "balanced" if neither `preset`, `recipe` nor `schedule` is given.
         recipe: a mapping, or the path of a JSON file, with any of method, preset, options, layers, schedule.
-            What is given beside it wins, the method excepted.
+            What is given beside it wins, the method excepted. One that `diffattn.tune` wrote has settings for every
+            layer; beside it only `layers` may be given, which leaves all others exact.
         layers: names of layers (as in the report), or a predicate on `LayerSpec`; default all that are supported.
         schedule: options by noise level (1 noise ... 0 data) or by the latents' change: a `Schedule`, the mapping of
             `NoiseSchedule`, or that of `LatentChangeSchedule.to_dict`.
@@ -60,8 +48,8 @@ def patch(
 
     Raises:
         TypeError: the architecture is not supported.
-        ValueError: unknown method, preset, option or layer; an option out of range; no layer to patch; a model
-            that is patched already.
+        ValueError: unknown method, preset, option or layer; an option out of range; a recipe that cannot be read or
+            was tuned for a model with other layers; no layer to patch; a model that is patched already.
     """
     plan = Plan.read(method, preset, recipe, layers, schedule, options)
     denoisers = denoisers_of(pipe_or_model)
@@ -85,7 +73,7 @@ def unpatch(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
             found.remove()
 
 
-def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> "Patch | None":
+def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> Patch | None:
     """The patch of a pipeline or denoiser, if it has one.
 
     Raises:
@@ -93,214 +81,6 @@ def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> "Patch | None":
     """
     found = [found for model in denoisers_of(pipe_or_model).values() for found in _patches_of(model)]
     return found[0] if found else None
-
-
-class Patch:
-    """A patched model, made by `patch`."""
-
-    def __init__(self, target: DiffusionPipeline | nn.Module, denoisers: Mapping[str, nn.Module], plan: Plan) -> None:
-        self.run = RunState(Latest())
-        self.tally = Tally()
-        self.hooks: list[RunHook] = []
-        self._target = weakref.ref(target)
-        self._noise_levels = NoiseLevels(getattr(target, "scheduler", None))
-        self._num_runs = 0
-        self._num_calls = 0
-        self._warned = False
-        self._removed = False
-        self._layers: list[PatchedLayer] = []
-        anatomy = {prefix: _layers_of(prefix, model) for prefix, model in denoisers.items()}
-        specs = [spec for layers in anatomy.values() for spec, _ in layers]
-        plan.check_names([spec.name for spec in specs if not spec.is_cross_attention])
-        self.plan = plan.fit(specs)
-        self._options = [self.plan.options_at(phase) for phase in range(len(plan.methods))]
-        for prefix, model in denoisers.items():
-            architecture = architecture_of(uncompiled(model))
-            found = [self._build(spec, module, architecture) for spec, module in anatomy[prefix]]
-            self.hooks.append(RunHook(self, model, architecture, found))
-            self._layers += found
-        if not any(layer.processor for layer in self._layers):
-            why = Counter(layer.left_alone for layer in self._layers)
-            reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no attention layer"
-            raise ValueError(f"nothing to patch in {self._model_name}: {reasons}")
-        self._swap_in()
-
-    @property
-    def _model_name(self) -> str:
-        return type(uncompiled(self.hooks[0].model)).__name__
-
-    def _build(self, spec: LayerSpec, module: Any, architecture: Architecture) -> PatchedLayer:
-        """Everything of one layer, without touching it."""
-        layer = PatchedLayer(spec, module)
-        if spec.is_cross_attention:
-            layer.left_alone = "cross-attention"
-        elif reason := architecture.why_unsupported(module):
-            layer.left_alone = reason
-        elif not self.plan.chooses(spec):
-            layer.left_alone = "not among the chosen layers"
-        elif reason := self.plan.why_not(spec):
-            layer.left_alone = reason
-        else:
-            methods = [m if m is not None and not m.why_not(spec) else None for m in self.plan.methods]
-            layer.processor = architecture.processor(
-                layer=spec,
-                original=module.processor,
-                methods=methods,
-                run=self.run,
-                tally=self.tally,
-                owner=self,
-            )
-        return layer
-
-    def _swap_in(self) -> None:
-        try:
-            for hook in self.hooks:
-                _register(hook)
-            for layer in self._layers:
-                if layer.processor is not None:
-                    layer.module.set_processor(layer.processor)
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Put everything back as it was; what others have put in our place stays. Idempotent."""
-        for layer in self._layers:
-            if layer.processor is not None:
-                layer.processor.active = False
-                if layer.module.processor is layer.processor:
-                    layer.module.set_processor(layer.processor.original)
-        for hook in self.hooks:
-            _unregister(hook)
-        self._removed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def report(self) -> Report:
-        """What was patched, what ran accelerated, and why the rest did not."""
-        self._notice_displaced()
-        tokens = {layer.spec.name: hook.tokens(layer.spec) for hook in self.hooks for layer in hook.layers}
-        return Report(
-            model=self._model_name,
-            method=self.plan.method,
-            preset=self.plan.preset,
-            layers=tuple(self._layer_report(x, tokens.get(x.spec.name)) for x in self._layers),
-            runs=self._num_runs,
-            calls=self._num_calls,
-            removed=self._removed,
-            notes=(SHARED,) if isinstance(self._target(), DiffusionPipeline) else (),
-        )
-
-    def trace(self) -> list[dict[str, Any]]:
-        """What happened in every call of the latest run of the calling thread, as JSON types.
-
-        Each call has "noise_level" (1 noise ... 0 data), "phase" (which entry of the schedule), "options" (of that
-        entry, or "exact") and "change" (Δ_k of a `LatentChangeSchedule`, or None): of the batch, or a list with
-        one per sample where they differ.
-        """
-        return copy.deepcopy(list(self.run.trace))
-
-    def expect_new_run(self) -> None:
-        """The next call in this thread begins a new run, whatever its noise level.
-
-        A rising noise level, or time steps that a scheduler sets anew, begin one anyway. For pipelines whose denoiser
-        is given another time than the scheduler's own: a run that was broken off in its first step leaves no trace.
-        """
-        self.run.schedule = None
-
-    def _layer_report(self, layer: PatchedLayer, tokens: int | None) -> LayerReport:
-        counts = self.tally.of(layer.spec.name)
-        return LayerReport(
-            name=layer.spec.name,
-            level=layer.spec.level,
-            method="-" if layer.left_alone else self.plan.method,
-            tokens=tokens,
-            accelerated=counts.pop(ACCELERATED, 0),
-            passed_through=counts,
-            left_alone=layer.left_alone,
-            displaced_by=layer.displaced_by,
-        )
-
-    # What the hook asks for and tells.
-
-    def noise_levels(self) -> NoiseLevels:
-        """Reads time steps as the pipeline's scheduler of this moment means them."""
-        scheduler = getattr(self._target(), "scheduler", self._noise_levels.scheduler)
-        if scheduler is not self._noise_levels.scheduler:
-            self._noise_levels = NoiseLevels(scheduler)
-        return self._noise_levels
-
-    def begin_run(self, size: Sequence[int]) -> None:
-        """A run on latents of a size begins: count it, and look whether all processors are still in place."""
-        self._num_runs += 1
-        self.run.trace.clear()
-        for hook in self.hooks:
-            hook.begin_run(*size)
-        if names := self._notice_displaced():
-            by = ", ".join(sorted({x.displaced_by for x in self._layers if x.displaced_by}))
-            warnings.warn(
-                f"{len(names)} patched layers run without diffattn: their processors were replaced by {by} "
-                "since patching; unpatch and patch again to accelerate them",
-                DiffAttnWarning,
-                stacklevel=7,
-            )
-
-    def record_call(self, hook: RunHook, noise_levels: Sequence[float], phase: int | tuple[int, ...]) -> None:
-        """A call of one denoiser begins; only the main one's are counted and traced, not its ControlNets'."""
-        if hook is not self.hooks[0]:
-            return
-        self._num_calls += 1
-        several = isinstance(phase, tuple)
-        self.run.trace.append(
-            {
-                "noise_level": noise_levels[0] if len(noise_levels) == 1 else list(noise_levels),
-                "phase": list(phase) if several else phase,
-                "options": [self._options[p] for p in phase] if several else self._options[phase],
-                "change": getattr(self.run.schedule, "change", None),
-            }
-        )
-
-    def first_warning(self) -> bool:
-        """True once."""
-        first, self._warned = not self._warned, True
-        return first
-
-    def _notice_displaced(self) -> list[str]:
-        """Names of the layers whose processor was replaced since the last look."""
-        names = []
-        for layer in self._layers:
-            if self._removed or layer.processor is None:
-                continue
-            before, there = layer.displaced_by, layer.module.processor
-            layer.displaced_by = None if there is layer.processor else _name_of(there)
-            if layer.displaced_by and not before:
-                names.append(layer.spec.name)
-        return names
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Part of a deep copy of the model: independent of this patch, and at home in the copied pipeline."""
-        memo[id(self)] = new = object.__new__(type(self))
-        target = self._target()
-        for name, value in self.__dict__.items():
-            if name not in ("_target", "_noise_levels"):
-                setattr(new, name, copy.deepcopy(value, memo))
-        new._target = self._target if target is None else weakref.ref(memo.get(id(target), target))
-        new._noise_levels = NoiseLevels(getattr(new._target(), "scheduler", self._noise_levels.scheduler))
-        return new
-
-
-def _layers_of(prefix: str, model: nn.Module) -> list[tuple[LayerSpec, nn.Module]]:
-    """Every attention layer of a denoiser, named with the prefix."""
-    layers = architecture_of(uncompiled(model)).layers(uncompiled(model))
-    return [(replace(spec, name=prefix + spec.name), module) for spec, module in layers]
-
-
-def _name_of(processor: Any) -> str:
-    return "the layer's own attention" if processor is None else type(processor).__name__
 
 
 def _patches_of(model: nn.Module) -> list[Patch]:
@@ -312,23 +92,3 @@ def _patches_of(model: nn.Module) -> list[Patch]:
         if isinstance(owner := getattr(processor, "owner", None), Patch) and processor.active:  # type: ignore[union-attr]
             owners.append(owner)
     return list({id(owner): owner for owner in owners}.values())
-
-
-def _register(hook: RunHook) -> None:
-    """Call the hook before every forward; outside the compiled code if `module.compile()` was called."""
-    model = hook.model
-    if model._compiled_call_impl is not None:
-        hook.outside = OutsideCompiled(hook, model._compiled_call_impl)
-        model._compiled_call_impl = hook.outside  # type: ignore[assignment]
-    model.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _unregister(hook: RunHook) -> None:
-    """Undo `_register`. Works on deep copies too, whose hook handles point nowhere."""
-    model = hook.model
-    for key in [key for key, found in model._forward_pre_hooks.items() if found is hook]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
-    if hook.outside is not None and model._compiled_call_impl is hook.outside:
-        model._compiled_call_impl = hook.outside.compiled
-    hook.outside = None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import RepositoryNotFoundError
+from torch import nn
 
 from diffattn.sampling import SiTPipeline
 
@@ -82,7 +83,23 @@ def _from_pretrained(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline
     own = {kind.__name__: kind for kind in (SiTPipeline,)}
     index: Any = DiffusionPipeline.load_config(model)
     name = index["_class_name"]
-    return own.get(name, DiffusionPipeline).from_pretrained(model, dtype=dtype, use_safetensors=True)
+    pipe = own.get(name, DiffusionPipeline).from_pretrained(model, dtype=dtype, use_safetensors=True)
+    _check_complete(model, pipe)
+    return pipe
+
+
+def _check_complete(model: str | Path, pipe: DiffusionPipeline) -> None:
+    """Raise for weights that the files lack: diffusers logs them, and leaves them on the device without values."""
+    lacking = [
+        f"{part}.{name}"
+        for part, module in pipe.components.items()
+        if isinstance(module, nn.Module)
+        for name, weight in (*module.named_parameters(), *module.named_buffers())
+        if weight.is_meta
+    ]
+    if lacking:
+        more = f" and {len(lacking) - 12} more" if len(lacking) > 12 else ""
+        raise ValueError(f"{str(model)!r} lacks weights: {', '.join(lacking[:12])}{more}")
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:

@@ -86,6 +86,17 @@ def test_other_frequencies_of_time_are_told_of_when_diffusers_gets_the_model(tmp
         converted(tmp_path / "ours", tmp_path / "theirs", "--to", "diffusers")
 
 
+def test_the_path_is_told_where_a_layout_has_no_room_for_it(tmp_path: Path) -> None:
+    tiny_dit(**SOFTMAX, path="gvp", frequency_shift=1.0).save_pretrained(tmp_path / "ours")
+    options = ("--path", "gvp", "--prediction", "velocity")
+    for layout, there, heads in (("official", "w.safetensors", ("--num-heads", 3)), ("diffusers", "theirs", ())):
+        converted(tmp_path / "ours", tmp_path / there, "--to", layout)
+        converted(tmp_path / there, tmp_path / layout, *options, *heads)
+        assert load(tmp_path / layout).config["path"] == "gvp"
+        converted(tmp_path / there, tmp_path / f"{layout}-2", *heads)
+        assert load(tmp_path / f"{layout}-2").config["path"] == "linear"
+
+
 @pytest.mark.parametrize("n", [4, 9, 64])
 def test_an_elastic_model_gives_an_official_file_of_any_number_of_mediators(n: int, tmp_path: Path) -> None:
     tiny_dit().save_pretrained(tmp_path / "ours")
@@ -253,6 +264,8 @@ BAD = {
     "wrong heads": ("{0}/m.safetensors {1}/x --num-heads 4", "biases are those of 3 heads"),
     "no heads": ("{0}/m.safetensors {1}/x --num-heads 0", "num_heads must be 1 or more, got 0"),
     "prediction": ("{0}/m.safetensors {1}/x --prediction score", "velocity, epsilon, got 'score'"),
+    "path": ("{0}/m.safetensors {1}/x --path vp", "path must be one of linear, gvp, got 'vp'"),
+    "path of a folder": ("{0}/ours {1}/x --path gvp", "path: "),
     "classes": ("{0}/m.safetensors {1}/x --num-classes 9", "6 rows"),
     "size": ("{0}/m.safetensors {1}/x --sample-size 16x16x3", "32x64"),
     "size of another grid": ("{0}/m.safetensors {1}/x --sample-size 32", "16x16 grid"),

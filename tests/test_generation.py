@@ -120,7 +120,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_named() -> None:
         ({"seed": 2**63}, "seed must be at least 0"),
         ({"guidance": float("nan")}, "guidance"),
         ({"guidance": -1.0}, "guidance"),
-        ({"method": "none"}, "no preset and no options"),
+        ({"method": "none"}, "no preset, no options and no recipe"),
     ],
 )
 def test_bad_requests(changes: dict[str, object], message: str) -> None:

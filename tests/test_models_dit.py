@@ -1,5 +1,6 @@
 """The DiT/SiT backbone: sizes, attention per layer, elastic mediators, any grid, checkpointing, saving, refusals."""
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Case
+from safetensors.torch import load_file, save_file
 from tiny_dit import dit_cases, inputs, run, tiny_dit
 
 from diffattn.functional import resize_axis
@@ -285,6 +287,29 @@ def test_saved_models_come_back_the_same(attention: str | list[str], tmp_path: P
     assert run(half, x.bfloat16(), t, y).dtype == torch.bfloat16
 
 
+def test_models_saved_before_paths_were_recorded_are_of_the_linear_one(tmp_path: Path) -> None:
+    tiny_dit(path="gvp").save_pretrained(tmp_path)
+    assert DiT.from_pretrained(tmp_path).config.path == "gvp"
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["path"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert DiT.from_pretrained(tmp_path).config.path == "linear"
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_weights_that_do_not_fit_the_configuration_are_named(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    tiny_dit().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    kept = load_file(file)
+    kept["blocks.7.mlp.fc1.bias"] = kept.pop("blocks.1.mlp.fc1.bias")
+    save_file(kept, file, {"format": "pt"})
+    message = r"missing: blocks\.1\.mlp\.fc1\.bias; unexpected: blocks\.7\.mlp\.fc1\.bias"
+    with pytest.raises(ValueError, match=message):
+        DiT.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    _, found = DiT.from_pretrained(tmp_path, output_loading_info=True)
+    assert found["missing_keys"] == ["blocks.1.mlp.fc1.bias"]
+
+
 # What is refused.
 
 
@@ -296,6 +321,12 @@ def test_saved_models_come_back_the_same(attention: str | list[str], tmp_path: P
     ({"attention": ["softmax"]}, "one for each of 2 layers, got 1"),
     ({"prediction": "sample"}, "prediction must be one of velocity, epsilon, got 'sample'"),
     ({"time_direction": "up"}, "time_direction must be one of noise_to_data, data_to_noise, got 'up'"),
+    ({"path": "vp"}, "path must be one of linear, gvp, got 'vp'"),
+    ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+    ({"num_heads": -3}, "num_heads must be at least 1, got -3"),
+    ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+    ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+    ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
     ({"hidden_size": 26}, "hidden_size must be a multiple of num_heads=3 and of 4, got 26"),
     ({"sample_size": [16, 15]}, "multiples of the patch size 2, got 16x15"),
     ({"patch_size": 32}, "multiples of the patch size 32, got 16x16"),

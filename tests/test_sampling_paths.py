@@ -37,6 +37,19 @@ def test_score_and_noise_equal_the_reference(name: str) -> None:
 
 
 @every_path
+def test_velocity_drift_and_its_variance_equal_the_reference(name: str) -> None:
+    """The probability flow of the forward SDE, v = (α̇/α)x + D·score, with the drift -(α̇/α)x and D of `sbdm`."""
+    case, path = sampling_case("sit_paths"), PATHS[name]
+    s, x, t = case["in.v"], case["in.x"], case["in.t"]  # the reference takes in.v for the score here
+    ratio, D = path.d_alpha(t) / path.alpha(t), DIFFUSIONS["sbdm"](path, t, 1.0)
+    case.assert_close(-ratio[:, None] * x, f"out.{THEIRS[name]}.drift")
+    case.assert_close(D, f"out.{THEIRS[name]}.drift_var")
+    v = f"out.{THEIRS[name]}.velocity_from_score"
+    case.assert_close(ratio[:, None] * x + D[:, None] * s, v)
+    torch.testing.assert_close(path.score(case[v].double(), x.double(), t.double()), s.double(), atol=1e-3, rtol=1e-3)
+
+
+@every_path
 @pytest.mark.parametrize("form", [form for form in DIFFUSIONS if form != "constant"])
 def test_diffusion_forms_equal_the_reference(name: str, form: str) -> None:
     case = sampling_case("sit_paths")
@@ -58,6 +71,8 @@ def test_interpolation_velocity_and_loss_equal_the_reference(name: str) -> None:
     case.assert_close(v, f"out.{THEIRS[name]}.ut")
     with torch.no_grad():
         predicted = official(case)(x, t, case["in.y"]).sample
+    if name == "linear":  # the only prediction that was recorded
+        case.assert_close(predicted, "out.Linear.pred")
     case.assert_close((predicted - v).square().flatten(1).mean(1), f"out.{THEIRS[name]}.velocity.None.loss")
 
 

@@ -98,6 +98,30 @@ def test_heun_follows_the_reference_up_to_its_last_step() -> None:
     case.assert_close(x + (slope + v(x + slope / 9, 1.0)) / 18, "out.heun2_10.final")
 
 
+@pytest.mark.parametrize("name", ["sit_ode_linear", "sit_ode_linear_cfg"])
+@pytest.mark.parametrize(
+    ("scheduler", "order"), [(FlowMatchEulerDiscreteScheduler, 1), (FlowMatchHeunDiscreteScheduler, 2)]
+)
+def test_more_steps_converge_to_the_reference_with_the_order_of_the_method(
+    name: str, scheduler: Any, order: int
+) -> None:
+    """Twice the steps make the error 2 or 4 times smaller, and without its leading term it is nearly none."""
+    pipe, case = official_pipeline(name, scheduler())
+    scale = case.params["cfg_scale"]
+    guidance = dict(guidance_scale=scale, guidance_channels=3) if scale else {}
+    exact = case["out.converged_f64.final"][:1]
+    coarse, fine = (
+        pipe(case["in.y"][:1], n, latents=case["in.z"][:1], output_type="latent", **guidance).images for n in (40, 80)
+    )
+    errors = (coarse - exact).norm(), (fine - exact).norm()
+    assert (errors[0] / errors[1]).item() == pytest.approx(2**order, rel=0.1)
+    extrapolated = fine + (fine - coarse) / (2**order - 1)
+    if order == 2:
+        torch.testing.assert_close(extrapolated, exact, **case.tolerance)
+    else:
+        assert (extrapolated - exact).norm() < 0.1 * errors[1]
+
+
 def test_guidance_of_the_first_channels_equals_the_reference() -> None:
     pipe, case = official_pipeline("sit_ode_linear_cfg", FlowMatchEulerDiscreteScheduler())
     x, y = case["in.z"], case["in.y"]

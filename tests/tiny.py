@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny_transformers
 import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -109,12 +113,24 @@ def controlnet() -> ControlNetModel:
 
 
 def pipeline(kind: str, folder: Path) -> DiffusionPipeline:
-    """kind: sd, sdxl, img2img, inpaint or controlnet; folder: for the tokenizer's files."""
+    """kind: sd, sdxl, img2img, inpaint, controlnet, dit, pixart or pixart-sigma; folder: for the tokenizer's files."""
+    pipe = _with_transformer(kind) if kind.startswith(("dit", "pixart")) else _with_unet(kind, folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _with_transformer(kind: str) -> DiffusionPipeline:
+    if kind == "dit":
+        return tiny_transformers.dit_pipeline(vae())
+    return tiny_transformers.pixart_pipeline(vae(), sigma=kind == "pixart-sigma")
+
+
+def _with_unet(kind: str, folder: Path) -> DiffusionPipeline:
     torch.manual_seed(0)
     parts: dict[str, Any] = dict(vae=vae(), tokenizer=tokenizer(folder), scheduler=scheduler())
     if kind == "sdxl":
         text_2 = CLIPTextModelWithProjection(text_config()).eval()
-        pipe: DiffusionPipeline = StableDiffusionXLPipeline(
+        return StableDiffusionXLPipeline(
             **parts,
             unet=unet(sdxl=True),
             text_encoder=CLIPTextModel(text_config()).eval(),
@@ -122,24 +138,20 @@ def pipeline(kind: str, folder: Path) -> DiffusionPipeline:
             tokenizer_2=parts["tokenizer"],
             add_watermarker=False,
         )
-    else:
-        parts |= dict(
-            text_encoder=CLIPTextModel(text_config()).eval(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        if kind == "controlnet":
-            pipe = StableDiffusionControlNetPipeline(**parts, unet=unet(), controlnet=controlnet())
-        else:
-            classes = {
-                "sd": StableDiffusionPipeline,
-                "img2img": StableDiffusionImg2ImgPipeline,
-                "inpaint": StableDiffusionInpaintPipeline,
-            }
-            pipe = classes[kind](**parts, unet=unet(in_channels=9 if kind == "inpaint" else 4))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    parts |= dict(
+        text_encoder=CLIPTextModel(text_config()).eval(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    if kind == "controlnet":
+        return StableDiffusionControlNetPipeline(**parts, unet=unet(), controlnet=controlnet())
+    classes = {
+        "sd": StableDiffusionPipeline,
+        "img2img": StableDiffusionImg2ImgPipeline,
+        "inpaint": StableDiffusionInpaintPipeline,
+    }
+    return classes[kind](**parts, unet=unet(in_channels=9 if kind == "inpaint" else 4))
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -149,7 +161,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def run(pipe: DiffusionPipeline, seed: int = 0, prompt: Any = "a cat", **overrides: Any) -> torch.Tensor:
-    """Images of a short run [B, H, W, 3] in 0..1."""
+    """Images of a short run [B, H, W, 3] in 0..1; a DiT draws class 7."""
     arguments: dict[str, Any] = dict(prompt=prompt, num_inference_steps=4, guidance_scale=3.0, output_type="np")
     if isinstance(pipe, StableDiffusionImg2ImgPipeline):
         arguments |= dict(image=picture(), strength=0.9)
@@ -157,6 +169,10 @@ def run(pipe: DiffusionPipeline, seed: int = 0, prompt: Any = "a cat", **overrid
         arguments |= dict(image=picture(), mask_image=Image.new("L", (SIZE, SIZE), 255), height=SIZE, width=SIZE)
     elif isinstance(pipe, StableDiffusionControlNetPipeline):
         arguments |= dict(image=picture(), height=SIZE, width=SIZE)
+    elif isinstance(pipe, DiTPipeline):
+        arguments = dict(class_labels=[7]) | {k: v for k, v in arguments.items() if k != "prompt"}
+    elif isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
+        arguments |= dict(height=SIZE, width=SIZE, use_resolution_binning=False, clean_caption=False)
     else:
         arguments |= dict(height=SIZE, width=SIZE)
     arguments |= dict(generator=torch.Generator().manual_seed(seed)) | overrides

@@ -20,10 +20,28 @@ PRESETS: Mapping[str, dict[str, int]] = {
 """The published sizes, "S/2" to "XL/8": `DiT(**PRESETS["S/2"])`."""
 
 
+PATHS = ("linear", "gvp")
+"""The interpolants between noise and data that a velocity model is trained on; `diffattn.sampling.paths` has them."""
+
+
 def check_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
     """Raises `ValueError` naming the option, its value and what is allowed."""
     if value not in allowed:
         raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_widths(**sizes: int) -> None:
+    """Raises `ValueError` naming a size below 1, or a hidden size that does not divide into heads or the embedding.
+
+    Args:
+        **sizes: of a model by name, `hidden_size` and `num_heads` among them.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size must be a multiple of num_heads={num_heads} and of 4, got {hidden_size}")
 
 
 def token_grid(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:

@@ -114,6 +114,21 @@ def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
         )
 
 
+def check_loaded(source: object, found: Mapping[str, Sequence[str]]) -> None:
+    """Raises one `ValueError` that names the weights a saved model lacks, and those it should not have.
+
+    Args:
+        source: where it lies.
+        found: what diffusers tells with `output_loading_info=True`; by itself it only logs it.
+    """
+    missing, unexpected = found.get("missing_keys", ()), found.get("unexpected_keys", ())
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights of {str(source)!r} do not fit its configuration: missing: {_listed(missing)}; "
+            f"unexpected: {_listed(unexpected)}"
+        )
+
+
 def _listed(names: Iterable[str], most: int = 12) -> str:
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffattn.models.config import SIZES, check_one_of
+from diffattn.models.convert import check_loaded
 from diffattn.models.dit import DiT
 
 OFFICIAL, NATIVE, DIFFUSERS = "official", "diffattn", "diffusers"
@@ -43,7 +44,7 @@ PARALLEL = "module."
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the weights do not tell. Only `prediction` is for folders too, those of diffusers.
+    """What the weights do not tell. Only `prediction` and `path` are for folders too, those of diffusers.
 
     Attributes:
         key: entry of a .pt file that holds the weights; None: the first of `KEYS` there is, or the whole file.
@@ -51,6 +52,7 @@ class ReadOptions:
         prediction: "velocity" or "epsilon"; None: velocity of an official file, epsilon of a diffusers folder.
         num_classes: see `DiT.from_official`.
         sample_size: height and width; see `DiT.from_official`.
+        path: "linear" or "gvp"; None: linear.
     """
 
     key: str | None = None
@@ -58,6 +60,7 @@ class ReadOptions:
     prediction: str | None = None
     num_classes: int | None = None
     sample_size: int | Sequence[int] | None = None
+    path: str | None = None
 
 
 def read_model(source: Path, options: ReadOptions | None = None) -> tuple[DiT, str]:
@@ -81,6 +84,7 @@ def read_model(source: Path, options: ReadOptions | None = None) -> tuple[DiT, s
         options.prediction or "velocity",
         options.num_classes,
         options.sample_size,
+        options.path or "linear",
     )
     return model, OFFICIAL
 
@@ -92,7 +96,7 @@ def _read_folder(source: Path, options: ReadOptions) -> tuple[DiT, str]:
     kind = _class_in(source)
     is_native = kind is DiT
     given = {name for name, value in vars(options).items() if value is not None}
-    if unused := sorted(given - (set() if is_native else {"prediction"})):
+    if unused := sorted(given - (set() if is_native else {"prediction", "path"})):
         raise ValueError(f"{', '.join(unused)}: {str(source)!r} has a configuration that tells; leave it out")
     first = _first_weights(source)
     try:
@@ -104,12 +108,10 @@ def _read_folder(source: Path, options: ReadOptions) -> tuple[DiT, str]:
     except (OSError, RuntimeError, SafetensorError, TypeError) as error:
         raise ValueError(f"{str(source)!r} cannot be read: {error}") from None
     model, found = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[what]:
-            raise ValueError(f"{str(source)!r} has {what.replace('_', ' ')}: {', '.join(map(str, found[what][:8]))}")
+    check_loaded(source, found)
     if isinstance(model, DiT):
         return model.eval(), NATIVE
-    return DiT.from_diffusers(model, options.prediction or "epsilon"), DIFFUSERS
+    return DiT.from_diffusers(model, options.prediction or "epsilon", options.path or "linear"), DIFFUSERS
 
 
 def _class_in(folder: Path) -> type[DiT] | type[DiTTransformer2DModel]:

@@ -5,7 +5,7 @@ Shapes: B batch, c image channels, N = h·w tokens on a grid (h, w), C hidden ch
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from diffattn.models import convert, convert_diffusers
 from diffattn.models.attention import AttentionOptions, MediatorAttention
-from diffattn.models.config import attention_per_layer, check_num_mediators, check_one_of, mediator_set, token_grid
+from diffattn.models.config import (
+    PATHS,
+    attention_per_layer,
+    check_num_mediators,
+    check_one_of,
+    check_widths,
+    mediator_set,
+    token_grid,
+)
 from diffattn.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -45,6 +53,7 @@ class DiT(ModelMixin, ConfigMixin):
         prediction: "velocity" (SiT) or "epsilon" (DiT).
         time_direction: "noise_to_data": t from 0 (noise) to 1 (data), as SiT; "data_to_noise": t from 0 (data) to 999
             (noise), as DiT. It is for whoever samples; t reaches the embedder as it is given.
+        path: "linear" or "gvp", the interpolant that a velocity model was trained on; for whoever samples, too.
         attention: "softmax", "agent" or "mediator", for all layers or one name per layer.
         mediators: the numbers of mediators n that have position biases of their own: perfect squares.
         num_agents, agent_scale_exponent, agent_shortcut: of agent layers, see `functional.agent_attention`.
@@ -76,6 +85,7 @@ class DiT(ModelMixin, ConfigMixin):
         learn_sigma: bool = False,
         prediction: str = "velocity",
         time_direction: str = "noise_to_data",
+        path: str = "linear",
         attention: str | Sequence[str] = "softmax",
         mediators: Sequence[int] = (4, 16, 64),
         num_agents: int = 64,
@@ -88,8 +98,8 @@ class DiT(ModelMixin, ConfigMixin):
         super().__init__()
         check_one_of("prediction", prediction, ("velocity", "epsilon"))
         check_one_of("time_direction", time_direction, ("noise_to_data", "data_to_noise"))
-        if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden_size must be a multiple of num_heads={num_heads} and of 4, got {hidden_size}")
+        check_one_of("path", path, PATHS)
+        check_widths(patch_size=patch_size, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
         self.patch_size, self.in_channels = patch_size, in_channels
         self.drops_sigma = learn_sigma and prediction == "velocity"
         self.grid = token_grid(sample_size, patch_size)
@@ -189,6 +199,21 @@ class DiT(ModelMixin, ConfigMixin):
         self.num_mediators = num_mediators
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers loads a saved model, but all of its weights must be there, and no others.
+
+        With `output_loading_info=True` what is amiss is returned beside the model instead.
+
+        Raises:
+            ValueError: naming the missing and the unexpected weights.
+        """
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs | {"output_loading_info": True})
+        if not kwargs.get("output_loading_info"):
+            loaded, found = loaded
+            convert.check_loaded(pretrained_model_name_or_path, found)
+        return loaded
+
+    @classmethod
     def from_official(
         cls,
         state_dict: Mapping[str, Tensor],
@@ -196,6 +221,7 @@ class DiT(ModelMixin, ConfigMixin):
         prediction: str = "velocity",
         num_classes: int | None = None,
         sample_size: int | Sequence[int] | None = None,
+        path: str = "linear",
     ) -> Self:
         """A model from the weights of an official DiT or SiT, or of a published mediator checkpoint.
 
@@ -205,12 +231,13 @@ class DiT(ModelMixin, ConfigMixin):
             prediction: "velocity" (SiT, mediators; time from noise to data) or "epsilon" (DiT; from data to noise).
             num_classes: only needed when the label table has no null row.
             sample_size: only needed when the grid is not square and there are no mediators.
+            path: "linear" or "gvp"; which interpolant a velocity model was trained on.
 
         Raises:
             ValueError: naming the missing and the unexpected weights, or the value that does not fit.
         """
         config = convert.official_config(state_dict, num_heads, prediction, num_classes, sample_size)
-        return cls(**config)._load(convert.official_to_native(state_dict))
+        return cls(**config, path=path)._load(convert.official_to_native(state_dict))
 
     def to_official(self, num_mediators: int | None = None) -> dict[str, Tensor]:
         """The weights by their official names, as copies; mediator layers with the biases of one n.
@@ -230,8 +257,10 @@ class DiT(ModelMixin, ConfigMixin):
         return {key: weight.detach().clone() for key, weight in official.items()}
 
     @classmethod
-    def from_diffusers(cls, model: DiTTransformer2DModel, prediction: str = "epsilon") -> Self:
+    def from_diffusers(cls, model: DiTTransformer2DModel, prediction: str = "epsilon", path: str = "linear") -> Self:
         """A model with the weights and outputs of diffusers' DiT, including its time frequencies.
+
+        `prediction` and `path` as in `from_official`.
 
         Raises:
             TypeError: another class.
@@ -240,7 +269,8 @@ class DiT(ModelMixin, ConfigMixin):
         if not isinstance(model, DiTTransformer2DModel):
             raise TypeError(f"expected a DiTTransformer2DModel, got {type(model).__name__}")
         config = convert_diffusers.config_from_diffusers(model.config, prediction)
-        return cls(**config)._load(convert_diffusers.diffusers_to_native(model.state_dict(), config["num_layers"]))
+        weights = convert_diffusers.diffusers_to_native(model.state_dict(), config["num_layers"])
+        return cls(**config, path=path)._load(weights)
 
     def to_diffusers(self) -> DiTTransformer2DModel:
         """diffusers' DiT with these weights. It returns all channels, and knows nothing of the direction of time.

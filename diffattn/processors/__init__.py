@@ -4,9 +4,10 @@ from torch import nn
 
 from diffattn.processors.base import Architecture
 from diffattn.processors.sit import SiTArchitecture
+from diffattn.processors.transformer_2d import Transformer2DArchitecture
 from diffattn.processors.unet import UNetArchitecture
 
-ARCHITECTURES: tuple[Architecture, ...] = (UNetArchitecture(), SiTArchitecture())
+ARCHITECTURES: tuple[Architecture, ...] = (UNetArchitecture(), Transformer2DArchitecture(), SiTArchitecture())
 
 
 def architecture_of(model: nn.Module) -> Architecture:

@@ -42,6 +42,19 @@ def why_unsupported(module: torch.nn.Module) -> str | None:
     return None
 
 
+def spec_of(name: str, module: torch.nn.Module, level: int) -> LayerSpec:
+    """What is known of a layer, of whatever attention class."""
+    heads = int(getattr(module, "heads", 1))
+    return LayerSpec(
+        name=name,
+        level=level,
+        num_heads=heads,
+        head_dim=int(getattr(module, "inner_dim", 0)) // heads,
+        is_cross_attention=not isinstance(module, Attention) or module.is_cross_attention,
+        upcast=bool(getattr(module, "upcast_attention", False) or getattr(module, "upcast_softmax", False)),
+    )
+
+
 class SelfAttentionProcessor(MethodProcessor):
     """Runs a method where it applies, and the layer's original processor object everywhere else."""
 

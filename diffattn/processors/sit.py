@@ -4,7 +4,6 @@ Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +12,9 @@ from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.models import DiT
 from diffattn.models.attention import ATTENTION, AttentionLayer, MediatorAttention
 from diffattn.models.config import token_grid
-from diffattn.noise_level import NoiseLevels, Reading, discrete, dit_alphas_cumprod, values_of
+from diffattn.noise_level import NoiseLevels, Reading, values_of
 from diffattn.processors.base import DenoiserCall, MethodProcessor, by_phase, genuine
+from diffattn.processors.dit_time import read_dit_time
 
 STEPS_TO_COME = 64
 """How finely the noise levels of the rest of a run are told, where its steps are not known."""
@@ -53,10 +53,7 @@ class SiTArchitecture:
         if _dit(model).config["time_direction"] == "noise_to_data":
             now = [min(max(1 - t, 0.0), 1.0) for t in values_of(time)]
             return Reading(now, [max(now) * i / STEPS_TO_COME for i in range(STEPS_TO_COME, -1, -1)], None)
-        if levels.scheduler is not None:
-            return levels.read(time)
-        now = [_dit_level()(t) for t in values_of(time)]
-        return Reading(now, now, None)
+        return read_dit_time(time, levels)
 
     def processor(self, **parts: Any) -> "SiTProcessor":
         return SiTProcessor(**parts)
@@ -140,8 +137,3 @@ def _spec(name: str, module: nn.Module) -> LayerSpec:
         kind=next((kind for kind, layer in ATTENTION.items() if type(module) is layer), type(module).__name__),
         mediators=module.mediators if isinstance(module, MediatorAttention) else (),
     )
-
-
-@cache
-def _dit_level() -> Callable[[float], float]:
-    return discrete(dit_alphas_cumprod())

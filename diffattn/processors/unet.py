@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusers import ControlNetModel, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from diffattn.methods.base import LayerSpec
@@ -26,7 +25,7 @@ class UNetArchitecture:
         num_levels = len(_config(model).block_out_channels)
         for name, module in model.named_modules():
             if hasattr(module, "set_processor"):
-                yield _spec(name, module, num_levels), module
+                yield attention.spec_of(name, module, _level(name, num_levels)), module
 
     def why_unsupported(self, module: nn.Module) -> str | None:
         return attention.why_unsupported(module)
@@ -47,18 +46,6 @@ class UNetArchitecture:
 
 def _config(model: nn.Module) -> Any:
     return model.config
-
-
-def _spec(name: str, module: nn.Module, num_levels: int) -> LayerSpec:
-    heads = int(getattr(module, "heads", 1))
-    return LayerSpec(
-        name=name,
-        level=_level(name, num_levels),
-        num_heads=heads,
-        head_dim=int(getattr(module, "inner_dim", 0)) // heads,
-        is_cross_attention=not isinstance(module, Attention) or module.is_cross_attention,
-        upcast=bool(getattr(module, "upcast_attention", False) or getattr(module, "upcast_softmax", False)),
-    )
 
 
 def _level(name: str, num_levels: int) -> int:

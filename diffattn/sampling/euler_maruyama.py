@@ -25,7 +25,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: the time step of pure noise.
-        path: on which the model was trained, "linear" or "gvp".
+        path: on which the model was trained, "linear" or "gvp"; `transformer.config.path` of a `DiT`.
         diffusion: the form of D, see `diffusion.DIFFUSIONS`.
         diffusion_norm: its strength c.
         last_step: from t = 1 - last_step_size to 1. "mean": a step as all others, without noise; "euler": of the ODE;

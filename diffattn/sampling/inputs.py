@@ -33,11 +33,20 @@ def check_velocity_model(transformer: Any) -> None:
         raise ValueError(f"SiTPipeline needs time_direction 'noise_to_data', got {config.time_direction!r}")
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Raise `TypeError` for a scheduler that does not sample velocity models."""
+def check_scheduler(scheduler: Any, transformer: Any) -> None:
+    """Raise `TypeError` for a scheduler that does not sample velocity models, `ValueError` for one of another path.
+
+    The ODE needs no path; models saved without one were trained on the linear path.
+    """
     if not isinstance(scheduler, SCHEDULERS):
         allowed = ", ".join(allowed.__name__ for allowed in SCHEDULERS)
         raise TypeError(f"a velocity model is sampled with one of {allowed}; got {type(scheduler).__name__}")
+    trained = transformer.config.get("path", "linear")
+    if isinstance(scheduler, EulerMaruyamaScheduler) and scheduler.config["path"] != trained:
+        raise ValueError(
+            f"the scheduler's path is {scheduler.config['path']!r}, but the transformer was trained on {trained!r}: "
+            f"use EulerMaruyamaScheduler(path={trained!r}), or correct `path` in the transformer's configuration"
+        )
 
 
 def check_at_least_1(name: str, number: int) -> None:

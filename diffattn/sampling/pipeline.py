@@ -68,7 +68,7 @@ class SiTPipeline(DiffusionPipeline):
         id2label: class id -> its names, separated by commas.
 
     Raises:
-        ValueError: the transformer predicts noise; an id out of range.
+        ValueError: the transformer predicts noise, or was trained on another path than the SDE's; an id out of range.
         TypeError: a scheduler that does not sample velocity models.
     """
 
@@ -85,7 +85,7 @@ class SiTPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         check_velocity_model(transformer)
-        check_scheduler(scheduler)
+        check_scheduler(scheduler, transformer)
         self.class_names = ClassNames(id2label, transformer.config["num_classes"])
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=self.class_names.id2label)
@@ -191,7 +191,7 @@ class SiTPipeline(DiffusionPipeline):
             ValueError, TypeError: naming the value that does not fit, and what is allowed.
         """
         check_velocity_model(self.transformer)
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, self.transformer)
         check_at_least_1("num_inference_steps", num_inference_steps)
         check_at_least_1("num_images_per_label", num_images_per_label)
         check_guidance(self.transformer.config, guidance_scale, guidance_channels)
