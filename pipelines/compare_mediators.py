@@ -4,15 +4,20 @@
         --reference cifar10-test.zip --samples 10000 --out samples/cifar-sit
 
 Variants: the softmax model; the elastic model at each of its numbers of mediators, and with a schedule by noise level
-("dynamic": the smallest number above 0.7, the middle one above 0.4, the largest below). Results go to
-comparison.json, comparison.md and grid.png; a variant that is in comparison.json already is not drawn again.
+("dynamic": the smallest number above 0.7, the middle one above 0.4, the largest below); with --recipe also with the
+schedule of a recipe that `diffattn tune` found, by the latents' change ("tuned"); and block caching, where cache-dit is
+installed: all blocks but the first are computed in every second or third step only, their contribution is kept for the
+steps between (FORA; Selvaraju et al., 2024), of the softmax model and of the elastic one at its middle number. Results
+go to comparison.json, comparison.md and grid.png; a variant that is in comparison.json already is not drawn again.
 """
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,12 +25,13 @@ from PIL import Image
 
 from diffattn import patch
 from diffattn.evaluation.extractors import load_extractor
-from diffattn.evaluation.flops import forward_gflops
+from diffattn.evaluation.flops import count_gflops, forward_gflops
 from diffattn.evaluation.machine import describe_machine
 from diffattn.evaluation.quality import QualityResult, compare
 from diffattn.evaluation.reference import Reference
 from diffattn.evaluation.sit_quality import Drawing, draw_classes, sit_quality
 from diffattn.evaluation.speed import interleave
+from diffattn.recipe import read_recipe
 from diffattn.sampling import SiTPipeline
 from diffattn.training.data import open_dataset
 from diffattn.training.samples import tile
@@ -40,35 +46,91 @@ class Variant:
     name: str
     pipe: SiTPipeline
     num_mediators: int | None = None
-    dynamic: bool = False
+    schedule: Mapping[Any, Any] | None = None
+    cached: int | None = None  # all blocks but the first run in every such step
 
-    def applied(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def applied(self) -> Iterator[None]:
         """Within, the pipeline draws this way."""
         if self.num_mediators:
             self.pipe.transformer.set_num_mediators(self.num_mediators)
-        return patch(self.pipe, "mediator", schedule=DYNAMIC) if self.dynamic else nullcontext()
+        scheduled = patch(self.pipe, "mediator", schedule=self.schedule) if self.schedule else nullcontext()
+        with scheduled, block_caching(self.pipe, self.cached) if self.cached else nullcontext():
+            yield
 
     def gflops(self, drawing: Drawing) -> float:
-        """Of one picture, all evaluations."""
+        """Of one picture, all evaluations; the first class and seed, where they depend on the picture."""
         model = self.pipe.transformer
         passes = drawing.steps * (2 if drawing.guidance != 1 else 1)
-        if not self.dynamic:
+        if not self.schedule and not self.cached:
             return passes * forward_gflops(model, self.num_mediators)
+
+        def draw() -> Any:
+            return self.pipe([0], num_inference_steps=drawing.steps, guidance_scale=drawing.guidance,
+                             generator=torch.Generator().manual_seed(drawing.seed), output_type="latent",
+                             return_trace=bool(self.schedule))  # fmt: skip
+
         with self.applied():
-            trace = self.pipe([0], num_inference_steps=drawing.steps, guidance_scale=drawing.guidance,
-                              output_type="latent", return_trace=True).trace or []  # fmt: skip
-        numbers = [sorted(model.mediators)[(0, len(model.mediators) // 2, -1)[call["phase"]]] for call in trace]
+            if self.cached:
+                return count_gflops(draw)
+            trace = draw().trace or []
+        options = [call["options"][0] if isinstance(call["options"], list) else call["options"] for call in trace]
+        numbers = [entry["num_mediators"] for entry in options]
         return passes * sum(forward_gflops(model, n) for n in numbers) / len(numbers)
 
 
-def variants(softmax: Path | None, elastic: Path) -> list[Variant]:
-    """The softmax model, then the elastic one at every number, then with a schedule."""
-    found = []
-    if softmax is not None:
-        found.append(Variant("softmax", load(softmax)))
+def variants(softmax: Path | None, elastic: Path, recipe: Path | None = None) -> list[Variant]:
+    """The softmax model, the elastic one at every number and with schedules, and both with cached blocks."""
     pipe = load(elastic)
-    found += [Variant(f"n = {n}", pipe, n) for n in pipe.transformer.mediators]
-    return [*found, Variant("dynamic", pipe, dynamic=True)]
+    numbers = pipe.transformer.mediators
+    found = [Variant(f"n = {n}", pipe, n) for n in numbers] + [Variant("dynamic", pipe, schedule=DYNAMIC)]
+    if recipe is not None:
+        found.append(Variant("tuned", pipe, schedule=tuned_schedule(recipe)))
+    cached = [(f"n = {(n := numbers[len(numbers) // 2])}", pipe, n)]
+    if softmax is not None:
+        found.insert(0, Variant("softmax", load(softmax)))
+        cached.insert(0, ("softmax", found[0].pipe, None))
+    if why := why_no_caching():
+        typer.echo(f"cached blocks are left out: {why}")
+        return found
+    return found + [Variant(f"{name}, cached {k}", owner, n, cached=k) for name, owner, n in cached for k in (2, 3)]
+
+
+def tuned_schedule(recipe: Path) -> Mapping[str, Any]:
+    """The schedule of a recipe for mediators; `ValueError` for another recipe."""
+    found = read_recipe(recipe)
+    if found.get("method") != "mediator" or not found.get("schedule"):
+        raise ValueError(f"{str(recipe)!r} has no schedule of mediators; make one with diffattn tune --budget")
+    return found["schedule"]
+
+
+def why_no_caching() -> str | None:
+    """Why cache-dit cannot be used, None if it can."""
+    if find_spec("cache_dit") is None:
+        return "cache-dit is not installed (pip install 'diffattn[peers]')"
+    return None
+
+
+@contextmanager
+def block_caching(pipe: SiTPipeline, interval: int) -> Iterator[None]:
+    """Within, all blocks but the first run in every `interval`-th step; what they add is kept for the steps between."""
+    import cache_dit
+
+    model = pipe.transformer
+    adapter = cache_dit.BlockAdapter(
+        pipe=pipe, transformer=model, blocks=model.blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_3,
+        check_forward_pattern=False, has_separate_cfg=False,
+    )  # fmt: skip
+    # A threshold that no residual exceeds: the interval alone decides.
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=1e9, max_warmup_steps=0,
+        max_continuous_cached_steps=interval - 1,
+    )  # fmt: skip
+    cache_dit.enable_cache(adapter, cache_config=config)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(adapter)
 
 
 def load(folder: Path) -> SiTPipeline:
@@ -122,6 +184,7 @@ def main(
     elastic: Annotated[Path, typer.Option(help="Pipeline folder of the model with mediators.")],
     reference: Annotated[Path, typer.Option(help="Real pictures: a zip or folder, as for training.")],
     softmax: Annotated[Path | None, typer.Option(help="Pipeline folder of the softmax model.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe that diffattn tune made for the elastic model.")] = None,
     extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "cifar-classifier",
     samples: Annotated[int, typer.Option(help="Pictures per variant.")] = 10_000,
     steps: Annotated[int, typer.Option(help="Euler steps.")] = 50,
@@ -134,7 +197,7 @@ def main(
 ) -> None:
     """Compare trained SiTs; see above."""
     drawing = Drawing(samples, steps, guidance, seed, batch)
-    found = variants(softmax, elastic)
+    found = variants(softmax, elastic, recipe)
     for variant in found:
         variant.pipe.to(device)
     eye = load_extractor(extractor, device=device)

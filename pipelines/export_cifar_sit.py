@@ -4,6 +4,8 @@ python pipelines/export_cifar_sit.py --run outputs/cifar-sit --comparison output
 """
 
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,6 +78,30 @@ def card(config: dict[str, Any], state: dict[str, Any], table: str, **more: Any)
     )  # fmt: skip
 
 
+def wrapped(text: str) -> str:
+    """The card with its prose refilled to 120 columns; tables, code and front matter as they are."""
+    parts = re.split(r"(^---\n.*?^---\n|```.*?```|^\|.*?$)", text, flags=re.DOTALL | re.MULTILINE)
+    for i in range(0, len(parts), 2):
+        paragraphs = parts[i].split("\n\n")
+        parts[i] = "\n\n".join(p if p.strip().startswith("#") else refilled(p) for p in paragraphs)
+    return "".join(parts)
+
+
+def refilled(paragraph: str) -> str:
+    """One paragraph, its line breaks at both ends kept."""
+    body = paragraph.strip("\n")
+    filled = textwrap.fill(" ".join(body.split()), 120, break_on_hyphens=False, break_long_words=False)
+    return paragraph.replace(body, filled) if body else paragraph
+
+
+def drop_origin(folder: Path) -> None:
+    """Take the place of training, which diffusers writes down, out of the configurations of a saved pipeline."""
+    for path in sorted(folder.rglob("*.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main(
     run: Annotated[Path, typer.Option(help="Folder of the run of the model with mediators.")],
     comparison: Annotated[Path, typer.Option(help="comparison.json of `compare_mediators.py`.")],
@@ -100,7 +126,8 @@ def main(
         comparison.with_suffix(".md").read_text(), note=note, times=times,
         commands="\n".join(command or ()), hardware=hardware, parameters=parameters,
     )  # fmt: skip
-    (out / "README.md").write_text(text)
+    (out / "README.md").write_text(wrapped(text))
+    drop_origin(out)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     typer.echo(f"{parameters:,} parameters, {size / 1e6:.1f} MB written to {out}")
 

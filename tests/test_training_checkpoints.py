@@ -95,6 +95,54 @@ def test_killed_at_any_moment_the_latest_is_whole(tmp_path) -> None:
             assert torch.equal(tensors[part]["w"], torch.full((200_000,), float(state["step"])))
 
 
+KILLED_WHILE_REMOVING = """
+import os, signal, sys, torch
+from pathlib import Path
+from diffattn.training import checkpoints
+def save(root, step):
+    w = torch.full((10,), float(step))
+    checkpoints.save(root, step, {"model": {"w": w}}, {"step": step}, keep=2)
+for kill_at in range(1, 8):
+    root = Path(sys.argv[1], str(kill_at))
+    for step in (1, 2, 3):
+        save(root, step)
+    child = os.fork()
+    if not child:
+        removed = []
+        def look(event, arguments):
+            if event == "os.remove":
+                removed.append(arguments)
+                if len(removed) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(look)
+        save(root, int(sys.argv[2]))
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.parametrize("step", [3, 4], ids=["the same step again", "a new step, the oldest goes"])
+def test_killed_while_a_checkpoint_is_removed_what_looks_complete_is(tmp_path, step) -> None:
+    """The kill comes with the removal of the first, second, ... file, in whatever order the system lists them."""
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_REMOVING, str(tmp_path), str(step)], check=True)
+    for root in tmp_path.iterdir():
+        assert checkpoints.latest(root) == checkpoints.folder_of(root, step)
+        for folder in checkpoints.complete(root):
+            assert checkpoints.load(folder)[1]["step"] == int(folder.name.removeprefix("step-"))
+        checkpoints.save(root, 5, TENSORS, {}, keep=1)
+        assert [p.name for p in root.iterdir()] == ["step-00000005"]  # what the kill left is gone
+
+
+def test_leftovers_go_when_the_next_save_begins(tmp_path) -> None:
+    (tmp_path / ".writing-00000001").mkdir()
+    unmarked = checkpoints.save(tmp_path, 2, TENSORS, {}, keep=9)
+    (unmarked / checkpoints.COMPLETE).unlink()
+    (tmp_path / "step-of-mine").mkdir()
+    checkpoints.save(tmp_path, 3, TENSORS, {}, keep=9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-of-mine"]
+
+
 def test_random_states_come_back() -> None:
     before = checkpoints.random_states()
     first = (torch.rand(3), random.gauss(0, 1), numpy.random.randn(3))

@@ -37,6 +37,11 @@ def test_the_size_preset_sets_the_backbone() -> None:
     assert (arguments["hidden_size"], arguments["num_layers"], arguments["patch_size"]) == (1152, 28, 2)
 
 
+def test_the_path_of_the_objective_is_written_into_the_model() -> None:
+    assert TrainConfig.read().model_arguments()["path"] == "linear"
+    assert TrainConfig.read(settings=["objective.path=gvp"]).model_arguments()["path"] == "gvp"
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
@@ -51,6 +56,26 @@ def test_the_size_preset_sets_the_backbone() -> None:
         ("optim.lr=-1", "optim.lr must be at least 0, got -1"),
         ("optim.lr=.nan", "optim.lr must be at least 0, got nan"),
         ("optim.betas=[0.9]", "optim.betas must be"),
+        ("optim.betas=[2, 0.9]", "optim.betas must be two numbers from 0 to below 1, got (2.0, 0.9)"),
+        ("optim.betas=[0.9, 1]", "optim.betas must be two numbers from 0 to below 1, got (0.9, 1.0)"),
+        ("optim.eps=-1", "optim.eps must be at least 0, got -1.0"),
+        ("optim.lr=.inf", "optim.lr must be finite, got inf"),
+        ("objective.min_snr=-1", "objective.min_snr must be more than 0, got -1.0"),
+        ("objective.logit_std=-1", "objective.logit_std must be more than 0, got -1.0"),
+        ("objective.logit_mean=.nan", "objective.logit_mean must be finite, got nan"),
+        ("objective.distill_weight=-1", "objective.distill_weight must be at least 0, got -1.0"),
+        ("model.num_heads=0", "model.num_heads must be at least 1, got 0"),
+        ("model.num_layers=0", "model.num_layers must be at least 1, got 0"),
+        ("model.patch_size=0", "model.patch_size must be at least 1, got 0"),
+        ("model.hidden_size=-4", "model.hidden_size must be at least 1, got -4"),
+        ("model.mlp_ratio=0", "model.mlp_ratio must be more than 0, got 0.0"),
+        ("model.norm_eps=-1", "model.norm_eps must be at least 0, got -1.0"),
+        ("run.sample_steps=0", "run.sample_steps must be at least 1, got 0"),
+        ("run.eval_every=-3", "run.eval_every must be at least 0, got -3"),
+        ("run.eval_samples=1", "run.eval_samples must be at least 4, got 1"),
+        ("run.guidance=-1", "run.guidance must be at least 0, got -1.0"),
+        ("run.seed=-1", "run.seed must be at least 0, got -1"),
+        ("data.num_workers=-1", "data.num_workers must be at least 0, got -1"),
         ("objective.path=cosine", "objective.path must be one of linear, gvp, got 'cosine'"),
         ("objective.label_dropout=2", "objective.label_dropout must be from 0 to 1, got 2"),
         ("model.size=XXL/2", "model.size must be one of"),

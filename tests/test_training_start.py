@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from reference import Case
+from safetensors.torch import load_file, save_file
+from tiny_dit import dit_cases
 
 from diffattn.models import DiT
+from diffattn.training.config import TrainConfig
 from diffattn.training.distill import Distillation, freeze_backbone
 from diffattn.training.start import load_backbone, make_model, start_from
 
@@ -63,6 +66,60 @@ def test_other_numbers_of_mediators_are_blended_or_taken_from_the_nearest() -> N
     source.set_num_mediators(4)
     model.set_num_mediators(4)
     assert torch.allclose(model(*inputs()).sample, source(*inputs()).sample, atol=1e-5)
+
+
+@dit_cases("mediator_interp_")
+def test_position_biases_of_a_lower_resolution_become_the_published_ones(case: Case) -> None:
+    p = case.params
+    shape = dict(patch_size=p["patch_size"], hidden_size=p["hidden_size"], num_layers=p["depth"],
+                 num_heads=p["num_heads"], attention="mediator", mediators=(p["mediator_num"],))  # fmt: skip
+    source = lively(DiT(sample_size=p["grid_in"] * p["patch_size"], **shape))
+    model = DiT(sample_size=p["grid_out"] * p["patch_size"], **shape)
+    names = ("an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias")
+    weights = source.state_dict()
+    for name in names:
+        weights[f"blocks.0.attn.biases.{p['mediator_num']}.{name}"].copy_(case[f"in.blocks.0.attn.{name}"])
+    start_from(model, source)
+    own = model.to_official()
+    for name in names:
+        case.assert_close(own[f"blocks.0.attn.{name}"], f"out.blocks.0.attn.{name}")
+    case.assert_close(own["pos_embed"], "out.pos_embed")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"num_heads": 4}, r"num_heads is 4 there and 2 here; set model\.num_heads=4"),
+        ({"frequency_shift": 1.0}, r"frequency_shift is 1\.0 there and 0\.0 here; set model\.frequency_shift=1\.0"),
+        ({"norm_eps": 1e-5}, r"norm_eps is 1e-05 there and 1e-06 here; set model\.norm_eps=1e-05"),
+        (
+            {"prediction": "epsilon", "time_direction": "data_to_noise"},
+            r"prediction is 'epsilon' there and 'velocity' here; time_direction is .*; training learns velocities",
+        ),
+    ],
+)
+def test_settings_that_weights_do_not_show_must_be_the_same(setting, told, tmp_path) -> None:
+    lively(DiT(**SMALL | setting)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        make_model(SMALL, str(tmp_path))
+
+
+def test_the_setting_that_the_message_names_makes_the_start_work(tmp_path) -> None:
+    source = lively(DiT(**SMALL, frequency_shift=1.0, norm_eps=1e-5))
+    source.save_pretrained(tmp_path)
+    settings = ["model.attention=softmax", "model.frequency_shift=1.0", "model.norm_eps=1e-05"]
+    model, _ = make_model(TrainConfig.read(settings=settings).model_arguments() | SMALL, str(tmp_path))
+    assert torch.equal(model.eval()(*inputs()).sample, source(*inputs()).sample)
+
+
+def test_missing_and_unexpected_weights_of_a_start_are_named(tmp_path) -> None:
+    lively(DiT(**SMALL)).save_pretrained(tmp_path / "transformer")
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    kept = load_file(file)
+    kept["head.weight"] = kept.pop("blocks.1.mlp.fc2.bias")
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing: blocks\.1\.mlp\.fc2\.bias; unexpected: head\.weight"):
+        make_model(SMALL, str(tmp_path))
 
 
 def test_another_architecture_is_refused_by_name() -> None:

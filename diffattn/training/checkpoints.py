@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is a folder `step-00001000` with safetensors and JSON, written under a temporary name, flushed to disk,
-marked complete and renamed. Whatever is not complete is never read, and goes at the next save. Old checkpoints
-are removed only when a new one is in place.
+marked complete and renamed. Whatever is not complete is never read, and goes when the next save begins. Old
+checkpoints are removed only when a new one is in place, and lose their name first.
 """
 
 import json
@@ -47,7 +47,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[s
     """
     root.mkdir(parents=True, exist_ok=True)
     final, temporary = folder_of(root, step), root / f".writing-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_leftovers(root)
     try:
         temporary.mkdir()
         for name in TENSORS:
@@ -55,14 +55,13 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[s
         _write(temporary / STATE, json.dumps(state, indent=1).encode())
         _write(temporary / COMPLETE, b"")
         _flush(temporary)
-        if final.exists():  # of a run that went on from an earlier step
-            shutil.rmtree(final)
+        replaced = [_put_aside(final)] if final.exists() else []
         temporary.rename(final)
         _flush(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in complete(root)[:-keep]:
+    for old in (*replaced, *map(_put_aside, complete(root)[:-keep])):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -124,6 +123,22 @@ def restore_random_states(states: Tensors) -> None:
     numpy.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _put_aside(folder: Path) -> Path:
+    """Out of sight in one move, so that a kill while it is deleted leaves nothing that looks complete."""
+    aside = folder.with_name(f".removing-{folder.name}")
+    folder.rename(aside)
+    _flush(folder.parent)
+    return aside
+
+
+def _remove_leftovers(root: Path) -> None:
+    """What a kill left while a checkpoint was written or removed."""
+    for folder in root.iterdir():
+        unmarked = re.fullmatch(r"step-\d+", folder.name) and not (folder / COMPLETE).is_file()
+        if unmarked or re.fullmatch(r"\.(writing|removing-step)-\d+", folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Self, get_args, get_origin
 
 import yaml
 
+from diffattn.models.config import PATHS, check_one_of
 from diffattn.models.config import PRESETS as MODEL_PRESETS
-from diffattn.models.config import check_one_of
+from diffattn.training.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class ModelConfig:
     mediators: tuple[int, ...] = (4, 16, 64)  # trained together; each step draws one of them
     qk_norm: bool = False
     learn_sigma: bool = False
+    norm_eps: float = 1e-6  # of the norm before each MLP
+    frequency_shift: float = 0.0  # of the time frequencies: 0 official, 1 diffusers
     start: str | None = None  # weights to begin from: our folder, or an official .safetensors
     freeze_backbone: bool = False  # train mediator parameters only
 
@@ -120,25 +123,13 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        check_one_of("objective.path", self.objective.path, ("linear", "gvp"))
+        check_one_of("objective.path", self.objective.path, PATHS)
         check_one_of("objective.time", self.objective.time, ("uniform", "logit_normal"))
         check_one_of("optim.schedule", self.optim.schedule, ("constant", "cosine", "linear"))
         check_one_of("run.precision", self.run.precision, ("auto", "fp32", "bf16"))
         if self.model.size is not None:
             check_one_of("model.size", self.model.size, tuple(MODEL_PRESETS))
-        for name in ("data.size", "optim.batch", "optim.accumulation", "run.steps", "run.log_every", "run.save_every",
-                     "run.keep", "run.max_bad_steps", "objective.bins"):  # fmt: skip
-            _at_least(1, name, self.get(name))
-        for name in ("optim.lr", "optim.clip", "optim.warmup", "optim.weight_decay", "run.sample_every"):
-            _at_least(0, name, self.get(name))
-        for name in ("objective.label_dropout", "optim.ema", "optim.final_lr"):
-            if not 0 <= self.get(name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {self.get(name)}")
-
-    def get(self, name: str) -> Any:
-        """The value of "section.field"."""
-        section, _, item = name.partition(".")
-        return getattr(getattr(self, section), item)
+        check_ranges(asdict(self))
 
     @classmethod
     def read(
@@ -190,8 +181,8 @@ class TrainConfig:
     def model_arguments(self) -> dict[str, Any]:
         """The arguments of `DiT` that this configuration sets; those the data decide are not among them."""
         names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
-                 "qk_norm", "learn_sigma")  # fmt: skip
-        given = {name: getattr(self.model, name) for name in names}
+                 "qk_norm", "learn_sigma", "norm_eps", "frequency_shift")  # fmt: skip
+        given = {name: getattr(self.model, name) for name in names} | {"path": self.objective.path}
         return given | (dict(MODEL_PRESETS[self.model.size]) if self.model.size else {})
 
 
@@ -215,11 +206,6 @@ def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
             if value != other and f"{section}.{name}" not in FREE_TO_CHANGE:
                 found.append(f"{section}.{name}: {value!r} -> {other!r}")
     return found
-
-
-def _at_least(least: float, name: str, value: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _known(what: str, given: Iterable[str], allowed: list[str]) -> None:
@@ -293,13 +279,13 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "objective": {"time": "logit_normal"},
         "run": {"steps": 60_000, "save_every": 2_000, "sample_every": 5_000, "guidance": 1.5},
     },
-    "cifar-sit-cpu": {  # smaller, for two CPU cores and half an hour: patches of 4, so 64 tokens
+    "cifar-sit-cpu": {  # smaller, for two CPU cores and an hour: patches of 4, so 64 tokens
         "data": {"size": 32},
         "model": {"patch_size": 4, "hidden_size": 128, "num_layers": 8, "num_heads": 4, "mediators": (4, 16, 64)},
         "optim": {"batch": 64, "lr": 1.5e-3, "schedule": "cosine", "final_lr": 0.02, "warmup": 100, "ema": 0.998,
                   "betas": (0.9, 0.99), "weight_decay": 0.01},
         "objective": {"time": "logit_normal"},
-        "run": {"steps": 2_400, "save_every": 200, "sample_every": 1_200, "guidance": 1.5, "log_every": 50},
+        "run": {"steps": 4_000, "save_every": 200, "sample_every": 2_000, "guidance": 1.5, "log_every": 50},
     },
     "sit-256": {  # the paper's setting: latents of 256 x 256 pictures, SiT-S/2, 400,000 steps
         "data": {"size": 256, "vae": "stabilityai/sd-vae-ft-ema", "in_memory": False},

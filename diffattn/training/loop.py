@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from diffattn.models import DiT
 from diffattn.training import checkpoints, state
 from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
 from diffattn.training.data.batches import Batches
+from diffattn.training.data.classes import check_classes
 from diffattn.training.distill import Distillation
 from diffattn.training.log import StepLog
 from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw
@@ -69,20 +72,29 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        optim = self.config.optim
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         self.loss_of = VelocityLoss(self.config.objective, self.model.config["num_classes"])
-        self.wrapped: nn.Module = self.accelerator.prepare(self.model)
+        self.wrapped: nn.Module
+        self.optimizer: Any
+        self.wrapped, self.optimizer = self._prepared()
         if self.config.run.compile:
             self.model.compile()
-        optimizer = torch.optim.AdamW(
-            trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-        )
-        self.optimizer: Any = self.accelerator.prepare(optimizer)
-        self.ema = EMAModel(self.model.parameters(), decay=optim.ema, foreach=True)
+        self.ema = EMAModel(self.model.parameters(), decay=self.config.optim.ema, foreach=True)
         self.root = Path(self.config.run.out) / "checkpoints"
         self.bins = LossBins(self.config.objective.bins, self.accelerator.device)
         self.bad_in_a_row = 0
+        self.saved_step: int | None = None  # of the latest checkpoint
+
+    def _prepared(self) -> tuple[Any, Any]:
+        """Model and optimizer as accelerate wraps them; a sharded model stays this object and gets other parameters."""
+        optim = self.config.optim
+        if self.accelerator.is_fsdp2:  # autocast decides what is bf16; FSDP's own would round t and gradients as well
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
+        return self.accelerator.prepare(self.model, optimizer)
 
     # --- resume and save ---
 
@@ -90,12 +102,14 @@ class Trainer:
         """Go on from the latest complete checkpoint, if there is one.
 
         Raises:
-            ValueError: it was made with another configuration; the message names the differing fields.
+            ValueError: it was made with other classes, or another configuration; the message names what differs.
         """
         folder = checkpoints.latest(self.root)
         if folder is None:
             return False
         tensors, saved = checkpoints.load(folder)
+        if "classes" in saved:  # not in checkpoints of earlier versions
+            check_classes(self.batches.dataset.class_names, saved["classes"])
         old = TrainConfig.from_dict(saved["config"])
         differing = differing_fields(old, self.config)
         if saved["data"] != self.batches.fingerprint:
@@ -106,25 +120,39 @@ class Trainer:
         self.ema.optimization_step = saved["ema_step"]
         checkpoints.restore_random_states(tensors["random"])
         self.progress = Progress(**saved["progress"])
+        self.saved_step = self.progress.step
         return True
 
     def save(self) -> None:
-        """Write a checkpoint. Every process must call it; the first one writes."""
+        """Write a checkpoint. Every process must call it; the first one writes.
+
+        Raises:
+            OSError: it could not be written; on every process.
+        """
+        writes = self.accelerator.is_main_process
         tensors = {
-            "model": state.model_tensors(self.model),
-            "ema": state.ema_tensors(self.ema, self.model),
-            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.model),
+            "model": state.model_tensors(self.model, keep=writes),
+            "ema": state.ema_tensors(self.ema, self.model, keep=writes),
+            "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.model, keep=writes),
             "random": checkpoints.random_states(),
         }
-        if self.accelerator.is_main_process:
+        failure: list[OSError | None] = [None]
+        if writes:
             rest = {
                 "config": self.config.to_dict(),
                 "data": self.batches.fingerprint,
+                "classes": list(self.batches.dataset.class_names),
                 "progress": vars(self.progress),
                 "ema_step": self.ema.optimization_step,
             }
-            checkpoints.save(self.root, self.progress.step, tensors, rest, self.config.run.keep)
-        self.accelerator.wait_for_everyone()
+            try:
+                checkpoints.save(self.root, self.progress.step, tensors, rest, self.config.run.keep)
+            except OSError as error:
+                failure[0] = error
+        broadcast_object_list(failure)  # nobody goes on before the first process is done
+        if failure[0] is not None:
+            raise failure[0]
+        self.saved_step = self.progress.step
 
     # --- steps ---
 
@@ -153,7 +181,8 @@ class Trainer:
                 except OSError as error:
                     log.say(f"checkpoint at step {self.progress.step} not written: {error}; the last one stays")
         log.flush(self)
-        self.save()
+        if self.saved_step != self.progress.step:
+            self.save()
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step on this process's samples; mean unweighted loss and gradient norm, on the device.
@@ -176,8 +205,8 @@ class Trainer:
                 self.accelerator.backward(loss[0] * (rows.stop - rows.start) / len(x))
             total += loss[1] * (rows.stop - rows.start) / len(x)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.as_tensor(nn.utils.clip_grad_norm_(trained, config.optim.clip or math.inf))
-        self._update(bool(torch.isfinite(state.whole(norm))))
+        norm = state.whole(torch.as_tensor(nn.utils.clip_grad_norm_(trained, config.optim.clip or math.inf)))
+        self._update(bool(torch.isfinite(norm)))
         return total, norm
 
     def _loss(self, x: Tensor, y: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import AutoencoderKL
 
+from diffattn.models.convert import check_loaded
 from diffattn.training.config import TrainConfig
 from diffattn.training.data import check_balance, open_dataset
 from diffattn.training.plan import TrainPlan, make_plan
@@ -33,7 +34,7 @@ def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup
     """Open the data, decide the model, count the cost. Nothing is written.
 
     Raises:
-        ValueError: see `TrainConfig`, `open_dataset`, `DiT`; a batch that does not divide.
+        ValueError: see `TrainConfig`, `open_dataset`, `open_vae`, `DiT`; a batch that does not divide.
     """
     accelerator = make_accelerator(config, device)
     say = say if accelerator.is_main_process else lambda line: None
@@ -46,7 +47,7 @@ def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup
     dataset = open_dataset(data.source, data.size, split=data.split, label=data.label, skip_bad=data.skip_bad)
     for line in check_balance(dataset).lines():
         say(line)
-    vae = None if data.vae is None else AutoencoderKL.from_pretrained(data.vae).eval().requires_grad_(False)
+    vae = None if data.vae is None else open_vae(data.vae)
     shape = dataset.shape if vae is None else latent_shape(vae, data.size)
     arguments = config.model_arguments() | {
         "in_channels": shape[0],
@@ -72,6 +73,21 @@ def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
         project_dir=config.run.out,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # biases of other n
     )
+
+
+def open_vae(source: str) -> AutoencoderKL:
+    """A frozen autoencoder from a folder or the hub.
+
+    Raises:
+        ValueError: there is none, or it cannot be read; missing and unexpected weights are named.
+    """
+    try:
+        loaded: Any = AutoencoderKL.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"data.vae={source!r} cannot be loaded as an AutoencoderKL: {error}") from None
+    vae, found = loaded
+    check_loaded(source, found)
+    return vae.eval().requires_grad_(False)
 
 
 def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:

@@ -17,12 +17,15 @@ from diffattn.models.convert import check_names, check_shapes
 GRID_AXIS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 """The position biases that follow the grid -> the axis of its rows or columns."""
 
+UNSEEN = ("num_heads", "norm_eps", "frequency_shift", "prediction", "time_direction")
+"""What weights fit whatever it is, and mean something else by: it must be the same in a model and in its start."""
+
 
 def load_backbone(source: str | Path, num_heads: int) -> DiT:
     """A model from a folder of ours (its `transformer` subfolder too), or an official `.safetensors` file.
 
     Raises:
-        ValueError: neither of them, or not readable.
+        ValueError: neither of them, or not readable; missing and unexpected weights are named.
     """
     path = Path(source)
     try:
@@ -59,8 +62,10 @@ def start_from(model: DiT, source: DiT) -> list[str]:
         The parameters that `source` did not decide.
 
     Raises:
-        ValueError: naming the missing and the unexpected weights, or those of the wrong shape.
+        ValueError: naming the missing and the unexpected weights, those of the wrong shape, or the settings that
+            differ although the weights would fit.
     """
+    _check_unseen(model, source)
     own, given = model.state_dict(), dict(source.state_dict())
     new: list[str] = []
     for i, block in enumerate(model.blocks):
@@ -81,6 +86,19 @@ def start_from(model: DiT, source: DiT) -> list[str]:
     check_shapes(own, given)
     model.load_state_dict(given)
     return new
+
+
+def _check_unseen(model: DiT, source: DiT) -> None:
+    """Raises one `ValueError` that names the settings in `UNSEEN` that differ, and what helps."""
+    there = {name: source.config[name] for name in UNSEEN if source.config[name] != model.config[name]}
+    if not there:
+        return
+    told = "; ".join(f"{name} is {value!r} there and {model.config[name]!r} here" for name, value in there.items())
+    if "prediction" in there or "time_direction" in there:
+        hint = "training learns velocities; `diffattn convert --prediction velocity` takes an official DiT for such"
+    else:
+        hint = "set " + " ".join(f"model.{name}={value}" for name, value in there.items())
+    raise ValueError(f"the weights of the start mean something else in this model: {told}; {hint}")
 
 
 def _is_mediators(name: str) -> bool:

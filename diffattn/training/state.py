@@ -1,6 +1,6 @@
 """The state of a run by names and whole tensors, whether the model is sharded or not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -20,23 +20,35 @@ def _put(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All weights by name."""
-    return {name: whole(t) for name, t in model.state_dict().items()}
+def model_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """All weights by name. Here and below, every process must ask; one that does not keep them gets none."""
+    return _wholes(model.state_dict().items(), keep)
 
 
-def ema_tensors(ema: EMAModel, model: nn.Module) -> dict[str, Tensor]:
+def ema_tensors(ema: EMAModel, model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """The averaged weights by the names of the model's parameters."""
-    return {name: whole(t) for (name, _), t in zip(model.named_parameters(), ema.shadow_params, strict=True)}
+    names = (name for name, _ in model.named_parameters())
+    return _wholes(zip(names, ema.shadow_params, strict=True), keep)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """ "parameter/exp_avg" and so on; parameters that never had a gradient have no state."""
-    return {
-        f"{name}/{key}": whole(value)
+    found = (
+        (f"{name}/{key}", value)
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    )
+    return _wholes(found, keep)
+
+
+def _wholes(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Sharded tensors are put together one at a time, and on the CPU: their device need not hold them all."""
+    found = {}
+    for name, tensor in tensors:
+        value = whole(tensor)
+        if keep:
+            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
+    return found
 
 
 @torch.no_grad()
@@ -56,9 +68,9 @@ def restore(
 
 
 def _state_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A piece of optimizer state placed as its parameter is; step counts are scalars."""
+    """A piece of optimizer state on its parameter's device, sharded as it is; step counts are scalars."""
     if value.shape != parameter.shape:
-        return value.clone()
+        return value.to(parameter.device, copy=True)
     state = torch.empty_like(parameter)
     _put(state, value)
     return state

@@ -34,7 +34,7 @@ class Watcher:
         self._reference: Reference | None = None
         self._sharded = setup.accelerator.distributed_type == DistributedType.FSDP
         if self._sharded:
-            setup.say("a sharded model is not sampled while it trains: no grids, no evaluation before the end")
+            setup.say("a sharded model is not sampled while it trains: no grids, no evaluation")
         if setup.config.run.eval_every and setup.accelerator.is_main_process:
             self._extractor = load_extractor(setup.config.run.extractor, device=setup.accelerator.device)
 

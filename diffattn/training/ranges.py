@@ -1,0 +1,44 @@
+"""What the numbers of a training run may be: everything that can be told before the data are opened."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+AT_LEAST: Mapping[str, float] = {
+    "data.size": 1, "data.num_workers": 0,
+    "model.patch_size": 1, "model.hidden_size": 1, "model.num_layers": 1, "model.num_heads": 1, "model.norm_eps": 0,
+    "objective.bins": 1, "objective.distill_weight": 0,
+    "optim.batch": 1, "optim.accumulation": 1, "optim.lr": 0, "optim.weight_decay": 0, "optim.eps": 0,
+    "optim.warmup": 0, "optim.clip": 0,
+    "run.steps": 1, "run.seed": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1, "run.sample_every": 0,
+    "run.sample_steps": 1, "run.guidance": 0, "run.eval_every": 0, "run.eval_samples": 4, "run.max_bad_steps": 1,
+}  # fmt: skip
+"""Field -> the least that it may be. Precision and recall of the evaluation need 4 pictures."""
+
+POSITIVE = ("model.mlp_ratio", "objective.logit_std", "objective.min_snr")
+SHARES = ("objective.label_dropout", "optim.ema", "optim.final_lr")
+"""Fields from 0 to 1."""
+
+
+def check_ranges(sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises `ValueError` naming the first field out of range, its value and what is allowed.
+
+    Args:
+        sections: section -> field -> value, as `TrainConfig.to_dict` gives them; None is in every range.
+    """
+    fields = {f"{section}.{name}": x for section, values in sections.items() for name, x in values.items()}
+    for name, least in AT_LEAST.items():
+        _check(fields[name] >= least, name, f"at least {least}", fields[name])
+    for name in POSITIVE:
+        _check(fields[name] is None or fields[name] > 0, name, "more than 0", fields[name])
+    for name in SHARES:
+        _check(0 <= fields[name] <= 1, name, "from 0 to 1", fields[name])
+    betas = fields["optim.betas"]
+    _check(all(0 <= beta < 1 for beta in betas), "optim.betas", "two numbers from 0 to below 1", betas)
+    for name, value in fields.items():
+        _check(not isinstance(value, float) or math.isfinite(value), name, "finite", value)
+
+
+def _check(holds: bool, name: str, allowed: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
