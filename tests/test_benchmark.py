@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 from diffattn.cli.bench import app
 from diffattn.evaluation.attention_benchmark import RESULT_FILE, Benchmark, BenchmarkConfig
 from diffattn.evaluation.benchmark_models import MODELS, build_unet, make_inputs
-from diffattn.evaluation.benchmark_report import plot, table
+from diffattn.evaluation.benchmark_report import plot, style_of, table
 from diffattn.evaluation.benchmark_variants import FLOOR, SDPA, TOME, VARIANTS, LeftOut, apply_variant
+from diffattn.evaluation.plots import COLOURS, style_of_number
+from diffattn.evaluation.tables import conditions, rounds_of, text_table, timing_cells
 
 CONFIG = BenchmarkConfig(models=("tiny",), sizes=(64, 128), rounds=2, min_tokens=0, device="cpu")
 
@@ -194,6 +196,44 @@ def test_table_and_plot(measured, tmp_path):
     pytest.importorskip("matplotlib")
     plot(measured[1], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_every_variant_looks_different_whatever_their_number(measured, tmp_path):
+    styles = [style_of(name) for name in VARIANTS if name != SDPA]
+    assert len({(s["color"], s.get("marker")) for s in styles}) == len(VARIANTS) - 1
+    assert style_of("balanced") == {"label": "balanced", "color": COLOURS[0], "marker": "o"}
+    many = [tuple(style_of_number(i).values()) for i in range(3 * len(COLOURS))]
+    assert len(set(many)) == len(many)
+    pytest.importorskip("matplotlib")
+    results = json.loads(json.dumps(measured[1]))  # of a later version, with a variant that this one does not know
+    for entry in results["results"]:
+        entry["variants"]["a newcomer"] = entry["variants"]["balanced"]
+    assert "a newcomer" in table(results)
+    plot(results, tmp_path / "b.png")
+    assert (tmp_path / "b.png").stat().st_size > 10_000
+
+
+def test_text_tables():
+    text = text_table(("name", "seconds", "never used"), [("a", "1", ""), ("longer", "20", "")])
+    assert text.splitlines() == ["name    seconds", "a       1", "longer  20"]
+    assert text_table(("name", "x"), []) == ""
+    with pytest.raises(ValueError, match="a row has 1 cells, the head 2"):
+        text_table(("name", "x"), [("a",)])
+
+
+def test_lines_and_cells_that_all_reports_share(measured):
+    machine = {"cpu": "a CPU", "threads": 2, "versions": {"torch": "9.9"}}
+    results = {"machine": machine, "settings": {"dtype": "float32", "batch": 2}}
+    assert conditions(results) == "a CPU, 2 threads, float32, batch 2, torch 9.9"
+    assert conditions({**results, "machine": machine | {"gpu": "a GPU"}}) == "a GPU, float32, batch 2, torch 9.9"
+    assert rounds_of({"rounds": 3, "complete": True}) == "3 rounds"
+    assert rounds_of({"rounds": 1, "complete": False}) == "1 rounds, incomplete"
+    variant = {
+        "seconds": {"median": 1.5, "iqr": [1.25, 2.0]},
+        "time_ratio": {"median": 0.5, "iqr": [0.25, 0.75]},
+        "speedup": 2.0,
+    }
+    assert timing_cells(variant) == ("1.5", "1.25-2", "2.00", "0.500", "0.250-0.750")
 
 
 def test_plot_without_matplotlib_says_what_to_install(measured, tmp_path, monkeypatch):

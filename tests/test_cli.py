@@ -92,7 +92,7 @@ BAD = {
     "hub": ("generate --prompt x --model diffattn-tests/there-is-no-such-model", "there-is-no-such-model"),
     "size": ("generate --prompt x --model {}/sd --width 33", "32 or 40"),
     "method": ("generate --prompt x --model {}/sd --method nothing", "agent"),
-    "preset": ("generate --prompt x --model {}/sd --preset nothing", "balanced, fast, paper"),
+    "preset": ("generate --prompt x --model {}/sd --preset nothing", "balanced, fast, pooled, paper"),
     "option": ("generate --prompt x --model {}/sd --option nothing=3", "num_agents"),
     "option without value": ("generate --prompt x --model {}/sd --option num_agents", "key=value"),
     "agents": ("generate --prompt x --model {}/sd --option num_agents=0", "1 or more"),
@@ -178,7 +178,7 @@ def test_info(tmp_path: Path) -> None:
     assert told["versions"]["diffattn"] == diffattn.__version__
     assert told["devices"]["cpu"]["threads"] >= 1
     assert told["methods"]["agent"]["options"]["num_agents"] == 64
-    assert set(told["methods"]["agent"]["presets"]) == {"balanced", "fast", "paper"}
+    assert set(told["methods"]["agent"]["presets"]) == {"balanced", "fast", "pooled", "paper"}
     assert told["embedded_models"]["emoji-sd"]["installed"] is True
     assert any("UNet2DConditionModel" in title for title in told["architectures"])
     assert "cpu" in told["thresholds"]["devices"]

@@ -1,15 +1,18 @@
 """The commands for SiTs, one after the other as a researcher uses them: train, generate, tune."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from diffattn.cli import app
 from diffattn.generation import recipe_of
+from diffattn.sampling import EulerMaruyamaScheduler, SiTPipeline
 from diffattn.training.config import TrainConfig
 
 SMALL = [
@@ -75,6 +78,9 @@ def test_dry_run_prints_the_cost_and_writes_nothing_but_its_json(pictures, tmp_p
         (["model.mediators=[5]"], "perfect square"),
         (["--data", "/nowhere"], "/nowhere"),
         (["optim.batch=0"], "optim.batch must be at least 1"),
+        (["model.num_heads=0"], "model.num_heads must be at least 1"),
+        (["run.sample_steps=0"], "run.sample_steps must be at least 1"),
+        (["data.vae=/nowhere"], "data.vae='/nowhere' cannot be loaded as an AutoencoderKL"),
         (["--seed", "5", "optim.lr=0.5"], "optim.lr: 0.0001 -> 0.5"),
     ],
 )
@@ -82,6 +88,51 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, pictures, words, says) -
     done = call("train", *SMALL, "--data", pictures, "--out", trained, "--device", "cpu", *words)
     assert done.exit_code == 2
     assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_resumed_run_names_the_classes_that_do_not_match(trained, tmp_path) -> None:
+    for name in ("cat", "boat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name / "0.png")
+    done = call("train", *SMALL, "--data", tmp_path, "--out", trained, "--device", "cpu", "--seed", 5)
+    assert done.exit_code == 2
+    assert "missing in the data: 'ship'; unknown to the model: 'boat'" in done.stderr
+
+
+def test_checkpoints_that_do_not_name_their_classes_go_on(trained, pictures, tmp_path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    content = json.loads(state.read_text())
+    assert content.pop("classes") == ["cat", "ship"]
+    state.write_text(json.dumps(content))
+    done = call("train", *SMALL, "run.steps=4", "--data", pictures, "--out", tmp_path / "run", "--device", "cpu",
+                "--seed", 5)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "going on at step 3" in done.stdout
+
+
+def test_a_model_trained_on_another_path_says_so(pictures, tmp_path) -> None:
+    done = call("train", *SMALL, "objective.path=gvp", "run.steps=1", "--data", pictures, "--out", tmp_path,
+                "--device", "cpu")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.scheduler = EulerMaruyamaScheduler()
+    with pytest.raises(ValueError, match="path is 'linear', but the transformer was trained on 'gvp'"):
+        pipe("cat", num_inference_steps=2)
+    pipe.scheduler = EulerMaruyamaScheduler(path="gvp")
+    assert len(pipe("cat", num_inference_steps=2).images) == 1
+
+
+def test_weights_that_are_not_there_are_named(trained, tmp_path) -> None:
+    shutil.copytree(trained / "pipeline", tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    kept = load_file(file)
+    del kept["blocks.1.mlp.fc1.bias"]
+    save_file(kept, file, {"format": "pt"})
+    done = call("generate", "--model", tmp_path / "model", "--prompt", "ship", "--device", "cpu", "--out", "x.png")
+    assert done.exit_code == 2
+    assert "missing: blocks.1.mlp.fc1.bias" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

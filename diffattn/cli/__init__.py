@@ -7,7 +7,7 @@ import warnings
 
 import typer
 
-from diffattn.cli import bench, convert, demo, generate, info, train, tune, web
+from diffattn.cli import bench, convert, demo, evaluate, generate, info, train, tune, web
 from diffattn.cli.common import OneLineErrors, show_warning
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("tune")(tune.tune)
 app.command("convert")(convert.convert)
 app.command("app")(web.app)
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 BAD_INPUT = 2
+WORDS = {"none": None, "true": True, "false": False}
 
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers, 0 to 2^63.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps; auto takes the first there is of cuda, mps, cpu.")]
@@ -120,3 +121,28 @@ def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def read_options(pairs: list[str]) -> dict[str, Any]:
+    """`key=value`, the value read as JSON, or else as the bare word it is."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--option {pair!r} is not of the form key=value")
+        try:
+            found[key] = WORDS[value.lower()] if value.lower() in WORDS else json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file, empty lines left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts file {str(path)!r} cannot be read: {error}") from None
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise ValueError(f"prompts file {str(path)!r} has no prompts")
+    return prompts

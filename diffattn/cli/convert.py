@@ -34,6 +34,10 @@ def convert(
             help="velocity (SiT, mediators) or epsilon (DiT).", show_default="velocity; epsilon for a diffusers folder"
         ),
     ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(help="Interpolant of a velocity model: linear or gvp.", show_default="linear"),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Classes, if the label table has no null row.", show_default="rows - 1")
     ] = None,
@@ -64,7 +68,7 @@ def convert(
 
         check_destination(dest, to, force)
         wanted = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
-        options = ReadOptions(key, num_heads, prediction, num_classes, _size(sample_size))
+        options = ReadOptions(key, num_heads, prediction, num_classes, _size(sample_size), path)
         model, layout = read_model(source, options)
         try:
             write_model(model, dest, to, num_mediators=num_mediators, dtype=wanted)

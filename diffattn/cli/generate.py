@@ -1,6 +1,5 @@
 """`diffattn generate`."""
 
-import json as jsonlib
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +16,18 @@ from diffattn.cli.common import (
     fail,
     loading,
     progress,
+    read_options,
     stdout,
     write_json,
 )
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-WORDS = {"none": None, "true": True, "false": False}
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to draw, may be empty; for a SiT the name or id of a class.")],
+    prompt: Annotated[
+        str, typer.Option(help="What to draw, may be empty; for a DiT or SiT the name or id of a class.")
+    ],
     model: Annotated[
         str, typer.Option(help="Embedded model, folder in diffusers' layout, or hub id (owner/name).")
     ] = "emoji-sd",
@@ -45,12 +46,18 @@ def generate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Option of the method; may be given several times.", show_default=False),
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Recipe, as `diffattn tune` writes it; it names the method.", show_default=False
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     guidance: Annotated[
         float | None,
         typer.Option(
             help="Classifier-free guidance scale; 1 and below: none.",
-            show_default="7.5, of an embedded model its own",
+            show_default="7.5, of a DiT, PixArt or embedded model its own",
         ),
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
@@ -64,7 +71,7 @@ def generate(
     dtype: Dtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Draw pictures with any Stable Diffusion model, or a SiT of this project.
+    """Draw pictures with any Stable Diffusion, DiT or PixArt model of diffusers, or a SiT of this project.
 
     The recipe of every picture (prompt, seed, options, versions ...) is stored in its PNG, under "diffattn".
     """
@@ -75,11 +82,12 @@ def generate(
         from diffattn.generation import Request, prepare
         from diffattn.generation import generate as draw
         from diffattn.loading import load_pipeline
+        from diffattn.recipe import read_recipe
 
         request = Request(
             model=model, prompt=prompt, negative_prompt=negative_prompt, method=method, preset=preset,
-            options=_options(option or []), steps=steps, guidance=guidance, width=width, height=height,
-            num_images=num_images, seed=seed,
+            options=read_options(option or []), recipe=read_recipe(recipe) if recipe else None, steps=steps,
+            guidance=guidance, width=width, height=height, num_images=num_images, seed=seed,
         )  # fmt: skip
         place = choose_device(device)
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
@@ -108,17 +116,3 @@ def _names(out: Path, prompt: str, seed: int, num_images: int) -> list[Path]:
     check_writable(out, folder=True)
     stem = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "empty"
     return [out / f"{stem}-{s}.png" for s in seeds]
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """`key=value`, the value read as JSON, or else as the bare word it is."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not (key and equals):
-            raise ValueError(f"--option {pair!r} is not of the form key=value")
-        try:
-            found[key] = WORDS[value.lower()] if value.lower() in WORDS else jsonlib.loads(value)
-        except ValueError:
-            found[key] = value
-    return found

@@ -1,19 +1,125 @@
 """`diffattn info`."""
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
-from diffattn.cli.common import JsonFile, bad_input, check_writable, stdout, write_json
+from diffattn.cli.common import (
+    Device,
+    Dtype,
+    JsonFile,
+    bad_input,
+    check_writable,
+    fail,
+    loading,
+    progress,
+    stdout,
+    write_json,
+)
 
 
-def info(json: JsonFile = None) -> None:
-    """Versions, devices and what is supported.
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask whether patching this model pays here: embedded model, folder, or hub id (owner/name).",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW|N", help="With --model: height and width in pixels.", show_default="the model's own"),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="With --model: attention method.", show_default="agent; mediator for a SiT that learned them"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="With --model: preset of the method.", show_default="balanced")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="With --model: samples in a call; 2 is one picture with guidance.")] = 2,
+    rounds: Annotated[int, typer.Option(help="With --model: times each kind of call is timed; they take turns.")] = 5,
+    time_budget: Annotated[float, typer.Option(help="With --model: minutes after which no round begins.")] = 5.0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="With --model: one row per layer, not per kind of layer.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: JsonFile = None,
+) -> None:
+    """Versions, devices and what is supported; with --model, whether patching is worth it here.
 
     Lists the denoisers, the methods with their options and presets, the embedded models and the thresholds in use.
+
+    With --model one denoiser call is timed, layer by layer: how much of it self-attention takes, the most that any
+    method could save, and what the preset saves. Patching is worth it where the attention of the layers that the
+    preset accelerates, projections aside, takes 10 % of a call or more, and a patched call took less time in three of
+    four rounds.
     """
     check_writable(json)
+    if model is not None:
+        asked: dict[str, Any] = {"method": method, "preset": preset, "batch": batch, "rounds": rounds}
+        _print_preflight(_preflight(model, size, device, dtype, time_budget, json, **asked), layers)
+        return
+    for option, value in (("--size", size), ("--method", method), ("--preset", preset)):
+        if value is not None:
+            fail(f"{option} {value!r} is about a model: give --model too")
+    _capabilities(json)
+
+
+def _preflight(
+    model: str, size: str | None, device: str, dtype: str, time_budget: float, json: Path | None, **options: Any
+) -> Any:
+    """The preflight of a model at a size, written as JSON if asked for."""
+    height, width = (None, None) if size is None else _size(size)
+    if not time_budget > 0:
+        fail(f"--time-budget must be above 0 minutes, got {time_budget}")
+    with loading(model), bad_input():
+        from diffattn.devices import choose_device, choose_dtype
+        from diffattn.evaluation.preflight import PreflightRun
+        from diffattn.loading import load_pipeline
+
+        place = choose_device(device)
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+        run = PreflightRun(pipe, height, width, **options)
+    with progress("timing", total=run.rounds) as advance:
+        found = run(time_budget=60 * time_budget, on_round=advance)
+    write_json(json, {"asked_for": model, **found.to_dict()})
+    return found
+
+
+def _print_preflight(found: Any, by_layer: bool) -> None:
+    """A table of the layers, the figures of the whole call, and the verdict."""
+    if by_layer:
+        stdout.print(str(found), markup=False)
+        return
+    table = Table(title="self-attention in one denoiser call (core: without the projections)", title_justify="left")
+    head, *rows = found.group_rows()
+    for name in head:
+        table.add_column(name, justify="left" if name == head[-1] else "right")
+    for row in rows:
+        table.add_row(*row)
+    stdout.print(table)
+    _print("the whole call", found.summary())
+    stdout.print(found.verdict, markup=False)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width from "HxW" or "N"."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if found is None:
+        fail(f"--size takes pixels as HxW or N, such as 512x768 or 512, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _capabilities(json: Path | None) -> None:
+    """Versions, devices and what is supported."""
     with bad_input():
         from diffattn.capabilities import capabilities
 

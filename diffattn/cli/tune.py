@@ -7,6 +7,7 @@ import typer
 
 from diffattn.cli.common import (
     Device,
+    Dtype,
     JsonFile,
     Seed,
     bad_input,
@@ -14,64 +15,204 @@ from diffattn.cli.common import (
     fail,
     loading,
     progress,
+    read_prompts,
+    stderr,
     stdout,
     write_json,
 )
 
+BY_ERROR = ("--prompts", "--max-error", "--min-speedup", "--bands", "--cost", "--width", "--height", "--presets")
+BY_BUDGET = ("--budget", "--samples", "--batch", "--distance", "--per-sample")
+"""Options of the two ways of tuning that the other does not have."""
+
 
 def tune(
-    model: Annotated[str, typer.Option(help="Embedded model, folder of a SiTPipeline, or hub id (owner/name).")],
+    model: Annotated[str, typer.Option(help="Embedded model, folder in diffusers' layout, or hub id (owner/name).")],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What to draw for calibration, one prompt (or class) per line.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Largest relative error of the final latents, mean over prompts, up to 1.")
+    ] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Or the least speed-up of the denoiser over a run, above 1.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="25; 50 with mediators")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance scale; 1: none.",
+            show_default="7.5, of a PixArt or embedded model its own; 1 with mediators",
+        ),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
+    bands: Annotated[
+        int | None, typer.Option(help="Bands of noise levels with settings of their own.", show_default="4")
+    ] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="time: measured on this device; flops: counted.", show_default="time")
+    ] = None,
+    presets: Annotated[
+        bool | None,
+        typer.Option(
+            "--presets/--no-presets",
+            help="Also measure the fixed presets, each against a recipe that is as near.",
+            show_default="no-presets",
+        ),
+    ] = None,
     budget: Annotated[
-        float, typer.Option(help="Cost of a picture in GFLOPs, as a share of that with the most mediators, up to 1.")
-    ] = 0.9,
-    samples: Annotated[int, typer.Option(help="Pictures that every candidate draws, the classes in turn.")] = 32,
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 16,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1: none.")] = 1.0,
-    distance: Annotated[str, typer.Option(help="Of the latents: l1 or l2.")] = "l1",
-    per_sample: Annotated[bool, typer.Option(help="Switch every sample by its own change, or all together.")] = True,
+        float | None,
+        typer.Option(
+            help="With mediators: GFLOPs of a picture, as a share of those with the most mediators, up to 1.",
+            show_default="0.9",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="With mediators: pictures that every candidate draws, the classes in turn.", show_default="32"
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="With mediators: pictures at once.", show_default="16")] = None,
+    distance: Annotated[
+        str | None, typer.Option(help="With mediators: of the latents, l1 or l2.", show_default="l1")
+    ] = None,
+    per_sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--per-sample/--no-per-sample",
+            help="With mediators: switch every sample by its own change, or all together.",
+            show_default="per-sample",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Recipe for diffattn.patch(pipe, recipe=...).")] = Path(
         "outputs/recipe.json"
     ),
     seed: Seed = 0,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Find thresholds at which a SiT switches to more mediators, under a budget of floating-point operations.
+    """Find the fastest settings within a budget, and write them as a recipe.
 
-    For every choice of thresholds it prints the GFLOPs of a picture, counted, and the relative error of the drawn
-    latents against the most mediators with the same seeds; the nearest within the budget becomes a recipe.
+    With --prompts and --max-error or --min-speedup: chooses, for every self-attention layer and band of noise levels,
+    the cheapest setting; draws every prompt with and without the recipe, and promises the error that it measures.
+
+    For a SiT with mediators, with --budget: finds the thresholds at which it switches to more mediators. Prints for
+    every choice the GFLOPs of a picture, counted, and the relative error of the latents against the most mediators.
     """
     check_writable(json)
     check_writable(out)
+    by_error: dict[str, Any] = dict(
+        zip(BY_ERROR, (prompts, max_error, min_speedup, bands, cost, width, height, presets), strict=True)
+    )
+    by_budget: dict[str, Any] = dict(zip(BY_BUDGET, (budget, samples, batch, distance, per_sample), strict=True))
     with loading(model), bad_input():
-        from diffattn.devices import choose_device
-        from diffattn.evaluation.mediator_search import SearchConfig, ThresholdSearch, best_within, recipe_of
+        from diffattn.devices import choose_device, choose_dtype
+        from diffattn.generation import default_method
         from diffattn.loading import load_pipeline
-        from diffattn.sampling import SiTPipeline
 
-        if not 0 < budget <= 1:
-            raise ValueError(f"--budget must be above 0 and at most 1, got {budget}")
-        config = SearchConfig(
-            samples=samples, batch=batch, steps=steps, guidance=guidance, seed=seed, distance=distance,
-            per_sample=per_sample,
-        )  # fmt: skip
-        pipe: Any = load_pipeline(model).to(choose_device(device))
-        if not isinstance(pipe, SiTPipeline):
-            raise ValueError(f"tune takes a SiTPipeline with mediators, {model!r} is a {type(pipe).__name__}")
+        place = choose_device(device)
+        words = read_prompts(prompts) if prompts is not None else []
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
         pipe.set_progress_bar_config(disable=True)
-        search = ThresholdSearch(pipe, config)
+        mediators = default_method(pipe) == "mediator"
+        what = f"{model!r}, {'a SiT with mediators' if mediators else f'a {type(pipe).__name__}'},"
+        _refuse(what, by_error if mediators else by_budget)
+    common = {"steps": steps, "guidance": guidance, "seed": seed}
+    if mediators:
+        found = _thresholds(pipe, model, budget, _given(common, samples=samples, batch=batch, distance=distance,
+                                                        per_sample=per_sample))  # fmt: skip
+    else:
+        limits = {"max_error": max_error, "min_speedup": min_speedup}
+        config = _given(common, bands=bands, cost=cost, width=width, height=height, presets=presets)
+        found = _settings(pipe, model, words if prompts is not None else None, limits, config)
+    write_json(out, found["recipe"])
+    write_json(json, found)
+    stdout.print(f"written to {out}", markup=False)
+
+
+def _settings(
+    pipe: Any, model: str, prompts: list[str] | None, limits: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any]:
+    """A recipe by layer and noise level, and every recipe that was verified."""
+    from diffattn.evaluation.tune import tune as search
+    from diffattn.evaluation.tune import workload
+    from diffattn.evaluation.tune_config import CannotTune
+
+    with bad_input():
+        if prompts is None:
+            raise ValueError("tuning needs --prompts, a file with one prompt per line")
+        work = workload(pipe, prompts, model=model, **limits, **config)
+    stderr.print(str(work), markup=False)
+    try:
+        with progress("calls of the denoiser", total=work.total) as advance:
+            tuned = search(pipe, prompts, model=model, on_call=advance, **limits, **config)
+    except CannotTune as error:
+        fail(str(error))
+    for check in tuned.checks:
+        mark = "->" if check is tuned.verified else "  "
+        stdout.print(
+            f"{mark} error {check.error:.4f} (promise {check.promise:.4f}), expected {check.expected:.4f} "
+            f"at {check.expected_speedup:.3f}x",
+            markup=False,
+        )
+    unit = "counted" if tuned.recipe["protocol"]["cost"] == "flops" else "measured"
+    stdout.print(
+        f"promised: error {tuned.recipe['promised']['error']:.4f}; denoiser {tuned.speedup:.3f}x faster, {unit}"
+    )
+    for rival in tuned.rivals:
+        stdout.print(_told(rival), markup=False)
+    checks, rivals = ([x.to_dict() for x in found] for found in (tuned.checks, tuned.rivals))
+    return {"recipe": tuned.recipe, "checks": checks, "rivals": rivals}
+
+
+def _told(rival: Any) -> str:
+    """A preset beside the recipe that is as near."""
+    if rival.is_beaten is None:
+        return f"preset {rival.preset}: accelerates nothing at this size"
+    if rival.tuned is None:
+        return (
+            f"preset {rival.preset}: error {rival.error:.4f} at {rival.speedup:.3f}x; NOT beaten, no recipe tried is "
+            "as near"
+        )
+    word = "beaten" if rival.is_beaten else "NOT beaten"
+    return (
+        f"preset {rival.preset}: error {rival.error:.4f} at {rival.speedup:.3f}x; {word} by a recipe "
+        f"with error {rival.tuned.error:.4f} at {rival.tuned_speedup:.3f}x"
+    )
+
+
+def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with thresholds for mediators, and every candidate."""
+    from diffattn.evaluation.mediator_search import SearchConfig, ThresholdSearch, best_within, recipe_of
+
+    share = 0.9 if budget is None else budget
+    with bad_input():
+        if not 0 < share <= 1:
+            raise ValueError(f"--budget must be above 0 and at most 1, got {share}")
+        search = ThresholdSearch(pipe, SearchConfig(**config))
     with progress("drawing with every choice", total=search.num_candidates) as advance:
         candidates = search.candidates(lambda _: advance())
     most = max(c.gflops for c in candidates if c.num_mediators)
     try:
-        best = best_within(candidates, budget * most)
+        best = best_within(candidates, share * most)
     except ValueError as error:
         fail(str(error))
     for c in sorted(candidates, key=lambda c: c.gflops):
         what = f"n = {c.num_mediators}" if c.num_mediators else "r = " + ", ".join(f"{r:g}" for r in c.thresholds)
         stdout.print(f"{'-> ' if c is best else '   '}{what:<14} {c.gflops:8.4g} GFLOPs/picture  error {c.error:.4f}")
-    recipe = recipe_of(best, search, model, budget)
-    write_json(out, recipe)
-    write_json(json, {"recipe": recipe, "candidates": [c.to_dict() for c in candidates]})
-    stdout.print(f"written to {out}", markup=False)
+    return {"recipe": recipe_of(best, search, model, share), "candidates": [c.to_dict() for c in candidates]}
+
+
+def _given(*groups: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """All that is not None: the rest is left to the library's defaults."""
+    merged = {name: value for group in (*groups, values) for name, value in group.items()}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def _refuse(what: str, options: dict[str, Any]) -> None:
+    """Raise for options that were given and do not belong to a model."""
+    if wrong := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{what} is not tuned with {', '.join(wrong)}; see diffattn tune --help")

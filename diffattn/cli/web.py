@@ -13,21 +13,23 @@ def app(
         Path | None, typer.Option(help="Folder of models in diffusers' layout that may be chosen.", metavar="FOLDER")
     ] = None,
     hub: Annotated[bool, typer.Option(help="Allow models of the hub (owner/name).")] = True,
-    port: Annotated[int | None, typer.Option(help="Port.", show_default="the first free from 7860 on")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port.", show_default="the first free from 7860 on", min=1, max=65535)
+    ] = None,
     listen: Annotated[bool, typer.Option("--listen", help="Serve all network addresses; needs --auth.")] = False,
     share: Annotated[bool, typer.Option("--share", help="Public link through Gradio's servers; needs --auth.")] = False,
     auth: Annotated[
         str | None,
         typer.Option(help="Name and password that the page asks for.", metavar="NAME:PASSWORD", envvar="DIFFATTN_AUTH"),
     ] = None,
-    max_side: Annotated[int, typer.Option(help="Largest width and height, in pixels.")] = 1024,
-    max_steps: Annotated[int, typer.Option(help="Most steps.")] = 100,
-    max_images: Annotated[int, typer.Option(help="Most pictures of one job.")] = 8,
+    max_side: Annotated[int, typer.Option(help="Largest width and height, in pixels.", min=8)] = 1024,
+    max_steps: Annotated[int, typer.Option(help="Most steps.", min=1)] = 100,
+    max_images: Annotated[int, typer.Option(help="Most pictures of one job.", min=1)] = 8,
     browser: Annotated[bool, typer.Option("--browser", help="Show the page in a browser.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Open the web page: draw, compare with exact attention, and see what the time steps do.
+    """Open the web page: draw, compare with exact attention, measure speed and FID, see what the time steps do.
 
     Only this computer can reach it, unless --listen or --share is given. Needs the extra "app".
     """
@@ -43,10 +45,13 @@ def app(
         worker = Worker(
             Models(models_dir, hub), Limits(side=max_side, steps=max_steps, images=max_images), device, dtype
         )
-        launch(
-            worker, host="0.0.0.0" if listen else "127.0.0.1", port=port, share=share, auth=_auth(auth),
-            open_browser=browser,
-        )  # fmt: skip
+        try:
+            launch(
+                worker, host="0.0.0.0" if listen else "127.0.0.1", port=port, share=share, auth=_auth(auth),
+                open_browser=browser,
+            )  # fmt: skip
+        except OSError as error:
+            fail(f"the page cannot be served at port {port or '7860 and up'}: {error}")
 
 
 def _auth(given: str | None) -> tuple[str, str] | None:

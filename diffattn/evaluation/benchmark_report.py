@@ -1,44 +1,34 @@
 """The benchmark's results for people: a table, and a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffattn.evaluation.benchmark_variants import FLOOR, SDPA, VARIANTS
-from diffattn.evaluation.machine import where
+from diffattn.evaluation.plots import Entries, draw_ratios, save_panels, style_of_number, variants_in
+from diffattn.evaluation.tables import TIMING_HEAD, conditions, rounds_of, text_table, timing_cells
 
-HEAD = ("variant", "seconds", "IQR", "speed-up", "time ratio", "IQR", "of floor's saving", "layers", "peak MiB")
-COLOURS = dict(zip(VARIANTS, ("black", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "0.55"), strict=True))
+HEAD = ("variant", *TIMING_HEAD, "of floor's saving", "layers", "peak MiB")
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Every result as a text table, with what it was measured on."""
-    machine, settings = results["machine"], results["settings"]
-    head = f"{where(machine)}; {settings['dtype']}, batch {settings['batch']}, torch {machine['versions']['torch']}"
-    return "\n\n".join([head, *(_section(entry) for entry in results["results"])])
+    return "\n\n".join([conditions(results), *(_section(entry) for entry in results["results"])])
 
 
 def _section(entry: Mapping[str, Any]) -> str:
     levels = ", ".join(f"{level} ({entry['tokens'][str(level)]} tokens)" for level in entry["levels"])
-    state = "" if entry["complete"] else ", incomplete"
-    rows = [HEAD, *(_row(name, variant) for name, variant in entry["variants"].items())]
-    used = [i for i in range(len(HEAD)) if any(row[i] for row in rows[1:])]
-    widths = [max(len(row[i]) for row in rows) for i in used]
-    lines = ["  ".join(row[i].ljust(w) for i, w in zip(used, widths, strict=True)).rstrip() for row in rows]
-    title = f"{entry['title']}, {entry['size']} px, {entry['mode']}, {entry['rounds']} rounds{state}; levels {levels}"
-    return "\n".join([title, *lines, *(f"{name} left out: {why}" for name, why in entry["left_out"].items())])
+    title = f"{entry['title']}, {entry['size']} px, {entry['mode']}, {rounds_of(entry)}; levels {levels}"
+    rows = [_row(name, variant) for name, variant in entry["variants"].items()]
+    left_out = [f"{name} left out: {why}" for name, why in entry["left_out"].items()]
+    return "\n".join([title, text_table(HEAD, rows), *left_out])
 
 
 def _row(name: str, variant: Mapping[str, Any]) -> tuple[str, ...]:
-    seconds, ratio = variant["seconds"], variant["time_ratio"]
     share, peak = variant.get("share_of_floor_saving"), variant.get("peak_mib")
     return (
         name,
-        f"{seconds['median']:.4g}",
-        f"{seconds['iqr'][0]:.4g}-{seconds['iqr'][1]:.4g}",
-        f"{variant['speedup']:.2f}",
-        f"{ratio['median']:.3f}",
-        f"{ratio['iqr'][0]:.3f}-{ratio['iqr'][1]:.3f}",
+        *timing_cells(variant),
         "" if share is None else f"{share:.0%}",
         str(variant["layers"]),
         "" if peak is None else f"{peak:.0f}",
@@ -51,46 +41,24 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed, or there is no result.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the plot needs matplotlib: pip install 'diffattn[eval]'") from None
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for entry in results["results"]:
-        groups.setdefault((entry["title"], entry["mode"]), []).append(entry)
-    if not groups:
-        raise ValueError("there is no result to plot")
-    figure = Figure(figsize=(5.2 * len(groups), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    for axis, ((title, mode), entries) in zip(axes, groups.items(), strict=True):
-        _panel(axis, entries)
-        axis.set_title(f"{title}, {mode}", fontsize=10)
-    axes[0].set_ylabel("time of one step / time with exact attention")
-    settings = results["settings"]
-    figure.suptitle(f"{where(results['machine'])}, {settings['dtype']}, batch {settings['batch']}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    ylabel = "time of one step / time with exact attention"
+    save_panels(results, path, lambda e: f"{e['title']}, {e['mode']}", _panel, ylabel)
 
 
-def _panel(axis: Any, entries: Sequence[Mapping[str, Any]]) -> None:
-    entries = sorted(entries, key=lambda entry: entry["size"])
-    for name, colour in COLOURS.items():
-        found = [(e["size"], e["variants"][name]["time_ratio"]) for e in entries if name in e["variants"]]
-        if not found or name == SDPA:
-            continue
-        sizes = [size for size, _ in found]
-        middle = [ratio["median"] for _, ratio in found]
-        below = [m - ratio["iqr"][0] for m, (_, ratio) in zip(middle, found, strict=True)]
-        above = [ratio["iqr"][1] - m for m, (_, ratio) in zip(middle, found, strict=True)]
-        label = "floor (no attention)" if name == FLOOR else name
-        style = {"linestyle": "--"} if name == FLOOR else {"marker": "o"}
-        axis.errorbar(sizes, middle, yerr=[below, above], color=colour, capsize=3, label=label, **style)
-    axis.axhline(1, color=COLOURS[SDPA], linewidth=1, label="exact (SDPA)")
+def style_of(name: str) -> dict[str, Any]:
+    """How a variant is drawn, the same in every plot; one that is not among `VARIANTS` gets a colour too."""
+    if name == FLOOR:
+        return {"label": "floor (no attention)", "color": "0.55", "linestyle": "--"}
+    known = [variant for variant in VARIANTS if variant not in (SDPA, FLOOR)]
+    place = known.index(name) if name in known else len(known)
+    return {"label": name, **style_of_number(place)}
+
+
+def _panel(axis: Any, entries: Entries) -> None:
+    for name in variants_in(entries):
+        if name != SDPA:
+            draw_ratios(axis, entries, name, **style_of(name))
+    axis.axhline(1, color="black", linewidth=1, label="exact (SDPA)")
     sizes = [entry["size"] for entry in entries]
     axis.set_xticks(sizes, [f"{size}²" for size in sizes])
     axis.set_xlabel("pixels")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)

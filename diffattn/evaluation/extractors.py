@@ -182,19 +182,34 @@ def _inception(name: str, source: str | Path | None) -> FeatureExtractor:
 
 
 def _inception_weights(source: str | Path | None) -> Mapping[str, Tensor]:
-    """The one download and the one pickle of the evaluation; only tensors are read from it."""
+    """The one download of the evaluation."""
     try:
-        if source is None:
-            return torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", weights_only=True)
-        if Path(source).suffix == ".safetensors":
-            return load_file(source)
-        return torch.load(source, map_location="cpu", weights_only=True)
+        if source is not None:
+            return read_tensors(source)
+        return torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", weights_only=True)
     except Exception as error:
-        where = "downloaded" if source is None else f"read from {str(source)!r}"
-        why = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        what = f"downloaded: {_first_line(error)}" if source is None else f"read: {error}"
         raise ValueError(
-            f"the weights of Inception could not be {where}: {why}; get {INCEPTION_URL} and give the file"
+            f"the weights of Inception could not be {what}; get {INCEPTION_URL} and give the file"
         ) from error
+
+
+def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
+    """Named tensors of a safetensors file, or of a `.pth` file, of which nothing but tensors is read.
+
+    Raises:
+        ValueError: not such a file, or one that holds more than tensors.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise ValueError(f"{str(path)!r}: {why}") from error
+    if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise ValueError(f"{str(path)!r} does not hold named tensors")
+    return found
 
 
 def _dinov2(name: str, source: str | Path | None) -> FeatureExtractor:

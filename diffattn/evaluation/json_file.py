@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffattn.json_text import read_text
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: not there, not JSON, or not an object; the message names the file.
+        ValueError: not there, not JSON, not an object, or nested too deeply; the message names the file.
     """
     try:
-        data = json.loads(path.read_text())
+        data = read_text(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a readable JSON file: {error}") from None
     if not isinstance(data, dict):

@@ -28,13 +28,13 @@ class Protocol:
     extractor_hash: str
     resize: str
     sampler: str
-    steps: int
-    guidance: float
-    seeds: str  # "0..9999"
+    steps: int | None  # this and the next two are None for pictures from files
+    guidance: float | None
+    seeds: str | None  # "0..9999"
     dtype: str
     device: str
     versions: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, int | bool] = field(default_factory=dict)  # of the metrics: subsets, neighbours, …
+    options: Mapping[str, Any] = field(default_factory=dict)  # of metrics and drawing: subsets, size, prompts, …
 
     @classmethod
     def of(
@@ -44,12 +44,12 @@ class Protocol:
         extractor: FeatureExtractor,
         *,
         sampler: str,
-        steps: int,
-        guidance: float,
-        seeds: str,
+        steps: int | None,
+        guidance: float | None,
+        seeds: str | None,
         dtype: torch.dtype | str,
         device: torch.device | str,
-        options: Mapping[str, int | bool] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Self:
         """With what reference and extractor say of themselves, and the versions in use.
 
@@ -87,7 +87,8 @@ class QualityResult:
 
     subject: str  # what was measured: "mediator n=16"
     protocol: Protocol
-    scores: Mapping[str, float]  # "fid", "kid", "kid_std", "precision", "recall", "fid_infinity"
+    scores: Mapping[str, float]  # "fid", "kid", "kid_std", "precision", "recall", "fid_infinity", …
+    details: Mapping[str, Any] = field(default_factory=dict)  # what is no score, JSON types
 
     @property
     def label(self) -> str:
@@ -107,8 +108,9 @@ class QualityResult:
             ValueError: a field is missing or unknown.
         """
         try:
-            return cls(data["subject"], Protocol(**data["protocol"]), dict(data["scores"]))
-        except (KeyError, TypeError) as error:
+            details = dict(data.get("details", {}))
+            return cls(data["subject"], Protocol(**data["protocol"]), dict(data["scores"]), details)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a quality result: {error}") from error
 
 
@@ -126,9 +128,17 @@ def compare(a: QualityResult, b: QualityResult, may_differ: Collection[str] = ()
         raise ValueError(f"the protocol has no {', '.join(sorted(unknown))}")
     found = {name: pair for name, pair in a.protocol.differences(b.protocol).items() if name not in may_differ}
     if found:
-        named = "; ".join(f"{name}: {mine!r} and {theirs!r}" for name, (mine, theirs) in found.items())
+        named = "; ".join(text for name, pair in found.items() for text in _told(name, *pair))
         raise ValueError(f"{a.subject!r} and {b.subject!r} do not compare, their protocols differ in {named}")
     return {name: b.scores[name] - a.scores[name] for name in a.scores if name in b.scores}
+
+
+def _told(name: str, mine: Any, theirs: Any) -> list[str]:
+    """How a field differs; of a mapping, the entries that do."""
+    if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
+        return [f"{name}: {mine!r} and {theirs!r}"]
+    keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+    return [f"{name}.{key}: {mine.get(key)!r} and {theirs.get(key)!r}" for key in keys]
 
 
 def quality(

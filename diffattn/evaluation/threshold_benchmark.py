@@ -1,6 +1,7 @@
 """Measures from how many tokens on agents beat exact attention on a device: the table of `methods.thresholds`.
 
-Both are timed as operations on q, k, v: agent attention with its pooling against one SDPA call, interleaved.
+Both are timed as operations on q, k, v: attention through landmarks, sampling included, against one SDPA call,
+interleaved. Pooled queries cost less than landmarks, which therefore decide for both.
 """
 
 import time
@@ -17,7 +18,7 @@ from diffattn.devices import dtype_name
 from diffattn.evaluation.json_file import read_json, write_json
 from diffattn.evaluation.machine import describe_machine
 from diffattn.evaluation.speed import interleave
-from diffattn.functional import agent_attention, pool_tokens
+from diffattn.functional import landmark_attention, sample_tokens
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.methods.thresholds import MERGE
@@ -101,7 +102,7 @@ def _variants(
     yield "exact", partial(scaled_dot_product_attention, q, k, v)
     for n in NUM_AGENTS:
         if 2 * n < side * side:
-            yield str(n), lambda n=n: agent_attention(q, k, v, pool_tokens(q, (side, side), n))
+            yield str(n), lambda n=n: landmark_attention(q, k, v, *(sample_tokens(x, (side, side), n) for x in (q, k)))
     # The dearer of the two phases of the published recipe: attention between merged tokens.
     layer = LayerSpec("layer", 0, HEADS, head_dim)
     merged = AgentAttention.from_options(dict(AgentAttention.presets["paper"].options) | {"agent_ratio": 0.5})

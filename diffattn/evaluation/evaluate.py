@@ -1,0 +1,249 @@
+"""Quality of a pipeline, or of pictures: against reference pictures, prompts, and the unaccelerated pipeline."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffattn.evaluation.adm import write_pictures
+from diffattn.evaluation.clip_score import ClipScore
+from diffattn.evaluation.evaluate_labels import Setup, describe_patch, device_label, identity, protocol_of, subject_name
+from diffattn.evaluation.evaluate_reference import Source, open_reference
+from diffattn.evaluation.evaluate_run import RunFolder, processes
+from diffattn.evaluation.evaluate_scores import (
+    in_chunks,
+    latent_scores,
+    measure_clip,
+    measure_features,
+    measure_pairs,
+    pair_scores,
+    set_scores,
+)
+from diffattn.evaluation.extractors import FeatureExtractor, load_extractor
+from diffattn.evaluation.generate_set import EXACT, LATENTS, PICTURES, DrawConfig, accelerated, draw_set, subjects
+from diffattn.evaluation.json_file import write_json
+from diffattn.evaluation.lpips_distance import Lpips
+from diffattn.evaluation.pictures import PictureSet, Progress, no_progress, open_pictures
+from diffattn.evaluation.quality import QualityResult
+from diffattn.evaluation.reference import Reference
+from diffattn.recipe import read_recipe
+from diffattn.sampling.class_pipelines import draws_classes
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured, and how pictures are read."""
+
+    extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
+    extractor_weights: str | Path | None = None
+    clip: str | Path | None = None  # folder or hub id of a CLIP model: CLIP score of pictures and prompts
+    lpips_weights: str | Path | None = None  # of AlexNet, see `Lpips`: LPIPS of pairs
+    side: int | None = None  # pixels: crop pictures around the centre to a square and resize it; None: as they are
+    skip_bad: bool = False  # leave unreadable pictures out
+    prompts: Sequence[str] | None = (
+        None  # of pictures from files, for the CLIP score; picture i has i modulo their number
+    )
+    limit: int | None = None  # pictures from files: the first so many
+    seed: int = 0  # of the draws of KID and FID∞
+    device: str | torch.device = "cpu"  # for pictures from files
+
+
+def evaluate(
+    subject: DiffusionPipeline | str | Path,
+    reference: str | Path | Reference | None = None,
+    *,
+    folder: str | Path,
+    config: EvaluateConfig | None = None,
+    draw: DrawConfig | None = None,
+    acceleration: Mapping[str, Any] | None = None,
+    paired: bool | str | Path = False,
+    name: str | None = None,
+    npz: str | Path | None = None,
+    progress: Progress = no_progress,
+) -> QualityResult:
+    """Score pictures, or what a pipeline draws. Run again in the same folder, it goes on where it was interrupted.
+
+    Under `accelerate launch` or torchrun the processes share the work, and the folder, which all of them must see;
+    the result is the same as with one. All of them return it.
+
+    Args:
+        subject: a pipeline on its device, patched or not; or pictures: a folder, a zip, or an ADM `.npz`.
+        reference: see `open_reference`. With it: FID, KID, FID∞, precision, recall, sFID, as far as they can be had
+            (the others, and why, in `details["left_out"]`). Without it there is no extractor.
+        folder: for pictures, features and `result.json`.
+        config: see `EvaluateConfig`.
+        draw: what a pipeline draws.
+        acceleration: arguments of `diffattn.patch` for a pipeline; None: as it is.
+        paired: True compares with what the pipeline draws from the same seeds without the acceleration. A path: with
+            these pictures, in order. Either: PSNR, PSNR of the foreground, SSIM, LPIPS; and, of a pipeline's pair, the
+            relative error of the latents.
+        name: what the result calls the subject.
+        npz: also write the pictures, and the class numbers of a SiT's, to this ADM file.
+        progress: see `Progress`.
+
+    Returns:
+        The result, also in `result.json`. Its protocol holds all that the figures depend on but the subject.
+
+    Raises:
+        ValueError: fewer than 2 pictures; unreadable ones without `skip_bad`; pictures, reference and pairs of several
+            sizes; NaN in pictures or features; nothing to measure; a folder with a run under another protocol; as
+            `load_extractor`, `ClipScore`, `Lpips` and `diffattn.patch`.
+    """
+    config, draw = config or EvaluateConfig(), draw or DrawConfig()
+    is_pipeline = isinstance(subject, DiffusionPipeline)
+    if reference is None and not paired and config.clip is None:
+        raise ValueError("there is nothing to measure: give a reference, a CLIP model, or paired")
+    if acceleration is not None and not is_pipeline:
+        raise ValueError("pictures cannot be accelerated: acceleration is for a pipeline")
+    if paired is True and acceleration is None:
+        raise ValueError("paired=True compares with and without the acceleration: give one, or a path of pictures")
+    if acceleration is not None and isinstance(acceleration.get("recipe"), str | Path):
+        acceleration = {**acceleration, "recipe": read_recipe(acceleration["recipe"])}
+    job = _Job(subject, config, draw, acceleration, paired, progress)
+    result = job.run(reference, Path(folder), name)
+    if npz is not None:
+        job.export(npz)
+    return result
+
+
+class _Job:
+    """One evaluation."""
+
+    def __init__(
+        self, subject: Any, config: EvaluateConfig, draw: DrawConfig, acceleration: Any, paired: Any, progress: Progress
+    ) -> None:
+        self.config, self.draw, self.acceleration, self.paired = config, draw, acceleration, paired
+        self.pipe: Any = subject if isinstance(subject, DiffusionPipeline) else None
+        self.among, device = processes(torch.device(config.device if self.pipe is None else self.pipe.device))
+        self.device = device if self.pipe is None else self.pipe.device
+        self.progress = progress if self.among.is_main else no_progress
+        self.pictures = None if isinstance(subject, DiffusionPipeline) else self._open(subject)
+        self.exact = None if isinstance(paired, bool) else self._open(paired)
+        self.prompts = self._prompts()
+        self.clip = ClipScore(config.clip, self.device) if config.clip is not None else None
+        self.lpips = Lpips(config.lpips_weights, self.device) if config.lpips_weights is not None else None
+
+    def _open(self, path: str | Path) -> PictureSet:
+        config = self.config
+        return open_pictures(
+            path, side=config.side, limit=config.limit, skip_bad=config.skip_bad, progress=self.progress
+        )
+
+    def _prompts(self) -> Sequence[str] | None:
+        if self.config.clip is None:
+            return None
+        found = self.config.prompts if self.pipe is None else self.draw.prompts
+        if not found or draws_classes(self.pipe):
+            raise ValueError("the CLIP score needs the prompts that the pictures were drawn from")
+        return found
+
+    def run(self, reference: Any, folder: Path, name: str | None) -> QualityResult:
+        extractor = source = None
+        if reference is not None:
+            extractor, config = self._extractor(), self.config
+            source = open_reference(
+                reference, extractor, side=config.side, skip_bad=config.skip_bad, progress=self.progress
+            )
+        self._check_sizes(source)
+        with accelerated(self.pipe, self.acceleration):  # refused before anything is written
+            how = describe_patch(self.pipe)
+        setup = self._setup(source, extractor, how)
+        run = RunFolder(folder, identity(setup, self.config.seed), self.among)
+        if self.pipe is not None:
+            self._draw(run, source)
+        assert self.pictures is not None
+        scores, details, options = self._scores(run, source, extractor)
+        label = name or (self.pictures.name if self.pipe is None else subject_name(setup))
+        result = QualityResult(label, protocol_of(setup, self.pictures, options), scores, details)
+        if self.among.is_main:
+            write_json(folder / RESULT, result.to_dict())
+        self.among.wait()
+        return result
+
+    def export(self, path: str | Path) -> None:
+        """Write the pictures to an ADM file, and the class numbers of a SiT's."""
+        pictures, labels = self.pictures, None
+        assert pictures is not None
+        if draws_classes(self.pipe):
+            classes = subjects(self.pipe, self.draw)
+            labels = torch.tensor([classes[row % len(classes)] for row in pictures.rows])
+        if self.among.is_main:
+            write_pictures(path, pictures.batch(0, len(pictures)), labels)
+        self.among.wait()
+
+    def _setup(self, source: Source | None, extractor: FeatureExtractor | None, how: dict[str, Any] | None) -> Setup:
+        exact = None if self.exact is None else self.exact.hash
+        return Setup(
+            pipe=self.pipe, draw=self.draw, acceleration=self.acceleration, files=self.pictures, prompts=self.prompts,
+            exact=self.paired is True or exact, source=source, extractor=extractor,
+            clip=self.clip and self.clip.hash, lpips=self.lpips and self.lpips.hash, side=self.config.side,
+            device=device_label(self.device), patch=how,
+        )  # fmt: skip
+
+    def _extractor(self) -> FeatureExtractor:
+        given = self.config.extractor
+        if isinstance(given, FeatureExtractor):
+            return given.to(self.device)
+        return load_extractor(given, self.config.extractor_weights, self.device)
+
+    def _check_sizes(self, source: Source | None) -> None:
+        """Of what is there before anything is drawn; `draw_set` checks the first pictures that it draws."""
+        sets = {"the reference": source and source.pictures, "the pairs": self.exact}
+        mine = self.pictures
+        for what, other in sets.items():
+            if mine is None or other is None or mine.size == other.size:
+                continue
+            raise ValueError(f"the pictures of {mine.name!r} have {mine.size[1]}x{mine.size[0]} pixels, {what} "
+                             f"{other.size[1]}x{other.size[0]}; bring both to one size (--size)")  # fmt: skip
+        if self.exact is None:
+            return
+        rows = tuple(range(self.draw.num_pictures)) if mine is None else mine.rows
+        if len(rows) != len(self.exact):
+            raise ValueError(f"pairs need as many pictures on both sides, got {len(rows)} and {len(self.exact)}")
+        if rows != self.exact.rows:
+            raise ValueError("other pictures are left out on the one side than on the other: they do not pair")
+
+    def _draw(self, run: RunFolder, source: Source | None) -> None:
+        """The pipeline's pictures, and those without acceleration."""
+        fixed = self.config.side is not None  # what is drawn is brought to this size
+        sizes = [x.size for x in (source and source.pictures, self.exact) if x is not None]
+        draw_set(
+            self.pipe, self.draw, run, self.acceleration, paired=self.paired is True,
+            size=None if fixed or not sizes else sizes[0], progress=self.progress,
+        )  # fmt: skip
+        self.pictures = open_pictures(run.path / PICTURES, side=self.config.side, progress=self.progress)
+        if self.paired is True:
+            self.exact = open_pictures(run.path / EXACT, side=self.config.side, progress=self.progress)
+
+    def _scores(
+        self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None
+    ) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+        """Scores, details, and options of the protocol."""
+        mine, progress = self.pictures, self.progress
+        assert mine is not None
+        scores: dict[str, float] = {}
+        details: dict[str, Any] = {"pictures_hash": mine.hash, "skipped": list(mine.skipped)}
+        options: dict[str, Any] = {"size": f"{mine.size[1]}x{mine.size[0]}"}
+        if source is not None and extractor is not None:
+            against, spatial = source.measured(extractor, run, progress)
+            found = in_chunks(run, "features", len(mine), measure_features(mine, extractor), progress)
+            scores, more, details["left_out"] = set_scores(found, against, spatial, self.config.seed)
+            options |= more
+            details["domain"] = extractor.domain
+        if self.clip is not None and self.prompts is not None:
+            measure = measure_clip(mine, self.prompts, self.clip)
+            scores["clip"] = in_chunks(run, "clip", len(mine), measure, progress)["clip"].mean().item()
+        if self.exact is not None:
+            found = in_chunks(run, "pairs", len(mine), measure_pairs(mine, self.exact, self.lpips), progress)
+            more, details["pairs"] = pair_scores(found)
+            scores |= more
+        if self.paired is True:
+            errors = run.gather(LATENTS, self.draw.num_pictures, self.draw.batch)["error"]
+            more, told = latent_scores(errors)
+            scores, details = scores | more, details | told
+        return scores, details, options
