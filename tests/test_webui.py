@@ -2,6 +2,8 @@
 
 # ruff: noqa: E402, the page needs Gradio
 
+import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ import web
 web.need_gradio()
 
 import httpx
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from diffattn.generation import recipe_of
@@ -46,7 +48,7 @@ def draw(client: Client, **changes: Any) -> Any:
 
 def settings() -> dict[str, Any]:
     return dict(prompt="a cat", model="one", acceleration="none", steps=2, guidance=None, width=None, height=None,
-                seed=0, num_images=1, negative_prompt="")  # fmt: skip
+                seed=0, num_images=1, negative_prompt="", recipe=None)  # fmt: skip
 
 
 def compare_settings() -> dict[str, Any]:
@@ -57,13 +59,15 @@ def compare_settings() -> dict[str, Any]:
 
 def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
     found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    names = {"/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate"}
-    assert set(found) == names
+    assert set(found) == {
+        "/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate",
+        "/measure", "/show_runs", "/load_runs", "/estimate_measure",
+    }  # fmt: skip
     assert [p["parameter_name"] for p in found["/generate"]["parameters"]] == list(settings())
 
 
 def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> None:
-    stage, pictures, files, code = draw(client, num_images=2, seed=7, acceleration="agent/fast")
+    stage, pictures, files, code = draw(client, num_images=2, seed=7, acceleration="agent/fast", width=64, height=64)
     assert "2 of 2 pictures" in stage
     assert len(pictures) == 2
     assert [recipe_of(Path(file))["seed"] for file in files] == [7, 8]
@@ -71,14 +75,42 @@ def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> N
     assert "diffattn.patch(pipe, 'agent', preset='fast')" in code
 
 
+def test_a_recipe_goes_before_the_acceleration_and_is_compared(client: Client, tmp_path: Path) -> None:
+    recipe = {"method": "agent", "options": {"num_agents": 9, "min_tokens": 0}, "schedule": {"0.5": {}, "0.0": "exact"}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    given = handle_file(str(tmp_path / "recipe.json"))
+    _, _, files, code = draw(client, recipe=given, acceleration="none")
+    assert recipe_of(Path(files[0]))["recipe"] == recipe
+    assert "recipe={'method': 'agent'" in code
+    asked = compare_settings() | {"accelerations": [], "recipe": given}
+    _, _, pair, figures, _ = client.predict(**asked, api_name="/compare")
+    assert [recipe_of(Path(file))["recipe"] for file in pair] == [None, recipe]
+    assert "<td>recipe</td>" in figures
+    (tmp_path / "recipe.json").write_text(json.dumps({"method": "agent", "code": "import os"}))
+    with pytest.raises(FAILS, match="unknown recipe key code"):
+        draw(client, recipe=handle_file(str(tmp_path / "recipe.json")))
+
+
 def test_time_steps_are_those_of_the_same_visitor(client: Client, address: str) -> None:
-    draw(client, acceleration="agent/balanced", steps=5, width=64, height=64)
+    draw(client, acceleration="agent/pooled", steps=5, width=64, height=64)
     chart, data = client.predict(api_name="/time_steps")
     assert "<svg" in chart
     assert data["switches"] == [next(i for i, n in enumerate(data["numbers"]) if n is None)]
     chart, data = Client(address, verbose=False).predict(api_name="/time_steps")
     assert "<svg" not in chart
     assert data is None
+
+
+def test_time_steps_of_every_variant_of_a_comparison(client: Client) -> None:
+    client.predict(**compare_settings(), api_name="/compare")
+    charts, found = zip(
+        *(client.predict(f"Compare: {name}", api_name="/time_steps") for name in ("none", "agent/fast")), strict=True
+    )
+    assert "every step ran exact attention" in charts[0]
+    assert "every step ran exact attention" not in charts[1]
+    assert [data["title"] for data in found] == ["none", "agent/fast"]
+    assert client.predict("Generate", api_name="/time_steps")[1] is None
+    assert client.predict("Compare: agent/pooled", api_name="/time_steps")[1] is None
 
 
 def test_compare_and_its_pairs(client: Client) -> None:
@@ -88,6 +120,29 @@ def test_compare_and_its_pairs(client: Client) -> None:
     assert "why exact" in report
     other = client.predict("agent/balanced", api_name="/show_pair")
     assert recipe_of(Path(other[1]))["preset"] == "balanced"
+    assert "Peak memory is measured on CUDA devices only" in figures
+    assert "GFLOPs are counted up to" not in figures
+
+
+def test_a_failed_job_says_so_where_its_progress_was(client: Client) -> None:
+    for changes, name in ((settings(), "/generate"), (compare_settings(), "/compare")):
+        job = client.submit(**(changes | {"width": 33}), api_name=name)
+        with pytest.raises(FAILS, match="multiple of 8"):
+            job.result()
+        stage = str(job.outputs()[-1][0])
+        assert "Please change this: " in stage
+        assert "multiple of 8" in stage
+
+
+def test_the_page_answers_while_a_job_runs(client: Client, address: str) -> None:
+    running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
+    wait_for(lambda: any("step " in str(out) for out in running.outputs()))
+    other = Client(address, verbose=False)
+    assert "32×32" in other.predict("one", api_name="/describe_model")
+    assert "Time: about" in other.predict("one", 2, None, None, 1, api_name="/estimate")
+    assert not running.done()
+    client.predict(api_name="/stop")
+    wait_for(running.done)
 
 
 def test_about_a_model_and_its_time(client: Client) -> None:
@@ -95,6 +150,27 @@ def test_about_a_model_and_its_time(client: Client) -> None:
     draw(client)
     assert "Time: about" in client.predict("one", 2, None, None, 1, api_name="/estimate")
     assert "from 8 to 64" in client.predict("one", 2, 10**6, None, 1, api_name="/estimate")
+
+
+def test_downloads_are_deleted_when_they_are_old_and_when_the_page_ends(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
+    def pictures() -> list[Path]:
+        return sorted(tmp_path.rglob("*.png"))
+
+    with web.served(worker) as address:
+        client = Client(address, verbose=False, download_files=False)
+        draw(client)
+        (old,) = pictures()
+        draw(client, seed=1)
+        assert len(pictures()) == 2
+        os.utime(old.parent, (0, 0))
+        client.predict(**compare_settings(), api_name="/compare")
+        assert old not in pictures()
+        assert len(pictures()) == 4  # the second, and of the comparison those of each variant
+    wait_for(lambda: not pictures())
 
 
 @pytest.mark.parametrize(
@@ -149,17 +225,24 @@ def test_stop_ends_a_running_job_of_its_visitor_alone(client: Client, address: s
     assert "Stopped" in str(job.outputs()[-1])
 
 
-def test_a_waiting_job_can_be_cancelled(client: Client, address: str) -> None:
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+def test_a_waiting_job_says_its_place_and_can_leave_the_line(client: Client, address: str, how: str) -> None:
     running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
     wait_for(lambda: any("step " in str(out) for out in running.outputs()))
     other = Client(address, verbose=False)
     waiting = other.submit(**settings(), api_name="/generate")
-    wait_for(lambda: waiting.status().rank is not None)
-    assert waiting.cancel()
+    wait_for(lambda: any("Waiting: 1 job runs before yours" in str(out) for out in waiting.outputs()))
+    if how == "stop":
+        assert "Stopped" in other.predict(api_name="/stop")
+        wait_for(waiting.done)
+        assert "Stopped" in str(waiting.outputs()[-1])
+    else:
+        assert waiting.cancel()
+    assert not running.done()
     client.predict(api_name="/stop")
     wait_for(running.done)
     assert "Done" in draw(client)[0]
-    assert waiting.outputs() == []
+    assert not any("step " in str(out) for out in waiting.outputs())
 
 
 @pytest.mark.parametrize(

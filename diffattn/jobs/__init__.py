@@ -3,6 +3,7 @@
 from diffattn.jobs.choices import AUTOMATIC, Models, accelerations
 from diffattn.jobs.compare import Comparison, Variant
 from diffattn.jobs.limits import Limits
+from diffattn.jobs.quality_run import Measurement, Run
 from diffattn.jobs.run_trace import RunTrace
 from diffattn.jobs.snippet import snippet
 from diffattn.jobs.watch import Progress, Stopped
@@ -13,8 +14,10 @@ __all__ = [
     "Comparison",
     "Drawn",
     "Limits",
+    "Measurement",
     "Models",
     "Progress",
+    "Run",
     "RunTrace",
     "Stopped",
     "Variant",

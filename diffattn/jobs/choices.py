@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffattn.evaluation.extractors import EXTRACTORS
 from diffattn.generation import EXACT
 from diffattn.loading import EMBEDDED, HUB_ID, INDEX, embedded_folder, embedded_models
 from diffattn.methods import METHODS
 
 AUTOMATIC = "automatic"
 """The acceleration that is the model's own default method, balanced."""
+
+RECIPE = "recipe"
+"""What a comparison calls the variant of a recipe's file."""
 
 MAX_DEPTH = 2  # folders between the models' folder and a model, itself included
 
@@ -43,7 +47,10 @@ class Description:
 
 @dataclass(frozen=True)
 class Models:
-    """The models that may be asked for: embedded ones, those below `folder`, and ids on the hub."""
+    """The models that may be asked for: embedded ones, those below `folder`, and ids on the hub.
+
+    Without the hub nothing is downloaded, so only the extractors that come with the package may be asked for.
+    """
 
     folder: Path | None = None
     hub: bool = True
@@ -77,11 +84,24 @@ class Models:
         allowed = ", ".join(self.names()) + (", or a hub id (owner/name)" if self.hub else "")
         raise ValueError(f"model {name[:80]!r} is not available here; choose one of: {allowed}")
 
-    def describe(self, name: object) -> Description:
-        """What is known about a model without loading it; raises as `source`."""
+    def place(self, name: object) -> Path | None:
+        """The folder of a model, None for one on the hub; raises as `source`."""
         source = self.source(name)
         folder = embedded_folder(source) if source in embedded_models() else Path(source)
-        if not (folder / INDEX).is_file():
+        return folder if (folder / INDEX).is_file() else None
+
+    def is_local(self, name: object) -> bool:
+        """Whether a name is that of a model below the folder; raises as `source`."""
+        return self.source(name) != name
+
+    def extractors(self) -> list[str]:
+        """The extractors that may be asked for."""
+        return [name for name in EXTRACTORS if self.hub or (embedded_folder(name) / "config.json").is_file()]
+
+    def describe(self, name: object) -> Description:
+        """What is known about a model without loading it; raises as `source`."""
+        source, folder = self.source(name), self.place(name)
+        if folder is None:
             return Description(f"{source} from the hub, downloaded when it is first used")
         index = _json(folder / INDEX)
         known = EMBEDDED.get(source)

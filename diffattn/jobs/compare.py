@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ from diffattn.evaluation import psnr, ssim
 from diffattn.evaluation.flops import count_gflops
 from diffattn.generation import EXACT, Picture, Request, generate, prepare
 from diffattn.injection import Patch
-from diffattn.jobs.choices import method_and_preset
+from diffattn.jobs.choices import RECIPE, method_and_preset
 from diffattn.jobs.run_trace import RunTrace
-from diffattn.jobs.watch import Watch
+from diffattn.jobs.watch import Watch, noisy_input
 from diffattn.report import Report
 
 MAX_COUNTED_TOKENS = 4096  # latent pixels above which operations are not counted: it takes a [tokens, tokens] matrix
+
+WARMING_UP = "warming up"
 
 MakeWatch = Callable[..., Watch]
 
@@ -52,11 +54,13 @@ class Comparison:
 
 
 @dataclass
-class _Collected:
+class Collected:
+    """What came of one way to draw so far."""
+
     request: Request
-    pictures: list[Picture]
-    peaks: list[float]
-    gflops: float | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)  # MiB, on a CUDA device
+    gflops: float | None = None  # of a picture
     report: Report | None = None
     trace: RunTrace | None = None
 
@@ -66,31 +70,37 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
 
     Args:
         pipe: on the device it is to run on; it is left unpatched.
-        request: its method and preset are not used.
-        names: accelerations, see `choices.accelerations`.
+        request: its method and preset are not used, its recipe for "recipe" only.
+        names: accelerations, see `choices.accelerations`, or "recipe".
         watch: makes the `Watch` of one picture, called as watch(request, patch, done, pictures, what).
     """
     collected = {name: _variant(request, name) for name in (EXACT, *names)}
     order, total = list(collected), len(collected) * request.num_images
-    for name in order:  # the first run of a kind takes longer: it does not count
-        _draw(pipe, _Collected(replace(collected[name].request, steps=min(2, request.steps)), [], []),
-              request.seed, watch, "warming up", 0, total)  # fmt: skip
+    for name in order:
+        warm_up(pipe, collected[name].request, watch, total)
     for i in range(request.num_images):
         for j in range(len(order)):
             name = order[(i + j) % len(order)]
-            _draw(pipe, collected[name], request.seed + i, watch, name, i * len(order) + j, total)
-    reference = torch.cat([_pixels(picture.image) for picture in collected[EXACT].pictures])
+            draw(pipe, collected[name], request.seed + i, watch, name, i * len(order) + j, total)
+    reference = torch.cat([pixels(picture.image) for picture in collected[EXACT].pictures])
     found = tuple(_summary(name, one, reference) for name, one in collected.items())
     return Comparison(request, found)
 
 
-def _variant(request: Request, name: str) -> _Collected:
+def _variant(request: Request, name: str) -> Collected:
+    if name == RECIPE:
+        return Collected(replace(request, method=None, preset=None))
     method, preset = method_and_preset(name)
-    return _Collected(replace(request, method=method, preset=preset), [], [])
+    return Collected(replace(request, method=method, preset=preset, recipe=None))
 
 
-def _draw(pipe: Any, one: _Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int) -> None:
-    """One picture; the model is patched before and restored after it."""
+def warm_up(pipe: Any, request: Request, watch: MakeWatch, total: int) -> None:
+    """Two steps: the first run of a kind takes longer, and does not count."""
+    draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, total)
+
+
+def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int) -> None:
+    """One picture more; the model is patched before and restored after it."""
     ready, patch = prepare(pipe, replace(one.request, seed=seed, num_images=1))
     on_cuda = pipe.device.type == "cuda"
     try:
@@ -98,11 +108,13 @@ def _draw(pipe: Any, one: _Collected, seed: int, watch: MakeWatch, what: str, do
             torch.cuda.reset_peak_memory_stats(pipe.device)
         with watch(ready, patch, done, total, what) as followed:
             one.pictures += generate(pipe, ready)
+            if what != WARMING_UP:
+                followed.drawn(one.pictures[-1])
         if on_cuda:
             one.peaks.append(torch.cuda.max_memory_allocated(pipe.device) / 2**20)
         one.request = replace(ready, seed=one.request.seed, num_images=one.request.num_images)
         one.report, one.trace = patch.report() if patch else None, followed.trace
-        if one.gflops is None and what != "warming up":
+        if one.gflops is None and what != WARMING_UP:
             one.gflops = _gflops(pipe, followed, patch)
     finally:
         if patch:
@@ -113,7 +125,7 @@ def _draw(pipe: Any, one: _Collected, seed: int, watch: MakeWatch, what: str, do
 def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
     """Of all calls of a picture: one call of every phase is repeated and counted."""
     model: Any = getattr(pipe, "unet", None) or pipe.transformer
-    x = next(iter(followed.inputs.values()))[0][0]
+    x, _ = noisy_input(*next(iter(followed.inputs.values())))
     phases = [entry["phase"] for entry in patch.trace()] if patch else [0] * len(followed.trace.seconds)
     if x.shape[-2] * x.shape[-1] > MAX_COUNTED_TOKENS or set(phases) - set(followed.inputs):
         return None
@@ -123,8 +135,8 @@ def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
     return sum(of_phase[phase] for phase in phases)
 
 
-def _summary(name: str, one: _Collected, reference: Tensor) -> Variant:
-    own = torch.cat([_pixels(picture.image) for picture in one.pictures])
+def _summary(name: str, one: Collected, reference: Tensor) -> Variant:
+    own = torch.cat([pixels(picture.image) for picture in one.pictures])
     exact, small = name == EXACT, min(own.shape[2:]) < 11
     assert one.trace is not None
     return Variant(
@@ -140,6 +152,6 @@ def _summary(name: str, one: _Collected, reference: Tensor) -> Variant:
     )
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def pixels(image: Image.Image) -> Tensor:
     """[1, 3, H, W] in 0..1"""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255

@@ -3,9 +3,10 @@
 Shapes: B pictures, c latent channels, h, w of the latents.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
+from diffusers import DiTPipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
@@ -18,12 +19,23 @@ SIDE = 256  # pixels of the longer side of a preview
 class Preview:
     """Clean latents [1, c, h, w] -> a small picture.
 
-    The map is the least-squares solution over smooth random pictures that the VAE encodes. Without a VAE the latents
-    are pixels from -1 to 1.
+    Args:
+        weights: of the map, [c + 1, 3]; None where latents are pixels from -1 to 1.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self.weights = fit(pipe) if getattr(pipe, "vae", None) is not None else None  # [c + 1, 3]
+    def __init__(self, weights: Tensor | None = None) -> None:
+        self.weights = weights
+
+    @classmethod
+    def of(cls, pipe: Any) -> Self | None:
+        """The least-squares map over smooth random pictures that the VAE encodes; None if it encodes none of them.
+
+        Some VAEs overflow in half precision: their latents are infinite or NaN.
+        """
+        if getattr(pipe, "vae", None) is None:
+            return cls()
+        weights = fit(pipe)
+        return None if weights is None else cls(weights)
 
     def __call__(self, latents: Tensor) -> Image.Image:
         x = latents[:1].detach().float().cpu()
@@ -38,14 +50,16 @@ class Preview:
 
 
 @torch.no_grad()
-def fit(pipe: Any) -> Tensor:
-    """Weights [c + 1, 3] from scaled latents, and 1, to colours from -1 to 1."""
+def fit(pipe: Any) -> Tensor | None:
+    """Weights [c + 1, 3] from scaled latents, and 1, to colours from -1 to 1; None for latents that are not finite."""
     vae = pipe.vae
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(FIT_PICTURES, 3, 4, 4, generator=generator) * 2 - 1
     pictures = interpolate(coarse, FIT_SIDE, mode="bicubic").clamp(-1, 1)
     latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()
     latents = (latents - (vae.config.get("shift_factor") or 0)) * (vae.config.scaling_factor or 1)
+    if not torch.isfinite(latents).all():
+        return None
     rows = latents.permute(0, 2, 3, 1).flatten(0, 2)  # [B·h·w, c]
     colours = adaptive_avg_pool2d(pictures, latents.shape[-2:]).permute(0, 2, 3, 1).flatten(0, 2)
     ones = torch.ones(len(rows), 1)
@@ -57,13 +71,15 @@ def clean_estimate(pipe: Any, x: Tensor, t: Tensor, output: Tensor, guidance: fl
 
     Args:
         pipe: for its scheduler.
-        x: the denoiser's input [B, c, h, w]; the second half is the conditional one if guidance doubles the batch.
+        x: the denoiser's input [B, c, h, w]; the second half is the conditional one if guidance doubles the batch, but
+            for a `DiTPipeline`, where the first is.
         t: its time, a scalar or [B].
         output: [B, >= c, h, w]
         guidance: scale of classifier-free guidance.
     """
     y = output[:, : x.shape[1]].float()
     if guidance > 1 and len(y) % 2 == 0:
+        y = y.flip(0) if isinstance(pipe, DiTPipeline) else y
         y = y[:1] + guidance * (y[-1:] - y[:1])
     x, y, time = x[-1:].float(), y[-1:], t.flatten()[-1]
     alphas = getattr(pipe.scheduler, "alphas_cumprod", None)

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
 from diffattn.injection import Patch
 
 
@@ -44,9 +47,23 @@ class Recorder:
         names = [layer.name for layer in report.layers if layer.left_alone is None] if report else []
         self.trace = RunTrace(title, names)
         self._counts = self._accelerated()
+        self._changes: list[Tensor | None] = []  # on their device
 
-    def record(self, change: float | None, seconds: float) -> None:
-        """One call is done."""
+    def finished(self) -> RunTrace:
+        """The trace with all changes so far, which waits for their device."""
+        known = len(self.trace.changes)
+        fresh = [x for x in self._changes[known:] if x is not None]
+        values = iter(torch.stack(fresh).tolist() if fresh else ())
+        self.trace.changes += [None if x is None else next(values) for x in self._changes[known:]]
+        return self.trace
+
+    def record(self, change: Tensor | None, seconds: float) -> None:
+        """One call is done.
+
+        Args:
+            change: of the latents, a scalar on the device; it is not read before `finished`.
+            seconds: of the call and what followed the one before.
+        """
         before, self._counts = self._counts, self._accelerated()
         trace = self.trace
         trace.accelerated.append([self._counts[name] > before[name] for name in trace.layers])
@@ -54,7 +71,7 @@ class Recorder:
         level, phase = (entry["noise_level"], entry["phase"]) if entry else (None, None)
         trace.noise_levels.append(min(level) if isinstance(level, list) else level)
         trace.numbers.append(self._number(phase) if any(trace.accelerated[-1]) else None)
-        trace.changes.append(change)
+        self._changes.append(change)
         trace.seconds.append(seconds)
 
     def _accelerated(self) -> dict[str, int]:

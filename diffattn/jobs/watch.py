@@ -10,12 +10,12 @@ from typing import Any, Self
 from PIL import Image
 from torch import Tensor
 
-from diffattn.generation import Request
+from diffattn.generation import Picture, Request
 from diffattn.injection import Patch
 from diffattn.jobs.preview import Preview, clean_estimate
 from diffattn.jobs.run_trace import Recorder, RunTrace
 
-PREVIEW_SECONDS = 0.3  # least time between two previews
+EVENT_SECONDS = 0.3  # least time between two events, and so between two previews
 
 
 class Stopped(Exception):
@@ -33,10 +33,24 @@ class Progress:
     seconds_left: float | None  # of the job
     preview: Image.Image | None = None
     what: str = ""
+    ahead: int = 0  # jobs that come before this one; it has not begun
 
 
 class Watch:
     """Within its `with` block every call of the pipeline's denoiser is followed; leaves no hook behind.
+
+    An event is sent after the first and last call of a picture, and between them every `EVENT_SECONDS`: only then does
+    a device have to be waited for.
+
+    Args:
+        pipe: the pipeline; only it is called within the block.
+        request, patch: of the pictures, as `prepare` returned them.
+        stop: ends the run.
+        emit: takes the events.
+        preview: makes their sketches; None: they have none.
+        done, pictures: of the job, before this run and in all.
+        what: the events say about the run.
+        learn: told of every whole picture, see `drawn`: its request, its seconds and the calls that made it.
 
     Raises:
         Stopped: out of the denoiser, before its next call, once `stop` is set.
@@ -53,15 +67,16 @@ class Watch:
         done: int = 0,
         pictures: int | None = None,
         what: str = "",
+        learn: Callable[[Request, float, int], None] | None = None,
     ) -> None:
         self.pipe, self.request, self.patch = pipe, request, patch
-        self.stop, self.emit, self.preview = stop, emit, preview
+        self.stop, self.emit, self.preview, self.learn = stop, emit, preview, learn
         self.done, self.pictures, self.what = done, pictures or request.num_images, what
         self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # phase -> arguments of its first call
         self._denoiser: Any = getattr(pipe, "unet", None) or pipe.transformer
         self._handles: list[Any] = []
         self._begin = self._last = time.perf_counter()
-        self._last_preview = 0.0
+        self._last_event = 0.0
         self._calls = 0
         self.begin_picture()
 
@@ -70,10 +85,16 @@ class Watch:
         self.recorder = Recorder(self.what, self.patch)
         self._state: Tensor | None = None
 
+    def drawn(self, picture: Picture) -> None:
+        """The picture under way is whole."""
+        self.done += 1
+        if self.learn is not None:
+            self.learn(self.request, picture.seconds, self._num_calls())
+
     @property
     def trace(self) -> RunTrace:
         """Of the picture under way, or the last."""
-        return self.recorder.trace
+        return self.recorder.finished()
 
     def __enter__(self) -> Self:
         self._handles = [
@@ -93,28 +114,40 @@ class Watch:
             raise Stopped
 
     def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x, t = args[0], args[1]
         now = time.perf_counter()
         self._calls += 1
+        x, t = noisy_input(args, kwargs)
         self.recorder.record(self._change(x), now - self._last)
         self._last = now
         phases = [entry["phase"] for entry in self.patch.trace()[-1:]] if self.patch else [0]
         if phases and isinstance(phases[0], int):
             self.inputs.setdefault(phases[0], (args, kwargs))
-        step, steps = len(self.trace.seconds), self._num_steps()
-        left = (self.pictures - self.done) * steps - step
-        sketch = None
-        if self.preview is not None and (now - self._last_preview > PREVIEW_SECONDS or step == 1):
+        step, steps = self._num_calls(), self._num_steps()
+        if step in (1, steps) or now - self._last_event > EVENT_SECONDS:
+            self._tell(step, steps, x, t, output, now)
+
+    def _tell(self, step: int, steps: int, x: Tensor, t: Tensor, output: Any, now: float) -> None:
+        left, sketch = (self.pictures - self.done) * steps - step, None
+        if self.preview is not None:
             found = output[0] if isinstance(output, tuple) else output.sample
             sketch = self.preview(clean_estimate(self.pipe, x, t, found, self.request.guidance or 1))
-            self._last_preview = now
         seconds_left = (now - self._begin) / self._calls * left if self._calls > 1 else None
         self.emit(Progress(step, steps, self.done, self.pictures, seconds_left, sketch, self.what))
+        self._last_event = time.perf_counter()
+
+    def _num_calls(self) -> int:
+        return len(self.recorder.trace.seconds)
 
     def _num_steps(self) -> int:
-        return max(len(self.pipe.scheduler.timesteps), len(self.trace.seconds))
+        return max(len(self.pipe.scheduler.timesteps), self._num_calls())
 
-    def _change(self, x: Tensor) -> float | None:
-        """mean |x_k - x_{k-1}| of the conditional half."""
+    def _change(self, x: Tensor) -> Tensor | None:
+        """mean |x_k - x_{k-1}| of the conditional half, left on its device: to read it would be to wait for it."""
         before, self._state = self._state, x[-1].detach().float().clone()
-        return None if before is None else float((self._state - before).abs().mean())
+        return None if before is None else (self._state - before).abs().mean()
+
+
+def noisy_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The latents and the time that a denoiser was called with; pipelines give either by place or by name."""
+    x = args[0] if args else next(kwargs[name] for name in ("sample", "hidden_states") if name in kwargs)
+    return x, args[1] if len(args) > 1 else kwargs["timestep"]

@@ -1,31 +1,39 @@
 """One job at a time on one model at a time."""
 
 import gc
+import logging
 import queue
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiTPipeline
 
 from diffattn.devices import choose_device, choose_dtype
 from diffattn.generation import Picture, Request, generate, prepare
+from diffattn.injection import Patch
 from diffattn.jobs.choices import Models
 from diffattn.jobs.compare import Comparison, compare
 from diffattn.jobs.limits import Limits
+from diffattn.jobs.pace import Pace
 from diffattn.jobs.preview import Preview
+from diffattn.jobs.quality_run import Measurement, Run
 from diffattn.jobs.run_trace import RunTrace
-from diffattn.jobs.watch import Progress, Stopped, Watch
+from diffattn.jobs.snippet import snippet
+from diffattn.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
+from diffattn.jobs.stops import Stops
+from diffattn.jobs.turns import Turns
+from diffattn.jobs.watch import Progress, Watch
 from diffattn.loading import load_pipeline
 from diffattn.report import Report
-from diffattn.sampling import SiTPipeline
+from diffattn.sampling.class_pipelines import class_ids, draws_classes
 
-PIXELS = 256 * 256
+log = logging.getLogger("diffattn.jobs")
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Drawn:
     report: Report | None
     trace: RunTrace  # of the last picture
     draws_classes: bool
+    code: str  # Python that draws the first picture again
 
 
 Emit = Callable[[Any], None]
@@ -57,86 +66,155 @@ class Worker:
         self.models, self.limits = models or Models(), limits or Limits()
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        self._turn = threading.Lock()
-        self._stops: dict[str, set[threading.Event]] = {}
-        self._pace: dict[str, float] = {}  # model -> seconds of one step of 256x256 pixels
-        self._loaded: tuple[str, Any, Preview] | None = None
+        self._turns = Turns()
+        self._stops = Stops(self.limits.jobs)
+        self._pace = Pace()
+        self._loaded: tuple[str, Any, Preview | None] | None = None
 
     def generate(self, session: str, request: Request) -> Iterator[Progress | Drawn]:
         """Draw; progress after every step, and what is there after every picture.
 
         Raises:
             Stopped: by `stop`.
-            ValueError, TypeError: a model, class or size that cannot be; as `prepare`.
+            ValueError, TypeError: a model, class or size that cannot be, as `prepare`; more jobs of a session than
+                `Limits.jobs`.
         """
         return self._stream(session, lambda emit, stop: self._generate(request, emit, stop))
 
     def compare(self, session: str, request: Request, names: Sequence[str]) -> Iterator[Progress | Comparison]:
         """Draw the same pictures unpatched and with every acceleration; raises as `generate`."""
+        self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
 
         def work(emit: Emit, stop: threading.Event) -> None:
-            with self._model(request.model, emit) as (pipe, _):
+            pipe, _ = self._model(request.model, emit)
 
-                def watch(ready: Request, patch: Any, done: int, pictures: int, what: str) -> Watch:
-                    return Watch(pipe, ready, patch, stop, emit, None, done, pictures, what)
+            def watch(ready: Request, patch: Patch | None, done: int, pictures: int, what: str) -> Watch:
+                return self._watch(pipe, ready, patch, stop, emit, None, done, pictures, what)
 
-                emit(compare(pipe, request, names, watch))
+            emit(compare(pipe, request, names, watch))
+
+        return self._stream(session, work)
+
+    def measure(self, session: str, asked: Measurement) -> Iterator[Progress | Run]:
+        """Speed and quality, one `Run` per model as soon as it is done; raises as `generate` and `measure`."""
+        for name in asked.models:
+            extractor_for(name, asked.extractor, self.models)  # before anything is loaded
+
+        def work(emit: Emit, stop: threading.Event) -> None:
+            for name in asked.models:
+                emit(self._measure(name, asked, emit, stop))
 
         return self._stream(session, work)
 
     def stop(self, session: str) -> bool:
-        """Stop the running job of a session within one step; whether there was one."""
-        found = list(self._stops.get(session, ()))
-        for event in found:
-            event.set()
-        return bool(found)
+        """Stop the jobs of a session: the running one within one step, waiting ones at once; whether there were any."""
+        found = self._stops.stop(session)
+        self._turns.wake()
+        return found
 
     def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
-        """Estimate for a job, from the pace of the model's latest run; None before there was one."""
-        pace = self._pace.get(request.model)
-        size = self.models.describe(request.model).size or (512, 512)
-        pixels = (request.width or size[0]) * (request.height or size[1])
-        return None if pace is None else pace * pixels / PIXELS * request.steps * (pictures or request.num_images)
+        """Estimate for a job without acceleration, see `Pace`; None before the model drew anything.
+
+        Args:
+            request: what is drawn.
+            pictures: how many in all; None: those of the request.
+
+        Raises:
+            ValueError: a size or an amount of work that is above the limits.
+        """
+        count = request.num_images if pictures is None else pictures
+        unknown = min(512, self.limits.side)
+        own = self.models.describe(request.model).size or (unknown, unknown)
+        width, height = request.width or own[0], request.height or own[1]
+        self.limits.check_size(width, height)
+        self.limits.check_work(count, request.steps)
+        return self._pace.seconds(request.model, width * height, request.steps * count)
+
+    def stored_runs(self) -> list[Run]:
+        """Speed and quality that lie beside the models; a damaged file is left out, with a line in the log."""
+        found: list[Run] = []
+        for name in self.models.names():
+            try:
+                found += stored_runs(self.models.place(name))
+            except ValueError as error:
+                log.warning("%s: %s", name, error)
+        return found
+
+    def seconds_to_measure(self, asked: Measurement) -> float | None:
+        """Estimate for a measurement; None before each of its models has drawn a picture.
+
+        Raises:
+            ValueError: as `seconds_for`; an extractor that may not be asked for.
+        """
+        found = 0.0
+        for name in asked.models:
+            stored = has_reference(name, asked, self.models)
+            pictures = asked.samples * (asked.num_variants + (not stored))
+            seconds = self.seconds_for(Request(name, "", steps=asked.steps), pictures)
+            if seconds is None:
+                return None
+            found += seconds
+        return found
 
     def warm_up(self, name: str) -> None:
         """Load a model and run two steps, so that the first job begins at once and its time is known."""
-        for _ in self.generate("", self.limits.request(name, "0", steps=2, acceleration="none")):
-            pass
+        nobody = object()  # no visitor can name it, to stop it
+        try:
+            request = self.limits.request(name, "0", steps=min(2, self.limits.steps), acceleration="none")
+            for _ in self._stream(nobody, lambda emit, stop: self._generate(request, emit, stop)):
+                pass
+        except ValueError as error:  # such as a model that draws larger pictures than are allowed
+            log.warning("%s is not warmed up: %s", name, error)
 
     def _generate(self, request: Request, emit: Emit, stop: threading.Event) -> None:
-        with self._model(request.model, emit) as (pipe, preview):
-            ready, patch = prepare(pipe, request)
-            try:
-                with Watch(pipe, ready, patch, stop, emit, preview) as watch:
-                    pictures: list[Picture] = []
-                    for picture in generate(pipe, ready):
-                        pictures.append(picture)
-                        report = patch.report() if patch else None
-                        emit(Drawn(ready, tuple(pictures), report, watch.trace, isinstance(pipe, SiTPipeline)))
-                        watch.done += 1
-                        self._learn_pace(ready, watch.trace)
-                        watch.begin_picture()
-            finally:
-                if patch:
-                    patch.remove()
+        pipe, preview = self._model(request.model, emit)
+        ready, patch = prepare(pipe, request)
+        try:
+            with self._watch(pipe, ready, patch, stop, emit, preview) as watch:
+                pictures: list[Picture] = []
+                for picture in generate(pipe, ready):
+                    pictures.append(picture)
+                    emit(self._drawn(pipe, ready, pictures, patch, watch.trace))
+                    watch.drawn(picture)
+                    watch.begin_picture()
+        finally:
+            if patch:
+                patch.remove()
 
-    def _learn_pace(self, request: Request, trace: RunTrace) -> None:
-        assert request.width is not None
-        assert request.height is not None
-        later = sorted(trace.seconds[1:] or trace.seconds)
-        self._pace[request.model] = later[len(later) // 2] * PIXELS / (request.width * request.height)
+    def _drawn(
+        self, pipe: Any, request: Request, pictures: Sequence[Picture], patch: Patch | None, trace: RunTrace
+    ) -> Drawn:
+        classes, local = draws_classes(pipe), self.models.is_local(request.model)
+        ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
+        code = snippet(request, classes, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
+        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, classes, code)
 
-    @contextmanager
-    def _model(self, name: str, emit: Emit) -> Iterator[tuple[Any, Preview]]:
-        """The model of a name, loaded if another was; no_grad as pipelines have it."""
+    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> Run:
+        """One model. When it returns, nothing here holds that model while the next one is loaded."""
+        pipe, preview = self._model(name, emit)
+
+        def watch(ready: Request, patch: Patch | None, done: int, pictures: int, what: str) -> Watch:
+            return self._watch(pipe, ready, patch, stop, emit, preview, done, pictures, f"{ready.model}: {what}")
+
+        return measure(pipe, name, asked, self.models, watch)
+
+    def _watch(self, pipe: Any, ready: Request, *args: Any) -> Watch:
+        """Of a request that went through `prepare`, which filled in the size; the rest as `Watch` takes it."""
+        assert ready.width is not None
+        assert ready.height is not None
+        self.limits.check_size(ready.width, ready.height)
+        return Watch(pipe, ready, *args, learn=self._pace.learn)
+
+    def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
+        """The model of a name, loaded if another was."""
         source = self.models.source(name)
         if self._loaded is None or self._loaded[0] != source:
             emit(Progress(0, 0, 0, 0, None, what=f"loading {name}"))
             self._unload()
             pipe: Any = load_pipeline(source, self.dtype).to(self.device)
             pipe.set_progress_bar_config(disable=True)
-            self._loaded = source, pipe, Preview(pipe)
-        yield self._loaded[1], self._loaded[2]
+            self._loaded = source, pipe, Preview.of(pipe)
+        return self._loaded[1], self._loaded[2]
 
     def _unload(self) -> None:
         self._loaded = None
@@ -144,45 +222,42 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _stream(self, session: str, work: Callable[[Emit, threading.Event], None]) -> Iterator[Any]:
-        """What `work` emits, from a thread of its own; closing the iterator stops the work and waits for it."""
+    def _stream(self, session: Hashable, work: Callable[[Emit, threading.Event], None]) -> Iterator[Any]:
+        """What `work` emits, from a thread of its own.
+
+        Closing the iterator stops the work within one step and does not wait for it, since whoever closes may have
+        others to serve; the next job waits for its turn.
+        """
         found: queue.Queue[Any] = queue.Queue()
-        stop, done = threading.Event(), object()
-        self._stops.setdefault(session, set()).add(stop)
+        stop, done = self._stops.add(session), object()
 
         def run() -> None:
+            last: Any = done
             try:
-                with self._turn:
-                    if stop.is_set():
-                        raise Stopped
+                with self._turns.turn(stop, lambda ahead: found.put(Progress(0, 0, 0, 0, None, ahead=ahead))):
                     work(found.put, stop)
-                found.put(done)
             except BaseException as error:  # raised again where the work was asked for
-                found.put(error)
+                last = error
+            finally:
+                self._stops.discard(session, stop)
+            found.put(last)
 
-        thread = threading.Thread(target=run, name="diffattn-job", daemon=True)
         try:
-            thread.start()
+            threading.Thread(target=run, name="diffattn-job", daemon=True).start()
             while (event := _latest(found)) is not done:
                 if isinstance(event, BaseException):
                     raise event
                 yield event
         finally:
             stop.set()
-            thread.join()
-            self._stops[session].discard(stop)
-            if not self._stops[session]:
-                del self._stops[session]
+            self._turns.wake()
 
 
 def _latest(found: "queue.Queue[Any]") -> Any:
-    """The next event; progress that is out of date is passed over, unless it alone has a preview."""
+    """The next event; progress that is out of date is passed over."""
     event = found.get()
     while isinstance(event, Progress) and found.queue and isinstance(found.queue[0], Progress):
-        later = found.get()
-        event = later if later.preview is not None or event.preview is None else event
-        if event is not later:
-            return event
+        event = found.get()
     return event
 
 

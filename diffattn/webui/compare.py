@@ -1,7 +1,7 @@
 """The tab that draws the same pictures exact and accelerated."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import gradio as gr
 
 from diffattn.jobs import Comparison, Progress, Stopped, Worker
 from diffattn.jobs.worker import save_pictures
+from diffattn.webui.files import Files
 from diffattn.webui.generate import stopper
-from diffattn.webui.inputs import inputs, request_of, wire
-from diffattn.webui.shared import JOB, QUICK, note, progress_html, table, told
+from diffattn.webui.inputs import Inputs, inputs, request_of
+from diffattn.webui.shared import JOB, QUICK, UNCOUNTED, note, progress_html, table, told
+from diffattn.webui.time_line import Told, keep_told, time_of_drawing
 
 HEAD = (
     "acceleration",
@@ -24,9 +26,11 @@ HEAD = (
     "layers",
 )
 
+UNMEASURED = "Peak memory is measured on CUDA devices only."
 
-def tab(page: gr.Blocks, worker: Worker) -> None:
-    """Lay it out."""
+
+def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
+    """Lay it out; returns the event that ends a run, the traces of whose variants are then in `traces`, by name."""
     with gr.Row(elem_classes="diffattn-split"):
         with gr.Column(scale=2, min_width=320):
             found = inputs(worker, several=True)
@@ -34,7 +38,7 @@ def tab(page: gr.Blocks, worker: Worker) -> None:
             with gr.Row():
                 go = gr.Button("Compare (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="compare")
                 halt = gr.Button("Stop", variant="stop", elem_id="stop-compare")
-            time = gr.Markdown(str(worker.limits))
+            time = gr.Markdown(str(worker.limits), elem_id="compare-time")
             stage = gr.HTML(note("Exact on the left, accelerated on the right."), elem_id="compare-stage")
             shown = gr.Radio([], label="Shown", visible=False)
             slider = gr.ImageSlider(
@@ -49,33 +53,57 @@ def tab(page: gr.Blocks, worker: Worker) -> None:
     @told
     def run(
         prompt: str, model: str, accelerations: list[str], steps: float, guidance: float | None, width: float | None,
-        height: float | None, seed: float, num_images: float, negative_prompt: str, request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        given = [prompt, model, accelerations, steps, guidance, width, height, seed, num_images, negative_prompt]
+        height: float | None, seed: float, num_images: float, negative_prompt: str, recipe: str | None,
+        request: gr.Request,
+    ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        given = [prompt, model, None, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
         blank = gr.skip()
-        yield note("Starting …"), blank, None, "", "", blank
+        yield note("Starting …"), blank, None, "", "", blank, blank
         try:
-            names = worker.limits.variants_of(accelerations)
+            names = worker.limits.variants_of(accelerations, recipe is not None)
             asked = request_of(worker, given, acceleration="automatic")
             for event in worker.compare(str(request.session_hash), asked, names):
                 if isinstance(event, Progress):
-                    yield progress_html(event), blank, blank, blank, blank, blank
+                    yield progress_html(event), *[blank] * 6
                 elif isinstance(event, Comparison):
-                    chosen = _pairs(event, Path(page.GRADIO_CACHE))
+                    chosen = _pairs(event, files.folder())
                     first = next(iter(chosen))
                     radio = gr.Radio(list(chosen), value=first, visible=len(chosen) > 1)
-                    yield note("Done."), radio, chosen[first], _figures(event), _reports(event), chosen
+                    steps_of = {variant.name: variant.trace.to_dict() for variant in event.variants}
+                    yield note("Done."), radio, chosen[first], _figures(event), _reports(event), chosen, steps_of
         except Stopped:
-            yield note("Stopped. Change something and press Compare again."), blank, blank, blank, blank, blank
+            yield note("Stopped. Change something and press Compare again."), *[blank] * 6
 
-    go.click(run, found.all(), [stage, shown, slider, figures, report, pairs], api_name="compare", **JOB)
+    outputs = [stage, shown, slider, figures, report, pairs, traces]
+    done = go.click(run, found.all(), outputs, api_name="compare", **JOB)
     halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
 
     def show(name: str, pairs: dict[str, Any]) -> Any:
-        return pairs.get(name)
+        pair = pairs.get(name)
+        if pair and not all(Path(path).is_file() for path in pair):
+            raise gr.Error("These pictures are no longer on the server: press Compare again.", print_exception=False)
+        return pair
 
     shown.input(show, [shown, pairs], slider, api_name="show_pair", **QUICK)
-    wire(page, worker, found, gr.State(), time, "compare")
+    _wire_time(page, worker, found, time, done)
+    return done
+
+
+def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown, run: Any) -> None:
+    """Keep the estimate of the time up to date, for pictures drawn by every variant."""
+
+    def tell(
+        model: str, steps: float, width: float | None, height: float | None, num_images: float, chosen: list[str],
+        recipe: str | None,
+    ) -> Told:  # fmt: skip
+        try:
+            variants = 1 + len(worker.limits.variants_of(chosen, recipe is not None))
+        except ValueError as error:
+            return str(error), False
+        return time_of_drawing(worker, model, steps, width, height, num_images, variants)
+
+    counted = [found.model, found.steps, found.width, found.height, found.num_images, found.acceleration, found.recipe]
+    keep_told(page, time, tell, counted, run, api_visibility="private")
 
 
 def _pairs(comparison: Comparison, folder: Path) -> dict[str, tuple[str, str]]:
@@ -101,7 +129,9 @@ def _figures(comparison: Comparison) -> str:
     count = comparison.request.num_images
     what = "one picture each: times of single pictures vary, draw more for a firm figure"
     below = what if count == 1 else f"median of {count} pictures, drawn in turns"
-    return table(HEAD, rows) + note(f"Times: {below}.")
+    missing = [UNMEASURED] * (comparison.variants[0].peak_mib is None)
+    missing += [UNCOUNTED] * any(v.gflops is None for v in comparison.variants)
+    return table(HEAD, rows) + "".join(map(note, [f"Times: {below}.", *missing]))
 
 
 def _reports(comparison: Comparison) -> str:

@@ -1,19 +1,19 @@
 """The tab that draws."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator
 from typing import Any
 
 import gradio as gr
 
-from diffattn.jobs import Drawn, Progress, Stopped, Worker, snippet
+from diffattn.jobs import Drawn, Progress, Stopped, Worker
 from diffattn.jobs.worker import save_pictures
-from diffattn.webui.inputs import describe_model, inputs, request_of, wire
+from diffattn.webui.files import Files
+from diffattn.webui.inputs import describe_model, inputs, request_of, wire_model, wire_time
 from diffattn.webui.shared import JOB, QUICK, duration, note, progress_html, told
 
 
-def tab(page: gr.Blocks, worker: Worker, latest: gr.State) -> Any:
-    """Lay it out; returns the event that ends a run."""
+def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
+    """Lay it out; returns the event that ends a run, whose trace is then in `latest`."""
     with gr.Row(elem_classes="diffattn-split"):
         with gr.Column(scale=2, min_width=320):
             found = inputs(worker, several=False)
@@ -30,15 +30,16 @@ def tab(page: gr.Blocks, worker: Worker, latest: gr.State) -> Any:
                 label="Pictures", format="png", type="filepath", interactive=False, columns=1, object_fit="contain",
                 height="auto", elem_id="gallery",
             )  # fmt: skip
-            files = gr.File(label="PNG files, each with its recipe inside", file_count="multiple", interactive=False)
+            saved = gr.File(label="PNG files, each with its recipe inside", file_count="multiple", interactive=False)
             code = gr.Code(label="The same in Python", language="python", interactive=False, wrap_lines=True)
 
     @told
     def draw(
         prompt: str, model: str, acceleration: str, steps: float, guidance: float | None, width: float | None,
-        height: float | None, seed: float, num_images: float, negative_prompt: str, request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        given = [prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative_prompt]
+        height: float | None, seed: float, num_images: float, negative_prompt: str, recipe: str | None,
+        request: gr.Request,
+    ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        given = [prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
         blank, paths = gr.skip(), []
         yield note("Starting …"), [], None, "", blank
         shown = 0
@@ -47,25 +48,20 @@ def tab(page: gr.Blocks, worker: Worker, latest: gr.State) -> Any:
                 if isinstance(event, Progress):
                     yield progress_html(event), blank, blank, blank, blank
                 elif isinstance(event, Drawn):
-                    paths += save_pictures(event.pictures[shown:], Path(page.GRADIO_CACHE))
+                    paths += save_pictures(event.pictures[shown:], files.folder())
                     shown = len(event.pictures)
                     names = [str(path) for path in paths]
-                    yield (
-                        note(_summary(event)),
-                        names,
-                        names,
-                        snippet(event.request, event.draws_classes),
-                        (event.trace.to_dict()),
-                    )
+                    yield note(_summary(event)), names, names, event.code, event.trace.to_dict()
         except Stopped:
             yield note("Stopped. Change something and press Generate again."), blank, blank, blank, blank
 
-    outputs = [stage, gallery, files, code, latest]
+    outputs = [stage, gallery, saved, code, latest]
     run = gr.on([go.click, found.prompt.submit], draw, found.all(), outputs,
                 api_name="generate", **JOB)  # fmt: skip
     halt.click(stopper(worker), None, stage, api_name="stop", **QUICK)
     found.renew_seed(run)
-    wire(page, worker, found, about, time, "generate")
+    wire_model(worker, found, about)
+    wire_time(page, worker, found, time, run)
     return run
 
 

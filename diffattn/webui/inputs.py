@@ -6,7 +6,8 @@ from typing import Any
 import gradio as gr
 
 from diffattn.jobs import AUTOMATIC, Worker, accelerations
-from diffattn.webui.shared import QUICK, estimate, toast
+from diffattn.webui.shared import QUICK, given_or_own, toast
+from diffattn.webui.time_line import Told, keep_told, time_of_drawing
 
 OWN = "the model's own"
 RANDOM = "Math.floor(Math.random() * 2 ** 31)"
@@ -27,6 +28,7 @@ class Inputs:
     seed: gr.Number
     num_images: gr.Slider
     negative_prompt: gr.Textbox
+    recipe: gr.File
     keep_seed: gr.Checkbox | None  # not sent
 
     def all(self) -> list[Any]:
@@ -58,7 +60,7 @@ def inputs(worker: Worker, several: bool, images: int = 1) -> Inputs:
         max_choices=limits.variants if several else None,
         info=f"Up to {limits.variants}, each against exact attention." if several else info,
     )  # fmt: skip
-    steps = gr.Slider(1, limits.steps, 25, step=1, label="Steps")
+    steps = gr.Slider(1, limits.steps, 20, step=1, label="Steps")
     num_images = gr.Slider(1, limits.images, images, step=1, label="Pictures", info="Each has the next seed.")
     keep: gr.Checkbox | None = None
     with gr.Row():
@@ -69,20 +71,30 @@ def inputs(worker: Worker, several: bool, images: int = 1) -> Inputs:
             dice.click(None, None, seed, js=f"() => {RANDOM}", api_visibility="private")
     with gr.Accordion("More settings", open=False):
         with gr.Row():
-            width = gr.Number(None, label="Width", placeholder=OWN, info="Pixels", precision=0, min_width=120)
-            height = gr.Number(None, label="Height", placeholder=OWN, info="Pixels", precision=0, min_width=120)
-            guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none", min_width=120)
+            width = gr.Number(
+                None, label="Width", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=120
+            )
+            height = gr.Number(
+                None, label="Height", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=120
+            )
+            guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=120)
         negative = gr.Textbox("", label="Keep out", info="Negative prompt", max_length=limits.prompt)
-    return Inputs(prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative, keep)
+        use = "compared too" if several else "instead of the acceleration"
+        recipe = gr.File(
+            label=f"Recipe (JSON, see diffattn.patch), {use}", file_types=[".json"], file_count="single",
+            type="filepath", height=120,
+        )  # fmt: skip
+    return Inputs(prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative, recipe, keep)
 
 
 def request_of(worker: Worker, given: list[Any], acceleration: str | None = None) -> Any:
     """The checked request of the values of `Inputs.all()`."""
-    prompt, model, chosen, steps, guidance, width, height, seed, num_images, negative = given
+    prompt, model, chosen, steps, guidance, width, height, seed, num_images, negative, recipe = given
     worker.models.source(model)
     return worker.limits.request(
-        model, prompt, negative_prompt=negative, acceleration=acceleration or chosen, steps=steps, guidance=guidance,
-        width=width, height=height, seed=seed, num_images=num_images,
+        model, prompt, negative_prompt=negative, acceleration=acceleration or chosen, steps=steps,
+        guidance=given_or_own(guidance), width=given_or_own(width), height=given_or_own(height), seed=seed,
+        num_images=num_images, recipe=recipe,
     )  # fmt: skip
 
 
@@ -98,22 +110,20 @@ def describe_model(worker: Worker, name: str) -> str:
     return f"{name}: {found.what}{size}{guidance}{classes if found.classes else ''}"
 
 
-def wire(page: gr.Blocks, worker: Worker, found: Inputs, about: Any, time: Any, name: str) -> None:
-    """Keep the line about the model and the estimate of the time up to date."""
+def wire_model(worker: Worker, found: Inputs, about: gr.Markdown) -> None:
+    """Keep the line about the model up to date."""
 
     def tell_model(model: str) -> str:
         return describe_model(worker, model)
 
-    def tell_time(model: str, steps: float, width: float | None, height: float | None, num_images: float) -> str:
-        return estimate(worker, model, steps, width, height, num_images)
+    found.model.change(tell_model, found.model, about, api_name="describe_model", **QUICK)
 
-    public = name == "generate"
-    visible: dict[str, Any] = {"api_visibility": "public" if public else "private"}
-    found.model.change(
-        tell_model, found.model, about, api_name="describe_model" if public else None, **visible, **QUICK
-    )
+
+def wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown, run: Any) -> None:
+    """Keep the estimate of the time up to date, for pictures each drawn once."""
+
+    def tell(model: str, steps: float, width: float | None, height: float | None, num_images: float) -> Told:
+        return time_of_drawing(worker, model, steps, width, height, num_images)
+
     counted = [found.model, found.steps, found.width, found.height, found.num_images]
-    gr.on(
-        [page.load, *(component.change for component in counted)], tell_time, counted, time,
-        api_name="estimate" if public else None, trigger_mode="always_last", **visible, **QUICK,
-    )  # fmt: skip
+    keep_told(page, time, tell, counted, run, api_name="estimate")

@@ -3,7 +3,8 @@
 import base64
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import wraps
 from html import escape
 from typing import Any
@@ -11,26 +12,44 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffattn.jobs import Progress, Stopped, Worker
+from diffattn.jobs import Progress, Stopped
+from diffattn.jobs.compare import MAX_COUNTED_TOKENS
 
 log = logging.getLogger("diffattn.webui")
 
-JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": 1, "show_progress": "minimal"}
-"""Of every event that runs a model: one at a time across all tabs and visitors."""
+WAITING = 64
+"""Jobs that may wait."""
+
+JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": WAITING, "show_progress": "minimal"}
+"""Of every event that runs a model. One runs at a time across all tabs and visitors: `Worker` has them wait in line,
+rather than Gradio's queue, so that Stop reaches those that wait and they can say how many come before them."""
 
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
+BUG = "Something went wrong"
 
-def told(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """A generator whose errors become toasts: bad input in its own words, a bug without its traceback."""
+UNCOUNTED = f"GFLOPs are counted up to {MAX_COUNTED_TOKENS:,} latent pixels; “–”: the pictures have more."
+
+
+def told(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """A generator whose errors become toasts: bad input in its own words, a bug without its traceback.
+
+    The first of its outputs shows how far it is; there the error stays to be read when the toast is gone.
+    """
 
     @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
+        others: list[Any] = []
         try:
-            yield from function(*args, **kwargs)
+            with closing(function(*args, **kwargs)) as events:
+                for outputs in events:
+                    others = [gr.skip()] * (len(outputs) - 1)
+                    yield outputs
         except Stopped:
             raise
         except Exception as error:
+            title, message = _words(error)
+            yield note(f"{title}: {message}"), *others
             raise toast(error) from None
 
     return wrapped
@@ -38,19 +57,26 @@ def told(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]
 
 def toast(error: Exception) -> gr.Error:
     """What to tell of an error; one that is not about the input goes to the log with its traceback."""
-    if isinstance(error, gr.Error):
-        return error
+    title, message = _words(error)
+    if title == BUG:
+        log.error("a job failed", exc_info=error)
+    return gr.Error(escape(message, quote=False), title=title, print_exception=False)
+
+
+def _words(error: Exception) -> tuple[str, str]:
+    """Title and message."""
     if isinstance(error, ValueError | TypeError):
-        return gr.Error(escape(str(error), quote=False), title="Please change this", print_exception=False)
+        return "Please change this", str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return gr.Error("Not enough memory: choose a smaller size or fewer pictures.", print_exception=False)
-    log.error("a job failed", exc_info=error)
-    message = "The job failed; the reason is in the log of the server. Other settings may work."
-    return gr.Error(message, title="Something went wrong", print_exception=False)
+        return "Not enough memory", "choose a smaller size or fewer pictures."
+    return BUG, "the job failed; the reason is in the log of the server. Other settings may work."
 
 
 def progress_html(progress: Progress) -> str:
     """A bar, the step, the time left, and the preview inside the page itself."""
+    if progress.ahead:
+        jobs = "1 job runs" if progress.ahead == 1 else f"{progress.ahead} jobs run"
+        return note(f"Waiting: {jobs} before yours. Stop leaves the line.")
     if not progress.steps:
         return f'<div class="diffattn-stage"><p role="status">{escape(progress.what)} …</p></div>'
     total = progress.steps * progress.pictures
@@ -87,13 +113,6 @@ def duration(seconds: float) -> str:
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 
-def estimate(worker: Worker, model: Any, steps: Any, width: Any, height: Any, pictures: Any) -> str:
-    """How long a job would take, or what is wrong with it."""
-    try:
-        worker.models.source(model)
-        request = worker.limits.request(model, "", steps=steps, width=width, height=height, num_images=pictures)
-        seconds = worker.seconds_for(request)
-    except (ValueError, TypeError) as error:
-        return str(error)
-    about = "unknown until the first picture" if seconds is None else f"about {duration(seconds)}"
-    return f"Time: {about}. {worker.limits}"
+def given_or_own(value: Any) -> Any:
+    """None, for the model's own, of a number that was left empty: once it is shown, Gradio sends 0 for it."""
+    return None if value == 0 else value

@@ -1,4 +1,4 @@
-"""The tab that shows what the time steps of a visitor's latest run did."""
+"""The tab that shows what the time steps of a visitor's latest runs did."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,22 +9,44 @@ from diffattn.jobs import RunTrace
 from diffattn.webui.charts import steps_chart
 from diffattn.webui.shared import QUICK, note
 
-EMPTY = "Draw something under Generate first: its steps are shown here."
+EMPTY = "Draw something under Generate or Compare first: its steps are shown here."
+GENERATED, COMPARED = "Generate", "Compare: "
+
+Trace = Mapping[str, Any]
 
 
-def tab(latest: gr.State, drawn: Any) -> None:
-    """Lay it out; drawn anew after the event `drawn`."""
+def tab(latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
+    """Lay it out; drawn anew after the events `drawn` and `compared`.
+
+    Args:
+        latest: trace of the latest run under Generate.
+        traces: name -> trace of the variants of the latest comparison.
+    """
     gr.Markdown(
         "How many agents or mediators every step ran with, how much the latents still changed, and which layers ran "
-        "accelerated in your latest run under Generate. Point at a box for its step and layer."
+        "accelerated, in the last picture of your latest run. Point at a box for its step and layer."
     )
+    # A custom value is one that the server does not know yet: to clients, which run no event after another, all are.
+    which = gr.Dropdown([GENERATED], value=GENERATED, label="Run", allow_custom_value=True)
     chart = gr.HTML(note(EMPTY), elem_id="steps-chart")
     with gr.Accordion("As JSON", open=False):
         data = gr.JSON(None, label="Per step")
 
-    def time_steps(trace: Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any] | None]:
+    def time_steps(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[str, Trace | None]:
+        trace = latest if run == GENERATED else traces.get(run.removeprefix(COMPARED))
         if trace is None:
             return note(EMPTY), None
         return f'<div class="diffattn-scroll">{steps_chart(RunTrace.from_dict(trace))}</div>', trace
 
-    drawn.then(time_steps, latest, [chart, data], api_name="time_steps", **QUICK)
+    def after_comparison(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
+        names = [GENERATED, *(COMPARED + name for name in traces)]
+        run = names[2] if len(names) > 2 else GENERATED  # the first is the exact one
+        return gr.Dropdown(names, value=run), *time_steps(run, latest, traces)
+
+    def after_drawing(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
+        return GENERATED, *time_steps(GENERATED, latest, traces)
+
+    shown = [which, chart, data]
+    drawn.then(after_drawing, [latest, traces], shown, api_visibility="private", **QUICK)
+    compared.then(after_comparison, [latest, traces], shown, api_visibility="private", **QUICK)
+    which.input(time_steps, [which, latest, traces], [chart, data], api_name="time_steps", **QUICK)

@@ -1,0 +1,46 @@
+"""Who has which jobs, waiting or running, and how each is stopped."""
+
+import threading
+from collections.abc import Hashable
+
+
+class Stops:
+    """The jobs of every session, each with the event that stops it; for any number of threads.
+
+    Args:
+        most: jobs that one session may have at a time.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._lock = threading.Lock()
+        self._events: dict[Hashable, set[threading.Event]] = {}
+
+    def add(self, session: Hashable) -> threading.Event:
+        """A job more; raises `ValueError` if the session has as many as it may."""
+        with self._lock:
+            own = self._events.get(session, set())
+            if len(own) >= self.most:
+                raise ValueError(
+                    f"{len(own)} jobs of yours run or wait already, at most {self.most} may: stop them, or let one end"
+                )
+            stop = threading.Event()
+            self._events[session] = own | {stop}
+        return stop
+
+    def discard(self, session: Hashable, stop: threading.Event) -> None:
+        """A job is over."""
+        with self._lock:
+            left = self._events.get(session, set()) - {stop}
+            if left:
+                self._events[session] = left
+            else:
+                self._events.pop(session, None)
+
+    def stop(self, session: Hashable) -> bool:
+        """Set the events of a session; whether there were any."""
+        with self._lock:
+            found = self._events.get(session, set())
+        for event in found:
+            event.set()
+        return bool(found)

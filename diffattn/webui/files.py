@@ -1,0 +1,45 @@
+"""The files that visitors look at and download, and their end."""
+
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+class Files:
+    """A folder of one page below Gradio's cache, whose subfolders are deleted once they are old.
+
+    Gradio's own `delete_cache` reaches uploads only: it forgets files as soon as a component is updated.
+
+    Args:
+        cache: Gradio's.
+        seconds: age at which a subfolder is deleted, at the next use; all are when the page ends.
+    """
+
+    def __init__(self, cache: Path, seconds: float) -> None:
+        self._pages = cache / "diffattn"
+        self._own = self._pages / secrets.token_hex(16)
+        self._seconds = seconds
+
+    def folder(self) -> Path:
+        """Where to put new subfolders."""
+        self._sweep()
+        return self._own
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Of the server: what is left is deleted at its end."""
+        yield
+        self._sweep()
+        shutil.rmtree(self._own, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Old subfolders of this page, and of others, which may have ended without doing so themselves."""
+        oldest = time.time() - self._seconds
+        for place in self._pages.glob("*/*"):
+            with suppress(OSError):  # another page was faster
+                if place.stat().st_mtime < oldest:
+                    shutil.rmtree(place)
