@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -16,5 +17,16 @@ def _deterministic_threads() -> None:
 
 @pytest.fixture
 def make_pipeline(tmp_path: Path) -> Callable[[str], DiffusionPipeline]:
-    """kind -> a tiny pipeline: sd, sdxl, img2img, inpaint or controlnet."""
+    """kind -> a tiny pipeline: sd, sdxl, img2img, inpaint, controlnet, dit, pixart or pixart-sigma."""
     return lambda kind: tiny.pipeline(kind, tmp_path / "tokenizer")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say aloud that tests of the page were skipped, and why: their number alone is easily overlooked."""
+    found = set()
+    for report in terminalreporter.stats.get("skipped", ()):
+        if "test_webui" in report.nodeid and isinstance(report.longrepr, tuple):
+            what = "the page in a browser" if "browser" in report.nodeid else "the page"
+            found.add(f"NOT TESTED: {what}: " + str(report.longrepr[2]).removeprefix("Skipped: "))
+    for line in sorted(found):
+        terminalreporter.write_line(line, yellow=True)

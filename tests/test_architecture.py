@@ -10,15 +10,18 @@ ROOT = Path(__file__).parents[1] / "diffattn"
 
 RANKS = {
     "functional": 0,
+    "json_text": 0,
     "schedules": 1,
     "noise_level": 1,
     "methods": 2,
     "processors": 3,
     "models": 3,
     "plan": 3,
+    "recipe": 3,
     "report": 3,
     "run_hook": 4,
     "injection": 4,
+    "patched": 4,
     "sampling": 4,
     "loading": 4,
     "training": 5,

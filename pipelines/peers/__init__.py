@@ -1,0 +1,89 @@
+"""The ways to make a Stable Diffusion pipeline faster that `compare_peers.py` compares; one file per kind.
+
+A variant is named by its parts, joined by "+", such as "tome-0.5" or "agent+deepcache-3". `apply` changes a pipeline
+for the length of a `with` block.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from diffattn.evaluation.benchmark_variants import PRESETS
+
+from .agents import agent
+from .base import Draw, LeftOut, Peer, Setting
+from .deepcache import deepcache
+from .downsampling import SHRINK, downsampling
+from .floor import floor
+from .gating import tgate
+from .steps import fewer_steps
+from .tiles import tiled
+from .tome import tome
+
+__all__ = ["FLOOR", "SDPA", "VARIANTS", "LeftOut", "Setting", "apply", "check_names", "family"]
+
+SDPA, FLOOR = "sdpa", "floor"
+
+KINDS: Mapping[str, Callable[[str], Peer]] = {
+    SDPA: lambda _: _unchanged,
+    FLOOR: lambda _: floor,
+    "agent": lambda preset: partial(agent, {"": "balanced", **{name: name for name in PRESETS}}[preset]),
+    "steps": lambda number: partial(fewer_steps, int(number)),
+    "tome": lambda ratio: partial(tome, float(ratio)),
+    "keys": lambda kind: partial(downsampling, SHRINK[kind]),
+    "tiles": lambda number: partial(tiled, int(number)),
+    "deepcache": lambda interval: partial(deepcache, int(interval)),
+    "tgate": lambda _: tgate,
+}
+"""First part of a name -> from the rest of it to the peer."""
+
+VARIANTS = (
+    SDPA, "steps-17", "steps-14", "steps-10", "agent", "agent-fast", "agent-pooled", "agent-paper",
+    "tome-0.25", "tome-0.5", "tome-0.75", "keys-sampled", "keys-pooled", "tiles-2",
+    "deepcache-2", "deepcache-3", "deepcache-5", "tgate", "agent+deepcache-3", "agent+tgate", "agent+steps-14",
+)  # fmt: skip
+"""What is compared by default. "agent" is the shipped preset "balanced"; "tiles-2" are 2×2 tiles."""
+
+
+@contextmanager
+def apply(name: str, pipe: Any, setting: Setting) -> Iterator[Draw]:
+    """The pipeline changed as the variant says, and how to call it: with `num_inference_steps` and what else it takes.
+
+    Raises:
+        LeftOut: the variant cannot run here; the message says why.
+        ValueError: no such variant.
+    """
+    peers = _peers(name)
+    with ExitStack() as stack:
+        draw: Draw = lambda **arguments: pipe(**arguments)  # noqa: E731
+        for peer in sorted(peers, key=lambda peer: peer is not tgate):  # T-GATE has a loop of its own: the innermost
+            draw = stack.enter_context(peer(pipe, draw, setting))
+        yield draw
+
+
+def check_names(names: list[str]) -> None:
+    """Raises `ValueError` for a name that is no variant."""
+    for name in names:
+        _peers(name)
+
+
+def family(name: str) -> str:
+    """For colours: the kind of a variant, or "combined"."""
+    return "combined" if "+" in name else name.partition("-")[0]
+
+
+def _peers(name: str) -> list[Peer]:
+    found = []
+    for part in name.split("+"):
+        kind, _, rest = part.partition("-")
+        try:
+            found.append(KINDS[kind](rest))
+        except (KeyError, ValueError):
+            raise ValueError(f"unknown variant {name!r}; such as: {', '.join((*VARIANTS, FLOOR))}") from None
+    return found
+
+
+@contextmanager
+def _unchanged(pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
+    yield draw

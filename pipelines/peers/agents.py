@@ -1,0 +1,23 @@
+"""This project's own: a shipped preset of agent attention, as it is."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffattn import DiffAttnWarning, patch
+
+from .base import Draw, LeftOut, Setting
+
+
+@contextmanager
+def agent(preset: str, pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
+    """`diffattn.patch(pipe, preset=...)`, the smallest number of tokens excepted where the setting names one."""
+    options: dict[str, Any] = {} if setting.min_tokens is None else {"min_tokens": setting.min_tokens}
+    try:
+        handle = patch(pipe, "agent", preset=preset, **options)
+    except ValueError as error:
+        raise LeftOut(str(error)) from None
+    with handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DiffAttnWarning)  # the results say how many layers are accelerated
+        yield draw

@@ -1,0 +1,78 @@
+"""What every peer is made of."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffattn.evaluation.benchmark_variants import LeftOut
+from diffattn.methods.base import LayerSpec
+from diffattn.processors import architecture_of
+
+__all__ = ["Draw", "LeftOut", "Peer", "Setting", "replaced_processors", "restored", "self_attention", "square_side"]
+
+Draw = Callable[..., Any]
+"""Calls the pipeline; takes its keyword arguments and returns its output."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a peer needs to know of the comparison."""
+
+    levels: tuple[int, ...] = (0, 1)  # resolutions whose self-attention ToMe, downsampling and tiles change
+    steps: int = 20  # sampling steps of a full run
+    min_tokens: int | None = None  # of the agents; None: the thresholds they ship with
+
+
+Peer = Callable[[Any, Draw, Setting], AbstractContextManager[Draw]]
+"""`with peer(pipe, draw, setting) as draw`: within, the pipeline is changed, and `draw` calls it.
+
+Afterwards the pipeline is exactly as before, also after an exception. `LeftOut` says why a peer cannot run.
+"""
+
+
+def self_attention(unet: nn.Module) -> list[tuple[LayerSpec, Any]]:
+    """The self-attention layers of a UNet."""
+    return [(spec, module) for spec, module in architecture_of(unet).layers(unet) if not spec.is_cross_attention]
+
+
+@contextmanager
+def replaced_processors(unet: nn.Module, levels: tuple[int, ...], make: Callable[[Any], Any]) -> Iterator[None]:
+    """Within, the self-attention of these levels has the processors that `make` makes of the original ones."""
+    changed = [module for spec, module in self_attention(unet) if spec.level in levels]
+    originals = [module.processor for module in changed]
+    try:
+        for module in changed:
+            module.set_processor(make(module.processor))
+        yield
+    finally:
+        for module, original in zip(changed, originals, strict=True):
+            module.set_processor(original)
+
+
+@contextmanager
+def restored(unet: nn.Module, *attributes: str) -> Iterator[None]:
+    """Puts back these attributes of all modules, as the modules themselves have them (and not their classes)."""
+    before = {module: {a: module.__dict__[a] for a in attributes if a in module.__dict__} for module in unet.modules()}
+    try:
+        yield
+    finally:
+        for module, values in before.items():
+            for attribute in attributes:
+                module.__dict__.pop(attribute, None)
+            module.__dict__.update(values)
+
+
+def square_side(x: torch.Tensor) -> int:
+    """Rows and columns of the grid that the tokens x [B, N, C] stand on.
+
+    Raises:
+        ValueError: no square.
+    """
+    side = round(x.shape[1] ** 0.5)
+    if side * side != x.shape[1]:
+        raise ValueError(f"square pictures only: {x.shape[1]} tokens are no square grid")
+    return side

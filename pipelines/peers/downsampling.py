@@ -1,0 +1,62 @@
+"""Fewer keys and values: those of every second row and column, or of 2×2 means.
+
+Sampling is what Smith et al. do ("ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", 2024,
+arXiv 2402.13573); pooling is the older form. Queries are all kept, so every token gets its own output.
+
+Shapes: B batch, N tokens on a square grid, C channels, f the factor.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Draw, Setting, replaced_processors, square_side
+
+
+def sampled(x: Tensor, factor: int) -> Tensor:
+    """[B, N, C] -> [B, ceil(√N/f)², C]: every f-th row and column, from the first."""
+    side = square_side(x)
+    return x.unflatten(1, (side, side))[:, ::factor, ::factor].flatten(1, 2)
+
+
+def pooled(x: Tensor, factor: int) -> Tensor:
+    """[B, N, C] -> [B, ceil(√N/f)², C]: means of f×f tokens (fewer at the far edges of an odd grid)."""
+    side = square_side(x)
+    image = x.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return F.avg_pool2d(image, factor, ceil_mode=True).flatten(2).transpose(1, 2)
+
+
+class DownsampledKeys:
+    """Attention of all tokens to fewer: the original processor with the smaller grid as its context.
+
+    Averages commute with the projections, so this is the same as projecting first, without the work.
+    """
+
+    def __init__(self, original: Any, shrink: Callable[[Tensor], Tensor]) -> None:
+        self.original, self.shrink = original, shrink
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("downsampled keys are for self-attention without a mask")
+        return self.original(attn, hidden_states, encoder_hidden_states=self.shrink(hidden_states), temb=temb)
+
+
+SHRINK = {"sampled": partial(sampled, factor=2), "pooled": partial(pooled, factor=2)}
+
+
+@contextmanager
+def downsampling(shrink: Callable[[Tensor], Tensor], pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
+    """Keys and values as one of `SHRINK` makes them, at half the resolution."""
+    with replaced_processors(pipe.unet, setting.levels, partial(DownsampledKeys, shrink=shrink)):
+        yield draw

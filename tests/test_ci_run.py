@@ -1,0 +1,38 @@
+"""`.ci/run` with a Chromium that is there, one that can be installed, and none."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / ".ci" / "run"
+STUBS = {
+    "make": 'echo "make $* required=${DIFFATTN_REQUIRE_WEB:-}" >> log',
+    "sudo": '"$@"',
+    "installing": 'echo "apt-get $*" >> log; if [ "$1" = install ]; then cp "$BIN/make" "$BIN/chromium"; fi',
+    "failing": 'echo "apt-get $*" >> log; [ "$1" != install ]',
+    "useless": 'echo "apt-get $*" >> log',
+}
+APT, MADE = ["apt-get update", "apt-get install -y chromium"], ["make lint required=1", "make test required=1"]
+
+
+@pytest.mark.parametrize(
+    ("there", "apt", "log"),
+    [(True, "installing", MADE), (False, "installing", APT + MADE), (False, "failing", APT), (False, "useless", APT)],
+)
+def test_chromium_is_installed_if_missing_and_required(tmp_path: Path, there: bool, apt: str, log: list[str]) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "cp", "dirname", "id"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    stubs = {"make": "make", "sudo": "sudo", "apt-get": apt} | ({"chromium": "make"} if there else {})
+    for name, stub in stubs.items():
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{STUBS[stub]}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(PROGRAM, tmp_path / ".ci")
+    words = [str(tools / "bash"), str(tmp_path / ".ci" / "run")]
+    done = subprocess.run(words, env={"PATH": str(tools), "BIN": str(tools)}, capture_output=True, check=False)
+    assert (tmp_path / "log").read_text().splitlines() == log
+    assert (done.returncode == 0) == (log[-1] == MADE[-1]), done.stderr
