@@ -81,7 +81,8 @@ def test_folder_zip_and_npz_score_alike_and_as_torchmetrics(
     subprocess.run([sys.executable, "-m", "zipfile", "-c", sources[1], sources[0]], check=True)
     write_pictures(sources[2], pictures(9))
     found = [evaluate(x, place / "reference", folder=tmp_path / x.suffix[1:], config=config) for x in sources]
-    assert found[0].scores == found[1].scores == found[2].scores
+    for other in found[1:]:
+        assert other.scores == pytest.approx(found[0].scores, rel=1e-6)
     metric = FrechetInceptionDistance(feature=extractor)
     metric.update(pictures(12, seed=1) // 2, real=True)
     metric.update(pictures(9), real=False)
@@ -252,7 +253,8 @@ def test_a_patched_pipeline_is_measured_as_it_is(
     four = evaluate(pipe, place / "reference", folder=tmp_path / "four", acceleration=FOUR, **given)
     with diffattn.patch(pipe, **FOUR):  # type: ignore[arg-type]
         as_is = evaluate(pipe, place / "reference", folder=tmp_path / "as-is", **given)
-    assert as_is.scores == four.scores != exact.scores
+    assert as_is.scores == pytest.approx(four.scores, rel=1e-6)
+    assert exact.scores != pytest.approx(four.scores, rel=1e-6)
     assert "mediator" in as_is.subject
     assert "unaccelerated" in exact.subject
     assert compare(exact, four)["fid"] != 0
@@ -284,7 +286,7 @@ def test_two_processes_come_to_the_result_of_one(pipe: SiTPipeline, place: Path,
     two = QualityResult.from_dict(json.loads((tmp_path / "two" / "result.json").read_text()))
     assert two.protocol == one.protocol
     assert two.details == one.details
-    assert two.scores == one.scores
+    assert two.scores == pytest.approx(one.scores, rel=1e-6)  # eigenvalues and sums round as threads divide them
     assert "fid" in told[0][0]
     assert told[1][0] == ""  # the main process alone prints
 
