@@ -77,7 +77,7 @@ def test_is_the_damped_least_squares_of_the_formula(scale: float) -> None:
     mean = gathered.mean(-2, keepdim=True)
     left, values, right = torch.linalg.svd(w)
     z = right.mT @ torch.diag_embed(values / (values**2 + damp[..., None])) @ left.mT @ (gathered - mean)
-    probes = probe_tokens(q).double()
+    probes = torch.cat(probe_tokens(q), dim=2).double()
     x = scaled_dot_product_attention(probes, kl, z)
     y = scaled_dot_product_attention(probes, k.double(), v.double()) - mean
     gamma = ((x * y).sum((2, 3)) / (x * x).sum((2, 3)) / 0.8).clamp(0, 1)[..., None, None]
@@ -171,10 +171,10 @@ def test_a_correction_that_fits_is_taken_as_it_is() -> None:
 
 
 def test_probes_are_spread_over_the_picture() -> None:
-    places = probe_tokens(torch.arange(1024.0)[None, None, :, None]).flatten().long()
+    places = torch.cat(probe_tokens(torch.arange(1024.0)[None, None, :, None])).flatten().long()
     assert len(set((places // 128).tolist())) == 8  # in every eighth of the rows,
     assert len(set((places % 32 // 4).tolist())) >= 5  # and all over the columns
-    assert probe_tokens(rand(1, 1, 5, 2)).shape == (1, 1, 5, 2)
+    assert torch.cat(probe_tokens(rand(1, 1, 5, 2)), dim=2).shape == (1, 1, 5, 2)
 
 
 def test_a_head_that_cannot_be_factorised_keeps_its_agents() -> None:

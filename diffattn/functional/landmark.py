@@ -58,65 +58,65 @@ def landmark_attention(
     if query_landmarks.shape != key_landmarks.shape:
         shapes = f"{list(query_landmarks.shape)} and {list(key_landmarks.shape)}"
         raise ValueError(f"query and key landmarks must have the same shape, got {shapes}")
-    probes = probe_tokens(q)  # [B, H, p, D]
-    asked = torch.cat((query_landmarks, probes), dim=-2)
-    gathered, known = scaled_dot_product_attention(asked, k, v).split((query_landmarks.shape[-2], probes.shape[-2]), -2)
-    corrected = trust(
-        correct(query_landmarks, key_landmarks, gathered, damping), gathered, key_landmarks, probes, known
-    )
-    return scaled_dot_product_attention(q, key_landmarks, corrected)
+    asked = torch.cat((query_landmarks, *probe_tokens(q)), dim=-2)  # [B, H, n + p, D]
+    gathered = scaled_dot_product_attention(asked, k, v)
+    return scaled_dot_product_attention(q, key_landmarks, correct(asked, key_landmarks, gathered, damping))
 
 
-def correct(query_landmarks: Tensor, key_landmarks: Tensor, gathered: Tensor, damping: float = 1e-5) -> Tensor:
-    """The middle step of `landmark_attention`: V_A [B, H, n, D] -> m + Z [B, H, n, D].
+def correct(asked: Tensor, key_landmarks: Tensor, gathered: Tensor, damping: float = 1e-5) -> Tensor:
+    """The middle step of `landmark_attention`: V_A -> m + γ Z [B, H, n, D].
 
     The rows of the last softmax sum to 1, so m may be added here, to n tokens rather than to N. A head whose matrix
     cannot be factorised in fp32, since λ is lost beside its entries, keeps V_A as it is.
+
+    Args:
+        asked: Q̃ and any probes after them [B, H, n + p, D]. Without probes γ is 1.
+        key_landmarks: K̃ [B, H, n, D].
+        gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
+        damping: as `landmark_attention` has it.
     """
+    n = key_landmarks.shape[-2]
     with torch.autocast(gathered.device.type, enabled=False):
-        logits = query_landmarks.float() @ key_landmarks.float().mT * query_landmarks.shape[-1] ** -0.5  # [B, H, n, n]
-        spread = logits.std(dim=-1, correction=0).mean(dim=-1)  # σ [B, H]
-        w = logits.softmax(dim=-1)
-        values = gathered.float()
+        logits = (asked.float() * asked.shape[-1] ** -0.5) @ key_landmarks.float().mT  # [B, H, n + p, n]
+        weights = logits.softmax(dim=-1)
+        w, exact = weights[..., :n, :], gathered.float()
+        values = exact[..., :n, :]
         mean = values.mean(dim=-2, keepdim=True)
-        bound = w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
-        damp = (damping * spread.clamp(min=1) ** 3).clamp(max=MAX_DAMPING) * bound  # [B, H]
+        centred = exact - mean
         gram = w.mT @ w
-        gram.diagonal(dim1=-2, dim2=-1).add_(damp[..., None])
+        gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :], w, damping)[..., None])
         factor, info = torch.linalg.cholesky_ex(gram)
-        corrected = torch.cholesky_solve(w.mT @ (values - mean), factor) + mean
-        corrected = torch.where((info == 0)[..., None, None], corrected, values)
+        z = torch.cholesky_solve(w.mT @ centred[..., :n, :], factor)
+        gamma = trust(weights[..., n:, :] @ z, centred[..., n:, :]) if asked.shape[-2] > n else torch.ones_like(mean)
+        corrected = torch.where((info == 0)[..., None, None], torch.addcmul(mean, gamma, z), values)
         # Solutions lie column by column in memory; fused attention needs channels side by side.
         return corrected.to(gathered.dtype).contiguous()
 
 
-def trust(corrected: Tensor, gathered: Tensor, key_landmarks: Tensor, probes: Tensor, known: Tensor) -> Tensor:
-    """m + Z [B, H, n, D] -> m + γ Z, so that what the probes would be handed back fits their exact answer.
+def damp(logits: Tensor, w: Tensor, damping: float) -> Tensor:
+    """λ [B, H] from the logits between landmarks and their softmax W, both [B, H, n, n]."""
+    deviations = logits - logits.mean(dim=-1, keepdim=True)
+    spread = torch.linalg.vector_norm(deviations, dim=-1).mean(dim=-1) * logits.shape[-1] ** -0.5  # σ [B, H]
+    sharp = spread.clamp(1, (MAX_DAMPING / damping) ** (1 / 3)).pow(3) * damping
+    return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
 
-        γ = ⟨Y, X⟩ / ⟨X, X⟩ / 0.8 within [0, 1], X = softmax(s·Q_p K̃ᵀ) Z, Y = O_p - m
+
+def trust(x: Tensor, y: Tensor) -> Tensor:
+    """γ [B, H, 1, 1] = ⟨Y, X⟩ / ⟨X, X⟩ / 0.8, within 0 and 1.
 
     Args:
-        corrected: m + Z, of `correct`.
-        gathered: V_A [B, H, n, D], for m.
-        key_landmarks: K̃ [B, H, n, D].
-        probes: Q_p [B, H, p, D], queries.
-        known: O_p [B, H, p, D], their exact attention.
+        x: what the probes would be handed back of Z, softmax(s·Q_p K̃ᵀ) Z [B, H, p, D].
+        y: what they should be, their exact attention less m [B, H, p, D].
     """
-    with torch.autocast(gathered.device.type, enabled=False):
-        mean = gathered.float().mean(dim=-2, keepdim=True)
-        z = corrected.float() - mean
-        logits = probes.float() @ key_landmarks.float().mT * probes.shape[-1] ** -0.5  # [B, H, p, n]
-        x = logits.softmax(dim=-1) @ z
-        fit = (x * (known.float() - mean)).sum(dim=(-2, -1)) / x.square().sum(dim=(-2, -1)).clamp(min=1e-12)
-        gamma = (fit / TRUSTED).clamp(0, 1)[..., None, None]  # [B, H, 1, 1]
-        # Exactly what came in where the correction is trusted, not what rounding makes of it.
-        return torch.where(gamma == 1, corrected, (mean + gamma * z).to(corrected.dtype))
+    x, y = x.flatten(-2), y.flatten(-2)
+    size = torch.linalg.vecdot(x, x) * TRUSTED
+    return (torch.linalg.vecdot(x, y) / size.clamp(min=1e-12)).clamp(0, 1)[..., None, None]
 
 
-def probe_tokens(x: Tensor) -> Tensor:
-    """8 tokens of [B, H, N, D] spread over the picture (all of fewer): [B, H, p, D]."""
+def probe_tokens(x: Tensor) -> list[Tensor]:
+    """8 tokens of [B, H, N, D] spread over the picture (all of fewer): [B, H, 1, D] each."""
     tokens = x.shape[-2]
     number = min(PROBES, tokens)
-    places = torch.arange(number, device=x.device)
-    within = (places * GOLDEN + 0.5) % 1 * (tokens // number)
-    return x.index_select(-2, places * (tokens // number) + within.long())
+    every = tokens // number
+    places = [i * every + int((i * GOLDEN + 0.5) % 1 * every) for i in range(number)]
+    return [x[..., place : place + 1, :] for place in places]

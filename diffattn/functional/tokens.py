@@ -76,12 +76,22 @@ def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
     if h * w != x.shape[2]:
         raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {x.shape[2]}")
     rows, columns = pooled_grid(grid, num_tokens)
+    if h % rows == 0 and w % columns == 0:  # equal cells: slices, several times as fast as a gather
+        cells = x.unflatten(2, (rows, h // rows, columns, w // columns))
+        parts = [cells[:, :, :, i, :, j] for i in _inner(h // rows) for j in _inner(w // columns)]
+        return (sum(parts[1:], parts[0]) / len(parts)).flatten(2, 3)
     corners = [
         (row[:, None] * w + column).flatten()
         for row in _middle(h, rows, x.device)
         for column in _middle(w, columns, x.device)
     ]
     return x[:, :, torch.cat(corners)].unflatten(2, (len(corners), -1)).mean(dim=2)
+
+
+def _inner(length: int) -> tuple[int, ...]:
+    """The two positions around the centre of a cell, or its one."""
+    first = (length - 1) // 2
+    return (first, first + 1) if length > 1 else (first,)
 
 
 def _middle(length: int, cells: int, device: torch.device) -> tuple[Tensor, ...]:
