@@ -48,6 +48,12 @@ def running(*words: object) -> Iterator[str]:
             yield found[0]
         finally:
             program.send_signal(signal.SIGINT)
+            try:
+                program.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                program.kill()
+                raise
+    assert program.returncode in (0, 130)  # not by a crash: it may have been in the middle of its warm-up
 
 
 @pytest.mark.parametrize("open_to_others", ["--share", "--listen"])

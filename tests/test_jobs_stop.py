@@ -118,6 +118,23 @@ def test_closing_does_not_wait_for_a_step_and_the_next_job_still_runs_alone(work
     assert web.traces_of_patching(web.loaded(worker))[:2] == (0, 0)
 
 
+def test_a_closed_worker_has_stopped_every_job_and_waited_for_the_step(worker: Worker) -> None:
+    list(worker.generate("a", web.ask(worker)))
+    with SecondStep(web.loaded(worker)) as second_step:
+        first = worker.generate("a", web.ask(worker, steps=400))
+        wait_for_a_step(first)
+        assert second_step.under_way.wait(20)
+        second = worker.generate("b", web.ask(worker))
+        assert next(second).ahead == 1
+        assert not worker.close(timeout=0.05)  # the step is under way
+        second_step.go_on.set()
+        assert worker.close(timeout=20)
+    assert len(second_step.calls) == 2
+    for events in (first, second):
+        with pytest.raises(Stopped):
+            list(events)
+
+
 def test_nobody_can_stop_the_warm_up(worker: Worker) -> None:
     list(worker.generate("a", web.ask(worker)))
     with SecondStep(web.loaded(worker)) as second_step:
@@ -128,6 +145,30 @@ def test_nobody_can_stop_the_warm_up(worker: Worker) -> None:
         second_step.go_on.set()
         warm_up.join()
     assert len(second_step.calls) == 2
+
+
+def test_closing_the_worker_ends_the_warm_up_without_a_word(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    list(worker.generate("a", web.ask(worker)))
+    raised: list[BaseException] = []
+
+    def warm_up() -> None:
+        try:
+            worker.warm_up("one")
+        except BaseException as error:
+            raised.append(error)
+
+    with SecondStep(web.loaded(worker)) as second_step:
+        second_step.calls.append(None)  # the first call waits already
+        thread = threading.Thread(target=warm_up)
+        thread.start()
+        assert second_step.under_way.wait(20)
+        assert not worker.close(timeout=0.05)
+        second_step.go_on.set()
+        assert worker.close(timeout=20)
+        thread.join(20)
+    assert len(second_step.calls) == 2  # no step more
+    assert not raised
+    assert not caplog.records
 
 
 def test_a_warm_up_that_cannot_be_says_why(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:

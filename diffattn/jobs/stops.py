@@ -44,3 +44,10 @@ class Stops:
         for event in found:
             event.set()
         return bool(found)
+
+    def stop_all(self) -> None:
+        """Set the events of everybody."""
+        with self._lock:
+            found = [event for events in self._events.values() for event in events]
+        for event in found:
+            event.set()

@@ -51,3 +51,8 @@ class Turns:
         """Have waiting jobs look whether they are to leave."""
         with self._changed:
             self._changed.notify_all()
+
+    def wait_for_none(self, timeout: float) -> bool:
+        """Wait until no job has its turn or waits for it; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._line, timeout)

@@ -28,7 +28,7 @@ from diffattn.jobs.snippet import snippet
 from diffattn.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
 from diffattn.jobs.stops import Stops
 from diffattn.jobs.turns import Turns
-from diffattn.jobs.watch import Progress, Watch
+from diffattn.jobs.watch import Progress, Stopped, Watch
 from diffattn.loading import load_pipeline
 from diffattn.report import Report
 from diffattn.sampling.class_pipelines import class_ids, draws_classes
@@ -112,6 +112,20 @@ class Worker:
         self._turns.wake()
         return found
 
+    def close(self, timeout: float = 30.0) -> bool:
+        """Stop all jobs and wait until none runs, before the program ends: Python must not end while PyTorch computes
+        in another thread, which then aborts or hangs it.
+
+        Args:
+            timeout: seconds; a step, or a model that is being loaded, is waited for.
+
+        Returns:
+            Whether none runs any more.
+        """
+        self._stops.stop_all()
+        self._turns.wake()
+        return self._turns.wait_for_none(timeout)
+
     def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
         """Estimate for a job without acceleration, see `Pace`; None before the model drew anything.
 
@@ -165,6 +179,8 @@ class Worker:
                 pass
         except ValueError as error:  # such as a model that draws larger pictures than are allowed
             log.warning("%s is not warmed up: %s", name, error)
+        except Stopped:
+            pass  # the worker is closed
 
     def _generate(self, request: Request, emit: Emit, stop: threading.Event) -> None:
         pipe, preview = self._model(request.model, emit)

@@ -102,14 +102,22 @@ def launch(
     files = Files(Path(get_upload_folder()), CACHE_SECONDS)
     page = build(worker, files)
     options: dict[str, Any] = dict(theme=THEME, css=CSS, head=HEAD, app_kwargs={"lifespan": files.lifespan})
-    _, address, _ = page.launch(
-        server_name=host, server_port=port, share=share, auth=auth, allowed_paths=[], max_file_size="1mb",
-        show_error=False, enable_monitoring=False, strict_cors=True, ssr_mode=False, pwa=False, mcp_server=False,
-        run_history=False, footer_links=["api"], max_threads=WAITING + THREADS, inbrowser=open_browser,
-        quiet=not wait, prevent_thread_lock=True, **options,
-    )  # fmt: skip
-    if warm_up in worker.models.names():  # only now: a page that cannot be served leaves no thread behind
-        threading.Thread(target=worker.warm_up, args=(warm_up,), name=WARM_UP, daemon=True).start()
-    if wait:
-        page.block_thread()
-    return page, address
+    try:
+        page.launch(
+            server_name=host, server_port=port, share=share, auth=auth, allowed_paths=[], max_file_size="1mb",
+            show_error=False, enable_monitoring=False, strict_cors=True, ssr_mode=False, pwa=False, mcp_server=False,
+            run_history=False, footer_links=["api"], max_threads=WAITING + THREADS, inbrowser=open_browser,
+            quiet=not wait, prevent_thread_lock=True, **options,
+        )  # fmt: skip
+        if warm_up in worker.models.names():  # only now: a page that cannot be served leaves no thread behind
+            threading.Thread(target=worker.warm_up, args=(warm_up,), name=WARM_UP, daemon=True).start()
+        if wait:
+            page.block_thread()
+    except KeyboardInterrupt:  # while it starts; `block_thread` has its own end
+        if not wait:
+            raise
+        page.close(verbose=False)
+    finally:
+        if wait:
+            worker.close()
+    return page, page.local_url or ""
