@@ -33,8 +33,8 @@ def own_file(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize(("agents", "tokens"), [(1, 256), (16, 256), (17, 1024), (64, 1024), (128, 2048)])
-def test_the_next_larger_number_of_agents_decides(agents, tokens):
+@pytest.mark.parametrize(("agents", "tokens"), [(1, 256), (16, 256), (17, 272), (40, 640), (64, 1024), (128, 2048)])
+def test_between_measured_numbers_of_agents_lies_a_line(agents, tokens):
     assert min_tokens_for(TABLE, "cpu", agents) == tokens
 
 

@@ -47,7 +47,7 @@ class AgentAttention(AttentionMethod):
     """
 
     num_agents: int | None = 64  # at least this many agents; None leaves the number to agent_ratio
-    agent_ratio: float | None = 63 / 64  # share of tokens that do not become agents, in (0, 1); None: num_agents alone
+    agent_ratio: float | None = 31 / 32  # share of tokens that do not become agents, in (0, 1); None: num_agents alone
     agents: AgentSource | None = None
     """"pool": average-pooled queries. "merge": tokens merged by similarity (the published recipe). "landmarks": tokens
     sampled from queries and keys, with a correction between the two steps; by far the closest to exact attention.
@@ -66,9 +66,9 @@ class AgentAttention(AttentionMethod):
         # Corrected agents, at every noise level.
         "balanced": Preset(),
         # A quarter of them.
-        "fast": Preset(options={"num_agents": 16, "agent_ratio": 255 / 256}),
+        "fast": Preset(options={"num_agents": 16, "agent_ratio": 127 / 128}),
         # Pooled queries while the picture is noise; exact once detail appears.
-        "pooled": Preset(options={"agents": "pool"}, schedule={0.4: {}, 0.0: EXACT}),
+        "pooled": Preset(options={"agents": "pool", "agent_ratio": 63 / 64}, schedule={0.4: {}, 0.0: EXACT}),
         # The published recipe for 512x512: agents in the first 40 % of the steps (noise level above 0.69 on
         # Stable Diffusion's schedule), then plain attention between merged tokens; highest resolution only.
         "paper": Preset(

@@ -68,15 +68,18 @@ def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> in
     Args:
         table: from `load_thresholds`.
         device: torch device type; one nobody has measured counts as "cuda".
-        num_agents: of landmarks or pooled agents: between measured numbers the next larger one decides, above the
-            largest the number of tokens grows in proportion. None: agents merged by similarity.
+        num_agents: of landmarks or pooled agents: on a line between measured numbers, above the largest in proportion
+            to it. None: agents merged by similarity.
     """
     row = table.get(device, table["cuda"])
     pooled = {int(n): tokens for n, tokens in row.items() if n != MERGE}
     largest = max(pooled)
     if num_agents is None:
         return row.get(MERGE, pooled[largest])
-    for n in sorted(pooled):
-        if num_agents <= n:
-            return pooled[n]
-    return pooled[largest] * num_agents // largest
+    if num_agents > largest:
+        return pooled[largest] * num_agents // largest
+    above = min(n for n in pooled if n >= num_agents)
+    below = max((n for n in pooled if n <= num_agents), default=above)
+    if above == below:
+        return pooled[above]
+    return pooled[below] + (pooled[above] - pooled[below]) * (num_agents - below) // (above - below)
