@@ -40,8 +40,9 @@ def refusal(*words: object) -> str:
 def running(*words: object) -> Iterator[str]:
     """The address that a program prints, which is then ended as by Ctrl+C."""
     with subprocess.Popen(
-        [sys.executable, "-u", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ
-    ) as program:
+        [sys.executable, "-u", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background of a shell it is ignored
+    ) as program:  # fmt: skip
         try:
             assert program.stdout is not None
             found = next(match for line in program.stdout if (match := ADDRESS.search(line)))
