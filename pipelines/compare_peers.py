@@ -117,10 +117,8 @@ def quality(
             **_protocol(setting, place, pipe.unet.dtype),
         }
         results = Results(out / "quality.json", conditions(place, protocol, sys.argv), resume)
-        entry = results.entry(
-            model,
-            title=f"{model}{f' at {size} px' if size else ''}, {steps} steps, ToMe, keys and tiles at {_levels(setting)}",
-        )
+        what = f"{model} at {size} px" if size else model
+        entry = results.entry(model, title=f"{what}, {steps} steps, ToMe, keys and tiles at {_levels(setting)}")
         comparison = Comparison(results, entry, names, pipe, setting, typer.echo)
         comparison.draw(groups, drawing)
         if reference is not None and eye is not None:

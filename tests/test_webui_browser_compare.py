@@ -62,7 +62,7 @@ def test_stop_ends_a_comparison(visit: Visit) -> None:
     page = visit()
     start_a_long_job(page, "#compare", "#compare-stage")
     page.click("#stop-compare")
-    says(page, "#compare-stage", "Stopped")
+    says(page, "#compare-stage", "Stopped. Change something and press Compare again")  # the job's last word, not Stop's
     set_steps(page, 2)
     set_number(page, "Pictures", 1)
     page.click("#compare")

@@ -6,6 +6,7 @@ import queue
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from diffattn.report import Report
 from diffattn.sampling.class_pipelines import class_ids, draws_classes
 
 log = logging.getLogger("diffattn.jobs")
+
+REFRESH_SECONDS = 0.1  # progress comes no more often: a page must be able to follow a model that is faster
 
 
 @dataclass(frozen=True)
@@ -260,20 +263,30 @@ class Worker:
 
         try:
             threading.Thread(target=run, name="diffattn-job", daemon=True).start()
-            while (event := _latest(found)) is not done:
+            told = -REFRESH_SECONDS
+            while (event := _latest(found, told + REFRESH_SECONDS)) is not done:
                 if isinstance(event, BaseException):
                     raise event
+                told = time.monotonic()
                 yield event
         finally:
             stop.set()
             self._turns.wake()
 
 
-def _latest(found: "queue.Queue[Any]") -> Any:
-    """The next event; progress that is out of date is passed over."""
+def _latest(found: "queue.Queue[Any]", due: float) -> Any:
+    """The next event. Progress waits until `due` (in `time.monotonic`) for newer progress, which takes its place."""
     event = found.get()
-    while isinstance(event, Progress) and found.queue and isinstance(found.queue[0], Progress):
-        event = found.get()
+    while isinstance(event, Progress):
+        try:
+            newer = found.get(timeout=max(due - time.monotonic(), 0))
+        except queue.Empty:
+            break
+        if not isinstance(newer, Progress):
+            with found.mutex:
+                found.queue.appendleft(newer)  # its turn comes next: nobody else takes from this queue
+            break
+        event = newer
     return event
 
 
