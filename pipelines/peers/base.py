@@ -12,7 +12,17 @@ from diffattn.evaluation.benchmark_variants import LeftOut
 from diffattn.methods.base import LayerSpec
 from diffattn.processors import architecture_of
 
-__all__ = ["Draw", "LeftOut", "Peer", "Setting", "replaced_processors", "restored", "self_attention", "square_side"]
+__all__ = [
+    "Draw",
+    "LeftOut",
+    "Peer",
+    "SelfAttentionProcessor",
+    "Setting",
+    "replaced_processors",
+    "restored",
+    "self_attention",
+    "square_side",
+]
 
 Draw = Callable[..., Any]
 """Calls the pipeline; takes its keyword arguments and returns its output."""
@@ -32,6 +42,29 @@ Peer = Callable[[Any, Draw, Setting], AbstractContextManager[Draw]]
 
 Afterwards the pipeline is exactly as before, also after an exception. `LeftOut` says why a peer cannot run.
 """
+
+
+class SelfAttentionProcessor:
+    """A processor for self-attention without a mask, around the one that was there. A subclass per peer."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError(f"{type(self).__name__} is for self-attention without a mask")
+        return self.attend(attn, hidden_states, temb)
+
+    def attend(self, attn: Any, x: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
+        """Tokens x [B, N, C] -> [B, N, C]."""
+        raise NotImplementedError
 
 
 def self_attention(unet: nn.Module) -> list[tuple[LayerSpec, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Draw, Setting, replaced_processors, square_side
+from .base import Draw, SelfAttentionProcessor, Setting, replaced_processors, square_side
 
 
 def sampled(x: Tensor, factor: int) -> Tensor:
@@ -30,26 +30,18 @@ def pooled(x: Tensor, factor: int) -> Tensor:
     return F.avg_pool2d(image, factor, ceil_mode=True).flatten(2).transpose(1, 2)
 
 
-class DownsampledKeys:
+class DownsampledKeys(SelfAttentionProcessor):
     """Attention of all tokens to fewer: the original processor with the smaller grid as its context.
 
     Averages commute with the projections, so this is the same as projecting first, without the work.
     """
 
     def __init__(self, original: Any, shrink: Callable[[Tensor], Tensor]) -> None:
-        self.original, self.shrink = original, shrink
+        super().__init__(original)
+        self.shrink = shrink
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("downsampled keys are for self-attention without a mask")
-        return self.original(attn, hidden_states, encoder_hidden_states=self.shrink(hidden_states), temb=temb)
+    def attend(self, attn: Any, x: Tensor, temb: Tensor | None) -> Tensor:
+        return self.original(attn, x, encoder_hidden_states=self.shrink(x), temb=temb)
 
 
 SHRINK = {"sampled": partial(sampled, factor=2), "pooled": partial(pooled, factor=2)}

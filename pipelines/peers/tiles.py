@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Draw, Setting, replaced_processors, square_side
+from .base import Draw, SelfAttentionProcessor, Setting, replaced_processors, square_side
 
 
 def cut(x: Tensor, tiles: int) -> Tensor:
@@ -33,23 +33,15 @@ def join(x: Tensor, tiles: int) -> Tensor:
     return cells.transpose(2, 3).flatten(1, 4)
 
 
-class TiledAttention:
+class TiledAttention(SelfAttentionProcessor):
     """The original processor on every tile."""
 
     def __init__(self, original: Any, tiles: int) -> None:
-        self.original, self.tiles = original, tiles
+        super().__init__(original)
+        self.tiles = tiles
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("tiles are for self-attention without a mask")
-        return join(self.original(attn, cut(hidden_states, self.tiles), temb=temb), self.tiles)
+    def attend(self, attn: Any, x: Tensor, temb: Tensor | None) -> Tensor:
+        return join(self.original(attn, cut(x, self.tiles), temb=temb), self.tiles)
 
 
 @contextmanager
