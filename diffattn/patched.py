@@ -19,7 +19,7 @@ from diffattn.methods.base import LayerSpec
 from diffattn.noise_level import NoiseLevels
 from diffattn.plan import Plan
 from diffattn.processors import Architecture, architecture_of
-from diffattn.processors.base import ACCELERATED, Latest, RunState, Tally
+from diffattn.processors.base import ACCELERATED, EXACT_HEADS, Latest, RunState, Tally
 from diffattn.processors.denoisers import uncompiled
 from diffattn.report import LayerReport, Report
 from diffattn.run_hook import DiffAttnWarning, OutsideCompiled, PatchedLayer, RunHook
@@ -135,6 +135,14 @@ class Patch:
         """
         return copy.deepcopy(list(self.run.trace))
 
+    def last_call(self) -> Mapping[str, Any] | None:
+        """The last entry of `trace`, to be read only: it is no copy. None before the first call."""
+        return self.run.trace[-1] if self.run.trace else None
+
+    def accelerated(self, layer: str) -> int:
+        """Calls of a layer that ran accelerated, as `report` counts them."""
+        return self.tally.of(layer).get(ACCELERATED, 0)
+
     def expect_new_run(self) -> None:
         """The next call in this thread begins a new run, whatever its noise level.
 
@@ -151,6 +159,7 @@ class Patch:
             method="-" if layer.left_alone else self.plan.method_name(layer.spec),
             tokens=tokens,
             accelerated=counts.pop(ACCELERATED, 0),
+            exact_heads=counts.pop(EXACT_HEADS, 0),
             passed_through=counts,
             left_alone=layer.left_alone,
             displaced_by=layer.displaced_by,

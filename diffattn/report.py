@@ -14,6 +14,7 @@ class LayerReport:
     method: str  # the method's name, or "-" for a layer left alone
     tokens: int | None = None  # image tokens at the size of the last run, None before the first
     accelerated: int = 0  # calls
+    exact_heads: int = 0  # of all samples: heads that ran exact in accelerated calls
     passed_through: Mapping[str, int] = field(default_factory=dict)  # reason -> calls
     left_alone: str | None = None  # why the layer was not patched
     displaced_by: str | None = None  # class of the processor that took our place
@@ -24,6 +25,8 @@ class LayerReport:
         if self.left_alone:
             return f"left alone: {self.left_alone}"
         notes = [f"{n} x {reason}" for reason, n in sorted(self.passed_through.items())]
+        if self.exact_heads:
+            notes.append(f"{self.exact_heads / self.accelerated:.3g} heads of an accelerated call, which agents miss")
         if self.displaced_by:
             notes.insert(0, f"displaced by {self.displaced_by}")
         return "; ".join(notes)

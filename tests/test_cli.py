@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from tiny_dit import tiny_dit
 from typer.testing import CliRunner, Result
 
 import diffattn
 from diffattn.cli import app
+from diffattn.file_names import MAX_BYTES, stem_of
 from diffattn.generation import recipe_of
+from diffattn.sampling import SiTPipeline
 
 COMMANDS = ("demo", "generate", "info")
 GROUPS = ("bench",)
@@ -30,13 +35,15 @@ def call(*words: object) -> Result:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders: sd, a model; pickle, one whose weights are pickles; empty."""
+    """Folders: sd, a model; pickle, one whose weights are pickles; sit, one without a null class; empty."""
     place = tmp_path_factory.mktemp("models")
     tiny.pipeline("sd", place / "tokenizer").save_pretrained(place / "sd")
     shutil.copytree(place / "sd", place / "pickle")
     for weights in (place / "pickle").rglob("*.safetensors"):
         weights.unlink()
         torch.save({}, weights.with_suffix(".bin"))
+    sit = tiny_dit(in_channels=3, null_class=False)
+    SiTPipeline(sit, FlowMatchEulerDiscreteScheduler(shift=1)).save_pretrained(place / "sit")
     (place / "empty").mkdir()
     return place
 
@@ -81,6 +88,8 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 # Bad input
 
 
+TOO_LONG = "x" * 300
+
 BAD = {
     "unknown command": ("nonsense", "nonsense"),
     "no prompt": ("generate", "--prompt"),
@@ -96,8 +105,11 @@ BAD = {
     "option": ("generate --prompt x --model {}/sd --option nothing=3", "num_agents"),
     "option without value": ("generate --prompt x --model {}/sd --option num_agents", "key=value"),
     "agents": ("generate --prompt x --model {}/sd --option num_agents=0", "1 or more"),
+    "agents for every token": ("generate --prompt x --model {}/sd --option num_agents=100000", "below the 256 tokens"),
     "agents as a word": ("generate --prompt x --model {}/sd --option num_agents=many", "num_agents"),
     "steps": ("generate --prompt x --model {}/sd --steps 0", "1 or more"),
+    "steps of no scheduler": ("generate --prompt x --model {}/sd --steps 1001", "1001"),
+    "no null class": ("generate --prompt 1 --model {}/sit", "null class"),
     "images": ("generate --prompt x --model {}/sd --num-images 0", "1 or more"),
     "seed": ("generate --prompt x --model {}/sd --seed -1", "seed"),
     "guidance": ("generate --prompt x --model {}/sd --guidance nan", "guidance"),
@@ -106,6 +118,11 @@ BAD = {
     "not a PNG": ("generate --prompt x --model {}/sd --out x.jpg", "x.jpg"),
     "out below a file": ("generate --prompt x --model {0}/sd --out {0}/sd/model_index.json/x.png", "model_index.json"),
     "JSON is a folder": ("generate --prompt x --model {0}/sd --json {0}", "folder"),
+    "a long model": (f"generate --prompt x --model {TOO_LONG}", "no model"),
+    "a long hub id": (f"generate --prompt x --model {TOO_LONG}/{TOO_LONG}", "no model"),
+    "a long JSON": (f"generate --prompt x --model {{}}/sd --json {TOO_LONG}", "name too long"),
+    "a long out": (f"generate --prompt x --model {{}}/sd --out {TOO_LONG}.png", "name too long"),
+    "a long folder": (f"generate --prompt x --model {{}}/sd --out {TOO_LONG}/x.png", "name too long"),
     "demo model": ("demo --model nothing", "nothing"),
     "demo steps": ("demo --steps 0", "1 or more"),
     "demo rounds": ("demo --rounds 0", "1 or more"),
@@ -126,6 +143,19 @@ def test_bad_input_is_one_line_and_exit_code_2(case: str, models: Path, tmp_path
     assert told[0].startswith("diffattn: ")
     assert named in told[0]
     assert not list(tmp_path.iterdir())  # not even a folder for the results
+
+
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_files_that_cannot_be_written_again_are_refused(
+    option: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.png"
+    file.touch()
+    may = lambda path, mode, **_: mode != os.W_OK or Path(path) != file  # noqa: E731, root may write everything
+    monkeypatch.setattr("diffattn.cli.common.os.access", may)
+    found = call("generate", "--prompt", "x", "--model", models / "sd", option, file)
+    assert found.exit_code == 2, found.output
+    assert found.stderr.strip() == f"diffattn: cannot write to {str(file)!r}: no permission"
 
 
 # Work
@@ -162,6 +192,29 @@ def test_generate_several_pictures(models: Path, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "version-1.5").iterdir()] == ["empty-0.png"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "stem"),
+    [
+        ("a cat!", "a-cat"),
+        ("", "empty"),
+        ("\ud800", "empty"),
+        ("é" * 99, "é" * 60),
+        ("𠮷" * 99, "𠮷" * (MAX_BYTES // 4)),
+    ],
+)
+def test_a_prompt_makes_a_name_that_a_file_can_have(prompt: str, stem: str) -> None:
+    assert stem_of(prompt) == stem
+
+
+def test_generate_writes_a_file_for_a_prompt_of_long_characters(models: Path, tmp_path: Path) -> None:
+    done = call(
+        "generate", "--model", models / "sd", "--prompt", "𠮷" * 99, "--steps", 1, *EVERYWHERE, "--out", tmp_path
+    )
+    assert done.exit_code == 0, done.output
+    (file,) = tmp_path.iterdir()
+    assert recipe_of(file)["prompt"] == "𠮷" * 99
+
+
 def test_generate_unpatched(models: Path, tmp_path: Path) -> None:
     shared = ("generate", "--model", models / "sd", "--prompt", "a cat", "--steps", 2, "--dtype", "bfloat16")
     found = call(*shared, "--method", "none", "--out", tmp_path / "x.png", "--json", tmp_path / "x.json")
@@ -177,7 +230,7 @@ def test_info(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "info.json").read_text())
     assert told["versions"]["diffattn"] == diffattn.__version__
     assert told["devices"]["cpu"]["threads"] >= 1
-    assert told["methods"]["agent"]["options"]["num_agents"] == 64
+    assert told["methods"]["agent"]["options"]["damping"] == 1e-5
     assert set(told["methods"]["agent"]["presets"]) == {"balanced", "fast", "pooled", "paper"}
     assert told["embedded_models"]["emoji-sd"]["installed"] is True
     assert any("UNet2DConditionModel" in title for title in told["architectures"])

@@ -1,6 +1,7 @@
 """Agent attention as a function of tensors: the published numbers, its formula, and what it must refuse."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_layers_with_half_as_many_agents_as_tokens_are_declined(case: Case) -> N
     assert "32 agents for 64 tokens" in str(method.declines(LAYER, tokens, "cpu", 0))
     fewer = AgentAttention(num_agents=agents - 1, agent_ratio=None, min_tokens=0)
     assert fewer.declines(LAYER, tokens, "cpu", 0) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "expected"),
+    [
+        ({}, 1024, 64), ({}, 16384, 512), ({"num_agents": 256}, 16384, 256), ({"num_agents": 4}, 1024, 4),
+        ({"agent_ratio": 0.75}, 1024, 256), ({"num_agents": 300, "agent_ratio": 0.75}, 1024, 300),
+        ({"num_agents": 16, "agent_ratio": 0.75}, 1024, 256), ({"num_agents": 9, "agent_ratio": None}, 16384, 9),
+    ],
+)  # fmt: skip
+def test_how_many_agents(options: dict[str, Any], tokens: int, expected: int) -> None:
+    assert AgentAttention(**options).count(tokens) == expected
 
 
 def _self_attention(case: Case, x: Tensor, merged_agents: Tensor | None) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from diffattn.functional import agent_attention, landmark_attention, pool_tokens, sample_tokens
-from diffattn.functional.landmark import MAX_DAMPING, correct, probe_tokens
+from diffattn.functional.landmark import MAX_DAMPING, correct, landmark_attention_and_misses, probe_tokens
 from diffattn.methods.agent import AgentAttention
+from diffattn.methods.base import LayerCall, LayerSpec
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,7 +97,7 @@ def test_a_query_at_a_landmark_gets_its_exact_attention() -> None:
     picked = torch.arange(0, 144, 9)
     landmarks = q[:, :, picked], k[:, :, picked]
     gathered = scaled_dot_product_attention(landmarks[0], k, v)
-    out = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered, damping=1e-7))
+    out = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered, damping=1e-7)[0])
     exact = scaled_dot_product_attention(q, k, v)
     assert error(out[:, :, picked], exact[:, :, picked]) < 0.1 * error(out, exact)
 
@@ -157,16 +158,77 @@ def test_sharp_heads_of_noisy_tokens_are_not_amplified(noise: float, scale: floa
     q, k = q * size, k * size
     landmarks = sample_tokens(q, grid, 64), sample_tokens(k, grid, 64)
     exact, gathered = (scaled_dot_product_attention(x, k, v) for x in (q, landmarks[0]))
-    bare = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered))
+    bare = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered)[0])
     assert error(bare, exact) > 1.3
     assert error(landmark_attention(q, k, v, *landmarks), exact) < 1.1
+
+
+def mixed() -> tuple[Tensor, Tensor, Tensor]:
+    """Two samples of two heads of 1,024 tokens; the first head of the second is sharp, and its tokens are noise."""
+    q, k, v = (torch.cat([smooth(32, 16, seed=s + i, scale=0.7) for i in (0, 10)]) for s in (1, 3, 5))
+    for x, seed in ((q, 21), (k, 22)):
+        x[1, 0] = 2.5 * rand(1024, 16, seed=seed)
+    return q, k, v
+
+
+def test_heads_that_landmarks_miss_run_exact_on_demand() -> None:
+    q, k, v = mixed()
+    landmarks = sample_tokens(q, (32, 32), 64), sample_tokens(k, (32, 32), 64)
+    exact = scaled_dot_product_attention(q, k, v)
+    plain, none = landmark_attention_and_misses(q, k, v, *landmarks)
+    out, misses = landmark_attention_and_misses(q, k, v, *landmarks, max_error=0.5)
+    assert (none, misses) == (0, 1)
+    assert error(plain[1, 0], exact[1, 0]) > 0.5 > 0.1 > error(plain[0], exact[0])
+    torch.testing.assert_close(out[1, 0], exact[1, 0])
+    others = [(0, 0), (0, 1), (1, 1)]
+    assert all(torch.equal(out[place], plain[place]) for place in others)
+    assert landmark_attention_and_misses(q, k, v, *landmarks, max_error=1e-6)[1] == 4
+
+
+def test_the_error_of_the_probes_is_that_of_the_head() -> None:
+    q, k, v = mixed()
+    landmarks = sample_tokens(q, (32, 32), 64), sample_tokens(k, (32, 32), 64)
+    asked = torch.cat((landmarks[0], *probe_tokens(q)), dim=-2)
+    told = correct(asked, landmarks[1], scaled_dot_product_attention(asked, k, v))[1]
+    assert told is not None
+    out, exact = landmark_attention(q, k, v, *landmarks), scaled_dot_product_attention(q, k, v)
+    true = (out - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
+    assert ((told / true) > 0.5).all()
+    assert ((told / true) < 2).all()
+
+
+def test_a_head_that_cannot_be_factorised_runs_exact_on_demand() -> None:
+    q, k, v = (smooth(12, 8, seed=s) for s in (1, 3, 5))
+    landmarks = sample_tokens(q, (12, 12), 9), sample_tokens(k, (12, 12), 9)
+    landmarks[1][:, 0, 0] = torch.inf
+    out, misses = landmark_attention_and_misses(q, k, v, *landmarks, max_error=1e9)
+    assert misses == 1
+    torch.testing.assert_close(out[:, 0], scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_the_method_runs_missed_heads_exact_and_says_how_many() -> None:
+    q, k, v = mixed()
+    exact = scaled_dot_product_attention(q, k, v)
+
+    def attend(**options: float) -> tuple[Tensor, int]:
+        call = LayerCall(x=q.flatten(1), grid=(32, 32))
+        method = AgentAttention(**options)  # type: ignore[arg-type]
+        return method.build(LayerSpec("a", 0, 2, 16))(q, k, v, call), call.exact_heads
+
+    out, heads = attend()
+    assert heads == 1
+    torch.testing.assert_close(out[1, 0], exact[1, 0])
+    assert attend(max_head_error=100.0)[1] == 0
+    for wrong in (0, -1.0, float("nan"), "much"):
+        with pytest.raises(ValueError, match="max_head_error must be a number above 0, or None"):
+            AgentAttention(max_head_error=wrong)  # type: ignore[arg-type]
 
 
 def test_a_correction_that_fits_is_taken_as_it_is() -> None:
     q, k, v = (smooth(24, 16, s, scale) for s, scale in ((1, 0.7), (3, 0.7), (5, 1.0)))
     landmarks = sample_tokens(q, (24, 24), 36), sample_tokens(k, (24, 24), 36)
     gathered = scaled_dot_product_attention(landmarks[0], k, v)
-    bare = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered))
+    bare = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered)[0])
     torch.testing.assert_close(landmark_attention(q, k, v, *landmarks), bare, atol=1e-5, rtol=1e-4)
 
 
@@ -181,9 +243,9 @@ def test_a_head_that_cannot_be_factorised_keeps_its_agents() -> None:
     q, k, v = (smooth(12, 8, seed=s) for s in (1, 3, 5))
     landmarks = sample_tokens(q, (12, 12), 9), sample_tokens(k, (12, 12), 9)
     gathered = scaled_dot_product_attention(landmarks[0], k, v)
-    expected = correct(*landmarks, gathered)
+    expected, _ = correct(*landmarks, gathered)
     landmarks[1][:, 0, 0] = torch.inf  # logits that are no numbers, of the first head
-    found = correct(*landmarks, gathered)
+    found, _ = correct(*landmarks, gathered)
     torch.testing.assert_close(found[:, 0], gathered[:, 0], atol=0, rtol=0)
     torch.testing.assert_close(found[:, 1], expected[:, 1])
 

@@ -110,6 +110,21 @@ def test_the_report_goes_to_json_and_is_a_table(pipe: DiffusionPipeline) -> None
     assert any(line.startswith("7 layers patched, 7 ran accelerated;") for line in table)
 
 
+def test_the_report_says_how_many_heads_agents_missed(pipe: DiffusionPipeline) -> None:
+    exact = tiny.run(pipe)
+    with diffattn.patch(pipe, **FEW, max_head_error=1e-9) as handle:
+        torch.testing.assert_close(tiny.run(pipe), exact, atol=1e-4, rtol=1e-4)
+        heads = {spec.spec.name: spec.spec.num_heads for hook in handle.hooks for spec in hook.layers}
+        for layer in (x for x in handle.report().layers if x.left_alone is None):
+            assert layer.accelerated == 4
+            assert layer.exact_heads == 4 * 2 * heads[layer.name]  # calls, samples
+            assert f"{2 * heads[layer.name]} heads of an accelerated call, which agents miss" in layer.note
+        assert "which agents miss" in str(handle.report())
+    with diffattn.patch(pipe, **FEW, max_head_error=10) as handle:
+        tiny.run(pipe)
+        assert {x.exact_heads for x in handle.report().layers} == {0}
+
+
 def test_layers_of_controlnets_are_named_and_counted(make_pipeline: Make) -> None:
     pipe = make_pipeline("controlnet")
     handle = diffattn.patch(pipe, **ALWAYS)
@@ -186,7 +201,6 @@ def test_a_unet_that_stays_exact_beside_an_unpatched_controlnet_warns(make_pipel
         ({"num_agents": -3}, "num_agents must be .*got -3"),
         ({"num_agents": 2.5}, "num_agents must be .*got 2.5"),
         ({"num_agents": "many"}, "num_agents must be .*got 'many'"),
-        ({"num_agents": None, "agent_ratio": None}, "num_agents.*agent_ratio"),
         ({"agent_ratio": 0.0}, "agent_ratio must be .*got 0.0"),
         ({"agent_ratio": 1.0}, "agent_ratio must be .*got 1.0"),
         ({"agent_ratio": float("nan")}, "agent_ratio must be .*got nan"),

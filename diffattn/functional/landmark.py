@@ -17,7 +17,14 @@ GOLDEN = 0.618034  # places probes evenly in both directions of any grid
 
 
 def landmark_attention(
-    q: Tensor, k: Tensor, v: Tensor, query_landmarks: Tensor, key_landmarks: Tensor, *, damping: float = 1e-5
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    *,
+    damping: float = 1e-5,
+    max_error: float | None = None,
 ) -> Tensor:
     """Gather at landmarks, undo their overlap, hand back to every query.
 
@@ -34,10 +41,10 @@ def landmark_attention(
     landmarks know too little, and Z amplifies noise: up to four times the true output's norm at logits with a standard
     deviation of 2 to 6. So the exact attention of 8 of the queries is gathered with the landmarks', and γ is the factor
     of Z that fits it best, over 0.8 and between 0 and 1 (see `trust`). Such heads then have a relative error of 0.9 to
-    1.1, as agents that are not corrected: no method of this cost follows them; leave their layers exact (`layers=`, or
-    a recipe of `diffattn.tune`).
+    1.1, as agents that are not corrected: no method of this cost follows them. With `max_error` they run exact.
 
-    The cost is O((N + M)·n·D + n³): as cheap as `agent_attention` for n well below N.
+    The cost is O((N + M)·n·D + n³), as cheap as `agent_attention` for n well below N, and O(N·M·D) for heads that run
+    exact.
 
     Args:
         q: queries [B, H, N, D].
@@ -46,6 +53,8 @@ def landmark_attention(
         query_landmarks: Q̃ [B, H, n, D], usually `sample_tokens` of the queries.
         key_landmarks: K̃ [B, H, n, D], of the keys at the same places.
         damping: λ of a head with flat logits, above 0 and at most 0.001.
+        max_error: a head that misses the exact attention of the 8 queries by more than this (relative L2 error) runs
+            exact, as does one whose matrix cannot be factorised. This waits for the device. None: none does.
 
     Returns:
         Output [B, H, N, D], in the dtype of `v`.
@@ -53,6 +62,21 @@ def landmark_attention(
     Raises:
         ValueError: `damping` out of range, or landmarks of different numbers.
     """
+    landmarks = (query_landmarks, key_landmarks)
+    return landmark_attention_and_misses(q, k, v, *landmarks, damping=damping, max_error=max_error)[0]
+
+
+def landmark_attention_and_misses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    *,
+    damping: float = 1e-5,
+    max_error: float | None = None,
+) -> tuple[Tensor, int]:
+    """`landmark_attention`, and how many heads of all samples ran exact."""
     if not 0 < damping <= MAX_DAMPING:
         raise ValueError(f"damping must be above 0 and at most {MAX_DAMPING}, got {damping}")
     if query_landmarks.shape != key_landmarks.shape:
@@ -60,17 +84,28 @@ def landmark_attention(
         raise ValueError(f"query and key landmarks must have the same shape, got {shapes}")
     asked = torch.cat((query_landmarks, *probe_tokens(q)), dim=-2)  # [B, H, n + p, D]
     gathered = scaled_dot_product_attention(asked, k, v)
-    return scaled_dot_product_attention(q, key_landmarks, correct(asked, key_landmarks, gathered, damping))
+    corrected, error = correct(asked, key_landmarks, gathered, damping)
+    out = scaled_dot_product_attention(q, key_landmarks, corrected)
+    if max_error is None:
+        return out, 0
+    assert error is not None  # there are probes
+    missed = (~(error <= max_error)).nonzero(as_tuple=True)  # samples and heads; NaN is no small error
+    if not len(missed[0]):
+        return out, 0
+    exact = scaled_dot_product_attention(q[missed][None], k[missed][None], v[missed][None])[0]
+    return out.index_put(missed, exact), len(missed[0])
 
 
-def correct(asked: Tensor, key_landmarks: Tensor, gathered: Tensor, damping: float = 1e-5) -> Tensor:
-    """The middle step of `landmark_attention`: V_A -> m + γ Z [B, H, n, D].
+def correct(
+    asked: Tensor, key_landmarks: Tensor, gathered: Tensor, damping: float = 1e-5
+) -> tuple[Tensor, Tensor | None]:
+    """The middle step of `landmark_attention`: V_A -> m + γ Z [B, H, n, D], and the probes' relative error [B, H].
 
     The rows of the last softmax sum to 1, so m may be added here, to n tokens rather than to N. A head whose matrix
-    cannot be factorised in fp32, since λ is lost beside its entries, keeps V_A as it is.
+    cannot be factorised in fp32, since λ is lost beside its entries, keeps V_A as it is, and its error is infinite.
 
     Args:
-        asked: Q̃ and any probes after them [B, H, n + p, D]. Without probes γ is 1.
+        asked: Q̃ and any probes after them [B, H, n + p, D]. Without probes γ is 1, and there is no error.
         key_landmarks: K̃ [B, H, n, D].
         gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
         damping: as `landmark_attention` has it.
@@ -87,10 +122,16 @@ def correct(asked: Tensor, key_landmarks: Tensor, gathered: Tensor, damping: flo
         gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :], w, damping)[..., None])
         factor, info = torch.linalg.cholesky_ex(gram)
         z = torch.cholesky_solve(w.mT @ centred[..., :n, :], factor)
-        gamma = trust(weights[..., n:, :] @ z, centred[..., n:, :]) if asked.shape[-2] > n else torch.ones_like(mean)
+        gamma, error = torch.ones_like(mean), None
+        if asked.shape[-2] > n:
+            found, wanted = weights[..., n:, :] @ z, centred[..., n:, :]
+            gamma = trust(found, wanted)
+            missed = torch.linalg.vector_norm(gamma * found - wanted, dim=(-2, -1))
+            size = torch.linalg.vector_norm(exact[..., n:, :], dim=(-2, -1))
+            error = (missed / size.clamp(min=1e-12)).masked_fill(info != 0, torch.inf)
         corrected = torch.where((info == 0)[..., None, None], torch.addcmul(mean, gamma, z), values)
         # Solutions lie column by column in memory; fused attention needs channels side by side.
-        return corrected.to(gathered.dtype).contiguous()
+        return corrected.to(gathered.dtype).contiguous(), error
 
 
 def damp(logits: Tensor, w: Tensor, damping: float) -> Tensor:

@@ -35,6 +35,7 @@ class LayerCall:
     num_context: int = 0  # tokens without a place on the grid; always exact keys, never pooled
     mask: Tensor | None = None  # additive, [B, H, 1 or N, M]
     phase: int = 0  # which entry of the schedule applies
+    exact_heads: int = 0  # told by the function: heads, of all samples, that it ran exact
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
     """What the layer itself learned, if it did: (q, k, v, number of mediators) -> [B, H, N, D]."""
 

@@ -137,7 +137,7 @@ class SelfAttentionProcessor(MethodProcessor):
 
         q, k, v = _project(attn, hidden_states, self._fused)  # [B, H, N, D]
         call = LayerCall(x=hidden_states, grid=grid, mask=mask, phase=phase)
-        out = function(q, k, v, call).transpose(1, 2).flatten(2).to(q.dtype)  # [B, N, C]
+        out = self._apply(function, q, k, v, call).transpose(1, 2).flatten(2).to(q.dtype)  # [B, N, C]
 
         for projection_or_dropout in attn.to_out or ():
             out = projection_or_dropout(out)

@@ -10,12 +10,15 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from diffattn.methods.base import AttentionFn, AttentionMethod, LayerSpec
+from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec
 from diffattn.noise_level import NoiseLevels, Reading
 from diffattn.schedules import EXACT, Schedule
 
 ACCELERATED = "accelerated"
 """What is counted for a call that was accelerated; anything else is the reason why it was not."""
+
+EXACT_HEADS = "heads that ran exact in accelerated calls"
+"""What is counted beside calls: heads of all samples."""
 
 LONGEST_TRACE = 10_000
 """Calls that a trace holds: of a model that is called by hand at one noise level for ever, the last ones."""
@@ -77,9 +80,9 @@ class Tally:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
-    def add(self, layer: str, reason: str) -> None:
+    def add(self, layer: str, reason: str, number: int = 1) -> None:
         with self._lock:
-            self._counts[layer, reason] += 1
+            self._counts[layer, reason] += number
 
     def of(self, layer: str) -> dict[str, int]:
         """Calls of one layer by reason, `ACCELERATED` among them."""
@@ -182,6 +185,13 @@ class MethodProcessor:
         if not (call.compiled or torch.compiler.is_compiling()):
             self.tally.add(self.layer.name, reason)
         return self.functions[phase] if reason == ACCELERATED else None
+
+    def _apply(self, function: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """The method's function, [B, H, N, D]; counts the heads that it ran exact."""
+        out = function(q, k, v, call)
+        if call.exact_heads:
+            self.tally.add(self.layer.name, EXACT_HEADS, call.exact_heads)
+        return out
 
 
 def by_phase(phases: int | tuple[int, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

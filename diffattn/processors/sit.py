@@ -96,7 +96,8 @@ class SiTProcessor(MethodProcessor):
         function = self._function(call, phase, reason)
         if function is None:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
-        return function(q, k, v, LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid))).to(v.dtype)
+        layer_call = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid))
+        return self._apply(function, q, k, v, layer_call).to(v.dtype)
 
     def _exact(
         self,
