@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ import diffattn
 from diffattn.evaluation import DrawConfig, EvaluateConfig, evaluate
 from diffattn.evaluation.adm import read_pictures, write_pictures, write_statistics
 from diffattn.evaluation.classifier import Classifier
+from diffattn.evaluation.evaluate_reference import make_reference, open_reference
 from diffattn.evaluation.extractors import OfflineExtractor
+from diffattn.evaluation.pictures import open_pictures
 from diffattn.evaluation.quality import Protocol, QualityResult, compare
 from diffattn.evaluation.reference import Reference
 from diffattn.sampling import SiTPipeline
@@ -72,6 +75,41 @@ def save(folder: Path, images: Tensor) -> Path:
 
 
 # Pictures and references from files
+
+
+def test_an_adm_file_with_pictures_and_statistics_is_used_as_the_extractor_allows(
+    place: Path, tmp_path: Path, config: EvaluateConfig, extractor: OfflineExtractor
+) -> None:
+    """Published references hold pictures, and the moments of Inception's features of many more."""
+    images, features = pictures(12, seed=1) // 2, torch.rand(40, 2048, generator=torch.Generator().manual_seed(2))
+    moments = {"mu": features.mean(0).numpy(), "sigma": features.T.cov().numpy()}
+    np.savez(tmp_path / "both.npz", arr_0=images.permute(0, 2, 3, 1).numpy(), **moments)
+    ours, plain = (
+        evaluate(place / "pictures", reference, folder=tmp_path / reference.stem, config=config).scores["fid"]
+        for reference in (tmp_path / "both.npz", place / "reference")
+    )
+    assert ours == pytest.approx(plain)
+    published = SimpleNamespace(name="inception", num_features=2048, resize="", hash="x")
+    source = open_reference(tmp_path / "both.npz", published)  # type: ignore[arg-type]
+    assert source.stored is not None
+    torch.testing.assert_close(source.stored.statistics.mean.float(), features.mean(0))
+    assert source.pictures is not None
+    assert len(source.pictures) == 12
+    other = SimpleNamespace(name="dinov2", num_features=768, resize="", hash="x")
+    assert open_reference(tmp_path / "both.npz", other).stored is None  # type: ignore[arg-type]
+
+
+def test_sfid_has_its_layer_in_the_protocol_and_comes_from_adm_statistics_too(
+    place: Path, tmp_path: Path, config: EvaluateConfig, extractor: OfflineExtractor
+) -> None:
+    mine, reference = place / "pictures", place / "reference"
+    found = evaluate(mine, reference, folder=tmp_path / "pictures", config=config)
+    assert found.protocol.options["sfid_layer"] == "second stage, 7 channels of 8x8"
+    made, spatial = make_reference(open_pictures(reference), extractor)
+    write_statistics(tmp_path / "made.npz", made.statistics, spatial)
+    stored = evaluate(mine, tmp_path / "made.npz", folder=tmp_path / "stored", config=config)
+    assert stored.scores["sfid"] == pytest.approx(found.scores["sfid"], rel=1e-6)
+    assert stored.scores["fid"] == pytest.approx(found.scores["fid"], rel=1e-6)
 
 
 def test_folder_zip_and_npz_score_alike_and_as_torchmetrics(
@@ -240,7 +278,7 @@ def test_an_interrupted_run_goes_on(pipe: SiTPipeline, place: Path, tmp_path: Pa
         run("cut", draw=DrawConfig(7, steps=3, guidance=1.0, batch=2, seed=3), acceleration={"method": "mediator"})
     with torch.no_grad():
         pipe.transformer.blocks[0].attn.qkv.weight.add_(0.1)
-    with pytest.raises(ValueError, match="another protocol: denoiser"):
+    with pytest.raises(ValueError, match="another protocol: weights"):
         run("cut")
 
 
@@ -336,6 +374,9 @@ def test_what_does_not_fit_is_refused_before_the_work(
          {"config": EvaluateConfig(clip=str(small), prompts=["a"])}),
         ("AlexNet", mine, None, {"paired": mine, "config": EvaluateConfig(lpips_weights=tmp_path / "x.pth")}),
         (r"diffattn\[inception\]", mine, reference, {"config": EvaluateConfig()}),
+        ("the pictures of 'reference' have 16x16 pixels, the pairs 8x8", pipe, reference, {"paired": small}),
+        ("pictures must be 2 or more, got -3", mine, reference, {"config": EvaluateConfig(extractor, limit=-3)}),
+        ("pictures must be 2 or more, got 1", mine, reference, {"config": EvaluateConfig(extractor, limit=1)}),
         ("size must be 1 pixel or more", mine, reference, {"config": EvaluateConfig(extractor, side=0)}),
     ]  # fmt: skip
     for message, subject, against, more in cases:

@@ -102,6 +102,40 @@ def test_compare_and_what_it_refuses(place: Path, files: tuple[object, ...], tmp
     assert "not a quality result" in call("evaluate", "compare", a, tmp_path / "other.json").stderr
 
 
+@pytest.mark.parametrize("name", ["saved/b.safetensors", "b.npz"])
+def test_a_reference_is_made_once(place: Path, files: tuple[object, ...], tmp_path: Path, name: str) -> None:
+    eye = ("--extractor", "cifar-classifier", "--extractor-weights", place / "extractor", "--device", "cpu")
+    made = call("evaluate", "reference", place / "b.npz", tmp_path / name, *eye)
+    assert made.exit_code == 0, made.output
+    assert "10 pictures, cifar-classifier: written to" in made.stdout
+    fids = []
+    for folder, reference in (("pictures", place / "b.npz"), ("made", tmp_path / name)):
+        done = call(*files, "--reference", reference, "--out", tmp_path / folder)
+        assert done.exit_code == 0, done.output
+        scores = json.loads((tmp_path / folder / "result.json").read_text())["scores"]
+        assert ("kid" in scores) == (reference != tmp_path / "b.npz")
+        fids.append(scores["fid"])
+    assert fids[0] == pytest.approx(fids[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("b.npz", "x.pt"), "saved as .safetensors or .npz, got"),
+        (("one.npz", "x.npz"), "2 pictures or more are needed"),
+        (("b.npz", "x.npz", "--num-pictures", "0"), "2 or more, got 0"),
+        (("no.npz", "x.npz"), "no.npz' is not a readable .npz file"),
+    ],
+)
+def test_bad_references_are_one_line(place: Path, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    source, out, *more = words
+    done = call("evaluate", "reference", place / source, tmp_path / out, *more, "--extractor", "cifar-classifier",
+                "--extractor-weights", place / "extractor", "--device", "cpu")  # fmt: skip
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -149,6 +183,7 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         (("--pictures", "a.npz", "--reference", "b.npz", "--extractor", "cifar-classifier", "--extractor-weights",
           "alexnet.safetensors"), "has no weights in"),
         (("--model", "sd", "--paired", "--prompts", "empty.txt"), "has no prompts"),
+        (("--pictures", "a.npz", "--paired-with", "a.npz", "--num-pictures", -3), "2 or more, got -3"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value)),
 )  # fmt: skip

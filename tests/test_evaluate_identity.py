@@ -1,5 +1,6 @@
 """What a run must agree with to be gone on with, and what two results must agree with to be compared."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import tiny
 import torch
 import web
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 import diffattn
 from diffattn.evaluation import DrawConfig, EvaluateConfig, evaluate
 from diffattn.evaluation.adm import write_pictures
-from diffattn.evaluation.evaluate_labels import describe_patch, device_label
+from diffattn.evaluation.evaluate_labels import _value, describe_patch, device_label
 from diffattn.evaluation.quality import QualityResult, compare
+from diffattn.methods.agent import AgentAttention
 from diffattn.sampling import SiTPipeline
 
 DRAW = DrawConfig(num_pictures=2, steps=2, guidance=1.0, batch=2)
@@ -89,6 +92,49 @@ def test_a_number_of_mediators_that_was_set_by_hand_is_another_run(
     pipe.transformer.set_num_mediators(4)
     with pytest.raises(ValueError, match="another protocol: num_mediators: 64, now 4"):
         run(pipe, tmp_path / "run", pair)
+
+
+def test_every_network_counts_not_the_denoiser_alone(tmp_path: Path) -> None:
+    pipe = tiny.pipeline("sd", tmp_path)
+    draw = DrawConfig(num_pictures=2, prompts=["cat"], steps=1, batch=2)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    generator = torch.Generator().manual_seed(0)
+    write_pictures(tmp_path / "pair.npz", torch.randint(256, (2, 3, size, size), generator=generator).to(torch.uint8))
+    run(pipe, tmp_path / "run", tmp_path / "pair.npz", draw=draw)
+    for part in (pipe.vae, pipe.text_encoder):
+        weight = next(part.parameters())
+        with torch.no_grad():
+            weight.add_(1e-3)
+        with pytest.raises(ValueError, match="another protocol: weights"):
+            run(pipe, tmp_path / "run", tmp_path / "pair.npz", draw=draw)
+        with torch.no_grad():
+            weight.sub_(1e-3)
+
+
+def test_the_thresholds_in_force_and_the_defaults_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline("sd", tmp_path)
+
+    def described() -> Any:
+        with diffattn.patch(pipe):
+            return describe_patch(pipe)
+
+    before = described()
+    assert before["methods"]["agent"][0]["damping"] == AgentAttention().damping  # given by nobody
+    own = tmp_path / "thresholds.json"
+    own.write_text(json.dumps({"devices": {"cpu": {"16": 4}}}))
+    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(own))
+    assert described() != before
+
+
+def test_further_arguments_of_the_pipeline_are_told_by_their_content() -> None:
+    many = torch.zeros(5000)
+    other = many.clone()
+    other[2500] = 1  # what print leaves out
+    picture = Image.new("RGB", (4, 4))
+    assert _value(many) == _value(many.clone()) != _value(other)
+    assert _value([picture]) == _value([picture.copy()]) != _value([Image.new("RGB", (4, 4), "red")])
+    assert _value({"b": 1, "a": None}) == _value({"a": None, "b": 1}) != _value({"a": None, "b": 2})
+    assert " at 0x" not in _value(object())
 
 
 def test_a_tuned_recipe_is_told_layer_by_layer(tmp_path: Path) -> None:

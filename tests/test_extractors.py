@@ -156,6 +156,15 @@ def test_an_extractor_without_weights_says_how_to_get_them(tmp_path: Path) -> No
         load_extractor("cifar-classifier", tmp_path)
 
 
+def test_a_cut_off_file_is_refused_by_name(tmp_path: Path) -> None:
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="'dinov2' could not be loaded from"):
+        load_extractor("dinov2", tmp_path)
+
+
 HAS_FIDELITY = importlib.util.find_spec("torch_fidelity") is not None
 
 

@@ -1,4 +1,4 @@
-"""`diffattn evaluate`, `diffattn evaluate compare`."""
+"""`diffattn evaluate`, `diffattn evaluate compare`, `diffattn evaluate reference`."""
 
 import json as jsonlib
 from pathlib import Path
@@ -23,6 +23,7 @@ from diffattn.cli.common import (
 )
 
 OWN_EXTRACTOR = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
+EXTRACTORS = "inception, dinov2, clip, emoji-classifier or cifar-classifier"
 PICTURES = 1000  # drawn by default
 
 app = typer.Typer(
@@ -70,10 +71,7 @@ def evaluate(
     ] = None,
     extractor: Annotated[
         str,
-        typer.Option(
-            help="inception, dinov2, clip, emoji-classifier or cifar-classifier; auto is the embedded model's own, "
-            "else inception."
-        ),
+        typer.Option(help=f"{EXTRACTORS}; auto is the embedded model's own, else inception."),
     ] = "auto",
     extractor_weights: Annotated[
         str | None,
@@ -184,6 +182,50 @@ def compare(
     for name, change in found.items():
         stdout.print(f"{name:<16}{a.scores[name]:12.5g}{b.scores[name]:12.5g}{change:+12.5g}", markup=False)
     write_json(json, {"a": a.to_dict(), "b": b.to_dict(), "b_minus_a": found})
+
+
+@app.command("reference")
+def reference(
+    pictures: Annotated[Path, typer.Argument(help="A folder, a zip, or an ADM .npz.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="x.safetensors: all features; x.npz: mean and covariance as ADM's.")
+    ],
+    extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}.")] = "inception",
+    extractor_weights: Annotated[
+        str | None,
+        typer.Option(help="File of inception's weights, folder of the others, or hub id.", show_default="usual place"),
+    ] = None,
+    num_pictures: Annotated[int | None, typer.Option(help="The first so many.", show_default="all")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Crop all pictures to a square and resize it.", show_default="as they are")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Take the features of reference pictures once, for --reference of later evaluations.
+
+    KID, precision, recall and, of new pictures, sFID need a .safetensors file or the pictures themselves; an .npz
+    holds mu and sigma (with mu_s and sigma_s where the extractor has spatial features), which other programs read.
+    """
+    check_writable(out)
+    with loading(str(pictures)), bad_input():
+        from diffattn.devices import choose_device
+        from diffattn.evaluation.adm import write_statistics
+        from diffattn.evaluation.evaluate_reference import make_reference
+        from diffattn.evaluation.extractors import load_extractor
+        from diffattn.evaluation.pictures import open_pictures
+
+        if out.suffix not in (".safetensors", ".npz"):
+            raise ValueError(f"a reference is saved as .safetensors or .npz, got {str(out)!r}")
+        eye = load_extractor(extractor, extractor_weights, choose_device(device))
+    with bad_input():
+        found = open_pictures(pictures, side=size, limit=num_pictures, skip_bad=skip_bad, progress=progress)
+        made, spatial = make_reference(found, eye, progress)
+        if out.suffix == ".npz":
+            write_statistics(out, made.statistics, spatial)
+        else:
+            made.save(out)
+    stdout.print(f"{len(found)} pictures, {made.extractor}: written to {out}", markup=False)
 
 
 def _load(

@@ -44,9 +44,12 @@ def read_statistics(
     return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, Statistics(mean, cov, count))
 
 
-def write_statistics(path: str | Path, statistics: Statistics) -> None:
-    """Write `mu` and `sigma`."""
-    _write(path, mu=statistics.mean.numpy(), sigma=statistics.cov.numpy())
+def write_statistics(path: str | Path, statistics: Statistics, spatial: Statistics | None = None) -> None:
+    """Write `mu` and `sigma`, and `mu_s` and `sigma_s` of spatial features."""
+    arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.cov.numpy()}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.cov.numpy()}
+    _write(path, **arrays)
 
 
 def read_pictures(path: str | Path) -> Tensor:

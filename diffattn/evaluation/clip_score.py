@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffattn.evaluation.extractors import weights_hash
@@ -31,7 +32,7 @@ class ClipScore:
             model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
             parts: Any = CLIPImageProcessor.from_pretrained(source), CLIPTokenizer.from_pretrained(source)
             self.processor: Any = CLIPProcessor(*parts)
-        except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"no CLIP model could be loaded from {self.name!r}: {why}; give a folder or a hub id such "
                              "as openai/clip-vit-base-patch32") from error  # fmt: skip

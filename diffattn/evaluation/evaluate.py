@@ -29,6 +29,7 @@ from diffattn.evaluation.lpips_distance import Lpips
 from diffattn.evaluation.pictures import PictureSet, Progress, no_progress, open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.reference import Reference
+from diffattn.evaluation.sfid import spatial_layer_name
 from diffattn.recipe import read_recipe
 from diffattn.sampling.class_pipelines import draws_classes
 
@@ -193,13 +194,13 @@ class _Job:
 
     def _check_sizes(self, source: Source | None) -> None:
         """Of what is there before anything is drawn; `draw_set` checks the first pictures that it draws."""
-        sets = {"the reference": source and source.pictures, "the pairs": self.exact}
-        mine = self.pictures
-        for what, other in sets.items():
-            if mine is None or other is None or mine.size == other.size:
+        mine, truth = self.pictures, source and source.pictures
+        for a, what, b in ((mine, "the reference", truth), (mine, "the pairs", self.exact),
+                           (truth, "the pairs", self.exact)):  # fmt: skip
+            if a is None or b is None or a.size == b.size:
                 continue
-            raise ValueError(f"the pictures of {mine.name!r} have {mine.size[1]}x{mine.size[0]} pixels, {what} "
-                             f"{other.size[1]}x{other.size[0]}; bring both to one size (--size)")  # fmt: skip
+            raise ValueError(f"the pictures of {a.name!r} have {a.size[1]}x{a.size[0]} pixels, {what} "
+                             f"{b.size[1]}x{b.size[0]}; bring both to one size (--size)")  # fmt: skip
         if self.exact is None:
             return
         rows = tuple(range(self.draw.num_pictures)) if mine is None else mine.rows
@@ -234,6 +235,8 @@ class _Job:
             found = in_chunks(run, "features", len(mine), measure_features(mine, extractor), progress)
             scores, more, details["left_out"] = set_scores(found, against, spatial, self.config.seed)
             options |= more
+            if "sfid" in scores:
+                options["sfid_layer"] = spatial_layer_name(extractor)
             details["domain"] = extractor.domain
         if self.clip is not None and self.prompts is not None:
             measure = measure_clip(mine, self.prompts, self.clip)

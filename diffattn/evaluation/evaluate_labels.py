@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from diffattn.devices import describe_device, dtype_name, versions
 from diffattn.evaluation.evaluate_reference import Source
@@ -17,6 +19,7 @@ from diffattn.evaluation.generate_set import DrawConfig, subjects
 from diffattn.evaluation.pictures import PictureSet
 from diffattn.evaluation.quality import Protocol
 from diffattn.injection import Patch, find_patch
+from diffattn.methods.thresholds import load_thresholds
 
 NOTHING = "none"  # instead of a reference or an extractor
 DRAWN = ("num_pictures", "steps", "guidance", "width", "height", "seed", "batch")
@@ -84,7 +87,7 @@ def identity(setup: Setup, seed: int) -> dict[str, Any]:
         "acceleration": setup.patch,
         "num_mediators": getattr(denoiser, "num_mediators", None),
         "pipeline": type(pipe).__name__,
-        "denoiser": weights_hash(denoiser),
+        "weights": {name: weights_hash(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
         "scheduler": f"{type(pipe.scheduler).__name__} {_scheduler_of(pipe)}",
         "dtype": dtype_name(pipe.dtype),
     }
@@ -104,18 +107,20 @@ def subject_name(setup: Setup) -> str:
 def describe_patch(pipe: Any) -> dict[str, Any] | None:
     """All of a pipeline's patch that pictures depend on, as JSON types; None for a pipeline without one, or for None.
 
-    The options are those in force: a preset, a recipe and what was given beside it come to the same as the same options
-    given one by one.
+    The options are those in force, defaults included: a preset, a recipe and what was given beside it come to the same
+    as the same options given one by one. The thresholds say which layers then run.
     """
     found = _find(pipe)
     if found is None:
         return None
     plan = found.plan
-    phases = [plan.options_at(i) for i in range(len(plan.methods))]
+    of_layers = {plan.method: plan.methods} if plan.by_layer is None else plan.by_layer.methods
+    methods: Any = {name: [m and asdict(cast(Any, m)) for m in phases] for name, phases in of_layers.items()}
     schedule: Any = plan.schedule
     told = schedule.to_dict() if hasattr(schedule, "to_dict") else _public(schedule)
     layers = [layer.name for layer in found.report().layers if layer.left_alone is None]
-    return json.loads(_told({"method": plan.method, "phases": phases, "schedule": told, "layers": layers}))
+    thresholds = load_thresholds()
+    return json.loads(_told({"methods": methods, "schedule": told, "layers": layers, "thresholds": thresholds}))
 
 
 def all_versions() -> dict[str, str]:
@@ -130,7 +135,7 @@ def _options(setup: Setup) -> dict[str, Any]:
         found["fit"] = f"centre square, bicubic to {setup.side}"
     if setup.pipe is not None:
         found["subjects"] = _digest(json.dumps(subjects(setup.pipe, setup.draw)))
-        found |= {f"call.{key}": repr(value) for key, value in setup.draw.call.items()}
+        found |= {f"call.{key}": _value(value) for key, value in setup.draw.call.items()}
     elif setup.prompts is not None:
         found["subjects"] = _digest(json.dumps(list(setup.prompts)))
     if setup.clip is not None:
@@ -171,6 +176,21 @@ def _told(options: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """What JSON does not know, without an address in memory."""
     return value.to_dict() if hasattr(value, "to_dict") else getattr(value, "__name__", str(value))
+
+
+def _value(value: Any) -> str:
+    """A further argument of the pipeline, by its content."""
+    if isinstance(value, Tensor):
+        array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, Image.Image):
+        return f"picture {value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_value(value[key])}' for key in sorted(value, key=str))}}}"
+    plain = value is None or isinstance(value, str | int | float | torch.dtype)
+    return repr(value) if plain else type(value).__qualname__  # no address in memory
 
 
 def _digest(text: str) -> str:

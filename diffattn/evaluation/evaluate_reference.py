@@ -1,13 +1,16 @@
 """What an evaluation measures against, from any of its files: pictures, ADM statistics, or a saved reference."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from diffattn.evaluation.adm import read_statistics
 from diffattn.evaluation.evaluate_run import RunFolder
-from diffattn.evaluation.evaluate_scores import in_chunks, measure_features
+from diffattn.evaluation.evaluate_scores import CHUNK, in_chunks, measure_features
 from diffattn.evaluation.extractors import FeatureExtractor
 from diffattn.evaluation.pictures import PictureSet, Progress, no_progress, open_pictures
 from diffattn.evaluation.quality import check_extractor
@@ -51,13 +54,9 @@ class Source:
             return self.stored, self.spatial
         measure = measure_features(self.pictures, extractor)
         found = in_chunks(run, FEATURES, len(self.pictures), measure, progress)
-        pooled, spatial = found["pooled"], self.spatial
         if self.stored is not None:
-            return replace(self.stored, features=pooled), spatial
-        if "spatial" in found:
-            spatial = Statistics.of(found["spatial"])
-        labels = (self.name, self.hash, extractor.name, extractor.hash, extractor.resize)
-        return Reference(*labels, Statistics.of(pooled), pooled), spatial
+            return replace(self.stored, features=found["pooled"]), self.spatial
+        return _of_pictures(self.pictures, extractor, found)
 
 
 def open_reference(
@@ -99,6 +98,32 @@ def open_reference(
         raise ValueError(f"{str(path)!r} holds statistics of {len(stored.statistics.mean)} features, and extractor "
                          f"{extractor.name!r} has {extractor.num_features}")  # fmt: skip
     return Source(stored.name, stored.hash, pictures, stored, read_spatial_statistics(path))
+
+
+def make_reference(
+    pictures: PictureSet, extractor: FeatureExtractor, progress: Progress = no_progress
+) -> tuple[Reference, Statistics | None]:
+    """Pictures as a reference that can be saved, and the moments of their spatial features if there are any.
+
+    Raises:
+        ValueError: features that are NaN or infinite.
+    """
+    measure, parts = measure_features(pictures, extractor), []
+    starts = range(0, len(pictures), CHUNK)
+    with progress(FEATURES, len(starts)) as advance:
+        for start in starts:
+            parts.append(measure(start, min(start + CHUNK, len(pictures))))
+            advance()
+    return _of_pictures(pictures, extractor, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _of_pictures(
+    pictures: PictureSet, extractor: FeatureExtractor, found: Mapping[str, Tensor]
+) -> tuple[Reference, Statistics | None]:
+    """From the values of `measure_features`."""
+    labels = (pictures.name, pictures.hash, extractor.name, extractor.hash, extractor.resize)
+    reference = Reference(*labels, Statistics.of(found["pooled"]), found["pooled"])
+    return reference, Statistics.of(found["spatial"]) if "spatial" in found else None
 
 
 def _stored(reference: Reference, extractor: FeatureExtractor) -> Source:

@@ -7,6 +7,7 @@ on where it stopped, and several processes that share the folder come to the sam
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def processes(device: torch.device) -> tuple[Processes, torch.device]:
         return Processes(), device
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")
+    # Whoever is done waits for the others, however long they take: shares are as uneven as an interrupt left them.
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
     place = device if state.device is None else state.device
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone), place
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.constants import (
@@ -152,7 +153,7 @@ def _offline(name: str, source: str | Path | None) -> FeatureExtractor:
         )
     try:
         model = Classifier.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"extractor {name!r} could not be loaded from {str(folder)!r}: {_first_line(error)}"
         ) from error
@@ -231,7 +232,7 @@ def _clip(name: str, source: str | Path | None) -> FeatureExtractor:
 def _pretrained(name: str, kind: Any, source: str | Path) -> Any:
     try:
         return kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"extractor {name!r} could not be loaded from {str(source)!r}: {_first_line(error)}; "
             f"give a folder or a hub id with safetensors weights of a {kind.__name__}"

@@ -64,11 +64,13 @@ class PictureSet:
             progress: see `Progress`.
 
         Raises:
-            ValueError: fewer than 2 readable pictures or than `limit`; unreadable ones without `skip_bad`; pictures of
-                several sizes.
+            ValueError: a size below 1 or a limit below 2; fewer than 2 readable pictures or than `limit`; unreadable
+                ones without `skip_bad`; pictures of several sizes.
         """
         if side is not None and side < 1:
             raise ValueError(f"size must be 1 pixel or more, got {side}")
+        if limit is not None and limit < 2:
+            raise ValueError(f"the number of pictures must be 2 or more, got {limit}")
         self.name, self._read, self._side = name, read, side
         good, self._shapes, self._digest = [], {}, hashlib.sha256()
         bad: dict[str, str] = {}

@@ -12,7 +12,7 @@ MIN_SHARE = 0.1
 
 RULE = (
     "patching is worth it where the attention of the layers that the preset accelerates, projections aside, takes "
-    f"{MIN_SHARE:.0%} of a call or more, and a patched call took less time in three of four rounds"
+    f"{MIN_SHARE:.0%} of a call or more, and a patched call took less time in three quarters of the rounds"
 )
 
 GROUP_HEAD = ("layers", "level", "tokens", "ms each", "share", "core", "GFLOPs", "patched")

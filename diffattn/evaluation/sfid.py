@@ -17,14 +17,20 @@ CHANNELS = 7  # of the layer, as ADM takes them
 GRID = 8  # side of the map that the offline classifiers' stage is averaged to
 
 
-def spatial_layer(extractor: FeatureExtractor) -> tuple[nn.Module, int | None, str] | None:
-    """The layer, the side its map is averaged to, and how a protocol names it; None if there is none."""
+def spatial_layer(extractor: FeatureExtractor) -> tuple[nn.Module, int | None] | None:
+    """The layer, and the side its map is averaged to; None if there is none."""
     model = extractor.model
     if isinstance(extractor, InceptionExtractor):
-        return model.Mixed_6d.branch1x1, None, "mixed_6/conv, 7 channels of 17x17"  # type: ignore[union-attr,return-value]
+        return model.Mixed_6d.branch1x1, None  # type: ignore[union-attr,return-value]
     if isinstance(extractor, OfflineExtractor):
-        return model.stages[3], GRID, f"second stage, {CHANNELS} channels of {GRID}x{GRID}"  # type: ignore[index,return-value]
+        return model.stages[3], GRID  # type: ignore[index,return-value]
     return None
+
+
+def spatial_layer_name(extractor: FeatureExtractor) -> str:
+    """How a protocol names the layer."""
+    inception = isinstance(extractor, InceptionExtractor)
+    return "mixed_6/conv, 7 channels" if inception else f"second stage, {CHANNELS} channels of {GRID}x{GRID}"
 
 
 def both_features(extractor: FeatureExtractor, images: Tensor) -> tuple[Tensor, Tensor | None]:
