@@ -11,11 +11,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_dit import tiny_dit
 
 import diffattn
+from diffattn.evaluation import tune_calibrate
 from diffattn.evaluation.tune import Tuned, workload
 from diffattn.evaluation.tune_config import CannotTune
 from diffattn.evaluation.tune_ladder import Option, climb, hull, ladder
 from diffattn.evaluation.tune_probe import Log, measure_costs, probing
 from diffattn.evaluation.tune_runs import band_at, bands_of, relative_error
+from diffattn.evaluation.tune_search import Search
 from diffattn.evaluation.tune_settings import recipe_of, settings_of
 from diffattn.sampling import SiTPipeline
 
@@ -178,6 +180,28 @@ def test_a_least_speed_up_is_reached_at_the_first_rung_that_does(pipe: Diffusion
     assert found.verified.error < tuned.verified.error * 1.2
     with pytest.raises(CannotTune, match=r"a speed-up of 9 cannot be reached: .* gives 1\.\d+$"):
         diffattn.tune(pipe, PROMPTS[:1], min_speedup=9.0, **SMALL)
+
+
+def test_what_is_promised_is_measured_once_more(pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured times scatter, and the search stops where they happened to be good."""
+    times = {"now": iter(())}
+    monkeypatch.setattr(Search, "speedup", lambda search, recipe: next(times["now"]))
+    times["now"] = iter([2.0, 1.6, 1.6, 1.6, 1.6, 1.4, 1.45, 1.52])  # all cheap; the search; again, and one rung on
+    found = diffattn.tune(pipe, PROMPTS[:1], min_speedup=1.5, checks=4, **SMALL)
+    assert found.recipe["promised"]["speedup"] == 1.5
+    assert found.recipe["verified"]["speedup"] == found.speedup == 1.52
+    times["now"] = iter([2.0, *[1.6] * 4, *[1.4] * 4])
+    with pytest.raises(CannotTune, match=r"a speed-up of 1\.5 was measured once, but not again: 1\.4 at most"):
+        diffattn.tune(pipe, PROMPTS[:1], min_speedup=1.5, checks=4, **SMALL)
+
+
+def test_settings_that_never_keep_the_picture_finite_are_told(
+    pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_calibrate, "_factors", lambda runs, exact, layers, bounds, *rest: [math.inf] * len(bounds))
+    for budget in ({"max_error": 0.1}, {"min_speedup": 1.1}):
+        with pytest.raises(CannotTune, match="no setting keeps the picture finite"):
+            diffattn.tune(pipe, PROMPTS[:1], **budget, **SMALL)
 
 
 def test_a_single_prompt_promises_with_a_margin(pipe: DiffusionPipeline) -> None:

@@ -97,7 +97,8 @@ def tune(
     """Find the fastest settings within a budget, and write them as a recipe.
 
     With --prompts and --max-error or --min-speedup: chooses, for every self-attention layer and band of noise levels,
-    the cheapest setting; draws every prompt with and without the recipe, and promises the error that it measures.
+    the cheapest setting; draws every prompt with and without the recipe, and promises the mean error that it measures
+    plus two standard errors.
 
     For a SiT with mediators, with --budget: finds the thresholds at which it switches to more mediators. Prints for
     every choice the GFLOPs of a picture, counted, and the relative error of the latents against the most mediators.

@@ -85,7 +85,7 @@ def tune(
     with runs.watched():
         search = Search(runs, settings, chosen)
         best = search.best()
-        speedup = search.speedup(search.recipe(best.rungs))
+        speedup = search.speedups.get(best.rungs) or search.speedup(search.recipe(best.rungs))
         checks = tuple(search.checks)
         rivals = tuple(search.rival(*preset) for preset in _presets(chosen, settings))
     recipe = search.recipe(best.rungs) | {
@@ -116,7 +116,7 @@ def workload(
     probed, groups = min(count, chosen.probed), len(groups_of(self_attention_layers(runs)))
     by_error = chosen.max_error is not None
     measured = 1 if chosen.cost == FLOPS else chosen.rounds + 1
-    speedups = 1 if by_error else chosen.checks + 1
+    speedups = 1 if by_error else 2 * chosen.checks + 1
     calls = {
         "exact runs": count * steps,
         "single layers": probed * bands * (2 + groups),

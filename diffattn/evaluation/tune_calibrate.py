@@ -81,7 +81,8 @@ def calibrate(runs: Runs, settings: Sequence[Setting], bands: int, probed: int, 
         rounds: of timing.
 
     Raises:
-        CannotTune: latents that are not finite; no layer, or none where a setting costs less than exact attention.
+        CannotTune: latents that are not finite, unpatched or with every setting; no layer, or none where a setting
+            costs less than exact attention.
     """
     layers = self_attention_layers(runs)
     first, calls = _exact_run(runs, 0)
@@ -110,7 +111,10 @@ def calibrate(runs: Runs, settings: Sequence[Setting], bands: int, probed: int, 
         for layer, found in useful.items()
         for b, share in enumerate(shares)
     }
-    return Calibration(layers, bounds, shares, tuple(exact), tuple(taken), cost, tuple(ladder(places)))
+    rungs = tuple(ladder(places))
+    if not rungs:
+        raise CannotTune("no setting keeps the picture finite, in any layer and band of noise levels")
+    return Calibration(layers, bounds, shares, tuple(exact), tuple(taken), cost, rungs)
 
 
 def _exact_run(runs: Runs, index: int) -> tuple[Tensor, list[Call]]:
