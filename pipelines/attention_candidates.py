@@ -79,12 +79,17 @@ def candidates() -> list[Candidate]:
 
 
 def _sized(divisor: int) -> list[Candidate]:
-    def cost(N: int, D: int, cubes: float = 0.0, more: float = 0.0) -> float:
+    def cost(N: int, D: int, cubes: float, more: float, inner: bool) -> float:
         n = N / divisor
-        return 4 * N * n + more * N + (2 * n**2 + cubes * n**3 / D if cubes else 0)
+        own = (n + WINDOW**2) * N * n / D if inner else 0  # p̂ in the window: f W⁺ once, then a product of n per key
+        return 4 * N * n + more * N + own + (2 * n**2 + cubes * n**3 / D if cubes else 0)
 
-    def of(family: str, run: Callable[[Layer, int], Tensor], cubes: float = 0.0, more: float = 0.0) -> Candidate:
-        return Candidate(family, lambda it: run(it, it.q.shape[2] // divisor), lambda N, D: cost(N, D, cubes, more))
+    def of(
+        family: str, run: Callable[[Layer, int], Tensor], cubes: float = 0.0, more: float = 0.0, inner: bool = False
+    ) -> Candidate:
+        return Candidate(
+            family, lambda it: run(it, it.q.shape[2] // divisor), lambda N, D: cost(N, D, cubes, more, inner)
+        )
 
     return [
         of("agents, published κ and shortcut", lambda it, n: _agents(it, n, 0.3, 0.075)),
@@ -92,7 +97,7 @@ def _sized(divisor: int) -> list[Candidate]:
         of("agents merged by similarity", merged_agents),
         of("landmarks (ours)", lambda it, n: _landmarks(it, n, sample_tokens), cubes=1.2, more=2 * PROBES),
         of("landmarks from pooled tokens", lambda it, n: _landmarks(it, n, pool_tokens), cubes=1.2, more=2 * PROBES),
-        of("landmarks and an exact window", landmarks_and_window, cubes=1.2, more=2 * WINDOW**2),
+        of("landmarks and an exact window", landmarks_and_window, cubes=1.2, more=2 * WINDOW**2, inner=True),
         of("pooled, 6 Newton-Schulz steps", lambda it, n: newton_schulz(it, n, 6), cubes=24),
         Candidate(
             "landmarks of the step before",
@@ -132,7 +137,7 @@ def landmarks_and_window(layer: Layer, n: int) -> Tensor:
     logits = ql @ k.mT * s
     rows = logits.softmax(-1)  # F [B, H, n, N]
     spread = (q @ kl.mT * s).softmax(-1)  # f [B, H, N, n]
-    handed = spread @ correct(ql, kl, torch.cat((rows, logits.logsumexp(-1, keepdim=True)), dim=-1))
+    handed = spread @ correct(ql, kl, torch.cat((rows, logits.logsumexp(-1, keepdim=True)), dim=-1))[0]
     own, log_z = handed[..., :-1], handed[..., -1:]  # p̂ [B, H, N, N], of which a kernel would compute Ω alone
     near = _near(layer.grid, q.device)
     within = (q @ k.mT * s).masked_fill(near == 0, -torch.inf)
@@ -175,7 +180,7 @@ def reused(layer: Layer, n: int) -> Tensor:
     """Only the broadcast is computed: the corrected values are those of the step before."""
     before = layer.before or layer
     q, k = (sample_tokens(x, layer.grid, n) for x in (before.q, before.k))
-    return attention(layer.q, k, correct(q, k, attention(q, before.k, before.v)))
+    return attention(layer.q, k, correct(q, k, attention(q, before.k, before.v))[0])
 
 
 def first_order(layer: Layer) -> Tensor:

@@ -159,12 +159,14 @@ def main(
     model: Annotated[str, typer.Option(help="Embedded model, folder or hub id of a Stable Diffusion.")] = "emoji-sd",
     prompts: Annotated[str, typer.Option(help="Comma-separated; picture i has seed i.")] = PROMPTS,
     steps: Annotated[int, typer.Option(min=3)] = 20,
-    guidance: Annotated[float, typer.Option(min=0)] = 2.5,
+    guidance: Annotated[float, typer.Option(help="Above 1: the conditional half is measured.")] = 2.5,
     size: Annotated[int | None, typer.Option(help="Pixels, width and height; the model's own if not given.")] = None,
     min_tokens: Annotated[int, typer.Option(help="Layers with fewer tokens are left out.")] = 1024,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/attention-error"),
 ) -> None:
     """Compare approximations of self-attention on what a model's layers see."""
+    if guidance <= 1:
+        raise typer.BadParameter(f"guidance must be above 1, got {guidance}")
     pipe = load_pipeline(model)
     names = [name.strip() for name in prompts.split(",") if name.strip()]
     with torch.no_grad():

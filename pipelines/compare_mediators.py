@@ -8,13 +8,14 @@ Variants: the softmax model; the elastic model at each of its numbers of mediato
 schedule of a recipe that `diffattn tune` found, by the latents' change ("tuned"); and block caching, where cache-dit is
 installed: all blocks but the first are computed in every second or third step only, their contribution is kept for the
 steps between (FORA; Selvaraju et al., 2024), of the softmax model and of the elastic one at its middle number. Results
-go to comparison.json, comparison.md and grid.png; a variant that is in comparison.json already is not drawn again.
+go to comparison.json, comparison.md and grid.png; a variant that is in comparison.json already is not drawn again. If
+its weights or its protocol are others, the program refuses.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,9 @@ import typer
 from PIL import Image
 
 from diffattn import patch
-from diffattn.evaluation.extractors import load_extractor
+from diffattn.evaluation.extractors import load_extractor, weights_hash
 from diffattn.evaluation.flops import count_gflops, forward_gflops
+from diffattn.evaluation.json_file import write_json
 from diffattn.evaluation.machine import describe_machine
 from diffattn.evaluation.quality import QualityResult, compare
 from diffattn.evaluation.reference import Reference
@@ -180,6 +182,10 @@ def table(results: dict[str, dict], drawing: Drawing, extractor: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _write(file: Path, device: str, done: Mapping[str, Any]) -> None:
+    write_json(file, {"machine": describe_machine(torch.device(device)), "variants": done})
+
+
 def main(
     elastic: Annotated[Path, typer.Option(help="Pipeline folder of the model with mediators.")],
     reference: Annotated[Path, typer.Option(help="Real pictures: a zip or folder, as for training.")],
@@ -205,25 +211,23 @@ def main(
     truth = Reference.of(reference.name, (real[i][0][None] for i in range(len(real))), eye)
     file = out / "comparison.json"
     done = json.loads(file.read_text())["variants"] if file.is_file() else {}
-    out.mkdir(parents=True, exist_ok=True)
     for variant in found:
+        now = {"weights": weights_hash(variant.pipe.transformer), "drawing": asdict(drawing), "reference": truth.hash}
         if variant.name in done:
+            before = {key: done[variant.name].get(key) for key in now}
+            if before != now:
+                raise ValueError(f"{str(file)!r} has {variant.name!r} of {before}, now {now}: choose another --out")
             continue
         with variant.applied():
             result = sit_quality(variant.pipe, drawing, truth, eye, variant.name)
-        done[variant.name] = {**result.to_dict(), "gflops": variant.gflops(drawing)}
-        file.write_text(
-            json.dumps({"machine": describe_machine(torch.device(device)), "variants": done}, indent=1) + "\n"
-        )
+        for other in done.values():  # refuses results of different protocols
+            compare(QualityResult.from_dict({key: other[key] for key in ("subject", "protocol", "scores")}), result)
+        done[variant.name] = {**result.to_dict(), **now, "gflops": variant.gflops(drawing)}
+        _write(file, device, done)
         typer.echo(f"{variant.name}: {done[variant.name]['scores']}")
-    scored = [
-        QualityResult.from_dict({key: done[v.name][key] for key in ("subject", "protocol", "scores")}) for v in found
-    ]
-    for other in scored[1:]:
-        compare(scored[0], other)  # refuses results of different protocols
     for name, ratio in time_ratios(found, rounds, drawing).items():
         done[name]["time_ratio"] = ratio
-    file.write_text(json.dumps({"machine": describe_machine(torch.device(device)), "variants": done}, indent=1) + "\n")
+    _write(file, device, done)
     text = table({v.name: done[v.name] for v in found}, drawing, extractor)
     (out / "comparison.md").write_text(text)
     grid(found, drawing).save(out / "grid.png")

@@ -13,7 +13,11 @@ second. The peers are in `pipelines/peers/`; tomesd, DeepCache and tgate come wi
     pip install --no-deps tomesd==0.1.3 DeepCache==0.1.1 tgate==1.0.0
 """
 
+import hashlib
+import json
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +37,8 @@ from diffattn.evaluation.extractors import load_extractor
 from diffattn.evaluation.json_file import read_json
 from diffattn.evaluation.machine import cpu_threads, resolve, where
 from diffattn.loading import load_pipeline
-from diffattn.methods.thresholds import user_file
+from diffattn.methods.agent import AgentAttention
+from diffattn.methods.thresholds import load_thresholds
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -113,10 +118,12 @@ def quality(
             "levels": list(setting.levels),
             "scored_pictures": kid_pictures,
             "reference": reference and reference.name,
+            "reference_sha256": reference and _digest(reference.read_bytes()),
+            "every": every if reference else None,
             "extractor": eye and extractor,
             **_protocol(setting, place, pipe.unet.dtype),
         }
-        results = Results(out / "quality.json", conditions(place, protocol, sys.argv), resume)
+        results = _results(out / "quality.json", conditions(place, protocol, sys.argv), resume)
         what = f"{model} at {size} px" if size else model
         entry = results.entry(model, title=f"{what}, {steps} steps, ToMe, keys and tiles at {_levels(setting)}")
         comparison = Comparison(results, entry, names, pipe, setting, typer.echo)
@@ -160,7 +167,7 @@ def speed(
     place, precision = resolve(device, dtype)
     with cpu_threads(threads):
         protocol = {"pictures": pictures, **LOOP, **_protocol(Setting((), steps, min_tokens), place, precision)}
-        results = Results(out / "speed.json", conditions(place, protocol, sys.argv), resume)
+        results = _results(out / "speed.json", conditions(place, protocol, sys.argv), resume)
         for name in wanted:
             pipe = random_pipeline(MODELS[name], place, precision)
             setting = Setting(MODELS[name].levels, steps, min_tokens)
@@ -196,18 +203,29 @@ def _check_levels(setting: Setting, unet: Any) -> None:
         raise typer.BadParameter(f"no self-attention at level {', '.join(map(str, sorted(wrong)))}; there is at {here}")
 
 
+def _results(path: Path, made: Mapping[str, Any], resume: bool) -> Results:
+    try:
+        return Results(path, made, resume)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
 def _protocol(setting: Setting, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What both modes state."""
+    """What both modes state. The digest of the agents tells apart presets and thresholds that have changed since."""
+    presets = {name: asdict(preset) for name, preset in AgentAttention.presets.items()}
+    agents = {"defaults": asdict(AgentAttention()), "presets": presets, "thresholds": load_thresholds()}
     return {
         "steps": setting.steps,
-        "agents_from_tokens": _thresholds() if setting.min_tokens is None else setting.min_tokens,
+        "agents_from_tokens": "thresholds" if setting.min_tokens is None else setting.min_tokens,
+        "agents_sha256": _digest(json.dumps(agents, sort_keys=True).encode()),
         "device": str(device),
         "dtype": dtype_name(dtype),
     }
 
 
-def _thresholds() -> str:
-    return "this machine's own thresholds" if user_file().is_file() else "as shipped"
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _levels(setting: Setting) -> str:

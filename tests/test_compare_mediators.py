@@ -104,8 +104,20 @@ def test_results_of_another_protocol_are_not_mixed_in(place: Path) -> None:
     results = json.loads(before)
     del results["variants"]["dynamic"]
     file.write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="steps: 4 and 5"):
+    with pytest.raises(ValueError, match=r"'steps': 4.*now.*'steps': 5"):
         compare(place, steps=5)
+    assert json.loads(file.read_text()) == results  # nothing was written
+    file.write_text(before)
+
+
+def test_results_of_other_weights_are_not_mixed_in(place: Path) -> None:
+    file = place / "comparison" / "comparison.json"
+    before = file.read_text()
+    results = json.loads(before)
+    results["variants"]["dynamic"]["weights"] = "of another training"
+    file.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"has 'dynamic' of \{'weights': 'of another training'"):
+        compare(place, steps=4)
     file.write_text(before)
 
 

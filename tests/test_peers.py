@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from PIL import Image
+from reference import cases
 from typer.testing import CliRunner
 
 import diffattn
 from diffattn.evaluation.benchmark_models import MODELS
 from diffattn.evaluation.machine import git_commit
 from diffattn.injection import find_patch
+from diffattn.methods.agent import AgentAttention
+from diffattn.methods.base import Preset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 
@@ -158,6 +161,16 @@ def test_sampled_keys_are_those_of_every_second_row_and_column(layer):
     allowed = ((row % 2 == 0) & (column % 2 == 0)).expand(64, 64)
     found = DownsampledKeys(AttnProcessor2_0(), partial(sampled, factor=2))(attn, x)
     torch.testing.assert_close(found, oracle(x, allowed, attn))
+
+
+@cases("todo_")
+def test_sampled_keys_match_the_published_implementation(case):
+    p = case.params
+    attn = Attention(query_dim=p["C"], heads=p["heads"], dim_head=p["dim_head"])
+    attn.load_state_dict({name.removeprefix("w."): x for name, x in case.tensors.items() if name.startswith("w.")})
+    case.assert_close(sampled(case["in.x"], p["factor"]), "out.downsampled")
+    found = DownsampledKeys(AttnProcessor2_0(), partial(sampled, factor=p["factor"]))(attn, case["in.x"])
+    case.assert_close(found, "out.y")
 
 
 def test_tokens_of_a_tile_see_each_other_and_no_others(layer):
@@ -308,8 +321,10 @@ def test_resume_does_only_what_is_missing(measured, model):
     out, before, words = measured
     entry = before["entries"][str(model)]
     del entry["rounds"][1]["agent"], entry["pictures"]["keys-sampled"], entry["scores"]["agent+steps-15"]
+    entry["left_out"] = {"deepcache-5": "an earlier run's reason"}
     (out / "quality.json").write_text(json.dumps(before))
     told = program(*words, "--resume")
+    assert "deepcache-5 left out: an earlier run's reason" in told
     after = json.loads((out / "quality.json").read_text())["entries"][str(model)]
     assert after["rounds"][:2] == entry["rounds"]
     assert [set(r) for r in after["rounds"][2:]] == [{"sdpa", "agent"}]
@@ -322,18 +337,50 @@ def test_resume_refuses_another_protocol(measured):
     _, _, words = measured
     words = ["--resume", *("5" if i and words[i - 1] == "--steps" else w for i, w in enumerate(words))]
     result = CliRunner().invoke(app, [str(w) for w in [words[1], *words[:1], *words[2:]]])
-    assert result.exit_code != 0
-    assert "steps (4, now 5)" in str(result.exception)
+    assert result.exit_code == 2
+    assert "steps (4, now 5)" in result.output
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [(("--levels", "0"), "levels ([0, 1], now [0])"), (("--kid-pictures", "5"), "scored_pictures (4, now 5)")],
+    [
+        (("--levels", "0"), "levels ([0, 1], now [0])"),
+        (("--kid-pictures", "5"), "scored_pictures (4, now 5)"),
+        (("--every", "1"), "every (2, now 1)"),
+    ],
 )
 def test_resume_refuses_other_levels_and_numbers_of_pictures(measured, changed, message):
     _, _, words = measured
     result = CliRunner().invoke(app, [*map(str, words), *changed, "--resume"])
-    assert message in str(result.exception)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_resume_refuses_other_pictures_of_the_same_name_and_other_agents(measured, pictures_zip, tmp_path, monkeypatch):
+    _, _, words = measured
+    other = tmp_path / pictures_zip.name
+    other.write_bytes(pictures_zip.read_bytes() + b" ")
+    result = CliRunner().invoke(app, [*map(str, words), "--reference", str(other), "--resume"])
+    assert "reference_sha256 (" in result.output
+    fast = Preset(options={"num_agents": 2, "agent_ratio": None})
+    monkeypatch.setattr(AgentAttention, "presets", {**AgentAttention.presets, "fast": fast})
+    result = CliRunner().invoke(app, [*map(str, words), "--resume"])
+    assert "agents_sha256 (" in result.output
+
+
+def test_scores_of_another_protocol_are_refused_and_nothing_is_written(measured, model):
+    out, _, words = measured
+    data = json.loads((out / "quality.json").read_text())
+    scores = data["entries"][str(model)]["scores"]
+    taken = scores.pop("agent")
+    scores["sdpa"]["protocol"]["guidance"] = 9.0
+    (out / "quality.json").write_text(json.dumps(data))
+    result = CliRunner().invoke(app, [*map(str, words), "--resume"])
+    assert "guidance: 9.0 and 2.5" in str(result.exception)
+    scores_now = json.loads((out / "quality.json").read_text())["entries"][str(model)]["scores"]
+    assert scores_now == scores
+    scores["sdpa"]["protocol"]["guidance"], scores["agent"] = 2.5, taken
+    (out / "quality.json").write_text(json.dumps(data))
 
 
 def test_resume_refuses_figures_of_other_versions_and_adds_its_commit_to_those_it_keeps(tmp_path):

@@ -38,15 +38,16 @@ class Comparison:
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        """Those that cannot run here go from `names` to the entry, with the reason."""
-        self.entry["left_out"] = {}
+        """Those that cannot run here go from `names` to the entry, with the reason; earlier runs' reasons stay."""
+        left_out = self.entry["left_out"]
         for name in self.names:
+            left_out.pop(name, None)
             try:
                 with apply(name, self.pipe, self.setting):
                     pass
             except LeftOut as error:
-                self.entry["left_out"][name] = str(error)
-        self.names = [name for name in self.names if name not in self.entry["left_out"]]
+                left_out[name] = str(error)
+        self.names = [name for name in self.names if name not in left_out]
 
     def draw(self, groups: Mapping[str, Sequence[str]], drawing: Drawing) -> None:
         """The pictures of all groups of prompts, paired with the unaccelerated ones."""
@@ -78,6 +79,9 @@ class Comparison:
             every: the model was trained on every so many-th name of it.
             count: pictures of each variant.
             seed_sets: exact attention is scored with so many sets of `count` seeds: the spread from seeds alone.
+
+        Raises:
+            ValueError: scores of another protocol are there; nothing is written.
         """
         others = {other_seeds(i): i for i in range(1, seed_sets)}
         wanted = (*(name for name in self.names if name in names), *others)
@@ -92,13 +96,16 @@ class Comparison:
             ours = drawing.shifted(others.get(name, 0) * count)
             with apply(SDPA if name in others else name, self.pipe, self.setting) as draw:
                 result = score(draw, self.pipe, name, prompts, count, ours, truth, eye)
+            self._check_protocol(result)
             self.entry["scores"][name] = {**result.to_dict(), "enough_for_fid": count > eye.num_features}
             self.results.save()
             self.say(f"{name}: KID {result.scores['kid']:.5f}, FID {result.scores['fid']:.3f}")
-        fields = ("subject", "protocol", "scores")
-        found = [QualityResult.from_dict({k: s[k] for k in fields}) for s in self.entry["scores"].values()]
-        for other in found[1:]:
-            compare(found[0], other, may_differ=("seeds",))  # refuses results of different protocols
+
+    def _check_protocol(self, result: QualityResult) -> None:
+        """Refuses a result that does not compare with the scores that are there."""
+        for stored in self.entry["scores"].values():
+            before = QualityResult.from_dict({key: stored[key] for key in ("subject", "protocol", "scores")})
+            compare(before, result, may_differ=("seeds",))
 
     def time(
         self, arguments: Callable[[], dict[str, Any]], rounds: int, device: torch.device, warm_up: int = 2

@@ -3,6 +3,7 @@
 Shapes: N pictures, H, W pixels, d features.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -49,6 +50,11 @@ class Drawing:
             "output_type": "pt",
             **size,
         }
+
+    def told(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What a figure depends on besides steps, guidance and seeds: for its `Protocol`."""
+        digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+        return {"prompts_sha256": digest, "size": self.side or "the model's own", "batch": self.batch}
 
 
 @dataclass
@@ -126,7 +132,7 @@ def score(
         seeds=f"{drawing.seed}..{drawing.seed + count - 1}",
         dtype=pipe.unet.dtype,
         device=pipe.device,
-        options=options,
+        options=options | drawing.told(prompts),
     )
     return QualityResult(subject, protocol, scores)
 
