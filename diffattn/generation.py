@@ -109,6 +109,8 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
         ValueError: a size the pipeline cannot draw; an unknown class; as `diffattn.patch`.
     """
     guidance = own_guidance(pipe, request.model) if request.guidance is None else request.guidance
+    if isinstance(pipe, SiTPipeline):
+        guidance = max(guidance, 1.0)  # only at 1 it draws without
     if draws_classes(pipe):
         if request.negative_prompt:
             raise ValueError(f"{type(pipe).__name__} draws classes and takes no negative_prompt")
@@ -157,13 +159,13 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
     Args:
         pipe: on the device it is to run on.
         request: what to draw.
-        on_step: called after every sampling step.
+        on_step: called after every sampling step, `request.steps` times a picture.
     """
     arguments = call_arguments(pipe, request)
     draw: Any = pipe
     for seed in range(request.seed, request.seed + request.num_images):
         begin = time.perf_counter()
-        with _telling(pipe, on_step) as callback:
+        with _telling(pipe, request.steps, on_step) as callback:
             image = draw(**arguments, **callback, generator=torch.Generator().manual_seed(seed)).images[0]
         seconds = time.perf_counter() - begin
         yield Picture(image, seed, seconds, _recipe(pipe, request, seed))
@@ -238,35 +240,33 @@ def _check_draws_from_text(pipe: Any) -> None:
 
 
 @contextmanager
-def _telling(pipe: Any, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
+def _telling(pipe: Any, steps: int, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
     """Within, `on_step` is called after every step: by the argument of the pipeline that is given, or by a hook."""
     if on_step is None:
         yield {}
-    elif "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-        yield {"callback_on_step_end": _step_callback(on_step)}
+        return
+    tell = _teller(pipe, steps, on_step)
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        yield {"callback_on_step_end": lambda *_: tell() or {}}
     else:
-        with _denoiser(pipe).register_forward_hook(_step_hook(pipe, on_step)):
+        with _denoiser(pipe).register_forward_hook(lambda *_: tell()):
             yield {}
 
 
-def _step_callback(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
-    def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        on_step()
-        return {}
+def _teller(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[], None]:
+    """To be called after every call of the denoiser: calls `on_step` after the last one of every step.
 
-    return callback
+    A scheduler of order 2 takes two calls a step, but for the last one; PNDM takes one call more than there are steps.
+    """
+    calls, told = count(1), count(1)
 
-
-def _step_hook(pipe: Any, on_step: Callable[[], None]) -> Callable[..., None]:
-    """After the last call of the denoiser in every step: a scheduler of order 2 takes two, but for its last step."""
-    calls = count(1)
-
-    def hook(*_: Any) -> None:
+    def tell() -> None:
         call = next(calls)
-        if call % pipe.scheduler.order == 0 or call == len(pipe.scheduler.timesteps):
+        whole = call % pipe.scheduler.order == 0 or call == len(pipe.scheduler.timesteps)
+        if whole and next(told) <= steps:
             on_step()
 
-    return hook
+    return tell
 
 
 def _recipe(pipe: Any, request: Request, seed: int) -> dict[str, Any]:

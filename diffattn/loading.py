@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 
 from diffattn.sampling import SiTPipeline
 
 INDEX = "model_index.json"
+BROKEN = (OSError, ValueError, AttributeError, SafetensorError)
+"""What loading raises for files that are damaged or missing."""
+
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # 96: the longest names of the hub
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPi
     """
     if model in embedded_models():
         return load_demo(model, dtype)
-    if Path(model).exists():
+    if _exists(model):
         return _from_folder(Path(model), dtype)
     if HUB_ID.fullmatch(model):
         return _from_hub(model, dtype)
@@ -76,6 +80,13 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPi
         f"no model {model!r}: not a folder, not a hub id (owner/name), and not an embedded model "
         f"({', '.join(embedded_models()) or 'none installed'})"
     )
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _from_pretrained(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -109,7 +120,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     _refuse_pickles(folder, _parts(folder))
     try:
         return _from_pretrained(folder, dtype)
-    except (OSError, ValueError, AttributeError) as error:
+    except BROKEN as error:
         raise ValueError(f"{str(folder)!r} could not be loaded: {_first_line(error)}") from error
 
 
@@ -118,7 +129,7 @@ def _parts(folder: Path) -> list[str]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{str(folder)!r} is not a model: it has no {INDEX}")
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(folder)!r} is not a model: its {INDEX} is not JSON: {error}") from None
     if not isinstance(index, dict) or "_class_name" not in index:
@@ -143,7 +154,7 @@ def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
         return _from_pretrained(model, dtype)
     except RepositoryNotFoundError as error:
         raise ValueError(f"the hub has no model {model!r}, or it is private") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except BROKEN as error:
         message = str(error)
         if "not fully cached" in message or "cached snapshot" in message:
             why = "it is not in the local cache and the hub could not be reached"

@@ -12,7 +12,7 @@ which noise level:
 """
 
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from typing import Any, Self
 from diffattn.json_text import read_text
 from diffattn.methods import METHODS
 from diffattn.methods.base import AttentionMethod
-from diffattn.schedules import EXACT, NoiseSchedule
+from diffattn.schedules import EXACT, MAX_PHASES, NoiseSchedule
 
 VERSION_KEY, VERSION = "diffattn_recipe", 1
 """The key that a tuned recipe is known by, and the version that is written and read here."""
@@ -30,7 +30,8 @@ KEYS = ("method", "preset", "options", "layers", "schedule")
 
 TUNED_KEYS = (VERSION_KEY, "settings", "layers", "promised", "verified", "protocol")
 
-SHOWN = 4  # layers that an error message names
+SHOWN = 4  # names in an error message
+MAX_NAMES = 1024  # layers or settings: more than any model has
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -42,17 +43,17 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if isinstance(recipe, str | Path):
         try:
-            recipe = read_text(Path(recipe).read_text())
+            recipe = read_text(Path(recipe).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"recipe {str(recipe)!r} is not a readable JSON file: {error}") from None
     if not isinstance(recipe, Mapping):
         raise ValueError(f"a recipe is a mapping with the keys {', '.join(KEYS)}, got {_short(recipe)}")
     version = recipe.get(VERSION_KEY, VERSION)
     if type(version) is not int or version != VERSION:
-        raise ValueError(f"recipe of version {version!r}: this diffattn reads version {VERSION}")
+        raise ValueError(f"recipe of version {_short(version)}: this diffattn reads version {VERSION}")
     allowed = TUNED_KEYS if is_tuned(recipe) else (*KEYS, "protocol")
     if unknown := sorted(set(recipe) - set(allowed)):
-        raise ValueError(f"unknown recipe key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"unknown recipe key {_some(unknown)}; allowed: {', '.join(allowed)}")
     if not is_tuned(recipe):
         _check_types(recipe)
     return recipe
@@ -70,11 +71,25 @@ def _check_types(recipe: Mapping[str, Any]) -> None:
         return
     if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
         raise ValueError(f"a recipe's layers are a list of names, got {_short(layers)}")
+    _check_number("layers", layers)
 
 
 def _short(value: object) -> str:
-    """For a message."""
-    return reprlib.repr(value)
+    """For a message; names of layers are whole."""
+    found = reprlib.Repr()
+    found.maxstring = 100
+    return found.repr(value)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few, for a message."""
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(str(name)[:100] for name in names[:SHOWN]) + rest
+
+
+def _check_number(what: str, names: Collection[Any]) -> None:
+    if len(names) > MAX_NAMES:
+        raise ValueError(f"a recipe has at most {MAX_NAMES} {what}, got {len(names)}")
 
 
 def is_tuned(recipe: Mapping[str, Any]) -> bool:
@@ -100,6 +115,8 @@ class LayerRecipe:
         settings = {name: _method(name, entry) for name, entry in _mapping(recipe, "settings").items()}
         layers = {name: _schedule(name, entry, settings) for name, entry in _mapping(recipe, "layers").items()}
         bounds = sorted({bound for schedule in layers.values() for bound in schedule.bounds}, reverse=True)
+        if len(bounds) > MAX_PHASES:
+            raise ValueError(f"the layers of a recipe have at most {MAX_PHASES} noise levels, got {len(bounds)}")
         methods = {
             name: tuple(_setting_at(schedule, bound, settings) for bound in bounds) for name, schedule in layers.items()
         }
@@ -131,28 +148,30 @@ def names_of(methods: Any) -> str:
 def _mapping(recipe: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = recipe.get(key)
     if not isinstance(found, Mapping) or (key == "layers" and not found):
-        raise ValueError(f"a tuned recipe's {key} are a mapping by name, got {found!r}")
+        raise ValueError(f"a tuned recipe's {key} are a mapping by name, got {_short(found)}")
+    _check_number(key, found)
     return found
 
 
 def _method(name: str, entry: Any) -> AttentionMethod:
     if not isinstance(entry, Mapping) or set(entry) != {"method", "options"}:
-        raise ValueError(f"setting {name!r} of a recipe must have a method and options, got {entry!r}")
+        raise ValueError(f"setting {_short(name)} of a recipe must have a method and options, got {_short(entry)}")
     if not isinstance(entry["method"], str) or entry["method"] not in METHODS:
         raise ValueError(f"unknown method: {_short(entry['method'])}; allowed: {', '.join(METHODS)}")
     if not isinstance(entry["options"], Mapping):
-        raise ValueError(f"options of setting {name!r} are a mapping from name to value, got {entry['options']!r}")
+        options = _short(entry["options"])
+        raise ValueError(f"options of setting {_short(name)} are a mapping from name to value, got {options}")
     return METHODS[entry["method"]].from_options(entry["options"])
 
 
 def _schedule(layer: str, entry: Any, settings: Mapping[str, AttentionMethod]) -> NoiseSchedule:
     """The entries as options {"setting": name}, so that `NoiseSchedule` checks their noise levels."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"layer {layer!r} of a recipe needs a mapping from noise level to setting, got {entry!r}")
+        raise ValueError(f"layer {_short(layer)} of a recipe needs a mapping from noise level, got {_short(entry)}")
     for found in entry.values():
         if found != EXACT and (not isinstance(found, str) or found not in settings):
-            allowed = ", ".join([*settings, EXACT])
-            raise ValueError(f"layer {layer!r} of a recipe: unknown setting {found!r}; allowed: {allowed}")
+            allowed = f"{_some([*settings])}, {EXACT}"
+            raise ValueError(f"layer {_short(layer)} of a recipe: unknown setting {_short(found)}; allowed: {allowed}")
     return NoiseSchedule({bound: EXACT if s == EXACT else {"setting": s} for bound, s in entry.items()})
 
 
@@ -166,5 +185,4 @@ def _setting_at(
 def _listed(what: str, names: list[str]) -> str:
     if not names:
         return ""
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{what} {', '.join(names[:SHOWN])}{rest}"
+    return f"{what} {_some(names)}"

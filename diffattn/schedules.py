@@ -6,9 +6,12 @@ equals the time of flow matching. Sampling goes from high to low.
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
+from reprlib import repr as short
 from typing import Any, Protocol, Self, runtime_checkable
 
 EXACT = "exact"
+
+MAX_PHASES = 64  # of a schedule: a run of a hundred steps changes its options less often
 
 Options = Mapping[str, Any] | None
 """Options laid over those of the method for one phase; None is exact attention."""
@@ -48,10 +51,12 @@ class NoiseSchedule:
     runs 16 agents from pure noise down to 0.7, 64 down to 0.3, and exact attention below.
 
     Raises:
-        ValueError: no bound of 0, a bound outside [0, 1), or an entry that is neither options nor "exact".
+        ValueError: no bound of 0, a bound outside [0, 1), an entry that is neither options nor "exact", or more than
+            `MAX_PHASES` of them.
     """
 
     def __init__(self, entries: Mapping[float, Mapping[str, Any] | str]) -> None:
+        _check_number(entries)
         bounds = {_bound(key): value for key, value in entries.items()}
         if 0.0 not in bounds:
             raise ValueError(f"a schedule needs an entry at 0.0, got bounds {sorted(bounds)}")
@@ -116,7 +121,8 @@ class LatentChangeSchedule:
         per_sample: bool = False,
     ) -> None:
         if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence):
-            raise ValueError(f"entries must be a list of options or {EXACT!r}, got {entries!r}")
+            raise ValueError(f"entries must be a list of options or {EXACT!r}, got {short(entries)}")
+        _check_number(entries)
         self.phases: tuple[Options, ...] = tuple(_options(entry) for entry in entries)
         self.thresholds: tuple[float, ...] = _thresholds(thresholds, len(self.phases))
         if not isinstance(first, int) or isinstance(first, bool) or first < 1:
@@ -229,13 +235,18 @@ def constant() -> NoiseSchedule:
     return NoiseSchedule({0.0: {}})
 
 
+def _check_number(entries: Sequence[Any] | Mapping[Any, Any]) -> None:
+    if len(entries) > MAX_PHASES:
+        raise ValueError(f"a schedule has at most {MAX_PHASES} entries, got {len(entries)}")
+
+
 def _bound(key: float | str) -> float:
     try:
         bound = float(key)
     except (TypeError, ValueError):
-        raise ValueError(f"a schedule's bounds are noise levels from 0 to 1, got {key!r}") from None
+        raise ValueError(f"a schedule's bounds are noise levels from 0 to 1, got {short(key)}") from None
     if not (isfinite(bound) and 0 <= bound < 1):
-        raise ValueError(f"a schedule's bounds are noise levels of at least 0 and below 1, got {key!r}")
+        raise ValueError(f"a schedule's bounds are noise levels of at least 0 and below 1, got {short(key)}")
     return bound
 
 
@@ -244,14 +255,14 @@ def _options(entry: Mapping[str, Any] | str) -> Options:
         return dict(entry)
     if entry == EXACT:
         return None
-    raise ValueError(f"a schedule's entries are options or {EXACT!r}, got {entry!r}")
+    raise ValueError(f"a schedule's entries are options or {EXACT!r}, got {short(entry)}")
 
 
 def _thresholds(values: Sequence[float], num_phases: int) -> tuple[float, ...]:
     numbers = not isinstance(values, str) and isinstance(values, Sequence)
     numbers = numbers and all(isinstance(r, int | float) and not isinstance(r, bool) for r in values)
     if not numbers or not all(isfinite(r) and r > 0 for r in values) or list(values) != sorted(values, reverse=True):
-        raise ValueError(f"thresholds must be falling numbers above 0, got {values!r}")
+        raise ValueError(f"thresholds must be falling numbers above 0, got {short(values)}")
     if num_phases != len(values) + 1 or not values:
         raise ValueError(
             f"a schedule needs one entry more than thresholds, and a threshold, got {num_phases} entries "

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "diffattn"
 RANKS = {
     "functional": 0,
     "json_text": 0,
+    "file_names": 0,
     "schedules": 1,
     "noise_level": 1,
     "methods": 2,

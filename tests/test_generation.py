@@ -3,17 +3,29 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
 from PIL import Image
+from tiny_dit import tiny_dit
 
 import diffattn
 from diffattn.generation import Request, check_size, generate, prepare, recipe_of, request_of
 from diffattn.loading import EMBEDDED, load_pipeline
+from diffattn.sampling import SiTPipeline
 
 EVERYWHERE = {"min_tokens": 0, "num_agents": 4, "agent_ratio": None}
 
@@ -97,7 +109,19 @@ def test_a_model_with_a_part_missing(folder: Path, tmp_path: Path) -> None:
         load_pipeline(str(copied))
 
 
-@pytest.mark.parametrize("name", ["nothing", "a/b/c", "", "no such folder/x"])
+def test_weights_that_were_cut_off_are_refused(folder: Path, tmp_path: Path) -> None:
+    for part in ("text_encoder", "unet"):
+        copied = tmp_path / part
+        shutil.copytree(folder, copied)
+        (file,) = (copied / part).glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=f"{part}' could not be loaded"):
+            load_pipeline(str(copied))
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "a/b/c", "", "no such folder/x", "x" * 300, "x" * 300 + "/y", "𠮷" * 90 + "/y"]
+)
 def test_a_name_that_is_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=r"no model|not a model"):
         load_pipeline(name)
@@ -209,6 +233,26 @@ def test_every_step_is_told(pipe: DiffusionPipeline) -> None:
     assert len(steps) == 2 * 3
     assert patch is not None
     patch.remove()
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(PNDMScheduler, 6), (HeunDiscreteScheduler, 9)])
+def test_every_step_is_told_once_whatever_calls_it_takes(pipe: DiffusionPipeline, kind: Any, calls: int) -> None:
+    told, made = [], []
+    parts: Any = pipe
+    parts.scheduler = kind.from_config(parts.scheduler.config, skip_prk_steps=True)
+    ready, _ = prepare(pipe, request(method="none", options={}, steps=5))
+    with parts.unet.register_forward_hook(lambda *_: made.append(1)):
+        list(generate(pipe, ready, lambda: told.append(1)))
+    assert (len(told), len(made)) == (5, calls)
+
+
+def test_guidance_of_1_and_below_is_none_for_a_sit_too() -> None:
+    sit = SiTPipeline(tiny_dit(in_channels=3), FlowMatchEulerDiscreteScheduler(shift=1))
+    plain = request(prompt="1", method="none", options={})
+    without, below, above = (draw(sit, replace(plain, guidance=g))[0] for g in (1.0, 0.0, 2.0))
+    assert np.array_equal(below, without)
+    assert not np.array_equal(above, without)
+    assert prepare(sit, replace(plain, guidance=0.0))[0].guidance == 1  # as the picture's recipe and code say
 
 
 def test_a_failure_while_drawing_leaves_the_model_to_unpatch(pipe: DiffusionPipeline) -> None:

@@ -3,18 +3,25 @@
 import gc
 import math
 import shutil
+import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import web
+from diffusers import AutoencoderTiny
 
-from diffattn.generation import EXACT, recipe_of
+from diffattn.generation import EXACT, Request, recipe_of
+from diffattn.injection import Patch
 from diffattn.jobs import Comparison, Drawn, Limits, Models, Progress, Worker, accelerations
+from diffattn.jobs.compare import WARMING_UP, compare
+from diffattn.jobs.preview import Preview
 from diffattn.jobs.snippet import snippet
+from diffattn.jobs.watch import Watch
 from diffattn.jobs.worker import save_pictures
 from diffattn.loading import load_pipeline
 
@@ -67,7 +74,8 @@ def test_a_comparison_needs_accelerations(bad: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     ["", "..", "../one", "../../etc", "/etc/passwd", "one/../one", "./one", "group", "group/three/four", "outside",
-     None, 3, ["one"], "\0", "tests/fixtures", "https://example.org/x", "a/.."],
+     None, 3, ["one"], "\0", "tests/fixtures", "https://example.org/x", "a/..", "x" * 300, "x" * 300 + "/y",
+     "𠮷" * 90 + "/y"],
 )  # fmt: skip
 def test_models_outside_the_folder_are_refused(folder: Path, tmp_path: Path, name: Any) -> None:
     shutil.copytree(folder, tmp_path / "models")
@@ -93,16 +101,25 @@ def test_a_pickle_is_refused_and_the_next_job_runs(tmp_path: Path) -> None:
     unet = tmp_path / "models" / "group" / "two" / "unet"
     torch.save({}, unet / "diffusion_pytorch_model.bin")
     (unet / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(ValueError, match=r"refused: 'group/two/unet/.*pickle") as refused:
         list(worker.generate("a", web.ask(worker, model="group/two")))
+    assert str(tmp_path) not in str(refused.value)
     assert isinstance(list(worker.generate("a", web.ask(worker)))[-1], Drawn)
+
+
+def test_a_recipe_that_cannot_be_read_is_told_by_its_name(worker: Worker, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    for name in ("x.json", "y.json"):
+        with pytest.raises(ValueError, match=f"recipe '{name}' is not a readable JSON file") as refused:
+            web.ask(worker, recipe=str(tmp_path / name))
+        assert str(tmp_path) not in str(refused.value)
 
 
 # Drawing
 
 
 def test_progress_previews_pictures_and_their_recipe(worker: Worker, tmp_path: Path) -> None:
-    events = list(worker.generate("a", web.ask(worker, num_images=2, acceleration="agent/fast")))
+    events = list(worker.generate("a", web.ask(worker, prompt="𠮷" * 99, num_images=2, acceleration="agent/fast")))
     steps = [event for event in events if isinstance(event, Progress)]
     drawn = events[-1]
     assert isinstance(drawn, Drawn)
@@ -153,6 +170,16 @@ def test_the_code_shown_for_an_embedded_model_needs_no_folder(monkeypatch: pytes
     check_the_code(drawn, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "names_it"),
+    [({"options": {"num_mediators": 4}}, False), ({"method": "mediator"}, True), ({"diffattn_recipe": 1}, True)],
+)
+def test_the_code_shown_says_the_method_unless_the_recipe_does(recipe: dict[str, Any], names_it: bool) -> None:
+    code = snippet(Request("m", "1", method="mediator", recipe=recipe))
+    said = "" if names_it else "'mediator', "
+    assert f"diffattn.patch(pipe, {said}recipe={recipe})" in code
+
+
 def check_the_code(drawn: Drawn, folder: Path) -> None:
     assert str(folder.parent) not in drawn.code
     names: dict[str, Any] = {}
@@ -182,6 +209,35 @@ def test_a_vae_that_overflows_has_no_preview_but_pictures(tmp_path: Path) -> Non
     assert isinstance(events[-1], Drawn)
 
 
+def test_a_vae_without_a_distribution_has_no_preview() -> None:
+    blocks = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8))
+    vae = AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks)
+    assert Preview.of(SimpleNamespace(vae=vae)) is None
+
+
+def test_a_picture_begins_when_the_one_before_is_whole(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(worker.generate("a", web.ask(worker)))
+    vae, now = web.loaded(worker).vae, [0.0]
+    decode = vae.decode
+
+    def decode_slowly(*args: Any, **kwargs: Any) -> Any:
+        now[0] += 100
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr("diffattn.jobs.watch.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(vae, "decode", decode_slowly)
+    drawn = list(worker.generate("a", web.ask(worker, num_images=2)))[-1]
+    assert now == [200]
+    assert drawn.trace.seconds == [0, 0]
+
+
+def test_a_run_is_followed_without_copies_of_its_trace(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Patch, "trace", None)
+    drawn = list(worker.generate("a", web.ask(worker, acceleration="agent/fast")))[-1]
+    assert drawn.trace.numbers == [16, 16]
+    assert None not in drawn.trace.noise_levels
+
+
 def test_compare_draws_the_same_seeds_and_leaves_the_model_clean(worker: Worker) -> None:
     found = list(
         worker.compare("a", web.ask(worker, num_images=2, width=64, height=64), ["agent/fast", "agent/balanced"])
@@ -203,10 +259,43 @@ def test_compare_draws_the_same_seeds_and_leaves_the_model_clean(worker: Worker)
     assert not any(name.startswith("diffattn") for name in hooks[2].values())
 
 
+def test_warming_up_says_no_time_and_is_no_picture(worker: Worker) -> None:
+    list(worker.generate("a", web.ask(worker)))
+    pipe, events = web.loaded(worker), list[Progress]()
+
+    def watch(ready: Request, patch: Patch | None, *of_the_job: Any) -> Watch:
+        return Watch(pipe, ready, patch, threading.Event(), events.append, None, *of_the_job)
+
+    compare(pipe, web.ask(worker, num_images=2), ["agent/fast"], watch)
+    told = {what: [x for x in events if x.what == what] for what in (WARMING_UP, EXACT)}
+    assert {(x.picture, x.pictures, x.seconds_left) for x in told[WARMING_UP]} == {(0, 1, None)}
+    assert {x.pictures for x in told[EXACT]} == {4}
+    assert told[EXACT][-1].seconds_left is not None
+
+
+@pytest.mark.parametrize(("of_pairs", "mean"), [((20.0, math.inf, 30.0), 25), ((math.inf,) * 3, math.inf)])
+def test_the_mean_psnr_is_of_the_pictures_that_differ(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, of_pairs: tuple[float, ...], mean: float
+) -> None:
+    monkeypatch.setattr("diffattn.jobs.compare.psnr", lambda a, b: torch.tensor(of_pairs))
+    found = list(worker.compare("a", web.ask(worker, num_images=3), ["agent/fast"]))[-1]
+    assert found.variants[1].psnr == mean
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_operations_are_not_counted_where_the_change_of_the_latents_decides(worker: Worker, per_sample: bool) -> None:
+    entries = [{"num_mediators": 4}, {"num_mediators": 16}]
+    schedule = {"kind": "latent_change", "entries": entries, "thresholds": [0.9], "first": 1, "per_sample": per_sample}
+    asked = web.ask(worker, model="sit", prompt="1", steps=6, recipe={"method": "mediator", "schedule": schedule})
+    exact, switched = list(worker.compare("a", asked, ["recipe"]))[-1].variants
+    assert exact.gflops is not None
+    assert switched.gflops is None
+
+
 # Clean models, bounded memory
 
 
-def test_a_failed_job_leaves_the_model_clean(worker: Worker) -> None:
+def test_a_failed_job_leaves_the_model_clean(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
     list(worker.generate("a", web.ask(worker)))
     pipe, before = web.loaded(worker), web.traces_of_patching(web.loaded(worker))
     decode, pipe.vae.decode = pipe.vae.decode, None  # fails after the last step
@@ -217,9 +306,13 @@ def test_a_failed_job_leaves_the_model_clean(worker: Worker) -> None:
         del pipe.vae.decode
     assert pipe.vae.decode == decode
     assert web.traces_of_patching(pipe) == before
+    (said,) = caplog.records  # it may be a bug
+    assert said.message == "drawing failed"
+    assert said.exc_info is not None
     with pytest.raises(ValueError, match="multiple of 8"):
         list(worker.generate("a", web.ask(worker, width=33)))
     assert web.traces_of_patching(pipe) == before
+    assert len(caplog.records) == 1
 
 
 def test_fifty_switches_of_the_model_keep_one_in_memory(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import web
+from diffusers import HeunDiscreteScheduler
 
 from diffattn.evaluation.extractors import load_extractor
 from diffattn.evaluation.reference import Reference
@@ -118,6 +119,10 @@ def test_automatic_is_the_extractor_of_the_stored_reference_if_it_may_be(folder:
     with pytest.raises(ValueError, match="'clip' would be downloaded"):
         extractor_for("sit", "automatic", models)
     assert extractor_for("sit", "cifar-classifier", models) == "cifar-classifier"
+    (tmp_path / "models" / "sit" / REFERENCE_FILE).write_text("x")
+    with pytest.raises(ValueError, match=f"'sit/{REFERENCE_FILE}' is not a reference") as refused:
+        extractor_for("sit", "automatic", models)
+    assert str(tmp_path) not in str(refused.value)
 
 
 # How long it takes
@@ -133,15 +138,25 @@ def test_every_job_that_draws_teaches_the_pace(folder: Path, job: str) -> None:
 
 
 def test_exact_pictures_say_the_pace_and_accelerated_ones_until_there_are_any() -> None:
-    pace, exact = Pace(), Request("m", "", method=EXACT, width=256, height=256)
+    pace, exact = Pace(), Request("m", "", method=EXACT, steps=20, width=256, height=256)
     assert pace.seconds("m", 256 * 256, 10) is None
-    pace.learn(replace(exact, method="agent"), seconds=1.0, calls=10)
+    pace.learn(replace(exact, method="agent", steps=10), seconds=1.0)
     assert pace.seconds("m", 256 * 256, 10) == pytest.approx(1)
-    pace.learn(exact, seconds=4.0, calls=20)
-    pace.learn(replace(exact, method="agent"), seconds=1.0, calls=20)
+    pace.learn(exact, seconds=4.0)
+    pace.learn(replace(exact, method="agent"), seconds=1.0)
     assert pace.seconds("m", 256 * 256, 10) == pytest.approx(2)
     assert pace.seconds("m", 128 * 256, 10) == pytest.approx(1)
     assert pace.seconds("other", 256 * 256, 10) is None
+
+
+def test_the_pace_is_that_of_steps_whatever_calls_they_take(folder: Path) -> None:
+    worker = web.tiny_worker(folder)
+    list(worker.generate("a", web.ask(worker)))
+    pipe = web.loaded(worker)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    drawn = list(worker.generate("a", web.ask(worker, steps=6)))[-1]
+    assert len(drawn.trace.seconds) == 11
+    assert worker.seconds_for(web.ask(worker, steps=6)) == pytest.approx(drawn.pictures[0].seconds)
 
 
 def test_a_stored_reference_shortens_the_estimate_only_where_it_is_used(folder: Path) -> None:

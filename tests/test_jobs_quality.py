@@ -18,7 +18,7 @@ from diffattn.evaluation.extractors import load_extractor
 from diffattn.evaluation.quality import compare
 from diffattn.evaluation.reference import Reference
 from diffattn.jobs import Limits, Measurement, Progress, Run, Stopped, Worker
-from diffattn.jobs.kept import MOST, keep, runs_to_show
+from diffattn.jobs.kept import MOST, keep, not_kept, runs_to_show
 from diffattn.jobs.quality_run import (
     REFERENCE_FILE,
     RUNS_FILE,
@@ -130,6 +130,16 @@ def test_models_are_measured_one_at_a_time_in_memory(tmp_path: Path, monkeypatch
     assert alive == [0, 0]
 
 
+def test_what_is_timed_makes_no_previews(worker: Worker) -> None:
+    list(worker.generate("a", web.ask(worker)))
+    assert worker._loaded is not None
+    assert worker._loaded[2] is not None
+    events = list(worker.measure("a", ask(worker, numbers="")))
+    told = [event for event in events if isinstance(event, Progress) and event.step]
+    assert told
+    assert all(event.preview is None for event in told)
+
+
 def test_stop_drops_the_run_and_leaves_the_model_clean(worker: Worker) -> None:
     def stop_soon() -> None:
         for event in worker.measure("a", ask(worker, samples=8, steps=50)):
@@ -199,8 +209,9 @@ def test_damaged_files_are_refused_in_words(run: Run, tmp_path: Path, change: An
     data = json.loads((tmp_path / "runs.json").read_text())
     change(data)
     (tmp_path / "runs.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError):  # noqa: PT011, each says something else
+    with pytest.raises(ValueError) as refused:  # noqa: PT011, each says something else
         read_runs(tmp_path / "runs.json")
+    assert str(tmp_path) not in str(refused.value)
 
 
 def test_a_figure_that_no_float_holds_is_refused(run: Run) -> None:
@@ -232,6 +243,10 @@ def test_own_runs_are_kept_up_to_a_number(run: Run) -> None:
         kept = keep(kept, [replace(run, title=str(i))])
     assert [one["title"] for one in kept] == [str(i) for i in range(3, MOST + 3)]
     assert keep(kept, [replace(run, title="5")])[-1]["title"] == "5"
+    twice = [replace(run, title="new"), replace(run, title="new", model="other")]
+    assert [one["title"] for one in keep(kept, twice)][-2:] == [str(MOST + 2), "new"]
+    assert keep(kept, twice)[-1]["model"] == "other"
+    assert (not_kept(kept, twice), not_kept(kept[2:], twice)) == (1, 0)
     shown = runs_to_show([run], [*kept[:1], run.to_dict()])
     assert [one.title for one in shown] == [run.title, "3"]
 

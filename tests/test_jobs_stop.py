@@ -4,6 +4,7 @@ import inspect
 import sys
 import threading
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Self
 
 import numpy as np
@@ -88,13 +89,18 @@ def test_stop_during_a_step_lets_no_other_begin(worker: Worker, model: str, acce
 
 
 def test_an_iterator_that_is_closed_stops_its_job(worker: Worker) -> None:
-    events = worker.generate("a", web.ask(worker, steps=400))
-    next(events)
-    events.close()
-    jobs = [thread for thread in threading.enumerate() if thread.name == "diffattn-job"]
-    for job in jobs:
-        job.join(timeout=60)
-    assert not any(job.is_alive() for job in jobs)
+    list(worker.generate("a", web.ask(worker)))
+    with SecondStep(web.loaded(worker)) as second_step:
+        events = worker.generate("a", web.ask(worker, steps=400))
+        wait_for_a_step(events)
+        assert second_step.under_way.wait(20)
+        events.close()
+        second_step.go_on.set()
+        jobs = [thread for thread in threading.enumerate() if thread.name == "diffattn-job"]
+        for job in jobs:
+            job.join(timeout=60)
+        assert not any(job.is_alive() for job in jobs)
+    assert len(second_step.calls) == 2
     assert web.traces_of_patching(web.loaded(worker))[:2] == (0, 0)
     assert not worker.stop("a")
 
@@ -119,6 +125,7 @@ def test_closing_does_not_wait_for_a_step_and_the_next_job_still_runs_alone(work
 
 
 def test_a_closed_worker_has_stopped_every_job_and_waited_for_the_step(worker: Worker) -> None:
+    worker = Worker(worker.models, worker.limits, "cpu")  # for this test alone: it has no job any more
     list(worker.generate("a", web.ask(worker)))
     with SecondStep(web.loaded(worker)) as second_step:
         first = worker.generate("a", web.ask(worker, steps=400))
@@ -133,6 +140,8 @@ def test_a_closed_worker_has_stopped_every_job_and_waited_for_the_step(worker: W
     for events in (first, second):
         with pytest.raises(Stopped):
             list(events)
+    with pytest.raises(Stopped):
+        list(worker.generate("c", web.ask(worker)))
 
 
 def test_nobody_can_stop_the_warm_up(worker: Worker) -> None:
@@ -148,6 +157,7 @@ def test_nobody_can_stop_the_warm_up(worker: Worker) -> None:
 
 
 def test_closing_the_worker_ends_the_warm_up_without_a_word(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(worker.models, worker.limits, "cpu")
     list(worker.generate("a", web.ask(worker)))
     raised: list[BaseException] = []
 
@@ -215,24 +225,33 @@ def test_no_stop_is_lost_among_many_threads() -> None:
     assert not stops.stop("a")
 
 
+def test_a_job_that_comes_after_all_were_stopped_is_stopped_too() -> None:
+    stops = Stops(2)
+    before = stops.add("a")
+    stops.stop_all()
+    assert before.is_set()
+    assert stops.add("a").is_set()
+    assert stops.add("b").is_set()
+
+
 def test_jobs_of_several_visitors_run_one_after_the_other(worker: Worker) -> None:
     asked = web.ask(worker, steps=4, acceleration="none")
     alone = np.asarray(list(worker.generate("x", asked))[-1].pictures[0].image)
-    steps: list[tuple[str, int]] = []
     pictures: dict[str, Any] = {}
+    calls: list[threading.Thread] = []  # of the denoiser: the jobs that made them
 
     def visit(name: str) -> None:
         for event in worker.generate(name, asked):
             if isinstance(event, Drawn):
                 pictures[name] = np.asarray(event.pictures[0].image)
-            else:
-                steps.append((name, event.step))
 
     visitors = [threading.Thread(target=visit, args=(str(i),)) for i in range(3)]
-    for thread in visitors:
-        thread.start()
-    for thread in visitors:
-        thread.join()
+    with web.loaded(worker).unet.register_forward_hook(lambda *_: calls.append(threading.current_thread())):
+        for thread in visitors:
+            thread.start()
+        for thread in visitors:
+            thread.join()
+    assert [len(list(own)) for _, own in groupby(calls)] == [4, 4, 4]
     assert len(pictures) == 3
     assert all(np.array_equal(picture, alone) for picture in pictures.values())
 

@@ -31,3 +31,11 @@ def test_hostile_text_is_refused(tmp_path: Path, value: str, says: str) -> None:
     for read in (read_json, read_recipe):
         with pytest.raises(ValueError, match=rf"a\.json.* is not a readable JSON file: .*{says}"):
             read(file)
+
+
+def test_files_are_utf8_whatever_the_locale_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *_: encoding or "ascii")
+    file = tmp_path / "a.json"
+    file.write_bytes('{"protocol": {"model": "é"}}'.encode())
+    for read in (read_json, read_recipe):
+        assert read(file)["protocol"]["model"] == "é"

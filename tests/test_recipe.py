@@ -15,6 +15,8 @@ import diffattn
 
 AGENTS = {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}
 SCHEDULE = {"0.5": "few", "0.0": "exact"}
+LONG = {str(i / 100): "few" for i in range(65)}  # a noise level more than a schedule may have
+HALVES = {bound: LONG[bound] for bound in [*LONG][:40]}, SCHEDULE | {bound: LONG[bound] for bound in [*LONG][40:]}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_every_layer_follows_its_own_schedule(pipe: DiffusionPipeline, layers: l
     for call in trace:
         first = 9 if call["noise_level"] >= 0.7 else 4
         options = call["options"]
-        assert options[layers[0]] == ("exact" if call["noise_level"] < 0.3 else AGENTS | {"num_agents": first})
+        assert options[layers[0]] == ("exact" if call["noise_level"] < 0.3 else {"num_agents": first, "min_tokens": 0})
         assert options[layers[1]]["num_agents"] == 9
 
 
@@ -125,6 +127,14 @@ def test_a_controlnet_beside_the_model_runs_exact(
         ({"layers": {"mid": {"0.5": "few"}}}, "needs an entry at 0.0"),
         ({"layers": {"mid": {"0.0": "few", "1.5": "few"}}}, "below 1, got '1.5'"),
         ({"layers": {"mid": {"0.0": "few", "high": "few"}}}, "noise levels from 0 to 1, got 'high'"),
+        ({"layers": {"mid": LONG}}, "a schedule has at most 64 entries, got 65"),
+        (
+            {"layers": {"mid": HALVES[0], "up": HALVES[1]}},
+            "the layers of a recipe have at most 64 noise levels, got 65",
+        ),
+        ({"layers": {str(i): SCHEDULE for i in range(2000)}}, "a recipe has at most 1024 layers, got 2000"),
+        ({"layers": {"mid": ["x" * 200]}}, r"needs a mapping from noise level, got \['x{40,60}\.\.\.x{40,60}'\]$"),
+        ({"x" * 200: 1}, "unknown recipe key x{100}; allowed"),
         ({"settings": {"few": {"method": "linear", "options": {}}}}, "unknown method: 'linear'"),
         ({"settings": {"few": {"method": "agent"}}}, "setting 'few' of a recipe must have a method and options"),
         ({"settings": {"few": {"method": "agent", "options": 3}}}, "options of setting 'few'"),
@@ -152,6 +162,13 @@ def test_what_is_no_recipe_is_refused(
         ({"layers": 5}, "a recipe's layers are a list of names, got 5"),
         ({"layers": [["mid"]]}, "a recipe's layers are a list of names"),
         ({"layers": [None]}, "a recipe's layers are a list of names"),
+        ({"layers": ["mid"] * 2000}, "a recipe has at most 1024 layers, got 2000"),
+        ({"schedule": {str(i / 100): {} for i in range(65)}}, "a schedule has at most 64 entries, got 65"),
+        (
+            {"schedule": {"kind": "latent_change", "entries": [{}] * 65, "thresholds": [1]}},
+            "at most 64 entries, got 65",
+        ),
+        ({"schedule": {"x" * 200: {}}}, r"got 'x{10,20}\.\.\.x{10,20}'$"),
         ({"options": [1]}, "a recipe's options are a mapping"),
         ({"options": {"num_agents": []}}, "num_agents must be"),
         ({"schedule": 5}, "schedule must be"),

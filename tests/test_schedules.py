@@ -99,6 +99,7 @@ def test_phases_never_decrease_as_noise_falls(entries: dict[float, dict[str, Any
         ({0.0: {}, float("nan"): {}}, "got nan"),
         ({0.0: {}, float("inf"): {}}, "got inf"),
         ({0.0: {}, "high": {}}, "got 'high'"),
+        ({i / 100: {} for i in range(65)}, "a schedule has at most 64 entries, got 65"),
         ({0.0: {}, None: {}}, "got None"),
         ({0.0: "exactly"}, "options or 'exact', got 'exactly'"),
         ({0.0: 5}, "options or 'exact', got 5"),

@@ -240,6 +240,7 @@ def test_a_softmax_sit_is_tuned_as_well() -> None:
         ({"max_error": 0.1, "candidates": []}, "no candidates"),
         ({"max_error": 0.1, "candidates": [("linear", {})]}, "unknown method: 'linear'"),
         ({"max_error": 0.1, "candidates": [("agent", {"agent": 3})]}, "unknown option agent"),
+        ({"max_error": 0.1, "bands": 65}, "bands must be at most 64, got 65"),
         ({"max_error": 0.1, "candidates": [("agent", {"max_level": 0, "num_agents": 500})]}, "no setting costs less"),
     ],
 )

@@ -20,8 +20,9 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from diffattn.generation import recipe_of
-from diffattn.jobs import Worker
-from diffattn.webui import launch
+from diffattn.jobs import Limits, Worker
+from diffattn.webui import build, launch
+from diffattn.webui.files import Files
 
 FAILS = (AppError, ValueError)
 
@@ -55,6 +56,20 @@ def compare_settings() -> dict[str, Any]:
     found = settings()
     del found["acceleration"]
     return found | {"accelerations": ["agent/fast", "agent/balanced"], "width": 64, "height": 64}
+
+
+@pytest.mark.parametrize("most", [(1, 1, 8), (7, 2, 9), (100, 8, 256)])
+def test_the_page_begins_within_its_limits(worker: Worker, tmp_path: Path, most: tuple[int, int, int]) -> None:
+    limits = dict(zip(("steps", "images", "samples"), most, strict=True))
+    page = build(Worker(worker.models, Limits(**limits), "cpu"), Files(tmp_path, 60))
+    found: list[Any] = [block for block in page.blocks.values() if type(block).__name__ == "Slider"]
+    of_label = {"Steps": limits["steps"], "Pictures": limits["images"], "N: pictures of each": limits["samples"]}
+    assert sorted(slider.label for slider in found) == ["N: pictures of each", *["Pictures"] * 2, *["Steps"] * 3]
+    for slider in found:
+        limit = of_label[slider.label]
+        assert slider.minimum <= slider.value <= limit
+        assert slider.minimum < slider.maximum
+        assert slider.interactive == (slider.minimum < limit)
 
 
 def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
@@ -162,13 +177,14 @@ def test_downloads_are_deleted_when_they_are_old_and_when_the_page_ends(
 
     with web.served(worker) as address:
         client = Client(address, verbose=False, download_files=False)
-        draw(client)
-        (old,) = pictures()
+        draw(client, num_images=2)
+        old = pictures()
+        (folder,) = {file.parent for file in old}  # of a job: a new picture keeps those before it
         draw(client, seed=1)
-        assert len(pictures()) == 2
-        os.utime(old.parent, (0, 0))
+        assert len(pictures()) == 3
+        os.utime(folder, (0, 0))
         client.predict(**compare_settings(), api_name="/compare")
-        assert old not in pictures()
+        assert not set(old) & set(pictures())
         assert len(pictures()) == 4  # the second, and of the comparison those of each variant
     wait_for(lambda: not pictures())
 

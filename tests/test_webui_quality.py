@@ -3,7 +3,9 @@
 # ruff: noqa: E402, the page needs Gradio
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from diffattn.jobs import Worker
-from diffattn.jobs.quality_run import read_runs
+from diffattn.jobs.kept import MOST
+from diffattn.jobs.quality_run import read_runs, save_runs
 from diffattn.webui.browser_runs import checked
 from diffattn.webui.shared import UNCOUNTED
 
@@ -65,6 +68,35 @@ def test_measure_gives_charts_and_files_that_can_be_loaded_again(client: Client,
     boxes, results, _ = other.predict(path=handle_file(str(data)), labels=[], axis=AXIS, api_name="/load_runs")
     assert boxes["value"] == [run.title]
     assert "mediator n=4" in results
+
+
+def test_a_run_joins_what_its_visitor_did_meanwhile(client: Client, address: str) -> None:
+    _, _, _, files = Client(address, verbose=False).predict(**settings(), api_name="/measure")
+    (other,) = read_runs(Path(files[0]))
+    job = client.submit(**(settings() | {"steps": 100}), api_name="/measure")
+    end = time.monotonic() + 60
+    while not any("step " in str(out[0]) for out in job.outputs()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    client.predict(path=handle_file(files[0]), labels=[], axis=AXIS, api_name="/load_runs")
+    client.predict(labels=[other.title], axis="seconds per picture", api_name="/show_runs")
+    assert not job.done()
+    _, boxes, results, files = job.result()
+    runs = read_runs(Path(files[0]))
+    assert [run.title for run in runs] == boxes["value"]
+    assert [run.lines[0].quality.protocol.steps for run in runs] == [2, 100]
+    assert "against seconds per picture" in results
+
+
+def test_runs_of_a_file_that_are_not_kept_are_counted(client: Client, tmp_path: Path) -> None:
+    _, _, _, files = client.predict(**settings(), api_name="/measure")
+    (run,) = read_runs(Path(files[0]))
+    many = [replace(run, title=str(i)) for i in range(MOST + 2)]
+    save_runs([*many, many[-1]], tmp_path / "many.json")
+    given = dict(path=handle_file(str(tmp_path / "many.json")), labels=[], axis=AXIS)
+    boxes, results, _ = client.predict(**given, api_name="/load_runs")
+    assert boxes["value"] == [one.title for one in many[2:]]
+    assert f"Not kept: 3 of the runs, the oldest; at most {MOST} are." in results  # and the measured one
 
 
 def test_what_is_not_counted_and_what_has_no_error_bar_is_said(client: Client) -> None:

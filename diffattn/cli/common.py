@@ -58,11 +58,16 @@ def fail(message: str) -> NoReturn:
 
 
 @contextmanager
-def bad_input() -> Iterator[None]:
-    """Within, what the library says about its arguments ends the program; only for the steps before the work."""
+def bad_input(*errors: type[Exception]) -> Iterator[None]:
+    """Within, what the library says about its arguments ends the program; only for the steps before the work.
+
+    Args:
+        errors: what it says it with; none: ValueError and TypeError.
+    """
+    kinds = errors or (ValueError, TypeError)
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except kinds as error:
         fail(str(error))
 
 
@@ -105,22 +110,29 @@ def check_writable(path: Path | None, folder: bool = False) -> None:
     """End the program before the work is done if its result could not be written; missing folders are fine."""
     if path is None:
         return
+    try:
+        _check_place(path, folder)
+    except OSError as error:  # such as a name that is too long
+        fail(f"cannot write to {str(path)!r}: {error.strerror}")
+
+
+def _check_place(path: Path, folder: bool) -> None:
     place = path if folder else path.parent
     while not place.exists():
         place = place.parent
     if not place.is_dir():
         fail(f"cannot write to {str(path)!r}: {str(place)!r} is not a folder")
-    if not os.access(place, os.W_OK):
-        fail(f"cannot write to {str(path)!r}: no permission")
     if not folder and path.is_dir():
         fail(f"cannot write to {str(path)!r}: it is a folder")
+    if not all(os.access(there, os.W_OK) for there in (place, path) if there.exists()):
+        fail(f"cannot write to {str(path)!r}: no permission")
 
 
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
     """Write results if a file was asked for; makes the folder."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_options(pairs: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`diffattn generate`."""
 
-import re
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +95,10 @@ def generate(
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     with progress("drawing", total=steps * num_images) as advance:
-        for name, picture in zip(names, draw(pipe, request, advance), strict=True):
+        drawn = draw(pipe, request, advance)
+        with bad_input(ValueError):  # some of what cannot be is first noticed by the scheduler or at the first step
+            first = next(drawn)
+        for name, picture in zip(names, chain([first], drawn), strict=True):
             picture.save(name)
             pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.recipe})
             stdout.print(f"{name}  {picture.seconds:.2f} s, seed {picture.seed}", markup=False)
@@ -107,12 +110,20 @@ def generate(
 
 def _names(out: Path, prompt: str, seed: int, num_images: int) -> list[Path]:
     """Where the pictures go: one file as it is named, several with their seeds behind the name."""
-    seeds = range(seed, seed + num_images)
+    try:
+        names = _files(out, prompt, range(seed, seed + num_images))
+    except OSError as error:  # such as a name that is too long
+        fail(f"cannot write to {str(out)!r}: {error.strerror}")
+    for name in names:
+        check_writable(name)
+    return names
+
+
+def _files(out: Path, prompt: str, seeds: range) -> list[Path]:
     if out.suffix.lower() in PICTURES and not out.is_dir():
         if out.suffix.lower() != ".png":
             fail(f"--out {str(out)!r}: pictures are written as .png")
-        check_writable(out)
-        return [out] if num_images == 1 else [out.with_name(f"{out.stem}-{s}{out.suffix}") for s in seeds]
-    check_writable(out, folder=True)
-    stem = re.sub(r"\W+", "-", prompt).strip("-")[:60] or "empty"
-    return [out / f"{stem}-{s}.png" for s in seeds]
+        return [out] if len(seeds) == 1 else [out.with_name(f"{out.stem}-{s}{out.suffix}") for s in seeds]
+    from diffattn.file_names import stem_of
+
+    return [out / f"{stem_of(prompt)}-{s}.png" for s in seeds]

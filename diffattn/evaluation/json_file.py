@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: not there, not JSON, not an object, or nested too deeply; the message names the file.
     """
     try:
-        data = read_text(path.read_text())
+        data = read_text(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a readable JSON file: {error}") from None
     if not isinstance(data, dict):
@@ -30,7 +30,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
             file.write("\n")
         Path(name).chmod(0o644)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffattn.evaluation.tune_probe import COSTS, TIME
+from diffattn.schedules import MAX_PHASES
 
 
 class CannotTune(ValueError):
@@ -41,6 +42,7 @@ class TuneConfig:
         _check(speedup is None or 1 < speedup < math.inf, "min_speedup", speedup, "a number above 1")
         for name in ("bands", "probed", "checks", "rounds"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check(self.bands <= MAX_PHASES, "bands", self.bands, f"at most {MAX_PHASES}")
         _check(self.cost in COSTS, "cost", self.cost, " or ".join(COSTS))
 
 

@@ -1,5 +1,6 @@
 """The same seeds unpatched and patched: times, work, memory, and how alike the pictures are."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from diffattn.jobs.choices import RECIPE, method_and_preset
 from diffattn.jobs.run_trace import RunTrace
 from diffattn.jobs.watch import Watch, noisy_input
 from diffattn.report import Report
+from diffattn.schedules import NoiseSchedule
 
 MAX_COUNTED_TOKENS = 4096  # latent pixels above which operations are not counted: it takes a [tokens, tokens] matrix
 
@@ -35,7 +37,7 @@ class Variant:
     seconds: float  # of a picture, median
     gflops: float | None  # of all denoiser calls of a picture; a multiply-add counts two; None: not counted
     peak_mib: float | None  # most memory allocated on a CUDA device, None elsewhere
-    psnr: float | None  # dB, mean over the pictures; None for "none"; infinite if identical
+    psnr: float | None  # dB, mean over the pictures that differ; None for "none"; infinite if none does
     ssim: float | None
     report: Report | None
     trace: RunTrace
@@ -77,7 +79,7 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
     collected = {name: _variant(request, name) for name in (EXACT, *names)}
     order, total = list(collected), len(collected) * request.num_images
     for name in order:
-        warm_up(pipe, collected[name].request, watch, total)
+        warm_up(pipe, collected[name].request, watch)
     for i in range(request.num_images):
         for j in range(len(order)):
             name = order[(i + j) % len(order)]
@@ -94,12 +96,12 @@ def _variant(request: Request, name: str) -> Collected:
     return Collected(replace(request, method=method, preset=preset, recipe=None))
 
 
-def warm_up(pipe: Any, request: Request, watch: MakeWatch, total: int) -> None:
+def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:
     """Two steps: the first run of a kind takes longer, and does not count."""
-    draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, total)
+    draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, None)
 
 
-def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int) -> None:
+def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int | None) -> None:
     """One picture more; the model is patched before and restored after it."""
     ready, patch = prepare(pipe, replace(one.request, seed=seed, num_images=1))
     on_cuda = pipe.device.type == "cuda"
@@ -123,7 +125,13 @@ def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done
 
 @torch.no_grad()
 def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
-    """Of all calls of a picture: one call of every phase is repeated and counted."""
+    """Of all calls of a picture: one call of every phase is repeated and counted.
+
+    None where that takes too long, or where a call alone is in another phase than in its run, as the noise level does
+    not tell it.
+    """
+    if patch and not isinstance(patch.plan.schedule, NoiseSchedule):
+        return None
     model: Any = getattr(pipe, "unet", None) or pipe.transformer
     x, _ = noisy_input(*next(iter(followed.inputs.values())))
     phases = [entry["phase"] for entry in patch.trace()] if patch else [0] * len(followed.trace.seconds)
@@ -145,11 +153,17 @@ def _summary(name: str, one: Collected, reference: Tensor) -> Variant:
         seconds=statistics.median(picture.seconds for picture in one.pictures),
         gflops=one.gflops,
         peak_mib=max(one.peaks, default=None),
-        psnr=None if exact else float(psnr(own, reference).mean()),
+        psnr=None if exact else _mean_of_finite(psnr(own, reference)),
         ssim=None if exact or small else float(ssim(own, reference).mean()),
         report=one.report,
         trace=one.trace,
     )
+
+
+def _mean_of_finite(values: Tensor) -> float:
+    """Infinite if none is finite."""
+    finite = values[values.isfinite()]
+    return float(finite.mean()) if len(finite) else math.inf
 
 
 def pixels(image: Image.Image) -> Tensor:

@@ -1,13 +1,15 @@
 """How much one job may ask for. Everything a stranger sends is checked here, whatever the page allows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from diffattn.evaluation.extractors import EXTRACTORS
 from diffattn.generation import MAX_SEED, Request
 from diffattn.jobs.choices import AUTOMATIC, RECIPE, accelerations, method_and_preset
+from diffattn.jobs.naming import naming
 from diffattn.jobs.quality_run import Measurement
 from diffattn.recipe import read_recipe
 
@@ -70,7 +72,7 @@ class Limits:
             negative_prompt=self._text("negative prompt", negative_prompt),
             method=method,
             preset=preset,
-            recipe=None if recipe is None else read_recipe(recipe),  # type: ignore[arg-type]
+            recipe=None if recipe is None else _recipe(recipe),
             steps=_whole("steps", steps, 1, self.steps),
             guidance=None if guidance is None else _number("guidance", guidance, 0, self.guidance),
             width=None if width is None else _whole("width", width, 8, self.side),
@@ -160,6 +162,14 @@ class Limits:
         if len(value) > self.prompt:
             raise ValueError(f"{name} must be at most {self.prompt} characters, got {len(value)}")
         return value
+
+
+def _recipe(given: Any) -> Mapping[str, Any]:
+    """As `read_recipe`, but that a file is told by its name alone."""
+    if not isinstance(given, str | Path):
+        return read_recipe(given)
+    with naming(given, Path(given).name):
+        return read_recipe(given)
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:

@@ -16,18 +16,17 @@ class Pace:
         self._exact: dict[str, float] = {}
         self._accelerated: dict[str, float] = {}
 
-    def learn(self, request: Request, seconds: float, calls: int) -> None:
+    def learn(self, request: Request, seconds: float) -> None:
         """From a whole picture, since the device has been waited for at its end.
 
         Args:
             request: one that went through `prepare`.
             seconds: of the picture.
-            calls: of the denoiser.
         """
         assert request.width is not None
         assert request.height is not None
         known = self._exact if request.method == EXACT else self._accelerated
-        known[request.model] = seconds / calls * PIXELS / (request.width * request.height)
+        known[request.model] = seconds / request.steps * PIXELS / (request.width * request.height)
 
     def seconds(self, model: str, pixels: int, steps: int) -> float | None:
         """Estimate for `steps` steps of so many pixels; None before the model drew anything."""

@@ -28,9 +28,9 @@ class Preview:
 
     @classmethod
     def of(cls, pipe: Any) -> Self | None:
-        """The least-squares map over smooth random pictures that the VAE encodes; None if it encodes none of them.
+        """The least-squares map over smooth random pictures that the VAE encodes; None if it cannot be had.
 
-        Some VAEs overflow in half precision: their latents are infinite or NaN.
+        Some VAEs overflow in half precision: their latents are infinite or NaN. Others have no distribution of latents.
         """
         if getattr(pipe, "vae", None) is None:
             return cls()
@@ -51,12 +51,15 @@ class Preview:
 
 @torch.no_grad()
 def fit(pipe: Any) -> Tensor | None:
-    """Weights [c + 1, 3] from scaled latents, and 1, to colours from -1 to 1; None for latents that are not finite."""
+    """Weights [c + 1, 3] from scaled latents, and 1, to colours from -1 to 1; None as `Preview.of`."""
     vae = pipe.vae
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(FIT_PICTURES, 3, 4, 4, generator=generator) * 2 - 1
     pictures = interpolate(coarse, FIT_SIDE, mode="bicubic").clamp(-1, 1)
-    latents = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()
+    encoded = vae.encode(pictures.to(vae.device, vae.dtype))
+    if not hasattr(encoded, "latent_dist"):  # `AutoencoderTiny`
+        return None
+    latents = encoded.latent_dist.mean.float().cpu()
     latents = (latents - (vae.config.get("shift_factor") or 0)) * (vae.config.scaling_factor or 1)
     if not torch.isfinite(latents).all():
         return None

@@ -13,6 +13,7 @@ from diffattn.evaluation.json_file import read_json, write_json
 from diffattn.evaluation.machine import where
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.speed import Spread
+from diffattn.jobs.naming import naming
 
 FORMAT = "diffattn speed and quality 1"
 RUNS_FILE = "speed_quality.json"
@@ -134,7 +135,8 @@ def read_runs(path: Path) -> list[Run]:
     Raises:
         ValueError: not such a file; the message says what is wrong with it.
     """
-    data = read_json(path)
+    with naming(path, path.name):
+        data = read_json(path)
     if data.get("format") != FORMAT or not isinstance(data.get("runs"), list):
         raise ValueError(f"{path.name!r} is not a file of results saved by this page (format {FORMAT!r})")
     if len(data["runs"]) > MAX_RUNS:

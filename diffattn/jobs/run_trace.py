@@ -20,7 +20,7 @@ class RunTrace:
     numbers: list[int | None] = field(default_factory=list)  # mediators or agents of the largest layer; None: exact
     noise_levels: list[float | None] = field(default_factory=list)  # 1 noise ... 0 data; None: not patched
     changes: list[float | None] = field(default_factory=list)  # mean |x_k - x_{k-1}| of the denoiser's inputs
-    seconds: list[float] = field(default_factory=list)  # of the call and what follows it
+    seconds: list[float] = field(default_factory=list)  # of the call and what came between it and the one before
 
     @property
     def switches(self) -> list[int]:
@@ -48,6 +48,7 @@ class Recorder:
         self.trace = RunTrace(title, names)
         self._counts = self._accelerated()
         self._changes: list[Tensor | None] = []  # on their device
+        self._numbers: dict[int, int | None] = {}  # of the phases so far
 
     def finished(self) -> RunTrace:
         """The trace with all changes so far, which waits for their device."""
@@ -62,12 +63,12 @@ class Recorder:
 
         Args:
             change: of the latents, a scalar on the device; it is not read before `finished`.
-            seconds: of the call and what followed the one before.
+            seconds: of the call and what came between it and the one before.
         """
         before, self._counts = self._counts, self._accelerated()
         trace = self.trace
         trace.accelerated.append([self._counts[name] > before[name] for name in trace.layers])
-        entry = self.patch.trace()[-1] if self.patch and self.patch.trace() else None
+        entry = self.patch.last_call() if self.patch else None
         level, phase = (entry["noise_level"], entry["phase"]) if entry else (None, None)
         trace.noise_levels.append(min(level) if isinstance(level, list) else level)
         trace.numbers.append(self._number(phase) if any(trace.accelerated[-1]) else None)
@@ -75,15 +76,21 @@ class Recorder:
         trace.seconds.append(seconds)
 
     def _accelerated(self) -> dict[str, int]:
-        report = self.patch.report() if self.patch else None
-        return {layer.name: layer.accelerated for layer in report.layers} if report else {}
+        return {name: self.patch.accelerated(name) for name in self.trace.layers} if self.patch else {}
 
     def _number(self, phase: Any) -> int | None:
-        """Mediators, or agents of the layer with the most tokens."""
+        """What `_number_of` gives, asked once a phase."""
         if self.patch is None or not isinstance(phase, int):
             return None
-        method: Any = self.patch.plan.methods[phase]
-        if isinstance(number := getattr(method, "num_mediators", None), int):
-            return number
-        tokens = [layer.tokens for layer in self.patch.report().layers if layer.tokens and layer.left_alone is None]
-        return method.count(max(tokens)) if hasattr(method, "count") and tokens else None
+        if phase not in self._numbers:
+            self._numbers[phase] = _number_of(self.patch, phase)
+        return self._numbers[phase]
+
+
+def _number_of(patch: Patch, phase: int) -> int | None:
+    """Mediators, or agents of the layer with the most tokens."""
+    method: Any = patch.plan.methods[phase]
+    if isinstance(number := getattr(method, "num_mediators", None), int):
+        return number
+    tokens = [layer.tokens for layer in patch.report().layers if layer.tokens and layer.left_alone is None]
+    return method.count(max(tokens)) if hasattr(method, "count") and tokens else None

@@ -7,6 +7,7 @@ import torch
 from diffattn.devices import dtype_name
 from diffattn.generation import EXACT, Request
 from diffattn.loading import embedded_models
+from diffattn.recipe import is_tuned
 
 FOR_PEOPLE = ("protocol", "promised", "verified")  # keys of a recipe that do nothing
 MODELS_DIR = "MODELS_DIR"
@@ -40,7 +41,8 @@ def snippet(
         kept = {name: value for name, value in (request.recipe or {}).items() if name not in FOR_PEOPLE}
         recipe = f", recipe={kept!r}" if request.recipe is not None else ""
         options = "".join(f", {name}={value!r}" for name, value in request.options.items())
-        method = "" if recipe else f", {request.method!r}"  # the recipe names it
+        named = is_tuned(kept) or "method" in kept  # by the recipe
+        method = "" if named else f", {request.method!r}"
         lines.append(f"diffattn.patch(pipe{method}{preset}{recipe}{options})")
     subject = repr(int(request.prompt) if draws_classes and request.prompt.isdecimal() else request.prompt)
     if request.negative_prompt:

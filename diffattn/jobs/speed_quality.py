@@ -19,6 +19,7 @@ from diffattn.evaluation.speed import Timings
 from diffattn.generation import EXACT, Picture, Request, default_method
 from diffattn.jobs.choices import AUTOMATIC, Models, method_and_preset
 from diffattn.jobs.compare import Collected, MakeWatch, draw, pixels, warm_up
+from diffattn.jobs.naming import naming
 from diffattn.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, Line, Measurement, Run, read_runs
 from diffattn.sampling.class_pipelines import draws_classes, num_classes
 
@@ -71,7 +72,7 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
     job = _Job(pipe, asked, request, prompts, watch, total)
     variants = {label: Collected(one) for label, one in variants_of(pipe, request, asked).items()}
     for one in variants.values():
-        warm_up(pipe, one.request, watch, total)
+        warm_up(pipe, one.request, watch)
     if reference is None:
         reference = _exact_reference(job, variants[EXACT], extractor)
     features, timings = _draw_all(job, variants, extractor)
@@ -132,7 +133,10 @@ def has_reference(name: str, asked: Measurement, models: Models) -> bool:
 def _reference_of(folder: Path | None) -> Reference | None:
     """What lies beside a model; raises `ValueError` if it is damaged."""
     path = folder / REFERENCE_FILE if folder else None
-    return Reference.load(path) if path and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    with naming(path.parent, path.parent.name):
+        return Reference.load(path)
 
 
 def variants_of(pipe: Any, request: Request, asked: Measurement) -> dict[str, Request]:

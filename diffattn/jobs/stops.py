@@ -15,9 +15,10 @@ class Stops:
         self.most = most
         self._lock = threading.Lock()
         self._events: dict[Hashable, set[threading.Event]] = {}
+        self._all_stopped = False
 
     def add(self, session: Hashable) -> threading.Event:
-        """A job more; raises `ValueError` if the session has as many as it may."""
+        """A job more, stopped already after `stop_all`; raises `ValueError` if the session has as many as it may."""
         with self._lock:
             own = self._events.get(session, set())
             if len(own) >= self.most:
@@ -25,6 +26,8 @@ class Stops:
                     f"{len(own)} jobs of yours run or wait already, at most {self.most} may: stop them, or let one end"
                 )
             stop = threading.Event()
+            if self._all_stopped:
+                stop.set()
             self._events[session] = own | {stop}
         return stop
 
@@ -46,8 +49,9 @@ class Stops:
         return bool(found)
 
     def stop_all(self) -> None:
-        """Set the events of everybody."""
+        """Set the events of everybody, those to come included."""
         with self._lock:
+            self._all_stopped = True
             found = [event for events in self._events.values() for event in events]
         for event in found:
             event.set()

@@ -1,5 +1,6 @@
 """Follows a run from outside: hooks on the denoiser that stop it, time it, and make previews."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from diffattn.generation import Picture, Request
 from diffattn.injection import Patch
 from diffattn.jobs.preview import Preview, clean_estimate
 from diffattn.jobs.run_trace import Recorder, RunTrace
+
+log = logging.getLogger("diffattn.jobs")
 
 EVENT_SECONDS = 0.3  # least time between two events, and so between two previews
 
@@ -48,12 +51,14 @@ class Watch:
         stop: ends the run.
         emit: takes the events.
         preview: makes their sketches; None: they have none.
-        done, pictures: of the job, before this run and in all.
+        done: pictures of the job before this run.
+        pictures: of the job in all; None: this run warms up, and how long the job takes is not told.
         what: the events say about the run.
-        learn: told of every whole picture, see `drawn`: its request, its seconds and the calls that made it.
+        learn: told of every whole picture, see `drawn`: its request and its seconds.
 
     Raises:
         Stopped: out of the denoiser, before its next call, once `stop` is set.
+        ValueError, TypeError: what the pipeline raises; with its traceback in the log, since it may be a bug.
     """
 
     def __init__(
@@ -67,21 +72,22 @@ class Watch:
         done: int = 0,
         pictures: int | None = None,
         what: str = "",
-        learn: Callable[[Request, float, int], None] | None = None,
+        learn: Callable[[Request, float], None] | None = None,
     ) -> None:
         self.pipe, self.request, self.patch = pipe, request, patch
         self.stop, self.emit, self.preview, self.learn = stop, emit, preview, learn
-        self.done, self.pictures, self.what = done, pictures or request.num_images, what
+        self.done, self.pictures, self.what = done, pictures, what
         self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # phase -> arguments of its first call
         self._denoiser: Any = getattr(pipe, "unet", None) or pipe.transformer
         self._handles: list[Any] = []
-        self._begin = self._last = time.perf_counter()
+        self._begin = time.perf_counter()
         self._last_event = 0.0
         self._calls = 0
         self.begin_picture()
 
     def begin_picture(self) -> None:
-        """The next call belongs to another picture."""
+        """The next call belongs to another picture, which begins now."""
+        self._last = time.perf_counter()
         self.recorder = Recorder(self.what, self.patch)
         self._state: Tensor | None = None
 
@@ -89,7 +95,7 @@ class Watch:
         """The picture under way is whole."""
         self.done += 1
         if self.learn is not None:
-            self.learn(self.request, picture.seconds, self._num_calls())
+            self.learn(self.request, picture.seconds)
 
     @property
     def trace(self) -> RunTrace:
@@ -108,6 +114,8 @@ class Watch:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        if isinstance(error, ValueError | TypeError):
+            log.error("drawing failed", exc_info=error)
 
     def _before(self, module: Any, args: tuple[Any, ...]) -> None:
         if self.stop.is_set():
@@ -119,21 +127,26 @@ class Watch:
         x, t = noisy_input(args, kwargs)
         self.recorder.record(self._change(x), now - self._last)
         self._last = now
-        phases = [entry["phase"] for entry in self.patch.trace()[-1:]] if self.patch else [0]
-        if phases and isinstance(phases[0], int):
-            self.inputs.setdefault(phases[0], (args, kwargs))
+        call = self.patch.last_call() if self.patch else {"phase": 0}
+        if call and isinstance(call["phase"], int):
+            self.inputs.setdefault(call["phase"], (args, kwargs))
         step, steps = self._num_calls(), self._num_steps()
         if step in (1, steps) or now - self._last_event > EVENT_SECONDS:
             self._tell(step, steps, x, t, output, now)
 
     def _tell(self, step: int, steps: int, x: Tensor, t: Tensor, output: Any, now: float) -> None:
-        left, sketch = (self.pictures - self.done) * steps - step, None
+        sketch = None
         if self.preview is not None:
             found = output[0] if isinstance(output, tuple) else output.sample
             sketch = self.preview(clean_estimate(self.pipe, x, t, found, self.request.guidance or 1))
-        seconds_left = (now - self._begin) / self._calls * left if self._calls > 1 else None
-        self.emit(Progress(step, steps, self.done, self.pictures, seconds_left, sketch, self.what))
+        left = self._seconds_left(step, steps, now)
+        self.emit(Progress(step, steps, self.done, self.pictures or 1, left, sketch, self.what))
         self._last_event = time.perf_counter()
+
+    def _seconds_left(self, step: int, steps: int, now: float) -> float | None:
+        if self.pictures is None or self._calls < 2:
+            return None
+        return (now - self._begin) / self._calls * ((self.pictures - self.done) * steps - step)
 
     def _num_calls(self) -> int:
         return len(self.recorder.trace.seconds)

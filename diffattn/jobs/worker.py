@@ -3,8 +3,6 @@
 import gc
 import logging
 import queue
-import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,13 +12,16 @@ from typing import Any
 
 import torch
 from diffusers import DiTPipeline
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffattn.devices import choose_device, choose_dtype
+from diffattn.file_names import stem_of
 from diffattn.generation import Picture, Request, generate, prepare
 from diffattn.injection import Patch
 from diffattn.jobs.choices import Models
 from diffattn.jobs.compare import Comparison, compare
 from diffattn.jobs.limits import Limits
+from diffattn.jobs.naming import naming
 from diffattn.jobs.pace import Pace
 from diffattn.jobs.preview import Preview
 from diffattn.jobs.quality_run import Measurement, Run
@@ -47,7 +48,6 @@ class Drawn:
     pictures: tuple[Picture, ...]
     report: Report | None
     trace: RunTrace  # of the last picture
-    draws_classes: bool
     code: str  # Python that draws the first picture again
 
 
@@ -91,7 +91,7 @@ class Worker:
         def work(emit: Emit, stop: threading.Event) -> None:
             pipe, _ = self._model(request.model, emit)
 
-            def watch(ready: Request, patch: Patch | None, done: int, pictures: int, what: str) -> Watch:
+            def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
                 return self._watch(pipe, ready, patch, stop, emit, None, done, pictures, what)
 
             emit(compare(pipe, request, names, watch))
@@ -189,7 +189,7 @@ class Worker:
         pipe, preview = self._model(request.model, emit)
         ready, patch = prepare(pipe, request)
         try:
-            with self._watch(pipe, ready, patch, stop, emit, preview) as watch:
+            with self._watch(pipe, ready, patch, stop, emit, preview, 0, ready.num_images) as watch:
                 pictures: list[Picture] = []
                 for picture in generate(pipe, ready):
                     pictures.append(picture)
@@ -206,14 +206,14 @@ class Worker:
         classes, local = draws_classes(pipe), self.models.is_local(request.model)
         ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
         code = snippet(request, classes, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
-        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, classes, code)
+        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
 
     def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> Run:
         """One model. When it returns, nothing here holds that model while the next one is loaded."""
-        pipe, preview = self._model(name, emit)
+        pipe, _ = self._model(name, emit)
 
-        def watch(ready: Request, patch: Patch | None, done: int, pictures: int, what: str) -> Watch:
-            return self._watch(pipe, ready, patch, stop, emit, preview, done, pictures, f"{ready.model}: {what}")
+        def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
+            return self._watch(pipe, ready, patch, stop, emit, None, done, pictures, f"{ready.model}: {what}")
 
         return measure(pipe, name, asked, self.models, watch)
 
@@ -230,7 +230,8 @@ class Worker:
         if self._loaded is None or self._loaded[0] != source:
             emit(Progress(0, 0, 0, 0, None, what=f"loading {name}"))
             self._unload()
-            pipe: Any = load_pipeline(source, self.dtype).to(self.device)
+            with naming(source, name), naming(HF_HUB_CACHE, "the cache"):
+                pipe: Any = load_pipeline(source, self.dtype).to(self.device)
             pipe.set_progress_bar_config(disable=True)
             self._loaded = source, pipe, Preview.of(pipe)
         return self._loaded[1], self._loaded[2]
@@ -291,12 +292,10 @@ def _latest(found: "queue.Queue[Any]", due: float) -> Any:
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """PNG files with their recipes, in a new folder of a random name below `folder`."""
-    place = folder / secrets.token_hex(16)
+    """PNG files with their recipes; makes the folder."""
     paths = []
     for picture in pictures:
-        stem = re.sub(r"\W+", "-", str(picture.recipe["prompt"])).strip("-")[:60] or "empty"
         way = "-".join(filter(None, (picture.recipe["method"], picture.recipe["preset"])))
-        paths.append(place / f"{stem}-{way}-{picture.seed}.png")
+        paths.append(folder / f"{stem_of(str(picture.recipe['prompt']))}-{way}-{picture.seed}.png")
         picture.save(paths[-1])
     return paths

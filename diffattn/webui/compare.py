@@ -66,7 +66,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
                 if isinstance(event, Progress):
                     yield progress_html(event), *[blank] * 6
                 elif isinstance(event, Comparison):
-                    chosen = _pairs(event, files.folder())
+                    chosen = _pairs(event, files)
                     first = next(iter(chosen))
                     radio = gr.Radio(list(chosen), value=first, visible=len(chosen) > 1)
                     steps_of = {variant.name: variant.trace.to_dict() for variant in event.variants}
@@ -106,9 +106,9 @@ def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown
     keep_told(page, time, tell, counted, run, api_visibility="private")
 
 
-def _pairs(comparison: Comparison, folder: Path) -> dict[str, tuple[str, str]]:
+def _pairs(comparison: Comparison, files: Files) -> dict[str, tuple[str, str]]:
     """Label of a pair -> files of its exact and accelerated picture."""
-    exact, *others = ((variant.name, save_pictures(variant.pictures, folder)) for variant in comparison.variants)
+    exact, *others = ((v.name, save_pictures(v.pictures, files.subfolder())) for v in comparison.variants)
     several = comparison.request.num_images > 1
     return {
         name + (f", seed {comparison.request.seed + i}" if several else ""): (str(exact[1][i]), str(path))

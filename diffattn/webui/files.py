@@ -16,7 +16,7 @@ class Files:
 
     Args:
         cache: Gradio's.
-        seconds: age at which a subfolder is deleted, at the next use; all are when the page ends.
+        seconds: after the last file came into a subfolder, it is deleted at the next use; all are when the page ends.
     """
 
     def __init__(self, cache: Path, seconds: float) -> None:
@@ -24,10 +24,10 @@ class Files:
         self._own = self._pages / secrets.token_hex(16)
         self._seconds = seconds
 
-    def folder(self) -> Path:
-        """Where to put new subfolders."""
+    def subfolder(self) -> Path:
+        """The place of a new subfolder, of a random name, for what is to be deleted together; it is not made yet."""
         self._sweep()
-        return self._own
+        return self._own / secrets.token_hex(16)
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:

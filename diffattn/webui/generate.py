@@ -41,6 +41,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
         blank, paths = gr.skip(), []
+        place = files.subfolder()  # every picture that comes into it keeps those before it
         yield note("Starting …"), [], None, "", blank
         shown = 0
         try:
@@ -48,7 +49,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
                 if isinstance(event, Progress):
                     yield progress_html(event), blank, blank, blank, blank
                 elif isinstance(event, Drawn):
-                    paths += save_pictures(event.pictures[shown:], files.folder())
+                    paths += save_pictures(event.pictures[shown:], place)
                     shown = len(event.pictures)
                     names = [str(path) for path in paths]
                     yield note(_summary(event)), names, names, event.code, event.trace.to_dict()

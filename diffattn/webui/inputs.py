@@ -1,4 +1,4 @@
-"""The inputs of a request, the same in both tabs."""
+"""The inputs of a request, the same under Generate and Compare."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from diffattn.jobs import AUTOMATIC, Worker, accelerations
-from diffattn.webui.shared import QUICK, given_or_own, toast
+from diffattn.webui.shared import QUICK, given_or_own, toast, whole_numbers
 from diffattn.webui.time_line import Told, keep_told, time_of_drawing
 
 OWN = "the model's own"
@@ -41,7 +41,7 @@ class Inputs:
         run.then(None, [self.keep_seed, self.seed], self.seed, js=js, api_visibility="private")
 
 
-def inputs(worker: Worker, several: bool, images: int = 1) -> Inputs:
+def inputs(worker: Worker, several: bool) -> Inputs:
     """Lay them out; `several`: more than one acceleration may be chosen."""
     names, limits = worker.models.names(), worker.limits
     prompt = gr.Textbox(
@@ -60,8 +60,8 @@ def inputs(worker: Worker, several: bool, images: int = 1) -> Inputs:
         max_choices=limits.variants if several else None,
         info=f"Up to {limits.variants}, each against exact attention." if several else info,
     )  # fmt: skip
-    steps = gr.Slider(1, limits.steps, 20, step=1, label="Steps")
-    num_images = gr.Slider(1, limits.images, images, step=1, label="Pictures", info="Each has the next seed.")
+    steps = whole_numbers(1, limits.steps, 20, label="Steps")
+    num_images = whole_numbers(1, limits.images, 1, label="Pictures", info="Each has the next seed.")
     keep: gr.Checkbox | None = None
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)

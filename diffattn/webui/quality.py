@@ -1,15 +1,14 @@
 """The tab that measures speed and quality."""
 
-import secrets
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from diffattn.jobs import AUTOMATIC, Progress, Run, Stopped, Worker, accelerations
-from diffattn.jobs.kept import keep, runs_to_show
+from diffattn.jobs.kept import MOST, keep, not_kept, runs_to_show
 from diffattn.jobs.limits import AGAINST, MIN_SAMPLES
 from diffattn.jobs.quality_run import read_runs, runs_as_csv, save_runs
 from diffattn.jobs.speed_quality import has_reference
@@ -18,7 +17,17 @@ from diffattn.webui.files import Files
 from diffattn.webui.generate import stopper
 from diffattn.webui.inputs import OWN, PROMPTS
 from diffattn.webui.quality_charts import TIME, WORK, results
-from diffattn.webui.shared import JOB, QUICK, duration, given_or_own, note, progress_html, toast, told
+from diffattn.webui.shared import (
+    JOB,
+    QUICK,
+    duration,
+    given_or_own,
+    note,
+    progress_html,
+    toast,
+    told,
+    whole_numbers,
+)
 from diffattn.webui.time_line import Told, keep_told
 
 INTRO = (
@@ -47,6 +56,23 @@ class _Inputs:
         return list(vars(self).values())
 
 
+@dataclass
+class _Visitor:
+    """What a visitor has before them.
+
+    One object of theirs, changed in place by all that they do: so the run of a measurement joins what is there when it
+    ends, and not what was there when it began.
+    """
+
+    ticked: list[str]  # titles of the runs shown
+    axis: str
+    kept: list[dict[str, Any]] = field(default_factory=list)  # their own runs, as JSON types
+
+    def choose(self, ticked: list[str], axis: str) -> None:
+        """As the page has them now."""
+        self.ticked, self.axis = ticked, axis
+
+
 def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState) -> None:
     """Lay it out; the visitor's runs are kept in the browser too."""
     stored = worker.stored_runs()
@@ -67,37 +93,35 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
     with gr.Row():
         saved = gr.File(label="The runs shown, as JSON and CSV", file_count="multiple", interactive=False)
         load = gr.File(label="Add runs from a JSON file", file_types=[".json"], file_count="single", type="filepath")
-    own = gr.State([])  # this visitor's runs, as JSON types
+    own = gr.State(_Visitor(labels, TIME))
 
-    def shown_now(runs: Sequence[Run], labels: Sequence[str], axis: str) -> tuple[str, list[str] | None]:
-        chosen = [run for run in runs if run.title in labels]
-        return results(chosen, axis), _save(chosen, files.folder()) if chosen else None
+    def shown_now(visitor: _Visitor) -> tuple[str, list[str] | None]:
+        chosen = [run for run in runs_to_show(stored, visitor.kept) if run.title in visitor.ticked]
+        return results(chosen, visitor.axis), _save(chosen, files.subfolder()) if chosen else None
 
-    def added(kept: Any, new: Sequence[Run], labels: Sequence[str], axis: str) -> tuple[Any, ...]:
-        """The visitor's runs with new ones, the boxes to tick, charts and files."""
-        kept = keep(kept, new)
-        runs = runs_to_show(stored, kept)
-        every = [run.title for run in runs]
-        ticked = [name for name in every if name in (*labels, *(run.title for run in new))]
-        return kept, gr.CheckboxGroup(every, value=ticked), *shown_now(runs, ticked, axis)
+    def added(visitor: _Visitor, new: Sequence[Run]) -> tuple[Any, ...]:
+        """What the visitor has with new runs, the boxes to tick, charts and files."""
+        visitor.kept = keep(visitor.kept, new)
+        every = [run.title for run in runs_to_show(stored, visitor.kept)]
+        visitor.ticked = [name for name in every if name in (*visitor.ticked, *(run.title for run in new))]
+        return visitor, gr.CheckboxGroup(every, value=visitor.ticked), *shown_now(visitor)
 
     @told
     def run(
         models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
-        guidance: float | None, prompts: str, extractor: str, against: str, seed: float, kept: Any,
+        guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: _Visitor,
         labels: list[str], axis: str, request: gr.Request,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         blank = [gr.skip()] * 4
+        visitor.choose(labels, axis)
         yield note("Starting …"), *blank
         try:
             for event in worker.measure(str(request.session_hash), _asked(worker, given)):
                 if isinstance(event, Progress):
                     yield progress_html(event), *blank
                 elif isinstance(event, Run):
-                    kept, boxes, *rest = added(kept, [event], labels, axis)
-                    labels = [*labels, event.title]
-                    yield note(f"Done: {event.title}."), kept, boxes, *rest
+                    yield note(f"Done: {event.title}."), *added(visitor, [event])
         except Stopped:
             yield note("Stopped: the run that was under way is dropped."), *blank
 
@@ -105,32 +129,39 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
     done = go.click(run, [*found.all(), own, shown, horizontal], [stage, *outputs], api_name="measure", **JOB)
     halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
 
-    def show_runs(labels: list[str], axis: str, kept: Any) -> tuple[Any, ...]:
-        return shown_now(runs_to_show(stored, kept), labels, axis)
+    def show_runs(labels: list[str], axis: str, visitor: _Visitor) -> tuple[Any, ...]:
+        visitor.choose(labels, axis)
+        return shown_now(visitor)
 
     gr.on(
         [shown.input, horizontal.input], show_runs, [shown, horizontal, own], [figures, saved],
         api_name="show_runs", **QUICK,
     )  # fmt: skip
 
-    def load_runs(path: str | None, kept: Any, labels: list[str], axis: str) -> tuple[Any, ...]:
+    def load_runs(path: str | None, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
+        visitor.choose(labels, axis)
         if path is None:
-            return kept, gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 4
         try:
-            return added(kept, read_runs(Path(path)), labels, axis)
+            new = read_runs(Path(path))
         except ValueError as error:
             raise toast(error) from None
+        lost = not_kept(visitor.kept, new)
+        said = note(f"Not kept: {lost} of the runs, the oldest; at most {MOST} are.") if lost else ""
+        visitor, boxes, charts, made = added(visitor, new)
+        return visitor, boxes, said + charts, made
 
     loaded = load.upload(load_runs, [load, own, shown, horizontal], outputs, api_name="load_runs", **QUICK)
 
-    def restore(found: Any, labels: list[str], axis: str) -> tuple[Any, ...]:
+    def restore(found: Any, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
+        visitor.choose(labels, axis)
         runs = checked(found)
-        return added([], runs, labels, axis) if runs else (gr.skip(),) * 4
+        return added(visitor, runs) if runs else (gr.skip(),) * 4
 
     hidden: dict[str, Any] = {"api_visibility": "private"} | QUICK
-    page.load(restore, [stored_in_browser, shown, horizontal], outputs, **hidden)
+    page.load(restore, [stored_in_browser, own, shown, horizontal], outputs, **hidden)
     for event in (done, loaded):
-        event.then(lambda kept: kept, own, stored_in_browser, **hidden)
+        event.then(lambda visitor: visitor.kept, own, stored_in_browser, **hidden)
 
     def tell(*given: Any) -> Told:
         return _estimate(worker, given)
@@ -150,8 +181,8 @@ def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
     )  # fmt: skip
     numbers = gr.Textbox("", label="Numbers of agents or mediators", placeholder="16, 64", info=NUMBERS, max_length=200)
     with gr.Row():
-        samples = gr.Slider(MIN_SAMPLES, limits.samples, 16, step=1, label="N: pictures of each", min_width=160)
-        steps = gr.Slider(1, limits.steps, 20, step=1, label="Steps", min_width=160)
+        samples = whole_numbers(MIN_SAMPLES, limits.samples, 16, label="N: pictures of each", min_width=160)
+        steps = whole_numbers(1, limits.steps, 20, label="Steps", min_width=160)
     with gr.Accordion("More settings", open=False):
         prompts = gr.Textbox(
             "" if has_prompts else "\n".join(PROMPTS), label="Prompts", lines=3,
@@ -195,8 +226,7 @@ def _estimate(worker: Worker, given: Sequence[Any]) -> Told:
     return line, seconds is not None
 
 
-def _save(runs: Sequence[Run], folder: Path) -> list[str]:
-    place = folder / secrets.token_hex(16)
+def _save(runs: Sequence[Run], place: Path) -> list[str]:
     save_runs(runs, place / "speed-quality.json")
-    (place / "speed-quality.csv").write_text(runs_as_csv(runs))
+    (place / "speed-quality.csv").write_text(runs_as_csv(runs), encoding="utf-8", newline="")
     return [str(place / "speed-quality.json"), str(place / "speed-quality.csv")]

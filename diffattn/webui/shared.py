@@ -1,4 +1,4 @@
-"""What the tabs share: errors as toasts, progress, tables, the inputs of a request."""
+"""What the tabs share: errors as toasts, progress, tables, sliders."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffattn.jobs import Progress, Stopped
+from diffattn.jobs import Progress
 from diffattn.jobs.compare import MAX_COUNTED_TOKENS
 
 log = logging.getLogger("diffattn.webui")
@@ -28,7 +28,10 @@ QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
 BUG = "Something went wrong"
 
-UNCOUNTED = f"GFLOPs are counted up to {MAX_COUNTED_TOKENS:,} latent pixels; “–”: the pictures have more."
+UNCOUNTED = (
+    f"GFLOPs are counted up to {MAX_COUNTED_TOKENS:,} latent pixels, and not for schedules by the change of the "
+    "latents; “–”: not counted."
+)
 
 
 def told(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
@@ -45,8 +48,6 @@ def told(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., I
                 for outputs in events:
                     others = [gr.skip()] * (len(outputs) - 1)
                     yield outputs
-        except Stopped:
-            raise
         except Exception as error:
             title, message = _words(error)
             yield note(f"{title}: {message}"), *others
@@ -56,7 +57,11 @@ def told(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., I
 
 
 def toast(error: Exception) -> gr.Error:
-    """What to tell of an error; one that is not about the input goes to the log with its traceback."""
+    """What to tell of an error; one that is not about the input goes to the log with its traceback.
+
+    A ValueError or TypeError is told as being about the input. What is raised while a pipeline draws may as well be a
+    bug, so `Watch` has it in the log too.
+    """
     title, message = _words(error)
     if title == BUG:
         log.error("a job failed", exc_info=error)
@@ -111,6 +116,15 @@ def duration(seconds: float) -> str:
     """ "8 s" or "2 min 5 s" """
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def whole_numbers(least: int, most: int, start: int, **shown: Any) -> gr.Slider:
+    """A slider from `least` to `most` that begins at `start`, or as near to it as they allow.
+
+    Gradio has none for a single number: where they are equal it cannot be moved.
+    """
+    within = max(least, min(start, most))
+    return gr.Slider(least, max(most, least + 1), within, step=1, interactive=most > least, **shown)
 
 
 def given_or_own(value: Any) -> Any:
