@@ -28,9 +28,11 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit("diffattn needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 
-# Torch first, under the constraints: a plain `torch` would fetch gigabytes of CUDA libraries.
+# Torch first and by itself, so that its build can be chosen: TORCH_ARGS='--index-url URL', such as that of the CPU wheels.
+TORCH_ARGS ?=
+
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH_ARGS) torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 

@@ -271,7 +271,7 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "cifar-sit": {  # the embedded model, on a GPU
+    "cifar-sit": {  # the larger sibling of the embedded model, for a GPU
         "data": {"size": 32},
         "model": {"patch_size": 2, "hidden_size": 192, "num_layers": 9, "num_heads": 6, "mediators": (4, 16, 64)},
         "optim": {"batch": 256, "lr": 1e-3, "schedule": "cosine", "final_lr": 0.02, "warmup": 500, "ema": 0.9995,
