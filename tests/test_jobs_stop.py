@@ -88,6 +88,26 @@ def test_stop_during_a_step_lets_no_other_begin(worker: Worker, model: str, acce
     assert not denoiser._forward_hooks
 
 
+def test_a_session_has_ended_when_the_step_under_way_has(worker: Worker) -> None:
+    request = web.ask(worker, steps=6)
+    list(worker.generate("a", request))
+
+    def run() -> None:
+        with pytest.raises(Stopped):
+            list(worker.generate("a", request))
+
+    assert worker.ended("a", 0)
+    with SecondStep(web.loaded(worker)) as second:
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert second.under_way.wait(20)
+        assert worker.stop("a")
+        assert not worker.ended("a", 0.1)
+        second.go_on.set()
+        assert worker.ended("a", 20)
+        thread.join(20)
+
+
 def test_an_iterator_that_is_closed_stops_its_job(worker: Worker) -> None:
     list(worker.generate("a", web.ask(worker)))
     with SecondStep(web.loaded(worker)) as second_step:

@@ -48,6 +48,11 @@ class Stops:
             event.set()
         return bool(found)
 
+    def has_jobs(self, session: Hashable) -> bool:
+        """Whether a session has jobs that have not ended."""
+        with self._lock:
+            return bool(self._events.get(session))
+
     def stop_all(self) -> None:
         """Set the events of everybody, those to come included."""
         with self._lock:

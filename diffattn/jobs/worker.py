@@ -115,6 +115,15 @@ class Worker:
         self._turns.wake()
         return found
 
+    def ended(self, session: str, timeout: float) -> bool:
+        """Whether all jobs of a session end within so many seconds."""
+        deadline = time.monotonic() + timeout
+        while self._stops.has_jobs(session):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
     def close(self, timeout: float = 30.0) -> bool:
         """Stop all jobs and wait until none runs, before the program ends: Python must not end while PyTorch computes
         in another thread, which then aborts or hangs it.

@@ -11,6 +11,8 @@ from diffattn.webui.files import Files
 from diffattn.webui.inputs import describe_model, inputs, request_of, wire_model, wire_time
 from diffattn.webui.shared import JOB, QUICK, duration, note, progress_html, told
 
+SOON = 1.0  # seconds in which a job of a small model ends: nothing needs to be said meanwhile
+
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
     """Lay it out; returns the event that ends a run, whose trace is then in `latest`."""
@@ -59,7 +61,8 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
     outputs = [stage, gallery, saved, code, latest]
     run = gr.on([go.click, found.prompt.submit], draw, found.all(), outputs,
                 api_name="generate", **JOB)  # fmt: skip
-    halt.click(stopper(worker), None, stage, api_name="stop", **QUICK)
+    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+    gr.Button(visible=False).click(stopping(worker), None, stage, api_name="stop", **QUICK)  # for programs alone
     found.renew_seed(run)
     wire_model(worker, found, about)
     wire_time(page, worker, found, time, run)
@@ -67,11 +70,22 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
 
 
 def stopper(worker: Worker) -> Any:
-    """The handler of Stop: the running job of the visitor who presses it."""
+    """The handler of Stop: the jobs of the visitor who presses it. What they say last, when they have ended, stays."""
+
+    def halt(request: gr.Request) -> Any:
+        session = _session(request)
+        if not worker.stop(session):
+            return note("Nothing is running.")
+        return gr.skip() if worker.ended(session, SOON) else note("Stopping after the step under way …")
+
+    return halt
+
+
+def stopping(worker: Worker) -> Any:
+    """The same for programs: says whether anything ran, and does not wait."""
 
     def stop(request: gr.Request) -> str:
-        running = worker.stop(_session(request))
-        return note("Stopped. Change something and press the button again." if running else "Nothing is running.")
+        return note("Stopped." if worker.stop(_session(request)) else "Nothing is running.")
 
     return stop
 
