@@ -8,7 +8,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from diffattn.functional import agent_attention, landmark_attention, pool_tokens, sample_tokens
-from diffattn.functional.landmark import MAX_DAMPING, correct, landmark_attention_and_misses, probe_tokens
+from diffattn.functional.landmark import (
+    MAX_DAMPING,
+    correct,
+    exact_where_missed,
+    landmark_attention_and_error,
+    probe_tokens,
+)
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerCall, LayerSpec
 
@@ -175,23 +181,23 @@ def test_heads_that_landmarks_miss_run_exact_on_demand() -> None:
     q, k, v = mixed()
     landmarks = sample_tokens(q, (32, 32), 64), sample_tokens(k, (32, 32), 64)
     exact = scaled_dot_product_attention(q, k, v)
-    plain, none = landmark_attention_and_misses(q, k, v, *landmarks)
-    out, misses = landmark_attention_and_misses(q, k, v, *landmarks, max_error=0.5)
-    assert (none, misses) == (0, 1)
+    plain, told = landmark_attention_and_error(q, k, v, *landmarks, 1e-5)
+    assert torch.equal(plain, landmark_attention(q, k, v, *landmarks))
+    out, misses = exact_where_missed(plain, told, q, k, v, 0.5)
+    assert misses == 1
     assert error(plain[1, 0], exact[1, 0]) > 0.5 > 0.1 > error(plain[0], exact[0])
     torch.testing.assert_close(out[1, 0], exact[1, 0])
-    others = [(0, 0), (0, 1), (1, 1)]
-    assert all(torch.equal(out[place], plain[place]) for place in others)
-    assert landmark_attention_and_misses(q, k, v, *landmarks, max_error=1e-6)[1] == 4
+    assert all(torch.equal(out[place], plain[place]) for place in [(0, 0), (0, 1), (1, 1)])
+    assert exact_where_missed(plain, told, q, k, v, 1e-6)[1] == 4
+    unchanged, none = exact_where_missed(plain, told, q, k, v, 100.0)
+    assert (unchanged is plain, none) == (True, 0)
 
 
 def test_the_error_of_the_probes_is_that_of_the_head() -> None:
     q, k, v = mixed()
     landmarks = sample_tokens(q, (32, 32), 64), sample_tokens(k, (32, 32), 64)
-    asked = torch.cat((landmarks[0], *probe_tokens(q)), dim=-2)
-    told = correct(asked, landmarks[1], scaled_dot_product_attention(asked, k, v))[1]
-    assert told is not None
-    out, exact = landmark_attention(q, k, v, *landmarks), scaled_dot_product_attention(q, k, v)
+    out, told = landmark_attention_and_error(q, k, v, *landmarks, 1e-5)
+    exact = scaled_dot_product_attention(q, k, v)
     true = (out - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
     assert ((told / true) > 0.5).all()
     assert ((told / true) < 2).all()
@@ -201,7 +207,8 @@ def test_a_head_that_cannot_be_factorised_runs_exact_on_demand() -> None:
     q, k, v = (smooth(12, 8, seed=s) for s in (1, 3, 5))
     landmarks = sample_tokens(q, (12, 12), 9), sample_tokens(k, (12, 12), 9)
     landmarks[1][:, 0, 0] = torch.inf
-    out, misses = landmark_attention_and_misses(q, k, v, *landmarks, max_error=1e9)
+    out, told = landmark_attention_and_error(q, k, v, *landmarks, 1e-5)
+    out, misses = exact_where_missed(out, told, q, k, v, 1e9)
     assert misses == 1
     torch.testing.assert_close(out[:, 0], scaled_dot_product_attention(q, k, v)[:, 0])
 

@@ -59,8 +59,8 @@ def info(
 
     With --model one denoiser call is timed, layer by layer: how much of it self-attention takes, the most that any
     method could save, and what the preset saves. Patching is worth it where the attention of the layers that the
-    preset accelerates, projections aside, takes 10 % of a call or more, and a patched call took less time in three of
-    four rounds.
+    preset accelerates, projections aside, takes 10 % of a call or more, and a patched call took less time in three
+    quarters of the rounds.
     """
     check_writable(json)
     if model is not None:

@@ -17,14 +17,7 @@ GOLDEN = 0.618034  # places probes evenly in both directions of any grid
 
 
 def landmark_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_landmarks: Tensor,
-    key_landmarks: Tensor,
-    *,
-    damping: float = 1e-5,
-    max_error: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, query_landmarks: Tensor, key_landmarks: Tensor, *, damping: float = 1e-5
 ) -> Tensor:
     """Gather at landmarks, undo their overlap, hand back to every query.
 
@@ -41,10 +34,10 @@ def landmark_attention(
     landmarks know too little, and Z amplifies noise: up to four times the true output's norm at logits with a standard
     deviation of 2 to 6. So the exact attention of 8 of the queries is gathered with the landmarks', and γ is the factor
     of Z that fits it best, over 0.8 and between 0 and 1 (see `trust`). Such heads then have a relative error of 0.9 to
-    1.1, as agents that are not corrected: no method of this cost follows them. With `max_error` they run exact.
+    1.1, as agents that are not corrected: no method of this cost follows them, and `exact_where_missed` computes them
+    exactly.
 
-    The cost is O((N + M)·n·D + n³), as cheap as `agent_attention` for n well below N, and O(N·M·D) for heads that run
-    exact.
+    The cost is O((N + M)·n·D + n³): as cheap as `agent_attention` for n well below N.
 
     Args:
         q: queries [B, H, N, D].
@@ -53,8 +46,6 @@ def landmark_attention(
         query_landmarks: Q̃ [B, H, n, D], usually `sample_tokens` of the queries.
         key_landmarks: K̃ [B, H, n, D], of the keys at the same places.
         damping: λ of a head with flat logits, above 0 and at most 0.001.
-        max_error: a head that misses the exact attention of the 8 queries by more than this (relative L2 error) runs
-            exact, as does one whose matrix cannot be factorised. This waits for the device. None: none does.
 
     Returns:
         Output [B, H, N, D], in the dtype of `v`.
@@ -62,21 +53,14 @@ def landmark_attention(
     Raises:
         ValueError: `damping` out of range, or landmarks of different numbers.
     """
-    landmarks = (query_landmarks, key_landmarks)
-    return landmark_attention_and_misses(q, k, v, *landmarks, damping=damping, max_error=max_error)[0]
+    return landmark_attention_and_error(q, k, v, query_landmarks, key_landmarks, damping)[0]
 
 
-def landmark_attention_and_misses(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_landmarks: Tensor,
-    key_landmarks: Tensor,
-    *,
-    damping: float = 1e-5,
-    max_error: float | None = None,
-) -> tuple[Tensor, int]:
-    """`landmark_attention`, and how many heads of all samples ran exact."""
+def landmark_attention_and_error(
+    q: Tensor, k: Tensor, v: Tensor, query_landmarks: Tensor, key_landmarks: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """`landmark_attention`, and the relative L2 error [B, H] of its heads on the 8 queries; infinite where a head's
+    matrix could not be factorised."""
     if not 0 < damping <= MAX_DAMPING:
         raise ValueError(f"damping must be above 0 and at most {MAX_DAMPING}, got {damping}")
     if query_landmarks.shape != key_landmarks.shape:
@@ -85,11 +69,25 @@ def landmark_attention_and_misses(
     asked = torch.cat((query_landmarks, *probe_tokens(q)), dim=-2)  # [B, H, n + p, D]
     gathered = scaled_dot_product_attention(asked, k, v)
     corrected, error = correct(asked, key_landmarks, gathered, damping)
-    out = scaled_dot_product_attention(q, key_landmarks, corrected)
-    if max_error is None:
-        return out, 0
     assert error is not None  # there are probes
-    missed = (~(error <= max_error)).nonzero(as_tuple=True)  # samples and heads; NaN is no small error
+    return scaled_dot_product_attention(q, key_landmarks, corrected), error
+
+
+def exact_where_missed(
+    out: Tensor, error: Tensor, q: Tensor, k: Tensor, v: Tensor, max_error: float
+) -> tuple[Tensor, int]:
+    """Exact attention in the place of the heads whose error is above a limit; reading the error waits for the device.
+
+    Args:
+        out: of all heads [B, H, N, D].
+        error: of each [B, H]; one that is not a number is above any limit.
+        q, k, v: as `landmark_attention` has them.
+        max_error: the limit.
+
+    Returns:
+        [B, H, N, D], and how many heads of all samples were computed, at a cost of O(N·M·D) each.
+    """
+    missed = (~(error <= max_error)).nonzero(as_tuple=True)  # samples and heads
     if not len(missed[0]):
         return out, 0
     exact = scaled_dot_product_attention(q[missed][None], k[missed][None], v[missed][None])[0]

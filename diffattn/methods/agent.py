@@ -21,7 +21,7 @@ from diffattn.functional import (
     sample_tokens,
     unmerge_tokens,
 )
-from diffattn.functional.landmark import MAX_DAMPING, landmark_attention_and_misses
+from diffattn.functional.landmark import MAX_DAMPING, exact_where_missed, landmark_attention_and_error
 from diffattn.methods.base import (
     AttentionFn,
     AttentionMethod,
@@ -187,13 +187,13 @@ class AgentAttention(AttentionMethod):
 
     def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         n = self.count(q.shape[2])
+        landmarks = (sample_tokens(q, call.grid, n), sample_tokens(k, call.grid, n))
+        out, error = landmark_attention_and_error(q, k, v, *landmarks, self.damping)
         most = self.max_head_error
         if most is None and q.device.type == "cpu":
             most = DEFAULT_HEAD_ERROR
-        out, call.exact_heads = landmark_attention_and_misses(
-            q, k, v, sample_tokens(q, call.grid, n), sample_tokens(k, call.grid, n),
-            damping=self.damping, max_error=None if torch.compiler.is_compiling() else most,
-        )  # fmt: skip
+        if most is not None and not torch.compiler.is_compiling():
+            out, call.exact_heads = exact_where_missed(out, error, q, k, v, most)
         return out
 
     def _attend_merged(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
