@@ -1,7 +1,7 @@
 """The web page, as `diffattn app` opens it."""
 
-from diffattn.jobs import Worker
-from diffattn.webui import launch
+from diffattn.app.jobs import Worker
+from diffattn.app.page import launch
 
 if __name__ == "__main__":
     launch(Worker())

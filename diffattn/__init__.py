@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffattn import functional
-    from diffattn.evaluation.tune import tune
-    from diffattn.injection import Patch, patch, unpatch
-    from diffattn.loading import load_demo
+    from diffattn.drawing.loading import load_demo
     from diffattn.methods import METHODS
     from diffattn.methods.base import LayerSpec
-    from diffattn.run_hook import DiffAttnWarning
+    from diffattn.patching.hook import DiffAttnWarning
+    from diffattn.patching.patch import Patch, patch, unpatch
     from diffattn.schedules import LatentChangeSchedule, NoiseSchedule
+    from diffattn.tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -32,15 +32,15 @@ __all__ = [
 
 _HOMES = {
     "METHODS": "methods",
-    "DiffAttnWarning": "run_hook",
+    "DiffAttnWarning": "patching.hook",
     "LatentChangeSchedule": "schedules",
     "LayerSpec": "methods.base",
     "NoiseSchedule": "schedules",
-    "Patch": "injection",
-    "load_demo": "loading",
-    "patch": "injection",
-    "tune": "evaluation.tune",
-    "unpatch": "injection",
+    "Patch": "patching.handle",
+    "load_demo": "drawing.loading",
+    "patch": "patching.patch",
+    "tune": "tuning.tune",
+    "unpatch": "patching.patch",
 }
 
 

@@ -14,12 +14,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from diffattn.devices import choose_device, choose_dtype, describe_device, dtype_name, versions
-from diffattn.evaluation import comparison_sheet, psnr, ssim
-from diffattn.evaluation.speed import Timings, interleave
-from diffattn.injection import Patch, patch
-from diffattn.loading import load_demo
-from diffattn.report import Report
+from diffattn.drawing.loading import load_demo
+from diffattn.drawing.sheet import comparison_sheet
+from diffattn.machine import choose_device, choose_dtype, describe_device, dtype_name, versions
+from diffattn.measure.interleave import Timings, interleave
+from diffattn.metrics.paired import psnr, ssim
+from diffattn.patching.patch import Patch, patch
+from diffattn.patching.report import Report
 
 __all__ = ["PROMPTS", "DemoResult", "DemoSettings", "Pair", "load_demo", "run_demo"]
 

@@ -20,11 +20,11 @@ from attention_candidates import Layer, candidates, exact
 from rich.progress import track
 from torch import Tensor, nn
 
-from diffattn.evaluation.json_file import write_json
-from diffattn.evaluation.machine import describe_machine
-from diffattn.loading import load_pipeline
+from diffattn.architectures import architecture_of
+from diffattn.drawing.loading import load_pipeline
+from diffattn.files import write_json
+from diffattn.machine import describe_machine
 from diffattn.noise_level import NoiseLevels
-from diffattn.processors import architecture_of
 
 PROMPTS = "footprints,T-Rex,green heart,tent"
 LEVELS = (0.95, 0.6, 0.2)  # noise levels of the panels

@@ -25,17 +25,17 @@ import typer
 from PIL import Image
 
 from diffattn import patch
-from diffattn.evaluation.extractors import load_extractor, weights_hash
-from diffattn.evaluation.flops import count_gflops, forward_gflops
-from diffattn.evaluation.json_file import write_json
-from diffattn.evaluation.machine import describe_machine
+from diffattn.data import open_dataset
 from diffattn.evaluation.quality import QualityResult, compare
-from diffattn.evaluation.reference import Reference
 from diffattn.evaluation.sit_quality import Drawing, draw_classes, sit_quality
-from diffattn.evaluation.speed import interleave
-from diffattn.recipe import read_recipe
+from diffattn.files import write_json
+from diffattn.machine import describe_machine
+from diffattn.measure.flops import count_gflops, forward_gflops
+from diffattn.measure.interleave import interleave
+from diffattn.metrics.extractors import load_extractor, weights_hash
+from diffattn.metrics.reference import Reference
+from diffattn.patching.recipe import read_recipe
 from diffattn.sampling import SiTPipeline
-from diffattn.training.data import open_dataset
 from diffattn.training.samples import tile
 
 DYNAMIC = {0.7: {"num_mediators": "min"}, 0.4: {"num_mediators": "mid"}, 0.0: {"num_mediators": "max"}}

@@ -31,14 +31,13 @@ from peers.models import LOOP, embeddings, random_pipeline
 from peers.pictures import GROUPS, Drawing, builtin_prompts
 from peers.results import Results, conditions
 
-from diffattn.devices import choose_device, choose_dtype, dtype_name
-from diffattn.evaluation.benchmark_models import MODELS
-from diffattn.evaluation.extractors import load_extractor
-from diffattn.evaluation.json_file import read_json
-from diffattn.evaluation.machine import cpu_threads, resolve, where
-from diffattn.loading import load_pipeline
+from diffattn.drawing.loading import load_pipeline
+from diffattn.files import read_json
+from diffattn.machine import choose_device, choose_dtype, cpu_threads, dtype_name, resolve, where
+from diffattn.measure.unets import MODELS
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.thresholds import load_thresholds
+from diffattn.metrics.extractors import load_extractor
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

@@ -19,15 +19,15 @@ from typing import Annotated
 import torch
 import typer
 
-from diffattn.evaluation.extractors import load_extractor
-from diffattn.evaluation.machine import cpu_threads
-from diffattn.evaluation.reference import Reference
-from diffattn.jobs import Limits, Models, Progress, Run, Worker
-from diffattn.jobs.choices import accelerations
-from diffattn.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, save_runs
-from diffattn.jobs.speed_quality import EXTRACTOR_OF
-from diffattn.loading import embedded_folder, embedded_models
-from diffattn.training.data import open_dataset
+from diffattn.app.jobs import Limits, Models, Progress, Run, Worker
+from diffattn.app.jobs.choices import accelerations
+from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, save_runs
+from diffattn.app.jobs.speed_quality import EXTRACTOR_OF
+from diffattn.data import open_dataset
+from diffattn.drawing.loading import embedded_folder, embedded_models
+from diffattn.machine import cpu_threads
+from diffattn.metrics.extractors import load_extractor
+from diffattn.metrics.reference import Reference
 
 WAYS = {"emoji-sd": ["agent/balanced", "agent/fast"], "cifar-sit": ["mediator/balanced", "mediator/fast"]}
 NUMBERS = {"emoji-sd": "16, 64", "cifar-sit": "4, 16, 64"}

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from playwright.sync_api import Page, expect, sync_playwright
 
-from diffattn.jobs import Worker
-from diffattn.webui import launch
+from diffattn.app.jobs import Worker
+from diffattn.app.page import launch
 
 SECONDS = 600
 TABS = {

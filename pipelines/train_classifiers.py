@@ -23,8 +23,8 @@ from classifiers.loop import Progress, Recipe, train
 from classifiers.whitening import whitening_filters
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffattn.evaluation.classifier import Classifier
-from diffattn.evaluation.machine import describe_machine, where
+from diffattn.machine import describe_machine, where
+from diffattn.metrics.classifier import Classifier
 
 CIFAR = {"input_size": 32, "widths": (64, 128, 256), "stem_filters": 24, "domain": "CIFAR-10"}
 EMOJI = {"input_size": 48, "widths": (32, 64, 128), "stem_filters": 24, "domain": "Noto Emoji on white"}

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers import DiffusionPipeline
+from support import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +25,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say aloud that tests of the page were skipped, and why: their number alone is easily overlooked."""
     found = set()
     for report in terminalreporter.stats.get("skipped", ()):
-        if "test_webui" in report.nodeid and isinstance(report.longrepr, tuple):
+        if "app/page" in report.nodeid and isinstance(report.longrepr, tuple):
             what = "the page in a browser" if "browser" in report.nodeid else "the page"
             found.add(f"NOT TESTED: {what}: " + str(report.longrepr[2]).removeprefix("Skipped: "))
     for line in sorted(found):

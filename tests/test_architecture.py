@@ -1,45 +1,43 @@
-"""The import rule, read off the syntax trees: a file imports only from its own rank and those before it."""
+"""The package graph, read off the syntax trees: each package imports only what the table allows, without a circle."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1] / "diffattn"
 
-RANKS = {
-    "functional": 0,
-    "json_text": 0,
-    "file_names": 0,
-    "schedules": 1,
-    "noise_level": 1,
-    "methods": 2,
-    "processors": 3,
-    "models": 3,
-    "plan": 3,
-    "recipe": 3,
-    "report": 3,
-    "run_hook": 4,
-    "injection": 4,
-    "patched": 4,
-    "sampling": 4,
-    "loading": 4,
-    "training": 5,
-    "evaluation": 5,
-    "generation": 5,
-    "demo": 5,
-    "devices": 5,
-    "capabilities": 5,
-    "jobs": 5,
-    "cli": 6,
-    "webui": 6,
-    "__main__": 6,
+MAY_IMPORT = {
+    "functional": "",
+    "files": "",
+    "machine": "",
+    "schedules": "",
+    "noise_level": "",
+    "methods": "functional schedules",
+    "models": "functional",
+    "architectures": "methods models noise_level schedules",
+    "patching": "architectures files methods noise_level schedules",
+    "sampling": "models patching",
+    "drawing": "machine patching sampling",
+    "data": "",
+    "measure": "machine models",
+    "metrics": "drawing",
+    "evaluation": "data drawing files machine methods metrics patching sampling",
+    "training": "data evaluation files functional measure metrics models sampling",
+    "preflight": "architectures drawing machine measure models patching schedules",
+    "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
+    "benchmarks": "architectures files functional machine measure methods models patching",
+    "demo": "drawing machine measure metrics patching",
+    "app.jobs": "drawing evaluation files machine measure methods metrics patching schedules",
+    "app.page": "app.jobs",
+    "cli": "app.jobs app.page architectures benchmarks demo drawing evaluation files machine methods metrics models"
+    " patching preflight training tuning",
+    "__main__": "cli",
+    "__init__": "drawing functional methods patching schedules tuning",
 }
-"""Top-level module or package of diffattn -> rank. A new one gets its line here."""
-
-PUBLIC = 5
-"""`diffattn/__init__.py` names things of every rank up to this one; importing `diffattn` itself counts as much."""
+"""Package or top-level module of diffattn -> those it may import. A new one gets its line here, and in the docs."""
 
 SWITCHES = ("torch.backends", "torch.set_", "torch.manual_seed", "torch.random.", "torch.use_deterministic")
 """What changes torch for the whole process."""
@@ -54,17 +52,15 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def top_level(module: str) -> str:
-    """The part of `diffattn.part.rest` that has a rank; empty for `diffattn` itself."""
-    return [*module.split("."), ""][1]
+def unit(module: str) -> str:
+    """The part of `diffattn.part.rest` that has a line in the table; `__init__` for `diffattn` itself."""
+    parts = module.split(".")[1:] or ["__init__"]
+    return ".".join(parts[:2]) if parts[0] == "app" else parts[0]
 
 
-def rank(module: str) -> int:
-    part = top_level(module)
-    if not part:
-        return PUBLIC
-    assert part in RANKS, f"diffattn.{part} has no rank yet: add it to RANKS in tests/test_architecture.py"
-    return RANKS[part]
+def allowed(part: str) -> list[str]:
+    assert part in MAY_IMPORT, f"diffattn.{part} has no line in MAY_IMPORT of tests/test_architecture.py yet"
+    return MAY_IMPORT[part].split()
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -93,25 +89,35 @@ def ours(path: Path) -> list[tuple[int, str]]:
     return [(line, name) for line, name in imports(path) if name.split(".")[0] == "diffattn"]
 
 
-def test_every_top_level_module_has_a_rank() -> None:
-    found = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
-    missing = found - set(RANKS) - {"__init__"}
-    assert not missing, f"add {sorted(missing)} to RANKS in tests/test_architecture.py, and to the tree in the docs"
+def test_every_package_has_a_line_and_every_line_a_package() -> None:
+    found = {unit(module_name(path)) for path in FILES} - {"app"}  # the folder alone: nothing but a docstring
+    assert found == set(MAY_IMPORT)
 
 
 @every_file
-def test_imports_only_from_its_own_rank_and_before(path: Path) -> None:
-    own = PUBLIC if path == ROOT / "__init__.py" else rank(module_name(path))
-    wrong = [f"line {line}: {name} ({rank(name)})" for line, name in ours(path) if rank(name) > own]
-    assert not wrong, f"{module_name(path)} is of rank {own} and imports {wrong}"
+def test_a_package_imports_only_what_the_table_allows(path: Path) -> None:
+    own = unit(module_name(path))
+    wrong = [f"line {line}: {name}" for line, name in ours(path) if unit(name) not in (own, *allowed(own))]
+    assert not wrong, f"{own} may import {allowed(own)}; {module_name(path)} imports {wrong}"
 
 
-@every_file
-def test_no_package_is_imported_from_the_package_itself_below_the_front_ends(path: Path) -> None:
-    """`from diffattn import patch` inside the package would make circles."""
-    if path == ROOT / "__init__.py" or rank(module_name(path)) >= PUBLIC:
-        return
-    assert [x for x in ours(path) if x[1] == "diffattn"] == []
+def test_the_table_allows_nothing_that_no_file_needs() -> None:
+    used = {(unit(module_name(path)), unit(name)) for path in FILES for _, name in ours(path)}
+    unused = [f"{part} -> {other}" for part in MAY_IMPORT for other in allowed(part) if (part, other) not in used]
+    assert unused == []
+
+
+def circles(graph: dict[str, list[str]]) -> list[str]:
+    """Packages that import each other, directly or not."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_the_package_graph_has_no_circle() -> None:
+    assert circles({part: allowed(part) for part in MAY_IMPORT}) == []
 
 
 STDLIB_AND_TORCH = {
@@ -134,8 +140,8 @@ def test_functional_knows_torch_and_nothing_else(path: Path) -> None:
     assert [x for x in ours(path) if not x[1].startswith("diffattn.functional")] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "processors").rglob("*.py")), ids=lambda path: path.name)
-def test_processors_know_no_concrete_method(path: Path) -> None:
+@pytest.mark.parametrize("path", sorted((ROOT / "architectures").rglob("*.py")), ids=lambda path: path.name)
+def test_architectures_know_no_concrete_method(path: Path) -> None:
     methods = {name for _, name in ours(path) if name.startswith("diffattn.methods")}
     assert methods <= {"diffattn.methods.base"}
 
@@ -152,7 +158,7 @@ def test_schedules_are_pure_python() -> None:
 
 @every_file
 def test_gradio_is_imported_by_the_web_page_only(path: Path) -> None:
-    if not path.is_relative_to(ROOT / "webui"):
+    if not path.is_relative_to(ROOT / "app" / "page"):
         assert [x for x in imports(path) if x[1].split(".")[0] == "gradio"] == []
 
 
@@ -190,7 +196,7 @@ def test_importing_changes_nothing_in_torch(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if "evaluation" not in path.parts],  # which undoes what rivals do to classes
+    [path for path in FILES if "benchmarks" not in path.parts],  # which undo what rivals do to classes
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_no_class_of_a_living_object_is_changed(path: Path) -> None:
@@ -219,11 +225,16 @@ def test_switches_are_seen_at_import_and_not_in_functions(source: str, found: li
 
 def test_imports_are_resolved_to_the_module_they_come_from() -> None:
     found = {name for _, name in imports(ROOT / "__init__.py")}
-    assert {"diffattn.functional", "diffattn.injection", "diffattn.demo"} & found
+    assert {"diffattn.functional", "diffattn.patching.patch"} <= found
     assert resolved("diffattn", "functional") == "diffattn.functional"
-    assert resolved("diffattn.injection", "patch") == "diffattn.injection"
+    assert resolved("diffattn.patching.patch", "unpatch") == "diffattn.patching.patch"
 
 
-def test_a_module_without_a_rank_is_named_with_the_place_to_add_it() -> None:
-    with pytest.raises(AssertionError, match=r"diffattn.newcomer has no rank yet: add it to RANKS in tests/test_arch"):
-        rank("diffattn.newcomer.part")
+def test_circles_are_found() -> None:
+    assert set(circles({"a": ["b"], "b": ["c"], "c": ["a"]})) == {"a", "b", "c"}
+    assert circles({"a": ["b", "c"], "b": ["c"]}) == []
+
+
+def test_a_package_without_a_line_is_named_with_the_place_to_add_it() -> None:
+    with pytest.raises(AssertionError, match=r"diffattn.newcomer has no line in MAY_IMPORT of tests/test_arch"):
+        allowed(unit("diffattn.newcomer.part"))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from diffattn.evaluation.reference import Reference
-from diffattn.jobs import Models, Worker
-from diffattn.jobs.quality_run import REFERENCE_FILE
+from diffattn.app.jobs import Models, Worker
+from diffattn.app.jobs.quality_run import REFERENCE_FILE
+from diffattn.metrics.reference import Reference
 
 ASSETS = Path(str(files("diffattn") / "assets"))
 FILES = sorted(ASSETS.rglob("*.json"))

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import diffattn
-from diffattn.evaluation.extractors import load_extractor
+from diffattn.drawing.loading import embedded_folder
 from diffattn.evaluation.sit_quality import Drawing, draw_classes
-from diffattn.loading import embedded_folder
+from diffattn.metrics.extractors import load_extractor
 from diffattn.sampling import SiTPipeline
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 import diffattn
 from diffattn.demo import PROMPTS, Demo, DemoResult, DemoSettings, run_demo
-from diffattn.evaluation import psnr, ssim
-from diffattn.loading import embedded_folder, embedded_models
+from diffattn.drawing.loading import embedded_folder, embedded_models
+from diffattn.metrics.paired import psnr, ssim
 
 SHORT = DemoSettings(steps=2, rounds=2, prompts=PROMPTS[:2], preset="fast", seed=3)
 FIELDS = (

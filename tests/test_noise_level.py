@@ -9,12 +9,12 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from support import tiny
+from support.watching import Watching
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from watching import Watching
 
 import diffattn
 from diffattn.noise_level import NoiseLevels, stable_diffusion_alphas_cumprod

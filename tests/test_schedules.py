@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import FOLDER, Case
 from safetensors.torch import load_file
+from support.reference import FOLDER, Case
 from torch import Tensor
 
 from diffattn import LatentChangeSchedule, NoiseSchedule

@@ -55,8 +55,8 @@ def attention(
     check_writable(out, folder=True)
     check_writable(json)
     with bad_input():
-        from diffattn.evaluation.attention_benchmark import Benchmark, BenchmarkConfig
-        from diffattn.evaluation.benchmark_report import plot, table
+        from diffattn.benchmarks.attention import Benchmark, BenchmarkConfig
+        from diffattn.benchmarks.attention_report import plot, table
 
         config = BenchmarkConfig(
             models=_list(models, "models"), sizes=_list(sizes, "sizes", int), variants=_list(variants, "variants"),
@@ -107,8 +107,8 @@ def mediator(
     check_writable(out, folder=True)
     check_writable(json)
     with bad_input():
-        from diffattn.evaluation.mediator_benchmark import MediatorBenchmark, MediatorBenchmarkConfig
-        from diffattn.evaluation.mediator_report import plot, table
+        from diffattn.benchmarks.mediator_report import plot, table
+        from diffattn.benchmarks.mediators import MediatorBenchmark, MediatorBenchmarkConfig
 
         config = MediatorBenchmarkConfig(
             what=_list(what, "what"), widths=_list(widths, "widths"), sizes=_list(sizes, "sizes", int),
@@ -141,8 +141,8 @@ def thresholds(
     check_writable(out)
     check_writable(json)
     with bad_input():
-        from diffattn.evaluation.machine import resolve
-        from diffattn.evaluation.threshold_benchmark import measure_thresholds, save_thresholds
+        from diffattn.benchmarks.thresholds import measure_thresholds, save_thresholds
+        from diffattn.machine import resolve
         from diffattn.methods.thresholds import read_thresholds, shipped_file, user_file
 
         if shipped and out:

@@ -63,7 +63,7 @@ def convert(
     with loading(str(source)), bad_input():
         import torch
 
-        from diffattn.devices import choose_dtype
+        from diffattn.machine import choose_dtype
         from diffattn.models.convert_files import ReadOptions, check_destination, read_model, write_model
 
         check_destination(dest, to, force)

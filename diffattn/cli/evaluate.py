@@ -120,10 +120,10 @@ def evaluate(
     check_writable(json)
     check_writable(save_npz)
     with loading(model or str(pictures)), bad_input():
-        from diffattn.devices import choose_device
+        from diffattn.drawing.draw import own_guidance
         from diffattn.evaluation import DrawConfig, EvaluateConfig
-        from diffattn.evaluation.evaluate_run import processes
-        from diffattn.generation import own_guidance
+        from diffattn.evaluation.run_folder import processes
+        from diffattn.machine import choose_device
 
         if (model is None) == (pictures is None):
             raise ValueError("give either --model, which draws, or --pictures")
@@ -172,9 +172,9 @@ def compare(
     """What the second result scores above the first. Refused if their protocols differ; the fields are named."""
     check_writable(json)
     with bad_input():
-        from diffattn.evaluation.json_file import read_json
         from diffattn.evaluation.quality import QualityResult
         from diffattn.evaluation.quality import compare as differences
+        from diffattn.files import read_json
 
         a, b = (QualityResult.from_dict(read_json(path)) for path in (first, second))
         found = differences(a, b, [name.strip() for name in may_differ.split(",") if name.strip()])
@@ -209,11 +209,11 @@ def reference(
     """
     check_writable(out)
     with loading(str(pictures)), bad_input():
-        from diffattn.devices import choose_device
-        from diffattn.evaluation.adm import write_statistics
-        from diffattn.evaluation.evaluate_reference import make_reference
-        from diffattn.evaluation.extractors import load_extractor
-        from diffattn.evaluation.pictures import open_pictures
+        from diffattn.evaluation.picture_set import open_pictures
+        from diffattn.evaluation.references import make_reference
+        from diffattn.machine import choose_device
+        from diffattn.metrics.adm import write_statistics
+        from diffattn.metrics.extractors import load_extractor
 
         if out.suffix not in (".safetensors", ".npz"):
             raise ValueError(f"a reference is saved as .safetensors or .npz, got {str(out)!r}")
@@ -232,11 +232,12 @@ def _load(
     model: str, place: Any, dtype: str, given: dict[str, Any], paired: bool
 ) -> tuple[Any, dict[str, Any] | None, str]:
     """The pipeline on its device, the arguments of `diffattn.patch`, and what the result calls them."""
-    from diffattn.devices import choose_dtype
-    from diffattn.generation import EXACT, default_method
-    from diffattn.loading import load_pipeline
-    from diffattn.plan import Plan
-    from diffattn.recipe import read_recipe
+    from diffattn.drawing.draw import default_method
+    from diffattn.drawing.loading import load_pipeline
+    from diffattn.drawing.request import EXACT
+    from diffattn.machine import choose_dtype
+    from diffattn.patching.plan import Plan
+    from diffattn.patching.recipe import read_recipe
 
     pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
     pipe.set_progress_bar_config(disable=True)

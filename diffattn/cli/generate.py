@@ -78,11 +78,12 @@ def generate(
     names = _names(out, prompt, seed, num_images)
     check_writable(json)
     with loading(model), bad_input():
-        from diffattn.devices import choose_device, choose_dtype
-        from diffattn.generation import Request, prepare
-        from diffattn.generation import generate as draw
-        from diffattn.loading import load_pipeline
-        from diffattn.recipe import read_recipe
+        from diffattn.drawing.draw import generate as draw
+        from diffattn.drawing.draw import prepare
+        from diffattn.drawing.loading import load_pipeline
+        from diffattn.drawing.request import Request
+        from diffattn.machine import choose_device, choose_dtype
+        from diffattn.patching.recipe import read_recipe
 
         request = Request(
             model=model, prompt=prompt, negative_prompt=negative_prompt, method=method, preset=preset,
@@ -124,6 +125,6 @@ def _files(out: Path, prompt: str, seeds: range) -> list[Path]:
         if out.suffix.lower() != ".png":
             fail(f"--out {str(out)!r}: pictures are written as .png")
         return [out] if len(seeds) == 1 else [out.with_name(f"{out.stem}-{s}{out.suffix}") for s in seeds]
-    from diffattn.file_names import stem_of
+    from diffattn.files import stem_of
 
     return [out / f"{stem_of(prompt)}-{s}.png" for s in seeds]

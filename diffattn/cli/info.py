@@ -81,9 +81,9 @@ def _preflight(
     if not time_budget > 0:
         fail(f"--time-budget must be above 0 minutes, got {time_budget}")
     with loading(model), bad_input():
-        from diffattn.devices import choose_device, choose_dtype
-        from diffattn.evaluation.preflight import PreflightRun
-        from diffattn.loading import load_pipeline
+        from diffattn.drawing.loading import load_pipeline
+        from diffattn.machine import choose_device, choose_dtype
+        from diffattn.preflight.run import PreflightRun
 
         place = choose_device(device)
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
@@ -121,7 +121,7 @@ def _size(text: str) -> tuple[int, int]:
 def _capabilities(json: Path | None) -> None:
     """Versions, devices and what is supported."""
     with bad_input():
-        from diffattn.capabilities import capabilities
+        from diffattn.cli.capabilities import capabilities
 
         found = capabilities()
     write_json(json, found)

@@ -110,9 +110,9 @@ def tune(
     )
     by_budget: dict[str, Any] = dict(zip(BY_BUDGET, (budget, samples, batch, distance, per_sample), strict=True))
     with loading(model), bad_input():
-        from diffattn.devices import choose_device, choose_dtype
-        from diffattn.generation import default_method
-        from diffattn.loading import load_pipeline
+        from diffattn.drawing.draw import default_method
+        from diffattn.drawing.loading import load_pipeline
+        from diffattn.machine import choose_device, choose_dtype
 
         place = choose_device(device)
         words = read_prompts(prompts) if prompts is not None else []
@@ -138,9 +138,9 @@ def _settings(
     pipe: Any, model: str, prompts: list[str] | None, limits: dict[str, Any], config: dict[str, Any]
 ) -> dict[str, Any]:
     """A recipe by layer and noise level, and every recipe that was verified."""
-    from diffattn.evaluation.tune import tune as search
-    from diffattn.evaluation.tune import workload
-    from diffattn.evaluation.tune_config import CannotTune
+    from diffattn.tuning.config import CannotTune
+    from diffattn.tuning.tune import tune as search
+    from diffattn.tuning.tune import workload
 
     with bad_input():
         if prompts is None:
@@ -187,7 +187,7 @@ def _told(rival: Any) -> str:
 
 def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, Any]) -> dict[str, Any]:
     """A recipe with thresholds for mediators, and every candidate."""
-    from diffattn.evaluation.mediator_search import SearchConfig, ThresholdSearch, best_within, recipe_of
+    from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, recipe_of
 
     share = 0.9 if budget is None else budget
     with bad_input():

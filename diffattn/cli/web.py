@@ -35,12 +35,12 @@ def app(
     """
     with bad_input():
         try:
-            from diffattn.webui import launch
+            from diffattn.app.page import launch
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
             fail("the web page needs Gradio: pip install 'diffattn[app]'")
-        from diffattn.jobs import Limits, Models, Worker
+        from diffattn.app.jobs import Limits, Models, Worker
 
         worker = Worker(
             Models(models_dir, hub), Limits(side=max_side, steps=max_steps, images=max_images), device, dtype

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffattn.evaluation.adm import write_pictures
-from diffattn.evaluation.clip_score import ClipScore
-from diffattn.evaluation.evaluate_labels import Setup, describe_patch, device_label, identity, protocol_of, subject_name
-from diffattn.evaluation.evaluate_reference import Source, open_reference
-from diffattn.evaluation.evaluate_run import RunFolder, processes
-from diffattn.evaluation.evaluate_scores import (
+from diffattn.drawing.classes import draws_classes
+from diffattn.evaluation.draw_set import EXACT, LATENTS, PICTURES, DrawConfig, accelerated, draw_set, subjects
+from diffattn.evaluation.identity import Setup, describe_patch, device_label, identity, protocol_of, subject_name
+from diffattn.evaluation.picture_set import PictureSet, Progress, no_progress, open_pictures
+from diffattn.evaluation.quality import QualityResult
+from diffattn.evaluation.references import Source, open_reference
+from diffattn.evaluation.run_folder import RunFolder, processes
+from diffattn.evaluation.scores import (
     in_chunks,
     latent_scores,
     measure_clip,
@@ -22,16 +24,14 @@ from diffattn.evaluation.evaluate_scores import (
     pair_scores,
     set_scores,
 )
-from diffattn.evaluation.extractors import FeatureExtractor, load_extractor
-from diffattn.evaluation.generate_set import EXACT, LATENTS, PICTURES, DrawConfig, accelerated, draw_set, subjects
-from diffattn.evaluation.json_file import write_json
-from diffattn.evaluation.lpips_distance import Lpips
-from diffattn.evaluation.pictures import PictureSet, Progress, no_progress, open_pictures
-from diffattn.evaluation.quality import QualityResult
-from diffattn.evaluation.reference import Reference
-from diffattn.evaluation.sfid import spatial_layer_name
-from diffattn.recipe import read_recipe
-from diffattn.sampling.class_pipelines import draws_classes
+from diffattn.files import write_json
+from diffattn.metrics.adm import write_pictures
+from diffattn.metrics.clip_score import ClipScore
+from diffattn.metrics.extractors import FeatureExtractor, load_extractor
+from diffattn.metrics.lpips import Lpips
+from diffattn.metrics.reference import Reference
+from diffattn.metrics.sfid import spatial_layer_name
+from diffattn.patching.recipe import read_recipe
 
 RESULT = "result.json"
 

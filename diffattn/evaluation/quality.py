@@ -8,12 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffattn.devices import dtype_name, versions
-from diffattn.evaluation.extractors import FeatureExtractor
-from diffattn.evaluation.fid import fid, fid_infinity
-from diffattn.evaluation.kid import kid
-from diffattn.evaluation.precision_recall import precision_recall
-from diffattn.evaluation.reference import Reference
+from diffattn.machine import dtype_name, versions
+from diffattn.metrics.extractors import FeatureExtractor
+from diffattn.metrics.fid import fid, fid_infinity
+from diffattn.metrics.kid import kid
+from diffattn.metrics.precision_recall import precision_recall
+from diffattn.metrics.reference import Reference
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffattn.evaluation.classifier import Classifier
-from diffattn.evaluation.extractors import FeatureExtractor
-from diffattn.evaluation.features import features_of
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
-from diffattn.evaluation.reference import Reference
+from diffattn.metrics.classifier import Classifier
+from diffattn.metrics.extractors import FeatureExtractor
+from diffattn.metrics.features import features_of
+from diffattn.metrics.reference import Reference
 from diffattn.sampling import SiTPipeline
 
 

@@ -23,8 +23,8 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from diffattn.injection import find_patch
 from diffattn.models import DiT
+from diffattn.patching.patch import find_patch
 from diffattn.sampling.euler_maruyama import EulerMaruyamaScheduler
 from diffattn.sampling.grids import set_uniform_timesteps, times
 from diffattn.sampling.inputs import (

@@ -17,11 +17,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from diffattn.data.classes import check_classes
 from diffattn.models import DiT
 from diffattn.training import checkpoints, state
+from diffattn.training.batches import Batches
 from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
-from diffattn.training.data.batches import Batches
-from diffattn.training.data.classes import check_classes
 from diffattn.training.distill import Distillation
 from diffattn.training.log import StepLog
 from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffattn.evaluation.flops import forward_gflops
+from diffattn.measure.flops import forward_gflops
 from diffattn.models import DiT
 from diffattn.training.config import TrainConfig
 

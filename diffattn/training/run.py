@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from diffattn.data.classes import check_classes
+from diffattn.data.datasets import in_memory
 from diffattn.models import DiT
 from diffattn.training import checkpoints, state
-from diffattn.training.data.batches import Batches
-from diffattn.training.data.classes import check_classes
-from diffattn.training.data.datasets import in_memory
-from diffattn.training.data.latents import cache_latents
+from diffattn.training.batches import Batches
 from diffattn.training.distill import Distillation, freeze_backbone
+from diffattn.training.latents import cache_latents
 from diffattn.training.log import StepLog
 from diffattn.training.loop import Trainer
 from diffattn.training.samples import pipeline_of

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import AutoencoderKL
 
+from diffattn.data import check_balance, open_dataset
 from diffattn.models.convert import check_loaded
 from diffattn.training.config import TrainConfig
-from diffattn.training.data import check_balance, open_dataset
 from diffattn.training.plan import TrainPlan, make_plan
 
 Say = Callable[[str], None]

@@ -9,9 +9,9 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor
 
-from diffattn.evaluation.extractors import FeatureExtractor, load_extractor
-from diffattn.evaluation.reference import Reference
 from diffattn.evaluation.sit_quality import Drawing, quality_per_number
+from diffattn.metrics.extractors import FeatureExtractor, load_extractor
+from diffattn.metrics.reference import Reference
 from diffattn.training.loop import Trainer
 from diffattn.training.samples import pipeline_of, sample_grid, save_grid
 from diffattn.training.setup import Setup

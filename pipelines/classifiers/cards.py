@@ -32,7 +32,7 @@ Inception's where no weights can be downloaded. Figures made with it compare wit
 and mean nothing for other pictures.
 
 ```python
-from diffattn.evaluation.classifier import Classifier
+from diffattn.metrics.classifier import Classifier
 
 model = Classifier.from_pretrained("diffattn/assets/cifar-classifier").eval()
 model.features(pictures)  # [B, 3, H, W] in -1..1 -> [B, {num_features}]
@@ -72,7 +72,7 @@ Its {num_features} pooled features stand in for Inception's where no weights can
 compare with each other, never with Inception's, and mean nothing for other pictures.
 
 ```python
-from diffattn.evaluation.classifier import Classifier
+from diffattn.metrics.classifier import Classifier
 
 model = Classifier.from_pretrained("diffattn/assets/emoji-classifier").eval()
 model.features(pictures)  # [B, 3, H, W] in -1..1, on white -> [B, {num_features}]

@@ -12,7 +12,7 @@ import torch
 from emoji_sd.data import to_float
 from torch import Tensor
 
-from diffattn.evaluation.classifier import Classifier
+from diffattn.metrics.classifier import Classifier
 
 from .data import Labelled
 

@@ -17,7 +17,7 @@ from emoji_sd.data import step_rng
 from emoji_sd.loop import atomic_save
 from torch import Tensor, nn
 
-from diffattn.evaluation.classifier import Classifier
+from diffattn.metrics.classifier import Classifier
 
 from .augment import BatchOf
 

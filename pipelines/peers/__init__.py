@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from diffattn.evaluation.benchmark_variants import PRESETS
+from diffattn.benchmarks.variants import PRESETS
 
 from .agents import agent
 from .base import Draw, LeftOut, Peer, Setting

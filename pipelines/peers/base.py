@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffattn.evaluation.benchmark_variants import LeftOut
+from diffattn.architectures import architecture_of
+from diffattn.benchmarks.variants import LeftOut
 from diffattn.methods.base import LayerSpec
-from diffattn.processors import architecture_of
 
 __all__ = [
     "Draw",

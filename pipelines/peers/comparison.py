@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from emoji_sd.data import load_pictures, split_names
 
-from diffattn.evaluation.extractors import FeatureExtractor
 from diffattn.evaluation.quality import QualityResult, compare
-from diffattn.evaluation.reference import Reference
-from diffattn.evaluation.speed import interleave
-from diffattn.injection import find_patch
+from diffattn.measure.interleave import interleave
+from diffattn.metrics.extractors import FeatureExtractor
+from diffattn.metrics.reference import Reference
+from diffattn.patching.patch import find_patch
 
 from . import SDPA, LeftOut, Setting, apply
 from .pictures import Drawing, draw_pairs, paired, score

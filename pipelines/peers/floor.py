@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffattn.evaluation.benchmark_variants import ValueProcessor
+from diffattn.benchmarks.variants import ValueProcessor
 
 from .base import Draw, Setting, replaced_processors
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from diffattn.evaluation.benchmark_models import TEXT_TOKENS, BenchmarkModel, build_unet
+from diffattn.measure.unets import TEXT_TOKENS, BenchmarkModel, build_unet
 
 LOOP = {"sampler": "DDIMScheduler", "guidance": 7.5}
 

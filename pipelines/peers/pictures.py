@@ -13,11 +13,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffattn.evaluation.extractors import FeatureExtractor
-from diffattn.evaluation.features import features_of
-from diffattn.evaluation.paired import LatentTrace, foreground_psnr, latent_relative_error, psnr, ssim
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
-from diffattn.evaluation.reference import Reference
+from diffattn.metrics.extractors import FeatureExtractor
+from diffattn.metrics.features import features_of
+from diffattn.metrics.paired import LatentTrace, foreground_psnr, latent_relative_error, psnr, ssim
+from diffattn.metrics.reference import Reference
 
 from .base import Draw
 

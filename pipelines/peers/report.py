@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from diffattn.evaluation.machine import where
+from diffattn.machine import where
 
 from . import FLOOR, SDPA, family
 from .labels import place_labels

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from diffattn.evaluation.json_file import read_json, write_json
-from diffattn.evaluation.machine import describe_machine
+from diffattn.files import read_json, write_json
+from diffattn.machine import describe_machine
 
 PACKAGES = ("tomesd", "DeepCache", "tgate")
 

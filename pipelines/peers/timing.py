@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from diffattn.evaluation.speed import Spread
+from diffattn.measure.interleave import Spread
 
 from . import SDPA
 

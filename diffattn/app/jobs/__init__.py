@@ -1,0 +1,27 @@
+"""What the web page does, without the page: who may ask for what, one job at a time, its progress, Stop."""
+
+from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
+from diffattn.app.jobs.compare import Comparison, Variant
+from diffattn.app.jobs.limits import Limits
+from diffattn.app.jobs.quality_run import Measurement, Run
+from diffattn.app.jobs.run_trace import RunTrace
+from diffattn.app.jobs.snippet import snippet
+from diffattn.app.jobs.watch import Progress, Stopped
+from diffattn.app.jobs.worker import Drawn, Worker
+
+__all__ = [
+    "AUTOMATIC",
+    "Comparison",
+    "Drawn",
+    "Limits",
+    "Measurement",
+    "Models",
+    "Progress",
+    "Run",
+    "RunTrace",
+    "Stopped",
+    "Variant",
+    "Worker",
+    "accelerations",
+    "snippet",
+]

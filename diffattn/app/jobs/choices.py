@@ -1,0 +1,143 @@
+"""The models and accelerations to choose from, and the refusal of all others."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffattn.drawing.loading import EMBEDDED, HUB_ID, INDEX, embedded_folder, embedded_models
+from diffattn.drawing.request import EXACT
+from diffattn.methods import METHODS
+from diffattn.metrics.extractors import EXTRACTORS
+
+AUTOMATIC = "automatic"
+"""The acceleration that is the model's own default method, balanced."""
+
+RECIPE = "recipe"
+"""What a comparison calls the variant of a recipe's file."""
+
+MAX_DEPTH = 2  # folders between the models' folder and a model, itself included
+
+
+def accelerations() -> list[str]:
+    """What may be asked for: "automatic", "none", and every "method/preset"."""
+    return [AUTOMATIC, EXACT, *(f"{name}/{preset}" for name, kind in METHODS.items() for preset in kind.presets)]
+
+
+def method_and_preset(acceleration: object) -> tuple[str | None, str | None]:
+    """`Request`'s method and preset of one of `accelerations`; others raise `ValueError`."""
+    if acceleration not in accelerations():
+        raise ValueError(f"unknown acceleration {str(acceleration)[:60]!r}; allowed: {', '.join(accelerations())}")
+    if acceleration == AUTOMATIC:
+        return None, None
+    method, _, preset = str(acceleration).partition("/")
+    return method, preset or None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the files of a model say, without loading it."""
+
+    what: str
+    size: tuple[int, int] | None = None  # width, height in pixels it was trained for
+    guidance: float | None = None  # the scale it recommends
+    classes: tuple[str, ...] = ()  # of a class-conditional model
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that may be asked for: embedded ones, those below `folder`, and ids on the hub.
+
+    Without the hub nothing is downloaded, so only the extractors that come with the package may be asked for.
+    """
+
+    folder: Path | None = None
+    hub: bool = True
+    _root: Path | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"{str(self.folder)!r} is not a folder of models")
+        object.__setattr__(self, "_root", self.folder and self.folder.resolve())
+
+    def names(self) -> list[str]:
+        """Embedded models, then those below the folder by their path in it."""
+        return embedded_models() + sorted(set(self._local()) - set(embedded_models()))
+
+    def source(self, name: object) -> str:
+        """What `load_pipeline` is to load for a name.
+
+        Raises:
+            ValueError: neither embedded, nor below the folder, nor an id on the hub.
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError("choose a model")
+        local = self._local()
+        if name in embedded_models():
+            return name
+        if name in local:
+            return str(local[name])
+        owner_and_name = HUB_ID.fullmatch(name) and not any(set(part) <= {"."} for part in name.split("/"))
+        if self.hub and owner_and_name and ".." not in name and not Path(name).exists():
+            return name
+        allowed = ", ".join(self.names()) + (", or a hub id (owner/name)" if self.hub else "")
+        raise ValueError(f"model {name[:80]!r} is not available here; choose one of: {allowed}")
+
+    def place(self, name: object) -> Path | None:
+        """The folder of a model, None for one on the hub; raises as `source`."""
+        source = self.source(name)
+        folder = embedded_folder(source) if source in embedded_models() else Path(source)
+        return folder if (folder / INDEX).is_file() else None
+
+    def is_local(self, name: object) -> bool:
+        """Whether a name is that of a model below the folder; raises as `source`."""
+        return self.source(name) != name
+
+    def extractors(self) -> list[str]:
+        """The extractors that may be asked for."""
+        return [name for name in EXTRACTORS if self.hub or (embedded_folder(name) / "config.json").is_file()]
+
+    def describe(self, name: object) -> Description:
+        """What is known about a model without loading it; raises as `source`."""
+        source, folder = self.source(name), self.place(name)
+        if folder is None:
+            return Description(f"{source} from the hub, downloaded when it is first used")
+        index = _json(folder / INDEX)
+        known = EMBEDDED.get(source)
+        return Description(
+            what=known.what if known else f"a {index.get('_class_name', 'pipeline')}",
+            size=_size(folder),
+            guidance=known.guidance if known else None,
+            classes=tuple(str(label) for label in (index.get("id2label") or {}).values()),
+        )
+
+    def _local(self) -> dict[str, Path]:
+        """Path in the folder -> the folder of a model, links that lead out of it excluded."""
+        found: dict[str, Path] = {}
+        for depth in range(1, MAX_DEPTH + 1) if self._root else ():
+            assert self._root is not None
+            for index in self._root.glob("/".join(["*"] * depth + [INDEX])):
+                place = index.parent.resolve()
+                if place.is_relative_to(self._root):
+                    found[index.parent.relative_to(self._root).as_posix()] = place
+        return found
+
+
+def _size(folder: Path) -> tuple[int, int] | None:
+    """Pixels a saved pipeline was trained for: its denoiser's size times its VAE's factor."""
+    denoiser = _json(folder / "unet" / "config.json") or _json(folder / "transformer" / "config.json")
+    size, stages = denoiser.get("sample_size"), _json(folder / "vae" / "config.json").get("block_out_channels", [0])
+    if size is None:
+        return None
+    rows, columns = (size, size) if isinstance(size, int) else size
+    factor = 2 ** (len(stages) - 1)
+    return columns * factor, rows * factor
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,172 @@
+"""The same seeds unpatched and patched: times, work, memory, and how alike the pictures are."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffattn.app.jobs.choices import RECIPE, method_and_preset
+from diffattn.app.jobs.run_trace import RunTrace
+from diffattn.app.jobs.watch import Watch, noisy_input
+from diffattn.drawing.draw import generate, prepare
+from diffattn.drawing.request import EXACT, Picture, Request
+from diffattn.measure.flops import count_gflops
+from diffattn.metrics.paired import psnr, ssim
+from diffattn.patching.patch import Patch
+from diffattn.patching.report import Report
+from diffattn.schedules import NoiseSchedule
+
+MAX_COUNTED_TOKENS = 4096  # latent pixels above which operations are not counted: it takes a [tokens, tokens] matrix
+
+WARMING_UP = "warming up"
+
+MakeWatch = Callable[..., Watch]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One acceleration of a comparison, or "none"."""
+
+    name: str
+    pictures: tuple[Picture, ...]
+    seconds: float  # of a picture, median
+    gflops: float | None  # of all denoiser calls of a picture; a multiply-add counts two; None: not counted
+    peak_mib: float | None  # most memory allocated on a CUDA device, None elsewhere
+    psnr: float | None  # dB, mean over the pictures that differ; None for "none"; infinite if none does
+    ssim: float | None
+    report: Report | None
+    trace: RunTrace
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All variants; the first is unpatched."""
+
+    request: Request
+    variants: tuple[Variant, ...]
+
+    def speedup(self, variant: Variant) -> float:
+        """Of the median times."""
+        return self.variants[0].seconds / variant.seconds
+
+
+@dataclass
+class Collected:
+    """What came of one way to draw so far."""
+
+    request: Request
+    pictures: list[Picture] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)  # MiB, on a CUDA device
+    gflops: float | None = None  # of a picture
+    report: Report | None = None
+    trace: RunTrace | None = None
+
+
+def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch) -> Comparison:
+    """Draw the pictures of a request unpatched and with every acceleration, in an order that rotates.
+
+    Args:
+        pipe: on the device it is to run on; it is left unpatched.
+        request: its method and preset are not used, its recipe for "recipe" only.
+        names: accelerations, see `choices.accelerations`, or "recipe".
+        watch: makes the `Watch` of one picture, called as watch(request, patch, done, pictures, what).
+    """
+    collected = {name: _variant(request, name) for name in (EXACT, *names)}
+    order, total = list(collected), len(collected) * request.num_images
+    for name in order:
+        warm_up(pipe, collected[name].request, watch)
+    for i in range(request.num_images):
+        for j in range(len(order)):
+            name = order[(i + j) % len(order)]
+            draw(pipe, collected[name], request.seed + i, watch, name, i * len(order) + j, total)
+    reference = torch.cat([pixels(picture.image) for picture in collected[EXACT].pictures])
+    found = tuple(_summary(name, one, reference) for name, one in collected.items())
+    return Comparison(request, found)
+
+
+def _variant(request: Request, name: str) -> Collected:
+    if name == RECIPE:
+        return Collected(replace(request, method=None, preset=None))
+    method, preset = method_and_preset(name)
+    return Collected(replace(request, method=method, preset=preset, recipe=None))
+
+
+def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:
+    """Two steps: the first run of a kind takes longer, and does not count."""
+    draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, None)
+
+
+def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int | None) -> None:
+    """One picture more; the model is patched before and restored after it."""
+    ready, patch = prepare(pipe, replace(one.request, seed=seed, num_images=1))
+    on_cuda = pipe.device.type == "cuda"
+    try:
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(pipe.device)
+        with watch(ready, patch, done, total, what) as followed:
+            one.pictures += generate(pipe, ready)
+            if what != WARMING_UP:
+                followed.drawn(one.pictures[-1])
+        if on_cuda:
+            one.peaks.append(torch.cuda.max_memory_allocated(pipe.device) / 2**20)
+        one.request = replace(ready, seed=one.request.seed, num_images=one.request.num_images)
+        one.report, one.trace = patch.report() if patch else None, followed.trace
+        if one.gflops is None and what != WARMING_UP:
+            one.gflops = _gflops(pipe, followed, patch)
+    finally:
+        if patch:
+            patch.remove()
+
+
+@torch.no_grad()
+def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
+    """Of all calls of a picture: one call of every phase is repeated and counted.
+
+    None where that takes too long, or where a call alone is in another phase than in its run, as the noise level does
+    not tell it.
+    """
+    if patch and not isinstance(patch.plan.schedule, NoiseSchedule):
+        return None
+    model: Any = getattr(pipe, "unet", None) or pipe.transformer
+    x, _ = noisy_input(*next(iter(followed.inputs.values())))
+    phases = [entry["phase"] for entry in patch.trace()] if patch else [0] * len(followed.trace.seconds)
+    if x.shape[-2] * x.shape[-1] > MAX_COUNTED_TOKENS or set(phases) - set(followed.inputs):
+        return None
+    of_phase = {}
+    for phase, (args, kwargs) in followed.inputs.items():
+        of_phase[phase] = count_gflops(lambda args=args, kwargs=kwargs: model(*args, **kwargs))
+    return sum(of_phase[phase] for phase in phases)
+
+
+def _summary(name: str, one: Collected, reference: Tensor) -> Variant:
+    own = torch.cat([pixels(picture.image) for picture in one.pictures])
+    exact, small = name == EXACT, min(own.shape[2:]) < 11
+    assert one.trace is not None
+    return Variant(
+        name=name,
+        pictures=tuple(one.pictures),
+        seconds=statistics.median(picture.seconds for picture in one.pictures),
+        gflops=one.gflops,
+        peak_mib=max(one.peaks, default=None),
+        psnr=None if exact else _mean_of_finite(psnr(own, reference)),
+        ssim=None if exact or small else float(ssim(own, reference).mean()),
+        report=one.report,
+        trace=one.trace,
+    )
+
+
+def _mean_of_finite(values: Tensor) -> float:
+    """Infinite if none is finite."""
+    finite = values[values.isfinite()]
+    return float(finite.mean()) if len(finite) else math.inf
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """[1, 3, H, W] in 0..1"""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255

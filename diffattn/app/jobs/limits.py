@@ -1,0 +1,209 @@
+"""How much one job may ask for. Everything a stranger sends is checked here, whatever the page allows."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffattn.app.jobs.choices import AUTOMATIC, RECIPE, accelerations, method_and_preset
+from diffattn.app.jobs.naming import naming
+from diffattn.app.jobs.quality_run import Measurement
+from diffattn.drawing.request import MAX_SEED, Request
+from diffattn.metrics.extractors import EXTRACTORS
+from diffattn.patching.recipe import read_recipe
+
+AGAINST = (AUTOMATIC, "exact")
+MAX_NUMBER = 2**16
+MIN_SAMPLES = 8  # below it precision and recall, of 3 neighbours, say nothing
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest values of one job."""
+
+    side: int = 1024  # pixels, width and height each
+    steps: int = 100
+    images: int = 8
+    guidance: float = 30.0
+    prompt: int = 1000  # characters
+    variants: int = 4  # accelerations in one comparison
+    samples: int = 256  # N, pictures of each variant whose quality is measured
+    measured_models: int = 2
+    measured_variants: int = 8  # of each model, beside exact attention
+    prompts: int = 2000  # different ones in a measurement
+    calls: int = 25_000  # steps of all pictures of a job together
+    jobs: int = 4  # of one visitor, that run or wait
+
+    def __str__(self) -> str:
+        return f"At most {self.side} pixels a side, {self.steps} steps and {self.images} pictures a job."
+
+    def request(
+        self,
+        model: str,
+        prompt: object,
+        *,
+        negative_prompt: object = "",
+        acceleration: object = "automatic",
+        recipe: object = None,
+        steps: object = 25,
+        guidance: object = None,
+        width: object = None,
+        height: object = None,
+        seed: object = 0,
+        num_images: object = 1,
+    ) -> Request:
+        """The request for values of any type.
+
+        Args:
+            model, prompt, negative_prompt, steps, seed, num_images: as in `Request`.
+            acceleration: see `choices.accelerations`; a recipe goes before it.
+            recipe: a file of `diffattn.patch(recipe=...)`, or what it holds; None: without.
+            guidance, width, height: None for the model's own.
+
+        Raises:
+            ValueError: naming the value and what is allowed.
+        """
+        method, preset = method_and_preset(acceleration) if recipe is None else (None, None)
+        count = _whole("number of pictures", num_images, 1, self.images)
+        found = Request(
+            model=model,
+            prompt=self._text("prompt", prompt),
+            negative_prompt=self._text("negative prompt", negative_prompt),
+            method=method,
+            preset=preset,
+            recipe=None if recipe is None else _recipe(recipe),
+            steps=_whole("steps", steps, 1, self.steps),
+            guidance=None if guidance is None else _number("guidance", guidance, 0, self.guidance),
+            width=None if width is None else _whole("width", width, 8, self.side),
+            height=None if height is None else _whole("height", height, 8, self.side),
+            num_images=count,
+            seed=_whole("seed", seed, 0, MAX_SEED - count),
+        )
+        self.check_work(count, found.steps)
+        return found
+
+    def variants_of(self, chosen: object, with_recipe: bool = False) -> list[str]:
+        """The accelerations of a comparison, each once, a recipe last; raises `ValueError` as `request`."""
+        if not isinstance(chosen, Sequence) or isinstance(chosen, str) or not (chosen or with_recipe):
+            raise ValueError(f"choose one or more accelerations to compare: {', '.join(accelerations())}")
+        for name in chosen:
+            method_and_preset(name)
+        names = [name for name in dict.fromkeys(chosen) if name != "none"] + [RECIPE] * with_recipe
+        if not 1 <= len(names) <= self.variants:
+            raise ValueError(f"choose 1 to {self.variants} accelerations beside none, got {len(names)}")
+        return names
+
+    def measurement(
+        self, models: object, *, accelerations: object = (), numbers: object = "", samples: object = 16,
+        steps: object = 20, guidance: object = None, prompts: object = "", extractor: object = AUTOMATIC,
+        against: object = AUTOMATIC, seed: object = 0,
+    ) -> Measurement:  # fmt: skip
+        """The measurement for values of any type.
+
+        Args:
+            models: list of names, as `Models.source` takes them; that they exist is not checked here.
+            accelerations: list, see `choices.accelerations`; exact attention is measured whatever it says.
+            numbers: of agents or mediators, as text ("16, 64").
+            samples, steps, guidance, seed: numbers.
+            prompts: one a line; none: the model's own.
+            extractor: a name in `EXTRACTORS`, or "automatic".
+            against: one of `AGAINST`.
+
+        Raises:
+            ValueError: naming the value and what is allowed.
+        """
+        names = [name for name in _distinct("models", models, self.measured_models) if name]
+        if not names:
+            raise ValueError("choose one or more models to measure")
+        ways = [way for way in _distinct("accelerations", accelerations, self.measured_variants + 1) if way != "none"]
+        for way in ways:
+            method_and_preset(way)
+        counts = list(dict.fromkeys(_numbers(numbers)))
+        most, chosen = self.measured_variants, len(ways) + len(counts)
+        if not 1 <= chosen <= most:
+            raise ValueError(f"choose 1 to {most} accelerations and numbers beside none, got {chosen}")
+        _one_of("extractor", extractor, (AUTOMATIC, *EXTRACTORS))
+        _one_of("against", against, AGAINST)
+        count = _whole("number of pictures", samples, MIN_SAMPLES, self.samples)
+        found = Measurement(
+            tuple(names), tuple(ways), tuple(counts), count, _whole("steps", steps, 1, self.steps),
+            None if guidance is None else _number("guidance", guidance, 0, self.guidance), self._lines(prompts),
+            str(extractor), str(against), _whole("seed", seed, 0, MAX_SEED - 2 * count),
+        )  # fmt: skip
+        self.check_work(len(names) * count * (found.num_variants + 1), found.steps)  # one more for a reference
+        return found
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise `ValueError` for a picture that is too large, whoever chose its size: it may be the model's own."""
+        for name, pixels in (("width", width), ("height", height)):
+            if pixels > self.side:
+                raise ValueError(f"{name} {pixels} is above the limit of {self.side} pixels; give a smaller {name}")
+
+    def check_work(self, pictures: int, steps: int) -> None:
+        """Raise `ValueError` if a job is too long."""
+        if pictures * steps > self.calls:
+            raise ValueError(
+                f"{pictures} pictures of {steps} steps are {pictures * steps} steps in all, at most {self.calls} are "
+                "allowed in one job; take fewer steps, pictures or accelerations"
+            )
+
+    def _lines(self, prompts: object) -> tuple[str, ...]:
+        if not isinstance(prompts, str) or len(prompts) > self.prompts * self.prompt:
+            raise ValueError("prompts must be text, one prompt a line")
+        found = tuple(self._text("prompt", line.strip()) for line in prompts.splitlines() if line.strip())
+        if len(found) > self.prompts:
+            raise ValueError(f"at most {self.prompts} prompts, got {len(found)}")
+        return found
+
+    def _text(self, name: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, got {type(value).__name__}")
+        if len(value) > self.prompt:
+            raise ValueError(f"{name} must be at most {self.prompt} characters, got {len(value)}")
+        return value
+
+
+def _recipe(given: Any) -> Mapping[str, Any]:
+    """As `read_recipe`, but that a file is told by its name alone."""
+    if not isinstance(given, str | Path):
+        return read_recipe(given)
+    with naming(given, Path(given).name):
+        return read_recipe(given)
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (usable and least <= value <= most):  # NaN and infinities are not in between
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {str(value)[:40]}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {str(value)[:40]}")
+    return value
+
+
+def _distinct(name: str, values: object, most: int) -> list[str]:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{name} must be a list of names, got {str(values)[:40]!r}")
+    found = list(dict.fromkeys(values))
+    if len(found) > most:
+        raise ValueError(f"choose at most {most} {name}, got {len(found)}")
+    return found
+
+
+def _numbers(text: object) -> list[int]:
+    if not isinstance(text, str) or not re.fullmatch(r"[\d\s,]*", text) or len(text) > 200:
+        raise ValueError(
+            f"numbers must be whole numbers with commas between them, such as 16, 64; got {str(text)[:40]!r}"
+        )
+    return [_whole("number of agents or mediators", int(part), 1, MAX_NUMBER) for part in re.findall(r"\d+", text)]
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {str(value)[:40]!r}")

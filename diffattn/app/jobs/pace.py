@@ -1,0 +1,34 @@
+"""How fast a model draws here, learned from what it drew."""
+
+from diffattn.drawing.request import EXACT, Request
+
+PIXELS = 256 * 256
+
+
+class Pace:
+    """Seconds of one step of 256x256 pixels, per model.
+
+    The latest exact picture says it; an accelerated one only until there is an exact one. So an estimate holds for
+    exact attention, and acceleration stays below it.
+    """
+
+    def __init__(self) -> None:
+        self._exact: dict[str, float] = {}
+        self._accelerated: dict[str, float] = {}
+
+    def learn(self, request: Request, seconds: float) -> None:
+        """From a whole picture, since the device has been waited for at its end.
+
+        Args:
+            request: one that went through `prepare`.
+            seconds: of the picture.
+        """
+        assert request.width is not None
+        assert request.height is not None
+        known = self._exact if request.method == EXACT else self._accelerated
+        known[request.model] = seconds / request.steps * PIXELS / (request.width * request.height)
+
+    def seconds(self, model: str, pixels: int, steps: int) -> float | None:
+        """Estimate for `steps` steps of so many pixels; None before the model drew anything."""
+        pace = self._exact.get(model, self._accelerated.get(model))
+        return None if pace is None else pace * pixels / PIXELS * steps

@@ -1,0 +1,207 @@
+"""Speed and quality of one model, drawn exact and accelerated with the same seeds, picture by picture in turns."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffattn.app.jobs.choices import AUTOMATIC, Models, method_and_preset
+from diffattn.app.jobs.compare import Collected, MakeWatch, draw, pixels, warm_up
+from diffattn.app.jobs.naming import naming
+from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, Line, Measurement, Run, read_runs
+from diffattn.drawing.classes import draws_classes, num_classes
+from diffattn.drawing.draw import default_method
+from diffattn.drawing.request import EXACT, Picture, Request
+from diffattn.evaluation.quality import Protocol, QualityResult, quality
+from diffattn.machine import describe_machine
+from diffattn.measure.interleave import Timings
+from diffattn.metrics.extractors import FeatureExtractor, load_extractor
+from diffattn.metrics.features import features_of
+from diffattn.metrics.reference import Reference
+
+EXTRACTOR_OF = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
+OTHERWISE = "dinov2"
+CHUNK = 16  # pictures of the reference that are drawn before their features are taken
+
+
+@dataclass
+class _Job:
+    """One model of a measurement, under way."""
+
+    pipe: Any
+    asked: Measurement
+    request: Request
+    prompts: tuple[str, ...]
+    watch: MakeWatch
+    total: int  # pictures
+    done: int = 0
+
+    def draw(self, one: Collected, index: int, what: str) -> Picture:
+        """Picture `index`: its prompt and seed."""
+        one.request = replace(one.request, prompt=self.prompts[index % len(self.prompts)])
+        draw(self.pipe, one, self.asked.seed + index, self.watch, what, self.done, self.total)
+        self.done += 1
+        return one.pictures.pop()
+
+
+def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: MakeWatch) -> Run:
+    """One model: N pictures of every variant, timed one by one, and their scores.
+
+    Without a stored reference the pictures are measured against N exact ones of other seeds (seed + N and up): then
+    FID and KID say how far acceleration moves what the model draws, and exact attention shows how far chance does.
+
+    Args:
+        pipe: on the device it is to run on; it is left unpatched.
+        name: the model's, one of `asked.models`.
+        models: where its stored reference and prompts are.
+        watch: makes the `Watch` of one picture, as for `compare`.
+
+    Raises:
+        ValueError: no prompts; numbers the model cannot run with; as `load_extractor`, `prepare` and `quality`.
+    """
+    folder = models.place(name)
+    prompts = asked.prompts or own_prompts(pipe, folder)
+    request = Request(name, prompts[0], steps=asked.steps, guidance=asked.guidance, seed=asked.seed)
+    extractor = load_extractor(extractor_for(name, asked.extractor, models), device=pipe.device)
+    reference = stored_reference(folder, extractor, asked.against)
+    total = asked.samples * (asked.num_variants + (reference is None))
+    job = _Job(pipe, asked, request, prompts, watch, total)
+    variants = {label: Collected(one) for label, one in variants_of(pipe, request, asked).items()}
+    for one in variants.values():
+        warm_up(pipe, one.request, watch)
+    if reference is None:
+        reference = _exact_reference(job, variants[EXACT], extractor)
+    features, timings = _draw_all(job, variants, extractor)
+    lines = tuple(
+        _line(job, label, variants[label], features[label], timings, reference, extractor) for label in variants
+    )
+    title = f"{name}, {asked.samples} pictures, {asked.steps} steps, {datetime.now():%Y-%m-%d %H:%M:%S}"
+    return Run(title, name, prompts, describe_machine(pipe.device), lines)
+
+
+def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
+    """The classes of a model that draws them; of others the prompts of stored runs, `ValueError` if there are none."""
+    if draws_classes(pipe):
+        return tuple(map(str, range(num_classes(pipe))))
+    found = stored_runs(folder)
+    if not found:
+        raise ValueError("this model has no prompts of its own: write prompts to draw, one per line")
+    return found[0].prompts
+
+
+def stored_runs(folder: Path | None) -> list[Run]:
+    """Runs that lie beside a model; raises `ValueError` if their file is damaged."""
+    path = folder / RUNS_FILE if folder else None
+    return read_runs(path) if path and path.is_file() else []
+
+
+def stored_reference(folder: Path | None, extractor: FeatureExtractor, against: str) -> Reference | None:
+    """What lies beside a model, None if nothing made with this extractor does or exact pictures are asked for."""
+    found = _reference_of(folder) if against == AUTOMATIC else None
+    return found if found and found.extractor_hash == extractor.hash else None
+
+
+def extractor_for(name: str, chosen: str, models: Models) -> str:
+    """The name of the extractor: the one chosen, else that of the model's reference, else the one for its pictures.
+
+    Raises:
+        ValueError: it would be downloaded, and nothing may be.
+    """
+    allowed, found = models.extractors(), chosen
+    if chosen == AUTOMATIC:
+        reference = _reference_of(models.place(name))
+        found = reference.extractor if reference else EXTRACTOR_OF.get(name, OTHERWISE)
+    if found not in allowed:
+        raise ValueError(
+            f"extractor {found!r} would be downloaded, which is not allowed here; for the pictures of {name!r} choose "
+            f"one of {', '.join(allowed)}"
+        )
+    return found
+
+
+def has_reference(name: str, asked: Measurement, models: Models) -> bool:
+    """Whether a stored reference spares drawing one, as far as names tell; raises as `extractor_for`."""
+    extractor = extractor_for(name, asked.extractor, models)
+    reference = _reference_of(models.place(name)) if asked.against == AUTOMATIC else None
+    return reference is not None and reference.extractor == extractor
+
+
+def _reference_of(folder: Path | None) -> Reference | None:
+    """What lies beside a model; raises `ValueError` if it is damaged."""
+    path = folder / REFERENCE_FILE if folder else None
+    if path is None or not path.is_file():
+        return None
+    with naming(path.parent, path.parent.name):
+        return Reference.load(path)
+
+
+def variants_of(pipe: Any, request: Request, asked: Measurement) -> dict[str, Request]:
+    """Label -> request of every variant, exact attention first."""
+    found = {EXACT: replace(request, method=EXACT)}
+    for label in asked.accelerations:
+        method, preset = method_and_preset(label)
+        found[label] = replace(request, method=method, preset=preset)
+    method = default_method(pipe)
+    for n in asked.numbers:  # at every noise level, and in every layer, whether it pays or not
+        options = (
+            {"num_mediators": n} if method == "mediator" else {"num_agents": n, "agent_ratio": None, "min_tokens": 0}
+        )
+        found[f"{method} n={n}"] = replace(request, method=method, preset="fast", options=options)
+    return found
+
+
+def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -> Reference:
+    begin, count = job.asked.samples, job.asked.samples
+    seeds = f"seeds {job.asked.seed + begin}..{job.asked.seed + begin + count - 1}"
+
+    def pictures() -> Iterator[Tensor]:
+        for index in range(begin, begin + count):
+            yield _uint8(job.draw(exact, index, "reference"))
+
+    return Reference.of(f"exact pictures of {job.request.model}, {seeds}", pictures(), extractor, CHUNK)
+
+
+def _draw_all(
+    job: _Job, variants: dict[str, Collected], extractor: FeatureExtractor
+) -> tuple[dict[str, Tensor], Timings]:
+    """Features [N, d] of every variant, and the seconds of every picture; the order rotates."""
+    order, rounds = list(variants), list[dict[str, float]]()
+    features: dict[str, list[Tensor]] = {label: [] for label in variants}
+    for i in range(job.asked.samples):
+        seconds = dict[str, float]()
+        for j in range(len(order)):
+            label = order[(i + j) % len(order)]
+            picture = job.draw(variants[label], i, label)
+            seconds[label] = picture.seconds
+            features[label].append(features_of([_uint8(picture)], extractor))
+        rounds.append(seconds)
+    return {label: torch.cat(found) for label, found in features.items()}, Timings(EXACT, tuple(rounds))
+
+
+def _line(
+    job: _Job, label: str, one: Collected, features: Tensor, timings: Timings, reference: Reference,
+    extractor: FeatureExtractor,
+) -> Line:  # fmt: skip
+    scores, options = quality(features, reference)
+    asked, drawn = job.asked, one.request
+    assert drawn.guidance is not None
+    assert drawn.width is not None
+    assert drawn.height is not None
+    size = {"width": drawn.width, "height": drawn.height, "prompts_crc32": zlib.crc32("\n".join(job.prompts).encode())}
+    protocol = Protocol.of(
+        asked.samples, reference, extractor, sampler=type(job.pipe.scheduler).__name__, steps=asked.steps,
+        guidance=drawn.guidance, seeds=f"{asked.seed}..{asked.seed + asked.samples - 1}", dtype=job.pipe.dtype,
+        device=job.pipe.device.type, options=options | size,
+    )  # fmt: skip
+    result = QualityResult(f"{job.request.model} {label}", protocol, scores)
+    return Line(label, result, timings.seconds(label), timings.speedup(label), one.gflops)
+
+
+def _uint8(picture: Picture) -> Tensor:
+    """[1, 3, H, W]"""
+    return (pixels(picture.image) * 255).round().to(torch.uint8)

@@ -1,0 +1,58 @@
+"""Jobs wait in one line, whoever asks, and can leave it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from diffattn.app.jobs.watch import Stopped
+
+REPEAT_SECONDS = 5.0  # a waiting job says so again, so that it is noticed when nobody listens any more
+
+
+class Turns:
+    """Lets one job in at a time, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._line: list[object] = []  # the first has its turn
+
+    def __len__(self) -> int:
+        """Jobs that have their turn or wait for it."""
+        return len(self._line)
+
+    @contextmanager
+    def turn(self, stop: threading.Event, waiting: Callable[[int], None]) -> Iterator[None]:
+        """Wait, then hold the turn.
+
+        Args:
+            stop: leave the line once it is set; `wake` makes that be noticed at once.
+            waiting: told how many jobs come before this one, as often as that changes.
+
+        Raises:
+            Stopped: left before its turn.
+        """
+        ticket = object()
+        with self._changed:
+            self._line.append(ticket)
+        try:
+            with self._changed:
+                while (ahead := self._line.index(ticket)) and not stop.is_set():
+                    waiting(ahead)
+                    self._changed.wait_for(lambda: stop.is_set() or self._line.index(ticket) != ahead, REPEAT_SECONDS)
+            if stop.is_set():
+                raise Stopped
+            yield
+        finally:
+            with self._changed:
+                self._line.remove(ticket)
+                self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Have waiting jobs look whether they are to leave."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for_none(self, timeout: float) -> bool:
+        """Wait until no job has its turn or waits for it; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._line, timeout)

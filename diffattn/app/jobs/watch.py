@@ -1,0 +1,166 @@
+"""Follows a run from outside: hooks on the denoiser that stop it, time it, and make previews."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+from torch import Tensor
+
+from diffattn.app.jobs.preview import Preview, clean_estimate
+from diffattn.app.jobs.run_trace import Recorder, RunTrace
+from diffattn.drawing.request import Picture, Request
+from diffattn.patching.patch import Patch
+
+log = logging.getLogger("diffattn.app.jobs")
+
+EVENT_SECONDS = 0.3  # least time between two events, and so between two previews
+
+
+class Stopped(Exception):
+    """The run was stopped by its user."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    step: int  # calls of the denoiser of this picture
+    steps: int
+    picture: int  # pictures done before
+    pictures: int
+    seconds_left: float | None  # of the job
+    preview: Image.Image | None = None
+    what: str = ""
+    ahead: int = 0  # jobs that come before this one; it has not begun
+
+
+class Watch:
+    """Within its `with` block every call of the pipeline's denoiser is followed; leaves no hook behind.
+
+    An event is sent after the first and last call of a picture, and between them every `EVENT_SECONDS`: only then does
+    a device have to be waited for.
+
+    Args:
+        pipe: the pipeline; only it is called within the block.
+        request, patch: of the pictures, as `prepare` returned them.
+        stop: ends the run.
+        emit: takes the events.
+        preview: makes their sketches; None: they have none.
+        done: pictures of the job before this run.
+        pictures: of the job in all; None: this run warms up, and how long the job takes is not told.
+        what: the events say about the run.
+        learn: told of every whole picture, see `drawn`: its request and its seconds.
+
+    Raises:
+        Stopped: out of the denoiser, before its next call, once `stop` is set.
+        ValueError, TypeError: what the pipeline raises; with its traceback in the log, since it may be a bug.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        request: Request,
+        patch: Patch | None,
+        stop: threading.Event,
+        emit: Callable[[Progress], None],
+        preview: Preview | None = None,
+        done: int = 0,
+        pictures: int | None = None,
+        what: str = "",
+        learn: Callable[[Request, float], None] | None = None,
+    ) -> None:
+        self.pipe, self.request, self.patch = pipe, request, patch
+        self.stop, self.emit, self.preview, self.learn = stop, emit, preview, learn
+        self.done, self.pictures, self.what = done, pictures, what
+        self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # phase -> arguments of its first call
+        self._denoiser: Any = getattr(pipe, "unet", None) or pipe.transformer
+        self._handles: list[Any] = []
+        self._begin = time.perf_counter()
+        self._last_event = 0.0
+        self._calls = 0
+        self.begin_picture()
+
+    def begin_picture(self) -> None:
+        """The next call belongs to another picture, which begins now."""
+        self._last = time.perf_counter()
+        self.recorder = Recorder(self.what, self.patch)
+        self._state: Tensor | None = None
+
+    def drawn(self, picture: Picture) -> None:
+        """The picture under way is whole."""
+        self.done += 1
+        if self.learn is not None:
+            self.learn(self.request, picture.seconds)
+
+    @property
+    def trace(self) -> RunTrace:
+        """Of the picture under way, or the last."""
+        return self.recorder.finished()
+
+    def __enter__(self) -> Self:
+        self._handles = [
+            self._denoiser.register_forward_pre_hook(self._before),
+            self._denoiser.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if isinstance(error, ValueError | TypeError):
+            log.error("drawing failed", exc_info=error)
+
+    def _before(self, module: Any, args: tuple[Any, ...]) -> None:
+        if self.stop.is_set():
+            raise Stopped
+
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        now = time.perf_counter()
+        self._calls += 1
+        x, t = noisy_input(args, kwargs)
+        self.recorder.record(self._change(x), now - self._last)
+        self._last = now
+        call = self.patch.last_call() if self.patch else {"phase": 0}
+        if call and isinstance(call["phase"], int):
+            self.inputs.setdefault(call["phase"], (args, kwargs))
+        step, steps = self._num_calls(), self._num_steps()
+        if step in (1, steps) or now - self._last_event > EVENT_SECONDS:
+            self._tell(step, steps, x, t, output, now)
+
+    def _tell(self, step: int, steps: int, x: Tensor, t: Tensor, output: Any, now: float) -> None:
+        sketch = None
+        if self.preview is not None:
+            found = output[0] if isinstance(output, tuple) else output.sample
+            sketch = self.preview(clean_estimate(self.pipe, x, t, found, self.request.guidance or 1))
+        left = self._seconds_left(step, steps, now)
+        self.emit(Progress(step, steps, self.done, self.pictures or 1, left, sketch, self.what))
+        self._last_event = time.perf_counter()
+
+    def _seconds_left(self, step: int, steps: int, now: float) -> float | None:
+        if self.pictures is None or self._calls < 2:
+            return None
+        return (now - self._begin) / self._calls * ((self.pictures - self.done) * steps - step)
+
+    def _num_calls(self) -> int:
+        return len(self.recorder.trace.seconds)
+
+    def _num_steps(self) -> int:
+        return max(len(self.pipe.scheduler.timesteps), self._num_calls())
+
+    def _change(self, x: Tensor) -> Tensor | None:
+        """mean |x_k - x_{k-1}| of the conditional half, left on its device: to read it would be to wait for it."""
+        before, self._state = self._state, x[-1].detach().float().clone()
+        return None if before is None else (self._state - before).abs().mean()
+
+
+def noisy_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The latents and the time that a denoiser was called with; pipelines give either by place or by name."""
+    x = args[0] if args else next(kwargs[name] for name in ("sample", "hidden_states") if name in kwargs)
+    return x, args[1] if len(args) > 1 else kwargs["timestep"]

@@ -1,0 +1,311 @@
+"""One job at a time on one model at a time."""
+
+import gc
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from diffattn.app.jobs.choices import Models
+from diffattn.app.jobs.compare import Comparison, compare
+from diffattn.app.jobs.limits import Limits
+from diffattn.app.jobs.naming import naming
+from diffattn.app.jobs.pace import Pace
+from diffattn.app.jobs.preview import Preview
+from diffattn.app.jobs.quality_run import Measurement, Run
+from diffattn.app.jobs.run_trace import RunTrace
+from diffattn.app.jobs.snippet import snippet
+from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
+from diffattn.app.jobs.stops import Stops
+from diffattn.app.jobs.turns import Turns
+from diffattn.app.jobs.watch import Progress, Stopped, Watch
+from diffattn.drawing.classes import class_ids, draws_classes
+from diffattn.drawing.draw import generate, prepare
+from diffattn.drawing.loading import load_pipeline
+from diffattn.drawing.request import Picture, Request
+from diffattn.files import stem_of
+from diffattn.machine import choose_device, choose_dtype
+from diffattn.patching.patch import Patch
+from diffattn.patching.report import Report
+
+log = logging.getLogger("diffattn.app.jobs")
+
+REFRESH_SECONDS = 0.1  # progress comes no more often: a page must be able to follow a model that is faster
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """All pictures of a job so far."""
+
+    request: Request  # with its size, guidance and method filled in
+    pictures: tuple[Picture, ...]
+    report: Report | None
+    trace: RunTrace  # of the last picture
+    code: str  # Python that draws the first picture again
+
+
+Emit = Callable[[Any], None]
+
+
+class Worker:
+    """Loads one model at a time and runs one job at a time, whoever asks; knows nothing of the page.
+
+    Args:
+        models: those that may be asked for.
+        limits: of one job.
+        device, dtype: as `choose_device` and `choose_dtype` take them.
+    """
+
+    def __init__(
+        self, models: Models | None = None, limits: Limits | None = None, device: str = "auto", dtype: str = "auto"
+    ) -> None:
+        self.models, self.limits = models or Models(), limits or Limits()
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self._turns = Turns()
+        self._stops = Stops(self.limits.jobs)
+        self._pace = Pace()
+        self._loaded: tuple[str, Any, Preview | None] | None = None
+
+    def generate(self, session: str, request: Request) -> Iterator[Progress | Drawn]:
+        """Draw; progress after every step, and what is there after every picture.
+
+        Raises:
+            Stopped: by `stop`.
+            ValueError, TypeError: a model, class or size that cannot be, as `prepare`; more jobs of a session than
+                `Limits.jobs`.
+        """
+        return self._stream(session, lambda emit, stop: self._generate(request, emit, stop))
+
+    def compare(self, session: str, request: Request, names: Sequence[str]) -> Iterator[Progress | Comparison]:
+        """Draw the same pictures unpatched and with every acceleration; raises as `generate`."""
+        self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
+
+        def work(emit: Emit, stop: threading.Event) -> None:
+            pipe, _ = self._model(request.model, emit)
+
+            def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
+                return self._watch(pipe, ready, patch, stop, emit, None, done, pictures, what)
+
+            emit(compare(pipe, request, names, watch))
+
+        return self._stream(session, work)
+
+    def measure(self, session: str, asked: Measurement) -> Iterator[Progress | Run]:
+        """Speed and quality, one `Run` per model as soon as it is done; raises as `generate` and `measure`."""
+        for name in asked.models:
+            extractor_for(name, asked.extractor, self.models)  # before anything is loaded
+
+        def work(emit: Emit, stop: threading.Event) -> None:
+            for name in asked.models:
+                emit(self._measure(name, asked, emit, stop))
+
+        return self._stream(session, work)
+
+    def stop(self, session: str) -> bool:
+        """Stop the jobs of a session: the running one within one step, waiting ones at once; whether there were any."""
+        found = self._stops.stop(session)
+        self._turns.wake()
+        return found
+
+    def ended(self, session: str, timeout: float) -> bool:
+        """Whether all jobs of a session end within so many seconds."""
+        deadline = time.monotonic() + timeout
+        while self._stops.has_jobs(session):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def close(self, timeout: float = 30.0) -> bool:
+        """Stop all jobs and wait until none runs, before the program ends: Python must not end while PyTorch computes
+        in another thread, which then aborts or hangs it.
+
+        Args:
+            timeout: seconds; a step, or a model that is being loaded, is waited for.
+
+        Returns:
+            Whether none runs any more.
+        """
+        self._stops.stop_all()
+        self._turns.wake()
+        return self._turns.wait_for_none(timeout)
+
+    def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
+        """Estimate for a job without acceleration, see `Pace`; None before the model drew anything.
+
+        Args:
+            request: what is drawn.
+            pictures: how many in all; None: those of the request.
+
+        Raises:
+            ValueError: a size or an amount of work that is above the limits.
+        """
+        count = request.num_images if pictures is None else pictures
+        unknown = min(512, self.limits.side)
+        own = self.models.describe(request.model).size or (unknown, unknown)
+        width, height = request.width or own[0], request.height or own[1]
+        self.limits.check_size(width, height)
+        self.limits.check_work(count, request.steps)
+        return self._pace.seconds(request.model, width * height, request.steps * count)
+
+    def stored_runs(self) -> list[Run]:
+        """Speed and quality that lie beside the models; a damaged file is left out, with a line in the log."""
+        found: list[Run] = []
+        for name in self.models.names():
+            try:
+                found += stored_runs(self.models.place(name))
+            except ValueError as error:
+                log.warning("%s: %s", name, error)
+        return found
+
+    def seconds_to_measure(self, asked: Measurement) -> float | None:
+        """Estimate for a measurement; None before each of its models has drawn a picture.
+
+        Raises:
+            ValueError: as `seconds_for`; an extractor that may not be asked for.
+        """
+        found = 0.0
+        for name in asked.models:
+            stored = has_reference(name, asked, self.models)
+            pictures = asked.samples * (asked.num_variants + (not stored))
+            seconds = self.seconds_for(Request(name, "", steps=asked.steps), pictures)
+            if seconds is None:
+                return None
+            found += seconds
+        return found
+
+    def warm_up(self, name: str) -> None:
+        """Load a model and run two steps, so that the first job begins at once and its time is known."""
+        nobody = object()  # no visitor can name it, to stop it
+        try:
+            request = self.limits.request(name, "0", steps=min(2, self.limits.steps), acceleration="none")
+            for _ in self._stream(nobody, lambda emit, stop: self._generate(request, emit, stop)):
+                pass
+        except ValueError as error:  # such as a model that draws larger pictures than are allowed
+            log.warning("%s is not warmed up: %s", name, error)
+        except Stopped:
+            pass  # the worker is closed
+
+    def _generate(self, request: Request, emit: Emit, stop: threading.Event) -> None:
+        pipe, preview = self._model(request.model, emit)
+        ready, patch = prepare(pipe, request)
+        try:
+            with self._watch(pipe, ready, patch, stop, emit, preview, 0, ready.num_images) as watch:
+                pictures: list[Picture] = []
+                for picture in generate(pipe, ready):
+                    pictures.append(picture)
+                    emit(self._drawn(pipe, ready, pictures, patch, watch.trace))
+                    watch.drawn(picture)
+                    watch.begin_picture()
+        finally:
+            if patch:
+                patch.remove()
+
+    def _drawn(
+        self, pipe: Any, request: Request, pictures: Sequence[Picture], patch: Patch | None, trace: RunTrace
+    ) -> Drawn:
+        classes, local = draws_classes(pipe), self.models.is_local(request.model)
+        ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
+        code = snippet(request, classes, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
+        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
+
+    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> Run:
+        """One model. When it returns, nothing here holds that model while the next one is loaded."""
+        pipe, _ = self._model(name, emit)
+
+        def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
+            return self._watch(pipe, ready, patch, stop, emit, None, done, pictures, f"{ready.model}: {what}")
+
+        return measure(pipe, name, asked, self.models, watch)
+
+    def _watch(self, pipe: Any, ready: Request, *args: Any) -> Watch:
+        """Of a request that went through `prepare`, which filled in the size; the rest as `Watch` takes it."""
+        assert ready.width is not None
+        assert ready.height is not None
+        self.limits.check_size(ready.width, ready.height)
+        return Watch(pipe, ready, *args, learn=self._pace.learn)
+
+    def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
+        """The model of a name, loaded if another was."""
+        source = self.models.source(name)
+        if self._loaded is None or self._loaded[0] != source:
+            emit(Progress(0, 0, 0, 0, None, what=f"loading {name}"))
+            self._unload()
+            with naming(source, name), naming(HF_HUB_CACHE, "the cache"):
+                pipe: Any = load_pipeline(source, self.dtype).to(self.device)
+            pipe.set_progress_bar_config(disable=True)
+            self._loaded = source, pipe, Preview.of(pipe)
+        return self._loaded[1], self._loaded[2]
+
+    def _unload(self) -> None:
+        self._loaded = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _stream(self, session: Hashable, work: Callable[[Emit, threading.Event], None]) -> Iterator[Any]:
+        """What `work` emits, from a thread of its own.
+
+        Closing the iterator stops the work within one step and does not wait for it, since whoever closes may have
+        others to serve; the next job waits for its turn.
+        """
+        found: queue.Queue[Any] = queue.Queue()
+        stop, done = self._stops.add(session), object()
+
+        def run() -> None:
+            last: Any = done
+            try:
+                with self._turns.turn(stop, lambda ahead: found.put(Progress(0, 0, 0, 0, None, ahead=ahead))):
+                    work(found.put, stop)
+            except BaseException as error:  # raised again where the work was asked for
+                last = error
+            finally:
+                self._stops.discard(session, stop)
+            found.put(last)
+
+        try:
+            threading.Thread(target=run, name="diffattn-job", daemon=True).start()
+            told = -REFRESH_SECONDS
+            while (event := _latest(found, told + REFRESH_SECONDS)) is not done:
+                if isinstance(event, BaseException):
+                    raise event
+                told = time.monotonic()
+                yield event
+        finally:
+            stop.set()
+            self._turns.wake()
+
+
+def _latest(found: "queue.Queue[Any]", due: float) -> Any:
+    """The next event. Progress waits until `due` (in `time.monotonic`) for newer progress, which takes its place."""
+    event = found.get()
+    while isinstance(event, Progress):
+        try:
+            newer = found.get(timeout=max(due - time.monotonic(), 0))
+        except queue.Empty:
+            break
+        if not isinstance(newer, Progress):
+            with found.mutex:
+                found.queue.appendleft(newer)  # its turn comes next: nobody else takes from this queue
+            break
+        event = newer
+    return event
+
+
+def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
+    """PNG files with their recipes; makes the folder."""
+    paths = []
+    for picture in pictures:
+        way = "-".join(filter(None, (picture.recipe["method"], picture.recipe["preset"])))
+        paths.append(folder / f"{stem_of(str(picture.recipe['prompt']))}-{way}-{picture.seed}.png")
+        picture.save(paths[-1])
+    return paths

@@ -1,0 +1,27 @@
+"""A visitor's measured runs, kept in the browser: they are there again after a reload."""
+
+from typing import Any
+
+import gradio as gr
+
+from diffattn.app.jobs import Run
+from diffattn.app.jobs.kept import MOST
+
+KEY = "diffattn-runs"
+
+
+def stored_in_browser() -> gr.BrowserState:
+    """Runs as JSON types. The key to their encryption need not be secret: they are the visitor's own."""
+    return gr.BrowserState([], storage_key=KEY, secret=KEY)
+
+
+def checked(found: Any) -> list[Run]:
+    """The latest runs among what a browser sent, which may be anything; what is no run is dropped."""
+    runs: dict[str, Run] = {}
+    for data in found[-MOST:] if isinstance(found, list) else ():
+        try:
+            run = Run.from_dict(data)
+        except ValueError:
+            continue
+        runs[run.title] = run
+    return list(runs.values())

@@ -1,0 +1,232 @@
+"""The tab that measures speed and quality."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from diffattn.app.jobs import AUTOMATIC, Progress, Run, Stopped, Worker, accelerations
+from diffattn.app.jobs.kept import MOST, keep, not_kept, runs_to_show
+from diffattn.app.jobs.limits import AGAINST, MIN_SAMPLES
+from diffattn.app.jobs.quality_run import read_runs, runs_as_csv, save_runs
+from diffattn.app.jobs.speed_quality import has_reference
+from diffattn.app.page.browser_runs import checked
+from diffattn.app.page.files import Files
+from diffattn.app.page.generate import stopper
+from diffattn.app.page.inputs import OWN, PROMPTS
+from diffattn.app.page.quality_charts import TIME, WORK, results
+from diffattn.app.page.shared import (
+    JOB,
+    QUICK,
+    duration,
+    given_or_own,
+    note,
+    progress_html,
+    toast,
+    told,
+    whole_numbers,
+)
+from diffattn.app.page.time_line import Told, keep_told
+
+INTRO = (
+    "N pictures of every acceleration, of the same prompts and seeds and drawn in turns, give the time of one picture "
+    "and its distance (FID, KID) to a reference. FID grows as N falls: compare figures of one N only."
+)
+NUMBERS = "At every noise level, each a row of its own. Mediators: perfect squares that the model learned."
+
+
+@dataclass
+class _Inputs:
+    """Components, in the order in which the endpoint takes them."""
+
+    models: gr.Dropdown
+    accelerations: gr.Dropdown
+    numbers: gr.Textbox
+    samples: gr.Slider
+    steps: gr.Slider
+    guidance: gr.Number
+    prompts: gr.Textbox
+    extractor: gr.Dropdown
+    against: gr.Radio
+    seed: gr.Number
+
+    def all(self) -> list[Any]:
+        return list(vars(self).values())
+
+
+@dataclass
+class _Visitor:
+    """What a visitor has before them.
+
+    One object of theirs, changed in place by all that they do: so the run of a measurement joins what is there when it
+    ends, and not what was there when it began.
+    """
+
+    ticked: list[str]  # titles of the runs shown
+    axis: str
+    kept: list[dict[str, Any]] = field(default_factory=list)  # their own runs, as JSON types
+
+    def choose(self, ticked: list[str], axis: str) -> None:
+        """As the page has them now."""
+        self.ticked, self.axis = ticked, axis
+
+
+def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState) -> None:
+    """Lay it out; the visitor's runs are kept in the browser too."""
+    stored = worker.stored_runs()
+    gr.Markdown(INTRO)
+    with gr.Row(elem_classes="diffattn-split"):
+        with gr.Column(scale=2, min_width=280):
+            found = _inputs(worker, bool(stored))
+        with gr.Column(scale=3, min_width=280):
+            with gr.Row():
+                go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
+                halt = gr.Button("Stop", variant="stop", elem_id="stop-measure")
+            time = gr.Markdown("", elem_id="measure-time")
+            stage = gr.HTML(note("Earlier runs are below; yours come beside them."), elem_id="measure-stage")
+    labels = [run.title for run in stored]
+    shown = gr.CheckboxGroup(labels, value=labels, label="Runs shown", elem_id="runs")
+    horizontal = gr.Radio([TIME, WORK], value=TIME, label="Horizontal axis")
+    figures = gr.HTML(results(stored, TIME), elem_id="results")
+    with gr.Row():
+        saved = gr.File(label="The runs shown, as JSON and CSV", file_count="multiple", interactive=False)
+        load = gr.File(label="Add runs from a JSON file", file_types=[".json"], file_count="single", type="filepath")
+    own = gr.State(_Visitor(labels, TIME))
+
+    def shown_now(visitor: _Visitor) -> tuple[str, list[str] | None]:
+        chosen = [run for run in runs_to_show(stored, visitor.kept) if run.title in visitor.ticked]
+        return results(chosen, visitor.axis), _save(chosen, files.subfolder()) if chosen else None
+
+    def added(visitor: _Visitor, new: Sequence[Run]) -> tuple[Any, ...]:
+        """What the visitor has with new runs, the boxes to tick, charts and files."""
+        visitor.kept = keep(visitor.kept, new)
+        every = [run.title for run in runs_to_show(stored, visitor.kept)]
+        visitor.ticked = [name for name in every if name in (*visitor.ticked, *(run.title for run in new))]
+        return visitor, gr.CheckboxGroup(every, value=visitor.ticked), *shown_now(visitor)
+
+    @told
+    def run(
+        models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
+        guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: _Visitor,
+        labels: list[str], axis: str, request: gr.Request,
+    ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
+        blank = [gr.skip()] * 4
+        visitor.choose(labels, axis)
+        yield note("Starting …"), *blank
+        try:
+            for event in worker.measure(str(request.session_hash), _asked(worker, given)):
+                if isinstance(event, Progress):
+                    yield progress_html(event), *blank
+                elif isinstance(event, Run):
+                    yield note(f"Done: {event.title}."), *added(visitor, [event])
+        except Stopped:
+            yield note("Stopped: the run that was under way is dropped."), *blank
+
+    outputs = [own, shown, figures, saved]
+    done = go.click(run, [*found.all(), own, shown, horizontal], [stage, *outputs], api_name="measure", **JOB)
+    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+
+    def show_runs(labels: list[str], axis: str, visitor: _Visitor) -> tuple[Any, ...]:
+        visitor.choose(labels, axis)
+        return shown_now(visitor)
+
+    gr.on(
+        [shown.input, horizontal.input], show_runs, [shown, horizontal, own], [figures, saved],
+        api_name="show_runs", **QUICK,
+    )  # fmt: skip
+
+    def load_runs(path: str | None, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
+        visitor.choose(labels, axis)
+        if path is None:
+            return (gr.skip(),) * 4
+        try:
+            new = read_runs(Path(path))
+        except ValueError as error:
+            raise toast(error) from None
+        lost = not_kept(visitor.kept, new)
+        said = note(f"Not kept: {lost} of the runs, the oldest; at most {MOST} are.") if lost else ""
+        visitor, boxes, charts, made = added(visitor, new)
+        return visitor, boxes, said + charts, made
+
+    loaded = load.upload(load_runs, [load, own, shown, horizontal], outputs, api_name="load_runs", **QUICK)
+
+    def restore(found: Any, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
+        visitor.choose(labels, axis)
+        runs = checked(found)
+        return added(visitor, runs) if runs else (gr.skip(),) * 4
+
+    hidden: dict[str, Any] = {"api_visibility": "private"} | QUICK
+    page.load(restore, [stored_in_browser, own, shown, horizontal], outputs, **hidden)
+    for event in (done, loaded):
+        event.then(lambda visitor: visitor.kept, own, stored_in_browser, **hidden)
+
+    def tell(*given: Any) -> Told:
+        return _estimate(worker, given)
+
+    keep_told(page, time, tell, found.all(), done, api_name="estimate_measure")
+
+
+def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
+    names, limits = worker.models.names(), worker.limits
+    models = gr.Dropdown(
+        names, value=names[:1], label="Models", multiselect=True, allow_custom_value=worker.models.hub,
+        max_choices=limits.measured_models,
+    )  # fmt: skip
+    ways = gr.Dropdown(
+        accelerations()[2:], value=["agent/balanced", "agent/fast"], multiselect=True, label="Accelerations",
+        max_choices=limits.measured_variants, info="Beside exact attention, which is always measured.",
+    )  # fmt: skip
+    numbers = gr.Textbox("", label="Numbers of agents or mediators", placeholder="16, 64", info=NUMBERS, max_length=200)
+    with gr.Row():
+        samples = whole_numbers(MIN_SAMPLES, limits.samples, 16, label="N: pictures of each", min_width=160)
+        steps = whole_numbers(1, limits.steps, 20, label="Steps", min_width=160)
+    with gr.Accordion("More settings", open=False):
+        prompts = gr.Textbox(
+            "" if has_prompts else "\n".join(PROMPTS), label="Prompts", lines=3,
+            info="One a line, used in turns. Empty: the model's own (its classes, or those of its stored run).",
+        )  # fmt: skip
+        extractor = gr.Dropdown(
+            [AUTOMATIC, *worker.models.extractors()], value=AUTOMATIC, label="Features",
+            info="The network that looks at the pictures; automatic: the one made for the model's pictures.",
+        )  # fmt: skip
+        against = gr.Radio(
+            [("real pictures where stored", AGAINST[0]), ("its own exact pictures", AGAINST[1])], value=AGAINST[0],
+            label="Measured against", info="Exact pictures have other seeds: exact attention shows what chance does.",
+        )  # fmt: skip
+        with gr.Row():
+            guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=120)
+            seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=120)
+    return _Inputs(models, ways, numbers, samples, steps, guidance, prompts, extractor, against, seed)
+
+
+def _asked(worker: Worker, given: Sequence[Any]) -> Any:
+    """The checked measurement of the values of `_Inputs.all()`."""
+    names = [name for name in _Inputs.__dataclass_fields__ if name != "models"]
+    values = dict(zip(names, given[1:], strict=True))
+    values["guidance"] = given_or_own(values["guidance"])
+    asked = worker.limits.measurement(given[0], **values)
+    for model in asked.models:
+        worker.models.source(model)
+    return asked
+
+
+def _estimate(worker: Worker, given: Sequence[Any]) -> Told:
+    try:
+        asked = _asked(worker, given)
+        seconds = worker.seconds_to_measure(asked)
+        references = sum(not has_reference(name, asked, worker.models) for name in asked.models)
+    except (ValueError, TypeError) as error:
+        return str(error), False
+    about = "unknown until each model has drawn a picture" if seconds is None else f"about {duration(seconds)}"
+    limits, count = worker.limits, asked.samples * (asked.num_variants * len(asked.models) + references)
+    line = f"Time: {about}, for {count} pictures. At most N = {limits.samples} and {limits.steps} steps."
+    return line, seconds is not None
+
+
+def _save(runs: Sequence[Run], place: Path) -> list[str]:
+    save_runs(runs, place / "speed-quality.json")
+    (place / "speed-quality.csv").write_text(runs_as_csv(runs), encoding="utf-8", newline="")
+    return [str(place / "speed-quality.json"), str(place / "speed-quality.csv")]

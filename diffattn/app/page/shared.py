@@ -1,0 +1,132 @@
+"""What the tabs share: errors as toasts, progress, tables, sliders."""
+
+import base64
+import io
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from functools import wraps
+from html import escape
+from typing import Any
+
+import gradio as gr
+import torch
+
+from diffattn.app.jobs import Progress
+from diffattn.app.jobs.compare import MAX_COUNTED_TOKENS
+
+log = logging.getLogger("diffattn.app.page")
+
+WAITING = 64
+"""Jobs that may wait."""
+
+JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": WAITING, "show_progress": "minimal"}
+"""Of every event that runs a model. One runs at a time across all tabs and visitors: `Worker` has them wait in line,
+rather than Gradio's queue, so that Stop reaches those that wait and they can say how many come before them."""
+
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+
+BUG = "Something went wrong"
+
+UNCOUNTED = (
+    f"GFLOPs are counted up to {MAX_COUNTED_TOKENS:,} latent pixels, and not for schedules by the change of the "
+    "latents; “–”: not counted."
+)
+
+
+def told(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """A generator whose errors become toasts: bad input in its own words, a bug without its traceback.
+
+    The first of its outputs shows how far it is; there the error stays to be read when the toast is gone.
+    """
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
+        others: list[Any] = []
+        try:
+            with closing(function(*args, **kwargs)) as events:
+                for outputs in events:
+                    others = [gr.skip()] * (len(outputs) - 1)
+                    yield outputs
+        except Exception as error:
+            title, message = _words(error)
+            yield note(f"{title}: {message}"), *others
+            raise toast(error) from None
+
+    return wrapped
+
+
+def toast(error: Exception) -> gr.Error:
+    """What to tell of an error; one that is not about the input goes to the log with its traceback.
+
+    A ValueError or TypeError is told as being about the input. What is raised while a pipeline draws may as well be a
+    bug, so `Watch` has it in the log too.
+    """
+    title, message = _words(error)
+    if title == BUG:
+        log.error("a job failed", exc_info=error)
+    return gr.Error(escape(message, quote=False), title=title, print_exception=False)
+
+
+def _words(error: Exception) -> tuple[str, str]:
+    """Title and message."""
+    if isinstance(error, ValueError | TypeError):
+        return "Please change this", str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "Not enough memory", "choose a smaller size or fewer pictures."
+    return BUG, "the job failed; the reason is in the log of the server. Other settings may work."
+
+
+def progress_html(progress: Progress) -> str:
+    """A bar, the step, the time left, and the preview inside the page itself."""
+    if progress.ahead:
+        jobs = "1 job runs" if progress.ahead == 1 else f"{progress.ahead} jobs run"
+        return note(f"Waiting: {jobs} before yours. Stop leaves the line.")
+    if not progress.steps:
+        return f'<div class="diffattn-stage"><p role="status">{escape(progress.what)} …</p></div>'
+    total = progress.steps * progress.pictures
+    share = (progress.picture * progress.steps + progress.step) / max(total, 1)
+    left = "" if progress.seconds_left is None else f" · about {duration(progress.seconds_left)} left"
+    which = f"picture {progress.picture + 1} of {progress.pictures} · " if progress.pictures > 1 else ""
+    what = f"{progress.what} · " if progress.what else ""
+    text = escape(f"{what}{which}step {progress.step} of {progress.steps}{left}")
+    picture = ""
+    if progress.preview is not None:
+        buffer = io.BytesIO()
+        progress.preview.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        picture = f'<img alt="preview" src="data:image/png;base64,{data}">'
+    bar = f'<div class="diffattn-bar"><div style="width:{100 * share:.1f}%"></div></div>'
+    return f'<div class="diffattn-stage"><p role="status">{text}</p>{bar}{picture}</div>'
+
+
+def note(text: str) -> str:
+    """A line where progress is shown."""
+    return f'<div class="diffattn-stage"><p role="status">{escape(text)}</p></div>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table that scrolls sideways by itself."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="diffattn-table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def duration(seconds: float) -> str:
+    """ "8 s" or "2 min 5 s" """
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def whole_numbers(least: int, most: int, start: int, **shown: Any) -> gr.Slider:
+    """A slider from `least` to `most` that begins at `start`, or as near to it as they allow.
+
+    Gradio has none for a single number: where they are equal it cannot be moved.
+    """
+    within = max(least, min(start, most))
+    return gr.Slider(least, max(most, least + 1), within, step=1, interactive=most > least, **shown)
+
+
+def given_or_own(value: Any) -> Any:
+    """None, for the model's own, of a number that was left empty: once it is shown, Gradio sends 0 for it."""
+    return None if value == 0 else value

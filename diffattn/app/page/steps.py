@@ -1,0 +1,52 @@
+"""The tab that shows what the time steps of a visitor's latest runs did."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+
+from diffattn.app.jobs import RunTrace
+from diffattn.app.page.charts import steps_chart
+from diffattn.app.page.shared import QUICK, note
+
+EMPTY = "Draw something under Generate or Compare first: its steps are shown here."
+GENERATED, COMPARED = "Generate", "Compare: "
+
+Trace = Mapping[str, Any]
+
+
+def tab(latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
+    """Lay it out; drawn anew after the events `drawn` and `compared`.
+
+    Args:
+        latest: trace of the latest run under Generate.
+        traces: name -> trace of the variants of the latest comparison.
+    """
+    gr.Markdown(
+        "How many agents or mediators every step ran with, how much the latents still changed, and which layers ran "
+        "accelerated, in the last picture of your latest run. Point at a box for its step and layer."
+    )
+    # A custom value is one that the server does not know yet: to clients, which run no event after another, all are.
+    which = gr.Dropdown([GENERATED], value=GENERATED, label="Run", allow_custom_value=True)
+    chart = gr.HTML(note(EMPTY), elem_id="steps-chart")
+    with gr.Accordion("As JSON", open=False):
+        data = gr.JSON(None, label="Per step")
+
+    def time_steps(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[str, Trace | None]:
+        trace = latest if run == GENERATED else traces.get(run.removeprefix(COMPARED))
+        if trace is None:
+            return note(EMPTY), None
+        return f'<div class="diffattn-scroll">{steps_chart(RunTrace.from_dict(trace))}</div>', trace
+
+    def after_comparison(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
+        names = [GENERATED, *(COMPARED + name for name in traces)]
+        run = names[2] if len(names) > 2 else GENERATED  # the first is the exact one
+        return gr.Dropdown(names, value=run), *time_steps(run, latest, traces)
+
+    def after_drawing(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
+        return GENERATED, *time_steps(GENERATED, latest, traces)
+
+    shown = [which, chart, data]
+    drawn.then(after_drawing, [latest, traces], shown, api_visibility="private", **QUICK)
+    compared.then(after_comparison, [latest, traces], shown, api_visibility="private", **QUICK)
+    which.input(time_steps, [which, latest, traces], [chart, data], api_name="time_steps", **QUICK)

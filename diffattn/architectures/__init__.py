@@ -1,0 +1,23 @@
+"""One file per diffusers attention layout or model family, never one per method."""
+
+from torch import nn
+
+from diffattn.architectures.base import Architecture
+from diffattn.architectures.diffusers_dit import Transformer2DArchitecture
+from diffattn.architectures.own_dit import SiTArchitecture
+from diffattn.architectures.unet import UNetArchitecture
+
+ARCHITECTURES: tuple[Architecture, ...] = (UNetArchitecture(), Transformer2DArchitecture(), SiTArchitecture())
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The family a denoiser belongs to.
+
+    Raises:
+        TypeError: none of those supported; the message names the model's class and all that are.
+    """
+    for architecture in ARCHITECTURES:
+        if architecture.matches(model):
+            return architecture
+    supported = "; ".join(a.title for a in ARCHITECTURES)
+    raise TypeError(f"{type(model).__name__} is not supported; supported: {supported}")

@@ -1,0 +1,148 @@
+"""What an architecture is, and the processor that runs a method in one of its layers."""
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, DenoiserCall, RunState, Tally
+from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec
+from diffattn.noise_level import NoiseLevels, Reading
+from diffattn.schedules import EXACT
+
+
+class Processor(Protocol):
+    """Ours, in the place of one layer's own processor."""
+
+    original: Any  # the processor object that was there
+    active: bool  # False once the patch is removed: behaves like the original wherever it still is
+    owner: Any  # the patch
+
+    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
+        ...
+
+
+class Architecture(Protocol):
+    """How one family of denoisers is taken apart. One file per family."""
+
+    title: str  # what is supported, as error messages list it
+    sample_name: str  # what `forward` calls its noisy input
+    time_name: str  # what `forward` calls its time step
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether this family covers the model."""
+        ...
+
+    def layers(self, model: nn.Module) -> Iterable[tuple[LayerSpec, nn.Module]]:
+        """Every attention layer, with the module that has `set_processor`."""
+        ...
+
+    def why_unsupported(self, module: nn.Module) -> str | None:
+        """Why a layer must keep its processor, or None."""
+        ...
+
+    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+        """Rows and columns of the tokens at every level, for latents of this size."""
+        ...
+
+    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+        """The noise level of a time step that the model was given; `levels` knows the pipeline's scheduler."""
+        ...
+
+    def processor(self, **parts: Any) -> Processor:
+        """Our processor for one layer of this family, made of the arguments of `MethodProcessor`."""
+        ...
+
+
+class MethodProcessor:
+    """Runs a method where it applies, and what the layer does by itself everywhere else. A subclass per layout."""
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        original: Any,
+        methods: Sequence[AttentionMethod | None],  # one per phase; None is exact
+        run: RunState,
+        tally: Tally,
+        owner: Any = None,  # the patch
+    ) -> None:
+        self.layer = layer
+        self.original = original
+        self.methods = tuple(methods)
+        self.functions: tuple[AttentionFn | None, ...] = tuple(m.build(layer) if m else None for m in methods)
+        self.run = run
+        self.tally = tally
+        self.owner = owner
+        self.active = True  # a processor put back after its patch was removed behaves like the original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = new = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(new, name, copy.deepcopy(value, memo))
+        return new
+
+    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
+        method = self.methods[phase]
+        if method is None:
+            return f"{EXACT} by schedule"
+        if num_tokens not in grids:
+            return f"{num_tokens} tokens do not form a grid of the latents"
+        return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
+
+    def _call_under_way(self) -> DenoiserCall | None:
+        """None outside the denoiser, and once the patch is removed."""
+        return self.run.current() if self.active else None
+
+    def _function(self, call: DenoiserCall, phase: int, reason: str) -> AttentionFn | None:
+        """The method's function for a phase, None if there is a reason to run exact; counts which."""
+        if not (call.compiled or torch.compiler.is_compiling()):
+            self.tally.add(self.layer.name, reason)
+        return self.functions[phase] if reason == ACCELERATED else None
+
+    def _apply(self, function: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """The method's function, [B, H, N, D]; counts the heads that it ran exact."""
+        out = function(q, k, v, call)
+        if call.exact_heads:
+            self.tally.add(self.layer.name, EXACT_HEADS, call.exact_heads)
+        return out
+
+
+def by_phase(phases: int | tuple[int, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """`run(phase, *tensors)`: once, or for the samples of each phase together.
+
+    Args:
+        phases: of the batch, or one per sample.
+        run: gives a tensor [B, ...] for the samples it is given.
+        tensors: [B, ...], or [B·heads, ...] sample by sample, or [1, ...] for all samples.
+    """
+    if isinstance(phases, int):
+        return run(phases, *tensors)
+    groups = {phase: [i for i, p in enumerate(phases) if p == phase] for phase in sorted(set(phases))}
+    device = next(x.device for x in tensors if x is not None)
+    parts = []
+    for phase, group in groups.items():
+        rows = torch.tensor(group, device=device)
+        parts.append(run(phase, *(None if x is None else _rows(x, rows, len(phases)) for x in tensors)))
+    order = [i for group in groups.values() for i in group]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(parts)[torch.tensor(places, device=device)]
+
+
+def genuine(processor: Any) -> Any:
+    """The processor itself; for one of ours that was put back after its removal, what it stands for."""
+    while isinstance(processor, MethodProcessor) and not processor.active:
+        processor = processor.original
+    return processor
+
+
+def _rows(x: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """The samples `rows` of a tensor with a batch dimension, or of a mask repeated per head or for all."""
+    if x.shape[0] == 1:
+        return x
+    if x.shape[0] == batch:
+        return x[rows]
+    return x.unflatten(0, (batch, -1))[rows].flatten(0, 1)

@@ -1,0 +1,41 @@
+"""The transformers of diffusers' own DiT and of PixArt: blocks of plain `Attention` over one grid of patches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from torch import nn
+
+from diffattn.architectures import plain_attention as attention
+from diffattn.architectures.dit_time import read_dit_time
+from diffattn.methods.base import LayerSpec
+from diffattn.noise_level import NoiseLevels, Reading
+
+
+class Transformer2DArchitecture:
+    """`DiTTransformer2DModel` and `PixArtTransformer2DModel`; PixArt's cross-attention to the text is left alone."""
+
+    title = "DiTTransformer2DModel (DiT) and PixArtTransformer2DModel (PixArt-alpha, PixArt-Sigma)"
+    sample_name = "hidden_states"
+    time_name = "timestep"
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, DiTTransformer2DModel | PixArtTransformer2DModel)
+
+    def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
+        for name, module in model.named_modules():
+            if hasattr(module, "set_processor"):
+                yield attention.spec_of(name, module, level=0), module
+
+    def why_unsupported(self, module: nn.Module) -> str | None:
+        return attention.why_unsupported(module)
+
+    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+        config: Any = model.config
+        return [(height // config.patch_size, width // config.patch_size)]  # rows that fill no patch are cut off
+
+    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+        return read_dit_time(time, levels)
+
+    def processor(self, **parts: Any) -> attention.SelfAttentionProcessor:
+        return attention.SelfAttentionProcessor(**parts)

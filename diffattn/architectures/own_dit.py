@@ -1,0 +1,141 @@
+"""The DiT/SiT backbone of this package.
+
+Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffattn.architectures.base import MethodProcessor, by_phase, genuine
+from diffattn.architectures.dit_time import read_dit_time
+from diffattn.architectures.run_state import DenoiserCall
+from diffattn.methods.base import LayerCall, LayerSpec
+from diffattn.models import DiT
+from diffattn.models.attention import ATTENTION, AttentionLayer, MediatorAttention
+from diffattn.models.config import token_grid
+from diffattn.noise_level import NoiseLevels, Reading, values_of
+
+STEPS_TO_COME = 64
+"""How finely the noise levels of the rest of a run are told, where its steps are not known."""
+
+
+class SiTArchitecture:
+    """`DiT`, with whatever attention in its layers."""
+
+    title = "DiT (diffattn.models: DiT, SiT, mediators)"
+    sample_name = "x"
+    time_name = "t"
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, DiT)
+
+    def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
+        for name, module in model.named_modules():
+            if hasattr(module, "set_processor"):
+                yield _spec(name, module), module
+
+    def why_unsupported(self, module: nn.Module) -> str | None:
+        if not isinstance(module, AttentionLayer):
+            return f"attention class {type(module).__name__}"
+        theirs = genuine(module.processor)
+        return None if theirs is None else f"custom processor {type(theirs).__name__}"
+
+    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+        return [token_grid((height, width), _dit(model).patch_size)]
+
+    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+        """With time from noise to data u = 1 - t, as on the linear path, and the run goes on from there to 0.
+
+        The GVP path falls as steadily, with another noise level. Time from data to noise is a discrete step: of the
+        pipeline's scheduler, or without one of DiT's training schedule. A time on the CPU is read without waiting.
+        """
+        if _dit(model).config["time_direction"] == "noise_to_data":
+            now = [min(max(1 - t, 0.0), 1.0) for t in values_of(time)]
+            return Reading(now, [max(now) * i / STEPS_TO_COME for i in range(STEPS_TO_COME, -1, -1)], None)
+        return read_dit_time(time, levels)
+
+    def processor(self, **parts: Any) -> "SiTProcessor":
+        return SiTProcessor(**parts)
+
+
+class SiTProcessor(MethodProcessor):
+    """Runs a method where it applies, and the layer's own `attend` everywhere else."""
+
+    def __call__(
+        self,
+        layer: AttentionLayer,
+        x: Tensor,  # [B, N, C]
+        q: Tensor,  # [B, H, N, D], like k and v
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        num_mediators: int,
+    ) -> Tensor:
+        call = self._call_under_way()
+        if call is None:
+            return self._exact(layer, x, q, k, v, grid, num_mediators)
+
+        def run(phase: int, *tensors: Tensor) -> Tensor:
+            return self._run(call, phase, layer, tensors, grid, num_mediators)
+
+        return by_phase(call.phase, run, x, q, k, v)
+
+    def _run(
+        self,
+        call: DenoiserCall,
+        phase: int,
+        layer: AttentionLayer,
+        tensors: tuple[Tensor, ...],  # x, q, k, v
+        grid: tuple[int, int],
+        num_mediators: int,
+    ) -> Tensor:
+        """All samples are in one phase: [B, H, N, D]."""
+        x, q, k, v = tensors
+        reason = self.why_exact(phase, call.grids, q.shape[2], q.device.type, mask_rows=0)
+        function = self._function(call, phase, reason)
+        if function is None:
+            return self._exact(layer, x, q, k, v, grid, num_mediators)
+        layer_call = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid))
+        return self._apply(function, q, k, v, layer_call).to(v.dtype)
+
+    def _exact(
+        self,
+        layer: AttentionLayer,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        num_mediators: int,
+    ) -> Tensor:
+        """What the layer does without us."""
+        if self.original is None:
+            return layer.attend(q, k, v, grid, num_mediators)
+        return self.original(layer, x, q, k, v, grid, num_mediators)
+
+
+def _mediate(layer: AttentionLayer, grid: tuple[int, int]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
+    """Mediator attention as the layer learned it, with a number of mediators to choose."""
+    if not isinstance(layer, MediatorAttention):
+        return None
+    return lambda q, k, v, num_mediators: layer.attend(q, k, v, grid, num_mediators)
+
+
+def _dit(model: nn.Module) -> DiT:
+    assert isinstance(model, DiT)
+    return model
+
+
+def _spec(name: str, module: nn.Module) -> LayerSpec:
+    if not isinstance(module, AttentionLayer):
+        return LayerSpec(name, level=0, num_heads=1, head_dim=0, kind=type(module).__name__)
+    return LayerSpec(
+        name=name,
+        level=0,
+        num_heads=module.num_heads,
+        head_dim=module.qkv.in_features // module.num_heads,
+        kind=next((kind for kind, layer in ATTENTION.items() if type(module) is layer), type(module).__name__),
+        mediators=module.mediators if isinstance(module, MediatorAttention) else (),
+    )

@@ -1,0 +1,163 @@
+"""The processor for diffusers' plain `Attention` layout: separate q, k, v projections, tokens [B, N, C].
+
+Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+from torch import Tensor
+
+from diffattn.architectures.base import MethodProcessor, by_phase, genuine
+from diffattn.architectures.run_state import DenoiserCall
+from diffattn.methods.base import AttentionFn, LayerCall, LayerSpec
+
+PLAIN_PROCESSORS = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+"""Processors that compute plain softmax attention and nothing else, so that one of ours can stand in."""
+
+
+def why_unsupported(module: torch.nn.Module) -> str | None:
+    """Why a layer must keep its processor, or None."""
+    if not isinstance(module, Attention):
+        return f"attention class {type(module).__name__}"
+    kind = type(genuine(module.processor))
+    if kind not in PLAIN_PROCESSORS:
+        return f"custom processor {kind.__name__}"
+    if module.added_kv_proj_dim is not None:
+        return "added key and value projections"
+    return None
+
+
+def spec_of(name: str, module: torch.nn.Module, level: int) -> LayerSpec:
+    """What is known of a layer, of whatever attention class."""
+    heads = int(getattr(module, "heads", 1))
+    return LayerSpec(
+        name=name,
+        level=level,
+        num_heads=heads,
+        head_dim=int(getattr(module, "inner_dim", 0)) // heads,
+        is_cross_attention=not isinstance(module, Attention) or module.is_cross_attention,
+        upcast=bool(getattr(module, "upcast_attention", False) or getattr(module, "upcast_softmax", False)),
+    )
+
+
+class SelfAttentionProcessor(MethodProcessor):
+    """Runs a method where it applies, and the layer's original processor object everywhere else."""
+
+    def __new__(cls, *parts: Any, **named_parts: Any) -> Any:
+        """`load_ip_adapter` makes new processors as `processor.__class__()`: it gets diffusers' plain one."""
+        return super().__new__(cls) if parts or named_parts else AttnProcessor2_0()
+
+    def __init__(self, layer: LayerSpec, original: Any, *parts: Any, **named_parts: Any) -> None:
+        super().__init__(layer, original, *parts, **named_parts)
+        self._original_takes_temb = "temb" in inspect.signature(original.__call__).parameters
+        self._fused = isinstance(genuine(original), FusedAttnProcessor2_0)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,  # [B, N, C] or [B, C, h, w]
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        call = self._call_under_way()
+        tensors = (hidden_states, encoder_hidden_states, attention_mask, temb)
+        if call is None:
+            return self._exact(attn, *tensors)
+        return by_phase(call.phase, lambda phase, *tensors: self._run(call, phase, attn, *tensors), *tensors)
+
+    def _run(
+        self,
+        call: DenoiserCall,
+        phase: int,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        """All samples are in one phase: accelerate, or find the reason not to."""
+        is_image = hidden_states.ndim == 4
+        num_tokens = hidden_states.shape[-2] * (hidden_states.shape[-1] if is_image else 1)
+        mask = attention_mask
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, num_tokens, hidden_states.shape[0])
+            mask = mask.view(hidden_states.shape[0], attn.heads, -1, mask.shape[-1])  # [B, H, 1 or N, N]
+        reason = "called as cross-attention"
+        if encoder_hidden_states is None:
+            mask_rows = 0 if mask is None else mask.shape[2]
+            reason = self.why_exact(phase, call.grids, num_tokens, hidden_states.device.type, mask_rows)
+        function = self._function(call, phase, reason)
+        if function is None:
+            return self._exact(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return self._attend(function, phase, call.grids[num_tokens], attn, hidden_states, mask, temb)
+
+    def _exact(
+        self, attn: Attention, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
+    ) -> Tensor:
+        """The original processor object, called as it would have been."""
+        named = {"temb": temb} if self._original_takes_temb else {}
+        return self.original(attn, hidden_states, encoder_hidden_states=context, attention_mask=mask, **named)
+
+    def _attend(
+        self,
+        function: AttentionFn,
+        phase: int,
+        grid: tuple[int, int],
+        attn: Attention,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        """What diffusers' `AttnProcessor2_0` does, with `function` in the place of its softmax attention."""
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [B, N, C]
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        q, k, v = _project(attn, hidden_states, self._fused)  # [B, H, N, D]
+        call = LayerCall(x=hidden_states, grid=grid, mask=mask, phase=phase)
+        out = self._apply(function, q, k, v, call).transpose(1, 2).flatten(2).to(q.dtype)  # [B, N, C]
+
+        for projection_or_dropout in attn.to_out or ():
+            out = projection_or_dropout(out)
+        if residual.ndim == 4:
+            out = out.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+
+def _project(attn: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, N, C] -> q, k, v [B, H, N, D], normalised where the layer normalises them."""
+    if fused:
+        projected = attn.to_qkv(x).chunk(3, dim=-1)
+    else:
+        projected = (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    q, k, v = (p.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projected)
+    if attn.norm_q is not None:
+        q = attn.norm_q(q)
+    if attn.norm_k is not None:
+        k = attn.norm_k(k)
+    return q, k, v

@@ -1,0 +1,58 @@
+"""Stable Diffusion's UNets (1.x, 2.x, XL, inpainting) and the ControlNets beside them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import nn
+
+from diffattn.architectures import plain_attention as attention
+from diffattn.methods.base import LayerSpec
+from diffattn.noise_level import NoiseLevels, Reading
+
+
+class UNetArchitecture:
+    """`UNet2DConditionModel` and `ControlNetModel`."""
+
+    title = "UNet2DConditionModel (Stable Diffusion 1.x, 2.x, XL) and ControlNetModel"
+    sample_name = "sample"
+    time_name = "timestep"
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, UNet2DConditionModel | ControlNetModel)
+
+    def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
+        num_levels = len(_config(model).block_out_channels)
+        for name, module in model.named_modules():
+            if hasattr(module, "set_processor"):
+                yield attention.spec_of(name, module, _level(name, num_levels)), module
+
+    def why_unsupported(self, module: nn.Module) -> str | None:
+        return attention.why_unsupported(module)
+
+    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+        grids = []
+        for _ in _config(model).block_out_channels:
+            grids.append((height, width))
+            height, width = (height + 1) // 2, (width + 1) // 2  # stride-2 convolutions round up
+        return grids
+
+    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+        return levels.read(time)
+
+    def processor(self, **parts: Any) -> attention.SelfAttentionProcessor:
+        return attention.SelfAttentionProcessor(**parts)
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _level(name: str, num_levels: int) -> int:
+    """Level of a block by its place: down_blocks count down, up_blocks count back up."""
+    place, _, rest = name.partition(".")
+    if place == "down_blocks":
+        return int(rest.partition(".")[0])
+    if place == "up_blocks":
+        return num_levels - 1 - int(rest.partition(".")[0])
+    return num_levels - 1

@@ -1,0 +1,1 @@
+"""The programs behind `diffattn bench`: what is compared, in turns, and the reports."""

@@ -1,0 +1,64 @@
+"""The benchmark's results for people: a table, and a plot."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffattn.benchmarks.plots import Entries, draw_ratios, save_panels, style_of_number, variants_in
+from diffattn.benchmarks.variants import FLOOR, SDPA, VARIANTS
+from diffattn.measure.tables import TIMING_HEAD, conditions, rounds_of, text_table, timing_cells
+
+HEAD = ("variant", *TIMING_HEAD, "of floor's saving", "layers", "peak MiB")
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Every result as a text table, with what it was measured on."""
+    return "\n\n".join([conditions(results), *(_section(entry) for entry in results["results"])])
+
+
+def _section(entry: Mapping[str, Any]) -> str:
+    levels = ", ".join(f"{level} ({entry['tokens'][str(level)]} tokens)" for level in entry["levels"])
+    title = f"{entry['title']}, {entry['size']} px, {entry['mode']}, {rounds_of(entry)}; levels {levels}"
+    rows = [_row(name, variant) for name, variant in entry["variants"].items()]
+    left_out = [f"{name} left out: {why}" for name, why in entry["left_out"].items()]
+    return "\n".join([title, text_table(HEAD, rows), *left_out])
+
+
+def _row(name: str, variant: Mapping[str, Any]) -> tuple[str, ...]:
+    share, peak = variant.get("share_of_floor_saving"), variant.get("peak_mib")
+    return (
+        name,
+        *timing_cells(variant),
+        "" if share is None else f"{share:.0%}",
+        str(variant["layers"]),
+        "" if peak is None else f"{peak:.0f}",
+    )
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Time ratio to exact attention over the size, one panel per model and mode; bars are interquartile ranges.
+
+    Raises:
+        ValueError: matplotlib is not installed, or there is no result.
+    """
+    ylabel = "time of one step / time with exact attention"
+    save_panels(results, path, lambda e: f"{e['title']}, {e['mode']}", _panel, ylabel)
+
+
+def style_of(name: str) -> dict[str, Any]:
+    """How a variant is drawn, the same in every plot; one that is not among `VARIANTS` gets a colour too."""
+    if name == FLOOR:
+        return {"label": "floor (no attention)", "color": "0.55", "linestyle": "--"}
+    known = [variant for variant in VARIANTS if variant not in (SDPA, FLOOR)]
+    place = known.index(name) if name in known else len(known)
+    return {"label": name, **style_of_number(place)}
+
+
+def _panel(axis: Any, entries: Entries) -> None:
+    for name in variants_in(entries):
+        if name != SDPA:
+            draw_ratios(axis, entries, name, **style_of(name))
+    axis.axhline(1, color="black", linewidth=1, label="exact (SDPA)")
+    sizes = [entry["size"] for entry in entries]
+    axis.set_xticks(sizes, [f"{size}²" for size in sizes])
+    axis.set_xlabel("pixels")

@@ -1,0 +1,118 @@
+"""What the benchmark compares: each variant changes a UNet for the length of a `with` block, then puts it back."""
+
+import warnings
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffattn.architectures import architecture_of
+from diffattn.methods import METHODS
+from diffattn.methods.base import LayerSpec
+from diffattn.patching.hook import DiffAttnWarning, uncompiled
+from diffattn.patching.patch import patch
+
+SDPA, TOME, FLOOR = "sdpa", "tome", "floor"
+PRESETS = tuple(METHODS["agent"].presets)
+VARIANTS = (SDPA, *PRESETS, TOME, FLOOR)
+TOME_RATIO = 0.5
+
+Coverage = Callable[[], int]
+"""How many self-attention layers ran differently; asked after a call."""
+
+
+class LeftOut(Exception):
+    """A variant cannot run here; the message says why."""
+
+
+@contextmanager
+def apply_variant(
+    name: str, unet: nn.Module, levels: Collection[int], min_tokens: int | None = None
+) -> Iterator[Coverage]:
+    """The UNet with the self-attention of `levels` as the named variant has it.
+
+    Args:
+        name: one of `VARIANTS`.
+        unet: a `UNet2DConditionModel`, compiled or not.
+        levels: resolutions whose layers are changed, 0 the highest.
+        min_tokens: of the agents; None keeps the thresholds they ship with.
+
+    Raises:
+        LeftOut: tomesd is missing, or the preset covers none of these levels.
+    """
+    contexts = {
+        SDPA: partial(_exact, unet),
+        TOME: partial(_merged, unet, levels),
+        FLOOR: partial(_values_only, unet, levels),
+    }
+    with contexts.get(name, partial(_agents, unet, levels, name, min_tokens))() as coverage:
+        yield coverage
+
+
+@contextmanager
+def _exact(unet: nn.Module) -> Iterator[Coverage]:
+    yield lambda: 0
+
+
+@contextmanager
+def _agents(unet: nn.Module, levels: Collection[int], preset: str, min_tokens: int | None) -> Iterator[Coverage]:
+    options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
+    try:
+        handle = patch(unet, "agent", preset=preset, layers=lambda spec: spec.level in levels, **options)
+    except ValueError as error:
+        raise LeftOut(str(error)) from None
+    with handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DiffAttnWarning)  # the coverage says how many layers are accelerated
+        yield lambda: handle.report().layers_accelerated
+
+
+@contextmanager
+def _values_only(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
+    """The floor: each token's own value instead of attention, so no q, no k, no softmax."""
+    changed = [module for spec, module in _self_attention(unet) if spec.level in levels]
+    originals = [module.processor for module in changed]
+    try:
+        for module in changed:
+            module.set_processor(ValueProcessor())
+        yield lambda: len(changed)
+    finally:
+        for module, original in zip(changed, originals, strict=True):
+            module.set_processor(original)
+
+
+class ValueProcessor:
+    """Attention that returns each token's own value: what is left when attention costs nothing."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states)))
+
+
+@contextmanager
+def _merged(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
+    """Token merging as tomesd does it, and nothing of it left behind (its own removal leaves attributes)."""
+    try:
+        import tomesd
+    except ImportError:
+        raise LeftOut("tomesd is not installed: pip install --no-deps tomesd==0.1.3") from None
+    inner = uncompiled(unet)
+    blocks = {spec.name.removesuffix(".attn1") for spec, _ in _self_attention(inner) if spec.level in levels}
+    try:
+        tomesd.apply_patch(inner, ratio=TOME_RATIO, max_downsample=2 ** max(levels))
+        for name, module in inner.named_modules():
+            info: Any = module.__dict__.get("_tome_info")
+            if info is not None and name and name not in blocks:  # a level that is not compared merges nothing
+                module.__dict__["_tome_info"] = ChainMap({"args": info["args"] | {"max_downsample": 0}}, info)
+        yield lambda: len(blocks)
+    finally:
+        tomesd.remove_patch(inner)
+        for module in inner.modules():
+            module.__dict__.pop("_tome_info", None)
+
+
+def _self_attention(unet: nn.Module) -> list[tuple[LayerSpec, Any]]:
+    inner = uncompiled(unet)
+    layers = architecture_of(inner).layers(inner)
+    return [(spec, module) for spec, module in layers if not spec.is_cross_attention]

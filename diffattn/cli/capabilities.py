@@ -1,0 +1,44 @@
+"""What this installation can do, for people and as JSON."""
+
+from dataclasses import fields
+from typing import Any
+
+from diffattn.architectures import ARCHITECTURES
+from diffattn.drawing.loading import EMBEDDED, embedded_models
+from diffattn.machine import describe_devices, versions
+from diffattn.methods import METHODS
+from diffattn.methods.base import AttentionMethod
+from diffattn.methods.thresholds import load_thresholds, user_file
+
+
+def capabilities() -> dict[str, Any]:
+    """Versions, devices, denoisers, methods with options and presets, embedded models, thresholds; JSON types.
+
+    Raises:
+        ValueError: this machine's thresholds file is damaged.
+    """
+    own = user_file()
+    return {
+        "versions": versions(),
+        "devices": describe_devices(),
+        "architectures": [architecture.title for architecture in ARCHITECTURES],
+        "methods": {name: _describe(method) for name, method in METHODS.items()},
+        "embedded_models": {
+            name: {"what": model.what, "installed": name in embedded_models()} for name, model in EMBEDDED.items()
+        },
+        "thresholds": {"file": str(own) if own.is_file() else "shipped with diffattn", "devices": load_thresholds()},
+    }
+
+
+def _describe(method: type[AttentionMethod]) -> dict[str, Any]:
+    """Options with their defaults, and for each preset what it sets and its options by noise level."""
+    return {
+        "options": {f.name: f.default for f in fields(method)},  # type: ignore[arg-type]
+        "presets": {
+            name: {
+                "options": dict(preset.options),
+                "schedule": None if preset.schedule is None else {str(u): x for u, x in preset.schedule.items()},
+            }
+            for name, preset in method.presets.items()
+        },
+    }

@@ -1,0 +1,16 @@
+"""Pictures and their classes, wherever they come from: folders, zips, the hub."""
+
+from diffattn.data.classes import ClassBalance, check_balance, check_classes
+from diffattn.data.datasets import ImageDataset, InMemoryDataset, LabelledDataset, in_memory
+from diffattn.data.opening import open_dataset
+
+__all__ = [
+    "ClassBalance",
+    "ImageDataset",
+    "InMemoryDataset",
+    "LabelledDataset",
+    "check_balance",
+    "check_classes",
+    "in_memory",
+    "open_dataset",
+]

@@ -1,0 +1,242 @@
+"""Labelled pictures: decoded on demand, or all at once into memory.
+
+Shapes: N pictures, b of a batch, S the side of a picture in pixels.
+"""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from diffattn.data.decoding import decode
+from diffattn.data.files import Files
+
+Progress = Callable[[int, int], None]
+"""Called with the number of pictures done and the number of all."""
+
+Result = TypeVar("Result")
+
+_CHUNK = 64  # pictures that a thread takes at once
+
+
+class LabelledDataset(ABC):
+    """What all kinds of training data have in common.
+
+    Attributes:
+        class_names: name of each class id.
+        labels: class id of every sample, int64 [N].
+        fingerprint: SHA-256 of the files' names, sizes, checksums and labels; the same data give the same.
+        shape: (channels, height, width) of what a model is trained on.
+        needs_noise: whether `fetch` takes noise.
+    """
+
+    class_names: tuple[str, ...]
+    labels: Tensor
+    fingerprint: str
+    shape: tuple[int, int, int]
+    needs_noise = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def class_counts(self) -> dict[str, int]:
+        """Number of samples of each class, empty ones too."""
+        counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names, counts, strict=True))
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The sample as it is stored, and its class id."""
+
+    @abstractmethod
+    def fetch(self, indices: Tensor, mirrored: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Samples for training: uint8 pictures [b, 3, S, S] or float32 latents [b, c, h, w].
+
+        Args:
+            indices: int64 [b].
+            mirrored: bool [b], which of them to mirror left to right.
+            noise: standard normal [b, *shape], of latents.
+        """
+
+
+class ImageDataset(LabelledDataset):
+    """Pictures in a folder, a zip or a Hugging Face data set, decoded when they are asked for.
+
+    Made by `open_dataset`. It can be pickled and used in worker processes and threads, forked or spawned.
+
+    Attributes:
+        size: S.
+        skipped: names of the unreadable pictures that were left out.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        rows: Sequence[int] | Tensor,
+        labels: Sequence[int] | Tensor,
+        class_names: Sequence[str],
+        size: int,
+    ) -> None:
+        """
+        Args:
+            files: that hold the pictures.
+            rows: which of the files are the pictures.
+            labels: class id of each.
+            class_names: name of each class id.
+            size: side to which the pictures are brought, in pixels.
+
+        Raises:
+            ValueError: no pictures, or a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {size}")
+        if not len(rows):
+            raise ValueError(f"no pictures in {files.where!r}")
+        self.files, self.size = files, size
+        self.rows, self.labels = torch.as_tensor(rows), torch.as_tensor(labels)
+        self.class_names, self.shape = tuple(class_names), (3, size, size)
+        self.skipped: tuple[str, ...] = ()
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        if self._fingerprint is None:
+            digest = hashlib.sha256("\0".join(self.class_names).encode())
+            names = (self.files.names[row] for row in self.rows.tolist())
+            for entry in zip(names, self.files.signatures(self.rows), self.labels.tolist(), strict=True):
+                digest.update("\n{}\0{}\0{}".format(*entry).encode(errors="surrogateescape"))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def name(self, index: int) -> str:
+        """The file name of a picture inside its folder or zip."""
+        return self.files.names[int(self.rows[index])]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The picture, uint8 [3, S, S], and its class id; how it is cropped and resized, see `decode`.
+
+        Raises:
+            ValueError: the picture cannot be read; the message names it.
+            IndexError: no such picture.
+        """
+        row = int(self.rows[index])
+        try:
+            return decode(self.files.read(row), self.size), int(self.labels[index])
+        except (OSError, ValueError) as error:
+            name = self.files.names[row]
+            raise ValueError(f"cannot read the picture {name!r} in {self.files.where!r}: {error}") from None
+
+    def fetch(self, indices: Tensor, mirrored: Tensor, noise: Tensor | None = None) -> Tensor:
+        return _mirror(torch.stack([self[i][0] for i in indices.tolist()]), mirrored)
+
+    def unreadable(self, progress: Progress | None = None) -> dict[int, str]:
+        """Decode everything; the indices of the pictures that cannot be read, each with the reason."""
+
+        def check(index: int) -> str | None:
+            try:
+                self[index]
+            except ValueError as error:
+                return str(error)
+            return None
+
+        results = enumerate(_in_threads(check, len(self), progress))
+        return {index: reason for index, reason in results if reason is not None}
+
+    def without(self, indices: Iterable[int]) -> "ImageDataset":
+        """The same without some of the pictures, whose names are then in `skipped`. The classes stay as they are.
+
+        Raises:
+            ValueError: nothing remains.
+        """
+        keep = torch.ones(len(self), dtype=torch.bool)
+        left_out = sorted(indices)
+        keep[left_out] = False
+        rest = ImageDataset(self.files, self.rows[keep], self.labels[keep], self.class_names, self.size)
+        rest.skipped = (*self.skipped, *(self.name(i) for i in left_out))
+        return rest
+
+
+class InMemoryDataset(LabelledDataset):
+    """Pictures in one tensor.
+
+    Attributes:
+        images: uint8 [N, 3, S, S].
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, class_names: Sequence[str], fingerprint: str) -> None:
+        """
+        Args:
+            images: uint8 [N, 3, S, S].
+            labels: int64 [N].
+            class_names: name of each class id.
+            fingerprint: of the data, see `LabelledDataset`.
+        """
+        self.images, self.labels = images, labels
+        self.class_names, self.fingerprint = tuple(class_names), fingerprint
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The picture, uint8 [3, S, S], and its class id."""
+        return self.images[index], int(self.labels[index])
+
+    def fetch(self, indices: Tensor, mirrored: Tensor, noise: Tensor | None = None) -> Tensor:
+        return _mirror(self.images[indices], mirrored)
+
+
+def in_memory(dataset: ImageDataset | InMemoryDataset, progress: Progress | None = None) -> InMemoryDataset:
+    """Decode every picture once, in threads, to a tensor of 3·S² bytes for each. For small data such as CIFAR.
+
+    Raises:
+        ValueError: more than this machine's memory, or a picture cannot be read; the message names it.
+    """
+    if isinstance(dataset, InMemoryDataset):
+        return dataset
+    needed, available = len(dataset) * prod(dataset.shape), _memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{len(dataset)} pictures of {dataset.size}x{dataset.size} need {needed / 2**30:.0f} GiB and this machine "
+            f"has {available / 2**30:.0f}; read them when they are needed, without in_memory"
+        )
+    images = torch.empty(len(dataset), *dataset.shape, dtype=torch.uint8)
+
+    def place(index: int) -> None:
+        images[index] = dataset[index][0]
+
+    for _ in _in_threads(place, len(dataset), progress):
+        pass
+    return InMemoryDataset(images, dataset.labels, dataset.class_names, dataset.fingerprint)
+
+
+def _memory() -> int | None:
+    """Bytes of memory of this machine, where the system says."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    """A batch of its own with some of the pictures mirrored left to right; changed in place."""
+    if mirrored.any():
+        images[mirrored] = images[mirrored].flip(-1)
+    return images
+
+
+def _in_threads(function: Callable[[int], Result], count: int, progress: Progress | None) -> Iterator[Result]:
+    """function(0), function(1), … in order; the first exception stops everything."""
+
+    def chunk(start: int) -> list[Result]:
+        return [function(index) for index in range(start, min(start + _CHUNK, count))]
+
+    done = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for results in pool.map(chunk, range(0, count, _CHUNK)):
+            yield from results
+            done += len(results)
+            if progress is not None:
+                progress(done, count)

@@ -1,0 +1,1 @@
+"""A pipeline by name, a request, and the pictures it draws."""

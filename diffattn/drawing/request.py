@@ -1,0 +1,89 @@
+"""What to draw, the pictures of it, and the record in every picture's file."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+EXACT = "none"
+"""The method that leaves the pipeline unpatched."""
+
+PNG_KEY = "diffattn"
+"""Keyword of the PNG text chunk that holds the recipe as JSON."""
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. Everything but `model` and the size is checked here, and raises `ValueError`."""
+
+    model: str  # as it was asked for; written into the recipe
+    prompt: str  # may be empty; for a DiT or SiT the name or id of a class
+    negative_prompt: str = ""
+    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: see `default_method`
+    preset: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and what else is not given here
+    steps: int = 25
+    guidance: float | None = None  # 1 and below: without; None: see `own_guidance`
+    width: int | None = None  # pixels; None: what the model was trained for
+    height: int | None = None
+    num_images: int = 1  # image i has the seed `seed + i`
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "steps", self.steps, "1 or more")
+        guidance = 1 if self.guidance is None else self.guidance
+        _check(math.isfinite(guidance) and guidance >= 0, "guidance", guidance, "0 or more")
+        _check(self.num_images >= 1, "num-images", self.num_images, "1 or more")
+        _check(0 <= self.seed <= MAX_SEED - self.num_images, "seed", self.seed, "at least 0 and below 2^63")
+        if self.method == EXACT and (self.preset or self.options or self.recipe is not None):
+            raise ValueError(f"method {EXACT!r} has no preset, no options and no recipe")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and how it was made."""
+
+    image: Image.Image
+    seed: int
+    seconds: float
+    recipe: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write a PNG that carries the recipe; makes the folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = PngImagePlugin.PngInfo()
+        text.add_text(PNG_KEY, json.dumps(self.recipe))  # JSON escapes what a tEXt chunk cannot hold
+        self.image.save(path, pnginfo=text)
+
+
+def recipe_of(path: Path) -> dict[str, Any]:
+    """The recipe a PNG carries.
+
+    Raises:
+        ValueError: not a PNG, or not one that `Picture.save` wrote.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(PNG_KEY)
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} is not a picture: {error}") from None
+    if text is None:
+        raise ValueError(f"{str(path)!r} carries no {PNG_KEY} recipe")
+    return json.loads(text)
+
+
+def request_of(recipe: Mapping[str, Any]) -> Request:
+    """The request that draws the picture of a recipe again."""
+    return Request(**{name: recipe[name] for name in Request.__dataclass_fields__ if name in recipe})
+
+
+def _check(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

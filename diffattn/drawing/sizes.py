@@ -1,0 +1,60 @@
+"""The sizes that a pipeline draws, in pixels."""
+
+import math
+from typing import Any
+
+from diffusers import DiffusionPipeline, DiTPipeline
+
+from diffattn.sampling import SiTPipeline
+
+MIN_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines refuse other sizes, whatever their VAE
+
+
+def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str, int]:
+    """What a pipeline is called with for a size, None for its own; a `DiTPipeline` draws no other and is told nothing.
+
+    Raises:
+        ValueError: another size for a `DiTPipeline`.
+    """
+    if isinstance(pipe, DiTPipeline):
+        own = default_size(pipe)
+        check_size(pipe, own[0] if width is None else width, own[1] if height is None else height)
+        return {}
+    return {name: size for name, size in (("width", width), ("height", height)) if size is not None}
+
+
+def check_size(pipe: DiffusionPipeline, width: int, height: int) -> None:
+    """Raise `ValueError` for pixels the pipeline cannot draw, naming the nearest sizes it can."""
+    if isinstance(pipe, DiTPipeline):
+        own = default_size(pipe)
+        if (width, height) != own:
+            raise ValueError(f"{type(pipe).__name__} draws {own[0]}x{own[1]} pixels only, got {width}x{height}")
+        return
+    unit = math.lcm(MIN_MULTIPLE, pixels_per_latent(pipe))
+    if isinstance(pipe, SiTPipeline):
+        unit = pipe.transformer.patch_size * pipe.vae_scale_factor
+    for name, size in (("width", width), ("height", height)):
+        if size < 1 or size % unit:
+            below, above = size // unit * unit, (size // unit + 1) * unit
+            near = f"{below} or {above}" if below > 0 else str(max(above, unit))
+            raise ValueError(f"{name} {size} is not a positive multiple of {unit} pixels; nearest: {near}")
+
+
+def pixels_per_latent(pipe: Any) -> int:
+    """Pixels along the side of a latent; `DiTPipeline` does not say it."""
+    if isinstance(pipe, DiTPipeline):
+        return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    return int(getattr(pipe, "vae_scale_factor", 1))
+
+
+def default_size(pipe: Any) -> tuple[int, int]:
+    """Width and height in pixels the denoiser was trained for."""
+    size = getattr(getattr(denoiser_of(pipe), "config", None), "sample_size", None)
+    if size is None:
+        raise ValueError(f"{type(pipe).__name__} has no size of its own; give width and height")
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return columns * pixels_per_latent(pipe), rows * pixels_per_latent(pipe)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)

@@ -1,0 +1,197 @@
+"""What an evaluation was: the protocol of its figures, and what a run must agree with to be gone on with."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffattn.evaluation.draw_set import DrawConfig, subjects
+from diffattn.evaluation.picture_set import PictureSet
+from diffattn.evaluation.quality import Protocol
+from diffattn.evaluation.references import Source
+from diffattn.evaluation.scores import CHUNK
+from diffattn.machine import describe_device, dtype_name, versions
+from diffattn.methods.thresholds import load_thresholds
+from diffattn.metrics.extractors import FeatureExtractor, weights_hash
+from diffattn.patching.patch import Patch, find_patch
+
+NOTHING = "none"  # instead of a reference or an extractor
+DRAWN = ("num_pictures", "steps", "guidance", "width", "height", "seed", "batch")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One evaluation as its parts stand before the work."""
+
+    pipe: Any  # None for pictures from files
+    draw: DrawConfig
+    acceleration: Mapping[str, Any] | None
+    files: PictureSet | None
+    prompts: Sequence[str] | None  # of the CLIP score
+    exact: str | bool | None  # hash of the pictures to pair with; True: those of the same pipeline
+    source: Source | None
+    extractor: FeatureExtractor | None
+    clip: str | None  # hashes of the networks
+    lpips: str | None
+    side: int | None
+    device: str
+    patch: Mapping[str, Any] | None = None  # of the pipeline as it draws, see `describe_patch`
+
+
+def protocol_of(setup: Setup, pictures: PictureSet, options: Mapping[str, Any]) -> Protocol:
+    """The protocol of the pictures' figures, with these further options."""
+    source, extractor, pipe, draw = setup.source, setup.extractor, setup.pipe, setup.draw
+    drawn: dict[str, Any] = {"sampler": "pictures from files", "steps": None, "guidance": None, "seeds": None}
+    if pipe is not None:
+        seeds = f"{draw.seed}..{draw.seed + draw.num_pictures - 1}"
+        scheduler = type(pipe.scheduler).__name__
+        drawn = {"sampler": scheduler, "steps": draw.steps, "guidance": draw.guidance, "seeds": seeds}
+    return Protocol(
+        num_pictures=len(pictures),
+        reference=source.name if source else NOTHING,
+        reference_hash=source.hash if source else "",
+        reference_pictures=source.count if source else None,
+        extractor=extractor.name if extractor else NOTHING,
+        extractor_hash=extractor.hash if extractor else "",
+        resize=extractor.resize if extractor else "",
+        dtype=dtype_name(pipe.dtype) if pipe is not None else "float32",
+        device=setup.device,
+        versions=all_versions(),
+        options={**options, **_options(setup), **({} if pipe is None else {"scheduler": _scheduler_of(pipe)})},
+        **drawn,
+    )
+
+
+def identity(setup: Setup, seed: int) -> dict[str, Any]:
+    """What makes a run the same run, as JSON types.
+
+    Args:
+        setup: the evaluation.
+        seed: of the metrics' draws.
+    """
+    source, extractor = setup.source, setup.extractor
+    found: dict[str, Any] = {"versions": all_versions(), "device": setup.device, "chunk": CHUNK, "seed": seed}
+    found |= {"reference": source and source.hash, "extractor": extractor and extractor.hash} | _options(setup)
+    if setup.files is not None:
+        return found | {"pictures": setup.files.hash}
+    pipe = setup.pipe
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    return found | {
+        "draw": {name: getattr(setup.draw, name) for name in DRAWN},
+        "acceleration": setup.patch,
+        "num_mediators": getattr(denoiser, "num_mediators", None),
+        "pipeline": type(pipe).__name__,
+        "weights": {name: weights_hash(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
+        "scheduler": f"{type(pipe.scheduler).__name__} {_scheduler_of(pipe)}",
+        "dtype": dtype_name(pipe.dtype),
+    }
+
+
+def device_label(device: torch.device) -> str:
+    """ "cpu", or the kind of an accelerator and its name, since figures may differ from one to another."""
+    return device.type if device.type == "cpu" else f"{device.type}: {describe_device(device)['name']}"
+
+
+def subject_name(setup: Setup) -> str:
+    """A pipeline and what it is accelerated with."""
+    how = _patch_of(setup.pipe) or "unaccelerated"
+    return f"{type(setup.pipe).__name__}, {how if setup.acceleration is None else _told(setup.acceleration)}"
+
+
+def describe_patch(pipe: Any) -> dict[str, Any] | None:
+    """All of a pipeline's patch that pictures depend on, as JSON types; None for a pipeline without one, or for None.
+
+    The options are those in force, defaults included: a preset, a recipe and what was given beside it come to the same
+    as the same options given one by one. The thresholds say which layers then run.
+    """
+    found = _find(pipe)
+    if found is None:
+        return None
+    plan = found.plan
+    of_layers = {plan.method: plan.methods} if plan.by_layer is None else plan.by_layer.methods
+    methods: Any = {name: [m and asdict(cast(Any, m)) for m in phases] for name, phases in of_layers.items()}
+    schedule: Any = plan.schedule
+    told = schedule.to_dict() if hasattr(schedule, "to_dict") else _public(schedule)
+    layers = [layer.name for layer in found.report().layers if layer.left_alone is None]
+    thresholds = load_thresholds()
+    return json.loads(_told({"methods": methods, "schedule": told, "layers": layers, "thresholds": thresholds}))
+
+
+def all_versions() -> dict[str, str]:
+    """Of what scores depend on."""
+    return versions() | {"torchmetrics": version("torchmetrics")}
+
+
+def _options(setup: Setup) -> dict[str, Any]:
+    """What the figures depend on besides the fields of `Protocol`."""
+    found: dict[str, Any] = {}
+    if setup.side is not None:
+        found["fit"] = f"centre square, bicubic to {setup.side}"
+    if setup.pipe is not None:
+        found["subjects"] = _digest(json.dumps(subjects(setup.pipe, setup.draw)))
+        found |= {f"call.{key}": _value(value) for key, value in setup.draw.call.items()}
+    elif setup.prompts is not None:
+        found["subjects"] = _digest(json.dumps(list(setup.prompts)))
+    if setup.clip is not None:
+        found["clip"] = setup.clip
+    if setup.exact:
+        found["paired"] = "unaccelerated, same seeds" if setup.exact is True else setup.exact
+        found["lpips"] = setup.lpips
+    return found
+
+
+def _patch_of(pipe: Any) -> str | None:
+    """The patch that a pipeline carries, in words."""
+    found = _find(pipe)
+    return found and f"{found.plan.method} {found.plan.preset or ''} {dict(found.plan.options) or ''}".strip()
+
+
+def _find(pipe: Any) -> Patch | None:
+    try:
+        return None if pipe is None else find_patch(pipe)
+    except TypeError:  # an architecture that cannot be patched
+        return None
+
+
+def _public(schedule: Any) -> dict[str, Any]:
+    """A schedule of the user's own, without its state."""
+    return {"kind": type(schedule).__name__} | {k: v for k, v in vars(schedule).items() if not k.startswith("_")}
+
+
+def _scheduler_of(pipe: Any) -> str:
+    """A digest of how the scheduler is configured: spacing, Karras sigmas, shift, ..."""
+    return _digest(_told({key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}))
+
+
+def _told(options: Mapping[str, Any]) -> str:
+    return json.dumps(dict(options), sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, without an address in memory."""
+    return value.to_dict() if hasattr(value, "to_dict") else getattr(value, "__name__", str(value))
+
+
+def _value(value: Any) -> str:
+    """A further argument of the pipeline, by its content."""
+    if isinstance(value, Tensor):
+        array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, Image.Image):
+        return f"picture {value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_value(value[key])}' for key in sorted(value, key=str))}}}"
+    plain = value is None or isinstance(value, str | int | float | torch.dtype)
+    return repr(value) if plain else type(value).__qualname__  # no address in memory
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""The folder of an evaluation: its protocol, what is done so far, and which process does what.
+
+Work is cut into fixed chunks; process r of W takes the chunks r, r + W, … and writes each at once. So a killed run goes
+on where it stopped, and several processes that share the folder come to the same result as one.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffattn.files import read_json, write_json
+
+RUN = "run.json"
+DONE = ("*/[0-9]*.png", "*/[0-9]*.safetensors")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None  # until all processes are here
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes results."""
+        return self.rank == 0
+
+
+def processes(device: torch.device) -> tuple[Processes, torch.device]:
+    """Those of `accelerate launch` or torchrun, and the device of this one; a single one otherwise."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Processes(), device
+    from accelerate import PartialState
+
+    # Whoever is done waits for the others, however long they take: shares are as uneven as an interrupt left them.
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+    place = device if state.device is None else state.device
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone), place
+
+
+class RunFolder:
+    """Where an evaluation keeps its pictures and features.
+
+    Attributes:
+        path: the folder.
+        among: this process among all.
+    """
+
+    def __init__(self, path: str | Path, protocol: Mapping[str, Any], among: Processes) -> None:
+        """Takes up the run in the folder, or begins one where nothing is done yet.
+
+        Raises:
+            ValueError: the folder holds a run under another protocol; all fields that differ are named.
+        """
+        self.path, self.among = Path(path), among
+        stored = read_json(self.path / RUN) if self._is_begun() else None
+        if stored is not None:
+            keys = sorted(stored.keys() | protocol.keys())
+            pairs = {key: (stored.get(key), protocol.get(key)) for key in keys}
+            wrong = "; ".join(f"{key}: {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now)
+            if wrong:
+                raise ValueError(f"{str(path)!r} holds a run under another protocol: {wrong}; choose another folder")
+        among.wait()
+        if among.is_main and stored is None:
+            write_json(self.path / RUN, protocol)
+        among.wait()
+
+    def _is_begun(self) -> bool:
+        """Whether there is anything to lose."""
+        return (self.path / RUN).exists() and any(next(self.path.glob(kind), None) for kind in DONE)
+
+    def mine(self, total: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """(number, start, stop) of this process's chunks of `size` of `total` things."""
+        for number in range(self.among.rank, -(-total // size), self.among.count):
+            yield number, number * size, min((number + 1) * size, total)
+
+    def chunk(self, kind: str, number: int) -> Path:
+        """The file of a chunk."""
+        return self.path / kind / f"{number:06d}.safetensors"
+
+    def write(self, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a chunk at once."""
+        path = self.chunk(kind, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.new")
+        save_file({name: x.contiguous() for name, x in tensors.items()}, fresh)
+        fresh.replace(path)
+
+    def gather(self, kind: str, total: int, size: int) -> dict[str, Tensor]:
+        """All chunks, joined in their order."""
+        chunks = [load_file(self.chunk(kind, number)) for number in range(-(-total // size))]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -1,0 +1,154 @@
+"""From pictures to scores, chunk by chunk through the folder of a run, so that each step is shared and resumable.
+
+Shapes: N pictures in all, b in a chunk; d pooled features, s spatial ones.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from diffattn.evaluation.picture_set import PictureSet, Progress
+from diffattn.evaluation.run_folder import RunFolder
+from diffattn.metrics.clip_score import ClipScore
+from diffattn.metrics.extractors import FeatureExtractor
+from diffattn.metrics.fid import fid, fid_infinity, frechet_distance
+from diffattn.metrics.kid import kid
+from diffattn.metrics.lpips import Lpips
+from diffattn.metrics.paired import SSIM_WINDOW, foreground_psnr, mean_of_known, psnr, ssim
+from diffattn.metrics.precision_recall import precision_recall
+from diffattn.metrics.reference import Reference, Statistics
+from diffattn.metrics.sfid import both_features
+
+CHUNK = 32  # pictures in a chunk of features or of pairs
+
+Measure = Callable[[int, int], Mapping[str, Tensor]]
+"""`measure(start, stop)`: named values [b, ...] of the pictures `start` to `stop`."""
+
+
+def in_chunks(run: RunFolder, kind: str, total: int, measure: Measure, progress: Progress) -> dict[str, Tensor]:
+    """Values of all pictures: measures this process's share of what is missing, waits for all, and gathers."""
+    shares = list(run.mine(total, CHUNK))
+    with progress(kind, len(shares)) as advance:
+        for number, start, stop in shares:
+            if not run.chunk(kind, number).exists():
+                run.write(kind, number, measure(start, stop))
+            advance()
+    run.among.wait()
+    return run.gather(kind, total, CHUNK)
+
+
+def measure_features(pictures: PictureSet, extractor: FeatureExtractor) -> Measure:
+    """Values `pooled` [b, d], and `spatial` [b, s] where the extractor has them."""
+
+    def measure(start: int, stop: int) -> dict[str, Tensor]:
+        pooled, spatial = both_features(extractor, pictures.batch(start, stop))
+        return {"pooled": pooled} if spatial is None else {"pooled": pooled, "spatial": spatial}
+
+    return measure
+
+
+def measure_clip(pictures: PictureSet, prompts: Sequence[str], clip: ClipScore) -> Measure:
+    """Values `clip`; picture i of all, the unreadable ones too, has the prompt i modulo their number."""
+
+    def measure(start: int, stop: int) -> dict[str, Tensor]:
+        words = [str(prompts[row % len(prompts)]) for row in pictures.rows[start:stop]]
+        return {"clip": clip(pictures.batch(start, stop), words)}
+
+    return measure
+
+
+def measure_pairs(pictures: PictureSet, exact: PictureSet, lpips: Lpips | None) -> Measure:
+    """Values `psnr`, `foreground_psnr`, `ssim` (from 11 pixels a side) and `lpips` (with its network)."""
+
+    def measure(start: int, stop: int) -> dict[str, Tensor]:
+        a, b = (x.batch(start, stop).float() / 255 for x in (pictures, exact))
+        found = {"psnr": psnr(a, b), "foreground_psnr": foreground_psnr(a, b)}
+        if min(pictures.size) >= SSIM_WINDOW:
+            found["ssim"] = ssim(a, b)
+        if lpips is not None:
+            found["lpips"] = lpips(a, b)
+        return found
+
+    return measure
+
+
+def set_scores(
+    found: Mapping[str, Tensor], reference: Reference, spatial: Statistics | None, seed: int = 0
+) -> tuple[dict[str, float], dict[str, Any], dict[str, str]]:
+    """FID, and KID, FID∞, precision, recall and sFID as far as pictures and reference allow.
+
+    Args:
+        found: "pooled" [N, d] and perhaps "spatial" [N, s] of the pictures.
+        reference: of the same extractor.
+        spatial: moments of the reference's spatial features.
+        seed: of the draws of KID and FID∞.
+
+    Returns:
+        Scores; options for their `Protocol`; metric -> why it is left out.
+
+    Raises:
+        ValueError: from `fid`.
+    """
+    pooled, left_out = found["pooled"], {}
+    scores, options = {"fid": fid(pooled, reference)}, {"metric_seed": seed}
+
+    def with_kid() -> None:
+        distance = kid(pooled, reference, seed=seed)
+        scores.update(kid=distance.mean, kid_std=distance.std)
+        options.update(kid_subsets=distance.subsets, kid_subset_size=distance.subset_size)
+
+    def with_precision() -> None:
+        scores["precision"], scores["recall"] = precision_recall(pooled, reference)
+        options["neighbours"] = 3
+
+    def with_infinity() -> None:
+        scores["fid_infinity"] = fid_infinity(pooled, reference, seed=seed)
+
+    def with_spatial() -> None:
+        if "spatial" not in found or spatial is None:
+            raise ValueError(f"the {'reference' if 'spatial' in found else 'extractor'} has no spatial features")
+        scores["sfid"] = frechet_distance(Statistics.of(found["spatial"]), spatial)
+
+    rest = {"kid": with_kid, "precision": with_precision, "fid_infinity": with_infinity, "sfid": with_spatial}
+    for name, add in rest.items():
+        try:
+            add()
+        except ValueError as error:
+            left_out[name] = str(error)
+    return scores, options, left_out
+
+
+def pair_scores(found: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Means over the pairs, and spread and least for the details.
+
+    An infinite PSNR (an identical pair) or none at all (no foreground) counts for no mean; "pairs" says how many did.
+    """
+    scores, details = {}, {}
+    for name, values in found.items():
+        known = values.double().masked_fill(~values.isfinite(), math.nan)
+        mean = mean_of_known(known)
+        if mean is None:
+            details[name] = {"pairs": 0}
+            continue
+        kept = known[~known.isnan()]
+        scores[name] = mean
+        details[name] = {"pairs": len(kept), "std": kept.std(correction=0).item(),
+                         "min": kept.min().item(), "max": kept.max().item()}  # fmt: skip
+    if "psnr" in found:
+        details["identical_pairs"] = int(found["psnr"].isposinf().sum())
+    return scores, details
+
+
+def latent_scores(errors: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+    """From the relative errors [N, steps] of the latents: that after the last step, and the mean of every step.
+
+    Nothing from errors [0], of a pipeline that does not call back after its steps.
+    """
+    if errors.ndim != 2:
+        return {}, {}
+    by_step = [mean_of_known(step.masked_fill(~step.isfinite(), math.nan)) for step in errors.T]
+    if by_step[-1] is None:
+        return {}, {}
+    return {"latent_error": by_step[-1]}, {"latent_error_by_step": by_step}

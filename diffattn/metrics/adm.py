@@ -1,0 +1,101 @@
+"""The `.npz` layout of ADM's evaluation (Dhariwal & Nichol 2021): statistics and pictures. Never pickles.
+
+Shapes: N pictures, H, W pixels, d features.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffattn.metrics.features import as_uint8
+from diffattn.metrics.reference import Reference, Statistics
+
+
+def read_statistics(
+    path: str | Path,
+    extractor: str = "inception",
+    extractor_hash: str = "",
+    resize: str = "",
+    count: int | None = None,
+) -> Reference:
+    """A reference from `mu` [d] and `sigma` [d, d]; `sigma` is taken as unbiased, as ADM writes it.
+
+    Args:
+        path: an `.npz` file.
+        extractor, extractor_hash, resize, count: what the file does not say: what it was made with, and from how many
+            pictures.
+
+    Raises:
+        ValueError: not such a file; the message names it and what it holds.
+    """
+    mean, cov = (torch.from_numpy(array.astype(np.float64)) for array in _read(path, "mu", "sigma"))
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{str(path)!r}: mu must be [d] and sigma [d, d], got {list(mean.shape)} and {list(cov.shape)}"
+        )
+    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
+        raise ValueError(f"{str(path)!r} holds values that are NaN or infinite")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, Statistics(mean, cov, count))
+
+
+def write_statistics(path: str | Path, statistics: Statistics, spatial: Statistics | None = None) -> None:
+    """Write `mu` and `sigma`, and `mu_s` and `sigma_s` of spatial features."""
+    arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.cov.numpy()}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.cov.numpy()}
+    _write(path, **arrays)
+
+
+def read_pictures(path: str | Path) -> Tensor:
+    """Pictures `arr_0` [N, H, W, 3] as uint8 [N, 3, H, W].
+
+    Raises:
+        ValueError: not such a file; the message names it and what it holds.
+    """
+    (pictures,) = _read(path, "arr_0")
+    if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:
+        raise ValueError(
+            f"{str(path)!r}: arr_0 must be uint8 [N, H, W, 3], got {pictures.dtype} {list(pictures.shape)}"
+        )
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def write_pictures(path: str | Path, images: Tensor, labels: Tensor | None = None) -> None:
+    """Write pictures, as `as_uint8` takes them, as `arr_0`, and class numbers [N] as `arr_1`.
+
+    Raises:
+        ValueError: as `as_uint8`; another number of labels than pictures.
+    """
+    pictures = as_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    if labels is None:
+        return _write(path, arr_0=pictures)
+    if len(labels) != len(images):
+        raise ValueError(f"there must be as many labels as pictures, got {len(labels)} and {len(images)}")
+    return _write(path, arr_0=pictures, arr_1=labels.cpu().numpy())
+
+
+def _read(path: str | Path, *names: str) -> list[np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [name for name in names if name not in file.files]:
+                raise KeyError(f"it has no {' and no '.join(missing)}, but {', '.join(file.files) or 'nothing'}")
+            return [file[name] for name in names]
+    except KeyError as error:
+        raise ValueError(f"{str(path)!r} is of another layout: {error.args[0]}") from None
+    except (OSError, ValueError, AttributeError, TypeError, BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} is not a readable .npz file: {error}") from error
+
+
+def _write(path: str | Path, **arrays: Any) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("wb") as file:
+        np.savez(file, **arrays)
+    fresh.replace(path)

@@ -1,0 +1,69 @@
+"""Kernel distance between the features of two sets of pictures: unbiased, so it serves where pictures are few.
+
+Shapes: N generated pictures, M of the reference, d features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.image.kid import poly_mmd
+
+from diffattn.metrics.reference import Reference, check_features
+
+
+@dataclass(frozen=True)
+class Kid:
+    """Mean over subsets (lower is better; near 0, also below it, for sets of one kind) and their deviation."""
+
+    mean: float
+    std: float
+    subsets: int
+    subset_size: int
+
+
+def kid(
+    features: Tensor,
+    reference: Reference | Tensor,
+    subsets: int = 100,
+    subset_size: int | None = None,
+    seed: int = 0,
+) -> Kid:
+    """Kernel inception distance (Bińkowski et al. 2018): unbiased squared MMD, kernel (x·y/d + 1)³, float64.
+
+    Args:
+        features: of the generated pictures [N, d].
+        reference: what they are measured against; a tensor is features [M, d].
+        subsets: how many pairs of subsets are drawn.
+        subset_size: pictures of each, drawn without replacement. None: 1,000, or half of the smaller set if that is
+            less (subsets of all pictures would be one and the same).
+        seed: of the draws.
+
+    Raises:
+        ValueError: fewer than 2 pictures on either side, values that are NaN or infinite, unequal d, a subset size
+            below 2 or above N or M, a reference without features.
+    """
+    fake, real = check_features(features), check_features(reference_features(reference))
+    if fake.shape[1] != real.shape[1]:
+        raise ValueError(f"both sides need features of one extractor, got {fake.shape[1]} and {real.shape[1]} features")
+    least = min(len(fake), len(real))
+    size = subset_size if subset_size is not None else max(min(1000, least // 2), 2)
+    if not 2 <= size <= least:
+        raise ValueError(f"subset_size must be 2 to {least}, the smaller number of pictures, got {size}")
+    if subsets < 1:
+        raise ValueError(f"subsets must be 1 or more, got {subsets}")
+    rng = torch.Generator().manual_seed(seed)
+    found = torch.stack([poly_mmd(_draw(real, size, rng), _draw(fake, size, rng)) for _ in range(subsets)])
+    return Kid(found.mean().item(), found.std(correction=0).item(), subsets, size)
+
+
+def reference_features(reference: Reference | Tensor) -> Tensor:
+    if isinstance(reference, Tensor):
+        return reference
+    if reference.features is None:
+        raise ValueError(f"reference {reference.name!r} holds mean and covariance only; this metric needs its features")
+    return reference.features
+
+
+def _draw(x: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    return x[torch.randperm(len(x), generator=rng)[:size]]

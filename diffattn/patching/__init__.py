@@ -1,0 +1,1 @@
+"""The only code that changes someone else's model: patch, the handle it returns, and the way back."""

@@ -1,0 +1,94 @@
+"""patch and unpatch; they and the `Patch` they make are all that changes someone else's model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from diffattn.architectures.denoisers import denoisers_of, uncompiled
+from diffattn.patching.handle import Patch
+from diffattn.patching.hook import RunHook
+from diffattn.patching.plan import LayerFilter, Plan
+from diffattn.schedules import Schedule
+
+__all__ = ["Patch", "find_patch", "patch", "unpatch"]
+
+
+def patch(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    method: str = "agent",
+    *,
+    preset: str | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    layers: LayerFilter | None = None,
+    schedule: Schedule | Mapping[Any, Any] | None = None,
+    **options: Any,
+) -> Patch:
+    """Make a pipeline of diffusers or of this package, or its denoiser, use another attention.
+
+    Undone by `patch.remove()`, by `unpatch`, or at the end of a `with` block. A pipeline made with `from_pipe`
+    shares the denoiser and so the patch. Compile first, then patch.
+
+    Args:
+        pipe_or_model: a pipeline with a supported denoiser (its ControlNets are patched with it), or a denoiser.
+        method: a name in `diffattn.METHODS`.
+        preset: a named set of options; "balanced" if neither `preset`, `recipe` nor `schedule` is given.
+        recipe: a mapping, or the path of a JSON file, with any of method, preset, options, layers, schedule.
+            What is given beside it wins, the method excepted. One that `diffattn.tune` wrote has settings for every
+            layer; beside it only `layers` may be given, which leaves all others exact.
+        layers: names of layers (as in the report), or a predicate on `LayerSpec`; default all that are supported.
+        schedule: options by noise level (1 noise ... 0 data) or by the latents' change: a `Schedule`, the mapping of
+            `NoiseSchedule`, or that of `LatentChangeSchedule.to_dict`.
+        **options: fields of the method's configuration; they win over the preset's.
+
+    Returns:
+        The handle: `report()`, `remove()`, and a context manager.
+
+    Raises:
+        TypeError: the architecture is not supported.
+        ValueError: unknown method, preset, option or layer; an option out of range; a recipe that cannot be read or
+            was tuned for a model with other layers; no layer to patch; a model that is patched already.
+    """
+    plan = Plan.read(method, preset, recipe, layers, schedule, options)
+    denoisers = denoisers_of(pipe_or_model)
+    for model in denoisers.values():
+        if _patches_of(model):
+            raise ValueError(
+                f"this {type(uncompiled(model)).__name__} is patched already, perhaps through a pipeline that "
+                "shares it; call diffattn.unpatch first"
+            )
+    return Patch(pipe_or_model, denoisers, plan)
+
+
+def unpatch(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
+    """Remove the patch of a pipeline or denoiser, if it has one.
+
+    Raises:
+        TypeError: the architecture is not supported.
+    """
+    for model in denoisers_of(pipe_or_model).values():
+        for found in _patches_of(model):
+            found.remove()
+
+
+def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> Patch | None:
+    """The patch of a pipeline or denoiser, if it has one.
+
+    Raises:
+        TypeError: the architecture is not supported.
+    """
+    found = [found for model in denoisers_of(pipe_or_model).values() for found in _patches_of(model)]
+    return found[0] if found else None
+
+
+def _patches_of(model: nn.Module) -> list[Patch]:
+    """The patches a denoiser carries, found by their hooks and processors."""
+    inner = uncompiled(model)
+    owners = [h.patch for m in (model, inner) for h in m._forward_pre_hooks.values() if isinstance(h, RunHook)]
+    for module in inner.modules():
+        processor = getattr(module, "processor", None)
+        if isinstance(owner := getattr(processor, "owner", None), Patch) and processor.active:  # type: ignore[union-attr]
+            owners.append(owner)
+    return list({id(owner): owner for owner in owners}.values())

@@ -1,0 +1,158 @@
+"""From what the user asked for to a checked plan, before any model is looked at."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from diffattn.methods import METHODS
+from diffattn.methods.base import AttentionMethod, LayerSpec
+from diffattn.patching.recipe import LayerRecipe, is_tuned, names_of, read_recipe
+from diffattn.schedules import EXACT, NoiseSchedule, Schedule, constant, read_schedule
+
+DEFAULT_PRESET = "balanced"
+
+LayerFilter = Collection[str] | Callable[[LayerSpec], bool]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to patch and how."""
+
+    method: str
+    preset: str | None
+    methods: tuple[AttentionMethod | None, ...]  # one per phase of the schedule; None is exact
+    schedule: Schedule
+    layers: LayerFilter | None
+    options: Mapping[str, Any]  # those the user gave
+    by_layer: LayerRecipe | None = None  # a tuned recipe, which has methods for every layer by itself
+
+    @classmethod
+    def read(
+        cls,
+        method: str,
+        preset: str | None,
+        recipe: str | Path | Mapping[str, Any] | None,
+        layers: LayerFilter | None,
+        schedule: Schedule | Mapping[Any, Any] | None,
+        options: Mapping[str, Any],
+    ) -> Self:
+        """The plan for the arguments of `patch`, which documents them; raises `ValueError` as it does."""
+        if recipe is not None:
+            recipe = read_recipe(recipe)
+            if is_tuned(recipe):
+                return cls._tuned(recipe, layers, preset is None and schedule is None and not options)
+            method = recipe.get("method", method)
+            preset = preset or recipe.get("preset")
+            layers = layers if layers is not None else recipe.get("layers")
+            schedule = schedule if schedule is not None else recipe.get("schedule")
+            options = {**recipe.get("options", {}), **options}
+        elif preset is None and schedule is None:
+            preset = DEFAULT_PRESET
+        kind = _lookup("method", method, METHODS)
+        base: Mapping[str, Any] = {}
+        if preset is not None:
+            base = _lookup(f"preset of method {method!r}", preset, kind.presets).options
+        kind.from_options({**base, **options})  # names every bad option, even one that no phase uses
+        if schedule is None:  # the preset's own schedule gives way to the user's options
+            entries = kind.presets[preset].schedule if preset is not None else None
+            chosen: Schedule = NoiseSchedule(entries) if entries else constant()
+            phases = [None if p is None else {**base, **p, **options} for p in chosen.phases]
+        else:
+            chosen = _schedule(schedule)
+            phases = [None if p is None else {**base, **options, **p} for p in chosen.phases]
+        methods = tuple(None if p is None else kind.from_options(p) for p in phases)
+        if not any(methods):
+            raise ValueError("the schedule is exact at every noise level: nothing would be accelerated")
+        return cls(method, preset, methods, chosen, layers, dict(options))
+
+    @classmethod
+    def _tuned(cls, recipe: Mapping[str, Any], layers: LayerFilter | None, alone: bool) -> Self:
+        """The plan of a tuned recipe. Its `methods` are those of the first layer that a phase accelerates."""
+        if not alone:
+            raise ValueError("a tuned recipe is complete: it goes with no preset, schedule or options beside it")
+        found = LayerRecipe.read(recipe)
+        phases = range(len(found.schedule.phases))
+        methods = tuple(next((m[p] for m in found.methods.values() if m[p]), None) for p in phases)
+        return cls(found.method_names, None, methods, found.schedule, layers, {}, found)
+
+    def methods_of(self, layer: LayerSpec) -> tuple[AttentionMethod | None, ...]:
+        """The method of a layer in every phase, None where it runs exact."""
+        methods = self.methods
+        if self.by_layer is not None:
+            methods = self.by_layer.methods.get(layer.name, (None,) * len(methods))
+        return tuple(m if m is not None and not m.why_not(layer) else None for m in methods)
+
+    def method_name(self, layer: LayerSpec) -> str:
+        """The name of the method that covers a layer; of several, joined by "+"."""
+        return self.method if self.by_layer is None else names_of(self.methods_of(layer))
+
+    def fit(self, layers: Sequence[LayerSpec]) -> Self:
+        """The plan for the layers of one model.
+
+        Raises:
+            ValueError: an option that these layers do not allow.
+        """
+        fitted = replace(self, methods=tuple(m and m.fit(layers) for m in self.methods))
+        if self.by_layer is None:
+            return fitted
+        of_layer = {layer.name: layer for layer in layers}
+        methods = {
+            name: tuple(m and m.fit([of_layer[name]]) for m in entry) for name, entry in self.by_layer.methods.items()
+        }
+        return replace(fitted, by_layer=replace(self.by_layer, methods=methods))
+
+    def why_not(self, layer: LayerSpec) -> str | None:
+        """Why the method can do nothing for the layer in any phase, or None."""
+        methods = self.methods if self.by_layer is None else self.by_layer.methods.get(layer.name, ())
+        reasons = [m.why_not(layer) for m in methods if m is not None]
+        if not reasons:
+            return "exact by recipe"
+        return reasons[0] if all(reasons) else None
+
+    def options_at(self, phase: int) -> dict[str, Any] | str:
+        """What applies in a phase as JSON types: "exact", or the options that are not the method's defaults.
+
+        Of a tuned recipe: the same for every layer, by name.
+        """
+        if self.by_layer is not None and self.methods[phase] is not None:
+            return {name: _told(methods[phase]) for name, methods in self.by_layer.methods.items()}
+        return _told(self.methods[phase])
+
+    def chooses(self, layer: LayerSpec) -> bool:
+        """Whether the layer is among those asked for."""
+        if self.layers is None:
+            return True
+        return bool(self.layers(layer)) if callable(self.layers) else layer.name in self.layers
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise `ValueError` if `layers` or the recipe names one that the model does not have."""
+        if self.by_layer is not None:
+            self.by_layer.check_layers(names)
+        if self.layers is None or callable(self.layers):
+            return
+        wrong = [self.layers] if isinstance(self.layers, str) else sorted(set(self.layers) - set(names))
+        if wrong:
+            raise ValueError(f"layers names {', '.join(wrong)}; the self-attention layers are: {', '.join(names)}")
+
+
+def _told(method: AttentionMethod | None) -> dict[str, Any] | str:
+    """The options that are not the defaults, or "exact"."""
+    if method is None:
+        return EXACT
+    values = {f.name: (getattr(method, f.name), f.default) for f in fields(method)}  # type: ignore[arg-type]
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def _schedule(schedule: Any) -> Schedule:
+    if isinstance(schedule, Mapping):
+        return read_schedule(schedule)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule must be a Schedule or a mapping from noise level to options, got {schedule!r}")
+    return schedule
+
+
+def _lookup(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise ValueError(f"unknown {what}: {name!r}; allowed: {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,263 @@
+"""The preflight: what self-attention costs a pipeline here, layer by layer, and whether patching is worth it.
+
+Nothing is left behind: hooks and patch are there during the calls that need them, and no longer.
+"""
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from diffattn.architectures import architecture_of
+from diffattn.architectures.denoisers import denoisers_of, uncompiled
+from diffattn.drawing.sizes import check_size, pixels_per_latent
+from diffattn.machine import describe_machine, dtype_name
+from diffattn.measure.denoiser_inputs import NOISE_LEVEL, Inputs, make_denoiser_inputs
+from diffattn.measure.interleave import Spread, Timings, interleave
+from diffattn.measure.layer_times import Gflops, LayerSeconds, LayerTimer, count_layer_gflops
+from diffattn.measure.memory import peak_mib
+from diffattn.models import DiT
+from diffattn.patching.hook import DiffAttnWarning
+from diffattn.patching.patch import find_patch, patch
+from diffattn.patching.plan import DEFAULT_PRESET, Plan
+from diffattn.preflight.result import LayerTime, Phase, Preflight, shares
+from diffattn.schedules import EXACT, NoiseSchedule
+
+__all__ = ["Preflight", "PreflightRun", "preflight"]
+
+PLAIN, TIMED, PATCHED = "plain", "timed", "patched"
+WARMUP = 1
+
+OneCall = Mapping[str, LayerSeconds]
+"""Layer -> seconds in one call."""
+
+
+def preflight(
+    pipe_or_model: DiffusionPipeline | nn.Module,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    method: str | None = None,
+    preset: str | None = None,
+    batch: int = 2,
+    rounds: int = 5,
+    time_budget: float | None = None,
+    inputs: Inputs | None = None,
+    on_round: Callable[[], None] = lambda: None,
+) -> Preflight:
+    """Time one denoiser call near the beginning of a run, and its self-attention; see `Preflight` for what is found.
+
+    Three kinds of calls take turns, round after round, after a warm-up: as the denoiser is; with hooks around its
+    self-attention; and patched. It runs where it is and in the dtype it has, and is afterwards what it was before.
+    The ControlNets of a pipeline are not run.
+
+    Args:
+        pipe_or_model: a pipeline with a supported denoiser, or a denoiser; neither patched nor compiled.
+        height, width: of the picture in pixels; of a denoiser without a pipeline, of its latents. None: its own.
+        method, preset: what patching would use, see `diffattn.patch`; method None: "mediator" where the denoiser
+            learned mediators, "agent" elsewhere; preset None: "balanced".
+        batch: samples in a call; 2 is one picture with guidance.
+        rounds: how often each kind of call is timed.
+        time_budget: seconds; no round begins that would end later, the first one excepted.
+        inputs: (args, kwargs) of the denoiser call, where its conditions are unusual; latents of the given size.
+        on_round: called after every round.
+
+    Raises:
+        TypeError: the architecture is not supported.
+        ValueError: a size the model cannot take; no self-attention that the method can patch; unknown method or
+            preset; a patched or compiled denoiser; a number out of range; conditions that need `inputs`.
+    """
+    run = PreflightRun(
+        pipe_or_model, height, width, method=method, preset=preset, batch=batch, rounds=rounds, inputs=inputs
+    )
+    return run(time_budget=time_budget, on_round=on_round)
+
+
+class PreflightRun:
+    """A preflight, checked and ready to run; `preflight` documents arguments and errors."""
+
+    def __init__(
+        self,
+        pipe_or_model: DiffusionPipeline | nn.Module,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        method: str | None = None,
+        preset: str | None = None,
+        batch: int = 2,
+        rounds: int = 5,
+        inputs: Inputs | None = None,
+    ) -> None:
+        for name, value in (("batch", batch), ("rounds", rounds)):
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        self.target, self.batch, self.rounds = pipe_or_model, batch, rounds
+        self.model = _plain(pipe_or_model)
+        self.preset = preset or DEFAULT_PRESET
+        self.method = method or ("mediator" if isinstance(self.model, DiT) and self.model.mediators else "agent")
+        self.device = next(self.model.parameters()).device
+        self.height, self.width, latents = _size(pipe_or_model, self.model, height, width)
+        architecture = architecture_of(self.model)
+        grids = [rows * columns for rows, columns in architecture.grids(self.model, *latents)]
+        found = [(s, m) for s, m in architecture.layers(self.model) if not s.is_cross_attention]
+        self.modules = {spec.name: module for spec, module in found}
+        self.specs = {spec.name: spec for spec, _ in found}
+        self.tokens = {spec.name: grids[spec.level] for spec, _ in found}
+        plan = Plan.read(self.method, self.preset, None, None, None, {}).fit(list(self.specs.values()))
+        reasons = self._reasons(plan)
+        self.why_exact = {name: of_phases[_phase_at_start(plan)] for name, of_phases in reasons.items()}
+        self.phases = _phases(plan, reasons.values())
+        self.inputs = inputs or make_denoiser_inputs(self.model, *latents, batch)
+
+    def __call__(self, *, time_budget: float | None = None, on_round: Callable[[], None] = lambda: None) -> Preflight:
+        """Measure; the arguments are those of `preflight`."""
+        args, kwargs = self.inputs
+        deadline = None if time_budget is None else time.monotonic() + time_budget
+        gflops = count_layer_gflops(self.model, list(self.modules), args, kwargs)
+        timer = LayerTimer(self.modules, self.device)
+        call = partial(self.model, *args, **kwargs)
+        kinds = [PLAIN, TIMED, *([PATCHED] if None in self.why_exact.values() else [])]
+        with torch.no_grad():
+            peak = peak_mib(call, self.device)
+            timings = interleave(
+                dict.fromkeys(kinds, call), self.rounds, WARMUP, self.device, reference=PLAIN,
+                around=partial(self._around, timer), deadline=deadline, on_round=lambda _: on_round(),
+            )  # fmt: skip
+        return self._result(timings, timer.calls[WARMUP:], peak, gflops)
+
+    @contextmanager
+    def _around(self, timer: LayerTimer, kind: str) -> Iterator[None]:
+        if kind == TIMED:
+            with timer:
+                yield
+        elif kind == PATCHED:
+            with patch(self.target, self.method, preset=self.preset) as handle, warnings.catch_warnings():
+                warnings.simplefilter("ignore", DiffAttnWarning)
+                handle.hooks[0].begin_call(*self.inputs)  # a run begins once, not in every call
+                yield
+        else:
+            yield
+
+    def _reasons(self, plan: Plan) -> dict[str, list[str | None]]:
+        """Layer -> why it runs exact in each phase of the schedule, None where it is accelerated.
+
+        Raises:
+            ValueError: the method can do nothing for any layer, whatever the size.
+        """
+        architecture = architecture_of(self.model)
+        left_alone = {
+            name: architecture.why_unsupported(self.modules[name]) or plan.why_not(spec)
+            for name, spec in self.specs.items()
+        }
+        if all(left_alone.values()):
+            why = Counter(left_alone.values())
+            reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no self-attention layer"
+            raise ValueError(f"nothing to patch in {type(self.model).__name__}: {reasons}")
+        return {name: self._reasons_of(plan, name, why) for name, why in left_alone.items()}
+
+    def _reasons_of(self, plan: Plan, name: str, left_alone: str | None) -> list[str | None]:
+        spec, tokens = self.specs[name], self.tokens[name]
+        if left_alone:
+            return [left_alone] * len(plan.methods)
+        return [
+            m.declines(spec, tokens, self.device.type, 0) if m else f"{EXACT} by schedule"
+            for m in plan.methods_of(spec)
+        ]
+
+    def _result(
+        self, timings: Timings, calls: Sequence[OneCall], peak: float | None, gflops: Gflops | None
+    ) -> Preflight:
+        """From the rounds and, round by round, the seconds of the layers."""
+        totals = [r[TIMED] for r in timings.rounds]
+        every, covered = list(self.specs), [name for name, why in self.why_exact.items() if why is None]
+        weights = list(self.model.parameters())
+        return Preflight(
+            model=type(self.model).__name__,
+            height=self.height,
+            width=self.width,
+            batch=self.batch,
+            device=str(self.device),
+            dtype=dtype_name(next(p.dtype for p in weights if p.is_floating_point())),
+            method=self.method,
+            preset=self.preset,
+            rounds=len(timings.rounds),
+            seconds=timings.seconds(PLAIN),
+            share=shares(_whole(calls, every), totals),
+            core_share=shares(_core(calls, every), totals),
+            covered_share=shares(_core(calls, covered), totals),
+            time_ratio=timings.time_ratio(PATCHED) if covered else None,
+            layers=tuple(self._layer(name, calls, totals, gflops) for name in every),
+            phases=self.phases,
+            gflops=None if gflops is None else gflops.total,
+            peak_mib=peak,
+            weights_mib=sum(p.numel() * p.element_size() for p in weights) / 2**20,
+            machine=describe_machine(self.device),
+        )
+
+    def _layer(self, name: str, calls: Sequence[OneCall], totals: Sequence[float], gflops: Gflops | None) -> LayerTime:
+        return LayerTime(
+            name=name,
+            level=self.specs[name].level,
+            tokens=self.tokens[name],
+            seconds=Spread.of(_whole(calls, [name])),
+            share=shares(_whole(calls, [name]), totals),
+            core_share=shares(_core(calls, [name]), totals),
+            gflops=None if gflops is None else gflops.layers[name],
+            why_exact=self.why_exact[name],
+        )
+
+
+def _whole(calls: Sequence[OneCall], names: Sequence[str]) -> list[float]:
+    """Seconds of these layers together, round by round."""
+    return [sum(call[name].whole for name in names) for call in calls]
+
+
+def _core(calls: Sequence[OneCall], names: Sequence[str]) -> list[float]:
+    """Likewise without their projections."""
+    return [sum(call[name].core for name in names) for call in calls]
+
+
+def _plain(pipe_or_model: Any) -> nn.Module:
+    """The main denoiser; `ValueError` if it is patched or compiled, whose times would not be its own."""
+    model = next(iter(denoisers_of(pipe_or_model).values()))
+    inner = uncompiled(model)
+    if find_patch(pipe_or_model) is not None:
+        raise ValueError(f"this {type(inner).__name__} is patched already; call diffattn.unpatch first")
+    if inner is not model or any(m._compiled_call_impl is not None for m in inner.modules()):
+        raise ValueError(f"this {type(inner).__name__} is compiled; the preflight takes it as it was before")
+    return inner
+
+
+def _size(target: Any, model: nn.Module, height: int | None, width: int | None) -> tuple[int, int, tuple[int, int]]:
+    """Height and width as they are given or the model's own, and those of the latents."""
+    scale = pixels_per_latent(target) if isinstance(target, DiffusionPipeline) else 1
+    config: Any = model.config
+    own = config.get("sample_size")
+    if own is None and (height is None or width is None):
+        raise ValueError(f"{type(model).__name__} has no size of its own; give height and width")
+    rows, columns = own if isinstance(own, Sequence) else (own or 0, own or 0)
+    h = int(rows * scale if height is None else height)
+    w = int(columns * scale if width is None else width)
+    if isinstance(target, DiffusionPipeline):
+        check_size(target, w, h)
+    elif min(h, w) < 1:
+        raise ValueError(f"height and width of the latents must be 1 or more, got {h}x{w}")
+    return h, w, (h // scale, w // scale)
+
+
+def _phase_at_start(plan: Plan) -> int:
+    return min(plan.schedule.reachable([NOISE_LEVEL]))
+
+
+def _phases(plan: Plan, reasons: Any) -> tuple[Phase, ...]:
+    """What is covered from each bound of the schedule up."""
+    assert isinstance(plan.schedule, NoiseSchedule), "every preset has one"
+    counts = [sum(why is None for why in of_phase) for of_phase in zip(*reasons, strict=True)]
+    return tuple(Phase(u, n) for u, n in zip(plan.schedule.bounds, counts, strict=True))

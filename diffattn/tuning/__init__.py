@@ -1,0 +1,1 @@
+"""The cheapest setting per layer and noise level within a budget: `diffattn.tune`."""

@@ -1,0 +1,162 @@
+"""Thresholds of the step-wise switch between numbers of mediators, under a budget of floating-point operations.
+
+Every pair of thresholds gives a picture for every seed, a mean cost, and a distance from what the largest number of
+mediators draws from the same noise. The answer is the pair that stays nearest within the budget.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations_with_replacement
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffattn.measure.flops import forward_gflops
+from diffattn.patching.patch import patch
+from diffattn.sampling import SiTPipeline
+from diffattn.schedules import LatentChangeSchedule
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How to search.
+
+    Raises:
+        ValueError: a value out of range; the message names it and what is allowed.
+    """
+
+    samples: int = 32  # pictures, their classes in turn
+    batch: int = 16
+    steps: int = 50
+    guidance: float = 1.0
+    seed: int = 0
+    ratios: tuple[float, ...] = (1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # tried as thresholds
+    first: int = 3
+    distance: str = "l1"
+    per_sample: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch", "steps", "first"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.ratios or min(self.ratios) <= 0:
+            raise ValueError(f"ratios must be numbers above 0, got {self.ratios}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one choice of thresholds costs and keeps."""
+
+    thresholds: tuple[float, ...]  # empty: one number of mediators throughout
+    num_mediators: int | None  # that number
+    gflops: float  # per picture, all evaluations, mean over pictures
+    error: float  # ‖x - x*‖ / ‖x*‖ of the drawn latents against the largest number of mediators
+    calls: Mapping[int, float]  # number of mediators -> share of the transformer's calls
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"calls": {str(n): share for n, share in self.calls.items()}}
+
+
+class ThresholdSearch:
+    """The search on one pipeline.
+
+    Args:
+        pipe: whose transformer learned two numbers of mediators or more, unpatched.
+        config: how to search.
+
+    Raises:
+        ValueError: the transformer has fewer numbers of mediators than two.
+    """
+
+    def __init__(self, pipe: SiTPipeline, config: SearchConfig) -> None:
+        self.pipe, self.config = pipe, config
+        self.mediators: tuple[int, ...] = pipe.transformer.mediators
+        if len(self.mediators) < 2:
+            raise ValueError(f"a switch needs two numbers of mediators or more; this model has {self.mediators}")
+        self.gflops = {n: forward_gflops(pipe.transformer, n) for n in self.mediators}
+        self._exact = self._latents(None)[0]
+
+    def schedule(self, thresholds: Sequence[float]) -> LatentChangeSchedule:
+        """The schedule with these thresholds."""
+        return LatentChangeSchedule(
+            [{"num_mediators": n} for n in self.mediators],
+            thresholds,
+            first=self.config.first,
+            distance=self.config.distance,
+            per_sample=self.config.per_sample,
+        )
+
+    @property
+    def num_candidates(self) -> int:
+        """How many choices there are."""
+        return len(self.mediators) + len(self._choices())
+
+    def _choices(self) -> list[tuple[float, ...]]:
+        """Every falling choice of thresholds."""
+        ratios = sorted(self.config.ratios, reverse=True)
+        return list(combinations_with_replacement(ratios, len(self.mediators) - 1))
+
+    def candidates(self, on_each: Callable[[Candidate], None] | None = None) -> list[Candidate]:
+        """Every constant number of mediators, then every falling choice of thresholds."""
+        found = []
+        for n, thresholds in [*((n, ()) for n in self.mediators), *((None, c) for c in self._choices())]:
+            schedule = self.schedule(thresholds) if thresholds else {0.0: {"num_mediators": n}}
+            found.append(self._candidate(thresholds, n, *self._latents(schedule)))
+            if on_each is not None:
+                on_each(found[-1])
+        return found
+
+    def _candidate(self, thresholds: tuple[float, ...], n: int | None, latents: Tensor, calls: list[int]) -> Candidate:
+        error = (latents - self._exact).norm() / self._exact.norm()
+        shares = {m: calls.count(m) / len(calls) for m in self.mediators}
+        evaluations = len(calls) / self.config.samples
+        gflops = evaluations * sum(self.gflops[m] * share for m, share in shares.items())
+        return Candidate(thresholds, n, gflops, float(error), shares)
+
+    def _latents(self, schedule: Any) -> tuple[Tensor, list[int]]:
+        """What is drawn under a schedule (None: the largest number), and the number of mediators of every call of
+        every sample (guidance calls count twice)."""
+        if schedule is None:
+            schedule = {0.0: {"num_mediators": self.mediators[-1]}}
+        config, classes = self.config, self.pipe.transformer.config["num_classes"]
+        drawn, calls = [], []
+        with patch(self.pipe, "mediator", schedule=schedule) as patched:
+            options = patched.plan.schedule.phases
+            for start in range(0, config.samples, config.batch):
+                indices = range(start, min(start + config.batch, config.samples))
+                generators = [torch.Generator().manual_seed(config.seed + i) for i in indices]
+                output: Any = self.pipe(
+                    [i % classes for i in indices], num_inference_steps=config.steps, guidance_scale=config.guidance,
+                    generator=generators, output_type="latent", return_trace=True,
+                )  # fmt: skip
+                drawn.append(output.images)
+                rows = len(indices) * (2 if config.guidance != 1 else 1)
+                for call in output.trace or ():
+                    phases = call["phase"] if isinstance(call["phase"], list) else [call["phase"]] * rows
+                    calls += [options[p]["num_mediators"] for p in phases]
+        return torch.cat(drawn), calls
+
+
+def best_within(candidates: Sequence[Candidate], budget: float) -> Candidate:
+    """The candidate with the smallest error whose cost is within the budget, in GFLOPs per picture.
+
+    Raises:
+        ValueError: none is; the message names the cheapest.
+    """
+    affordable = [c for c in candidates if c.gflops <= budget * (1 + 1e-9)]
+    if not affordable:
+        cheapest = min(c.gflops for c in candidates)
+        raise ValueError(
+            f"no schedule costs {budget:.4g} GFLOPs per picture or less; the cheapest costs {cheapest:.4g}"
+        )
+    return min(affordable, key=lambda c: (c.error, c.gflops))
+
+
+def recipe_of(candidate: Candidate, search: ThresholdSearch, model: str, budget: float) -> dict[str, Any]:
+    """A recipe for `diffattn.patch`, with the protocol under which it was found."""
+    schedule: dict[str, Any] = {"0.0": {"num_mediators": candidate.num_mediators}}
+    if candidate.thresholds:
+        schedule = search.schedule(candidate.thresholds).to_dict()
+    protocol = {"model": model, "budget": budget, "found": candidate.to_dict(), "search": asdict(search.config)}
+    return {"method": "mediator", "schedule": schedule, "protocol": protocol}

@@ -1,0 +1,177 @@
+"""Errors and costs of settings on the true q, k, v of a model, without changing what it draws.
+
+Shapes: B batch, H heads, N tokens, D channels per head.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffattn.architectures.denoisers import denoisers_of
+from diffattn.measure.flops import count_gflops
+from diffattn.measure.interleave import interleave
+from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset
+from diffattn.patching.patch import Patch
+from diffattn.patching.plan import Plan
+from diffattn.schedules import constant
+from diffattn.tuning.settings import Setting
+
+TIME, FLOPS = "time", "flops"
+COSTS = (TIME, FLOPS)
+"""What a setting costs: measured seconds, or counted GFLOPs."""
+
+SHORTEST = 2e-3  # seconds: calls that take less are timed several at once
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The inputs of one call of one layer."""
+
+    layer: LayerSpec
+    q: Tensor  # [B, H, N, D], like k and v
+    k: Tensor
+    v: Tensor
+    call: LayerCall
+
+
+@dataclass
+class Log:
+    """What a probe saw.
+
+    Attributes:
+        band: of the denoiser's call under way; set by who calls it.
+        errors: (layer, band, setting) -> ‖ô - o‖² / ‖o‖² of every call.
+        kinds: layer -> what its cost depends on.
+        samples: the first inputs of every such kind.
+    """
+
+    band: int = 0
+    errors: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    kinds: dict[str, Hashable] = field(default_factory=dict)
+    samples: dict[Hashable, Sample] = field(default_factory=dict)
+
+    def error(self, layer: str, band: int, setting: int) -> float:
+        """Root of the mean over the calls; infinite if there was none, or one that is not finite."""
+        found = self.errors.get((layer, band, setting))
+        mean = float(torch.stack(found).mean()) if found else math.inf
+        return math.sqrt(mean) if math.isfinite(mean) else math.inf
+
+
+@dataclass(frozen=True)
+class Probe(AttentionMethod):
+    """Exact attention that also tries every setting and takes down how far off it is."""
+
+    settings: tuple[AttentionMethod, ...]
+    log: Log
+
+    name: ClassVar[str] = "probe"
+    presets: ClassVar[Mapping[str, Preset]] = {}
+
+    def why_not(self, layer: LayerSpec) -> str | None:
+        reasons = [m.why_not(layer) for m in self.settings]
+        return reasons[0] if all(reasons) else super().why_not(layer)
+
+    def supports(self, layer: LayerSpec) -> bool:
+        return not layer.is_cross_attention
+
+    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+        return None
+
+    def build(self, layer: LayerSpec) -> AttentionFn:
+        functions = [None if m.why_not(layer) else m.build(layer) for m in self.settings]
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+            exact = _exact(q, k, v, call)
+            kind = (q.shape, k.shape, call.grid, q.dtype, call.mask is None, layer.upcast)
+            self.log.kinds[layer.name] = kind
+            self.log.samples.setdefault(kind, Sample(layer, q.clone(), k.clone(), v.clone(), call))
+            mask_rows = 0 if call.mask is None else call.mask.shape[2]
+            for i, (method, function) in enumerate(zip(self.settings, functions, strict=True)):
+                if function and not method.declines(layer, q.shape[2], q.device.type, mask_rows):
+                    error = _squared_error(function(q, k, v, call), exact)
+                    self.log.errors[layer.name, self.log.band, i].append(error)
+            return exact
+
+        return attention
+
+
+@contextmanager
+def probing(pipe: Any, settings: Sequence[Setting], log: Log) -> Any:
+    """The pipeline with a probe in every layer that a setting can stand in for.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    probe = Probe(tuple(s.method for s in settings), log)
+    with Patch(pipe, denoisers_of(pipe), Plan(probe.name, None, (probe,), constant(), None, {})) as patch:
+        yield patch
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one call: of attention by layer and setting, and of the whole denoiser."""
+
+    exact: Mapping[str, float]  # layer -> seconds or GFLOPs
+    settings: Mapping[tuple[str, int], float]  # (layer, setting)
+
+    def saving(self, layer: str, setting: int) -> float:
+        """Of one call of a layer; negative where the setting costs more than exact attention."""
+        return self.exact[layer] - self.settings[layer, setting]
+
+
+def measure_costs(log: Log, settings: Sequence[Setting], unit: str, rounds: int, device: torch.device) -> Costs:
+    """Cost of every setting in every layer that a probe saw, on the inputs that it kept.
+
+    Args:
+        log: of a probe.
+        settings: what was probed.
+        unit: one of `COSTS`.
+        rounds: of timing; the settings of a layer take turns.
+        device: where the layers compute.
+    """
+    by_kind = {kind: _kind_costs(sample, log, settings, unit, rounds, device) for kind, sample in log.samples.items()}
+    exact = {layer: by_kind[kind][""] for layer, kind in log.kinds.items()}
+    tried = {(layer, i) for layer, _, i in log.errors}
+    return Costs(exact, {(layer, i): by_kind[log.kinds[layer]][settings[i].name] for layer, i in tried})
+
+
+def _kind_costs(
+    sample: Sample, log: Log, settings: Sequence[Setting], unit: str, rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Name of a setting, "" for exact attention -> cost of one call."""
+    tried = {i for layer, _, i in log.errors if layer == sample.layer.name}
+    variants: dict[str, Callable[[], Any]] = {"": lambda: _exact(sample.q, sample.k, sample.v, sample.call)}
+    for i in sorted(tried):
+        function = settings[i].method.build(sample.layer)
+        variants[settings[i].name] = lambda f=function: f(sample.q, sample.k, sample.v, sample.call)
+    with torch.no_grad():
+        if unit == FLOPS:
+            return {name: count_gflops(call) for name, call in variants.items()}
+        once = interleave({"": variants[""]}, 1, device=device).seconds("").median
+        repeats = min(max(math.ceil(SHORTEST / max(once, 1e-6)), 1), 20)
+        timings = interleave({n: _repeated(c, repeats) for n, c in variants.items()}, rounds, device=device)
+        return {name: timings.seconds(name).median / repeats for name in variants}
+
+
+def _repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(times):
+            call()
+
+    return several
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
+
+
+def _squared_error(found: Tensor, exact: Tensor) -> Tensor:
+    exact = exact.float()
+    return (found.float() - exact).square().sum() / exact.square().sum()

@@ -1,0 +1,205 @@
+"""How far to go on the ladder of a calibration: measured with whole runs, not estimated."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffattn.measure.interleave import interleave
+from diffattn.tuning.calibrate import calibrate, denoiser_cost
+from diffattn.tuning.config import CannotTune, TuneConfig
+from diffattn.tuning.ladder import climb
+from diffattn.tuning.probe import FLOPS
+from diffattn.tuning.runs import Runs, relative_error
+from diffattn.tuning.settings import Setting, recipe_of
+
+ALONE = 1.5  # with a single prompt the promise is its error times this
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One recipe, measured."""
+
+    rungs: int  # steps taken away from exact attention
+    errors: tuple[float, ...]  # relative error of the final latents, per prompt
+    expected: float  # what calibration made of it
+    expected_speedup: float
+
+    @property
+    def error(self) -> float:
+        """Mean over the prompts."""
+        return sum(self.errors) / len(self.errors)
+
+    @property
+    def promise(self) -> float:
+        """What the mean over other prompts should stay below: the mean and two standard errors."""
+        if len(self.errors) == 1 or not math.isfinite(self.error):
+            return ALONE * self.error
+        return self.error + 2 * statistics.stdev(self.errors) / math.sqrt(len(self.errors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure as JSON types; null for an error that is not finite."""
+        found = asdict(self) | {"errors": list(self.errors), "error": self.error, "promise": self.promise}
+        return {name: _finite(value) for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A fixed preset, and a recipe that is at least as near on the same prompts."""
+
+    preset: str  # "method/preset"
+    error: float  # mean over the prompts, as of a recipe
+    speedup: float
+    tuned: Verified | None  # None where the preset accelerates nothing at this size, and where no recipe is as near
+    tuned_speedup: float | None
+
+    @property
+    def is_beaten(self) -> bool | None:
+        """Whether the recipe is as near and at least as fast; None where there is nothing to compare."""
+        if self.error == 0:
+            return None
+        return self.tuned_speedup is not None and self.tuned_speedup >= self.speedup
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure as JSON types."""
+        return asdict(self) | {"tuned": self.tuned and self.tuned.to_dict(), "is_beaten": self.is_beaten}
+
+
+class Search:
+    """The search on one pipeline.
+
+    Args:
+        runs: of the unpatched pipeline, watched.
+        settings: to choose from.
+        config: how to tune.
+
+    Raises:
+        CannotTune: nothing can be saved.
+    """
+
+    def __init__(self, runs: Runs, settings: Sequence[Setting], config: TuneConfig) -> None:
+        self.runs, self.settings, self.config = runs, settings, config
+        probed = min(len(runs.requests), config.probed)
+        self.found = calibrate(runs, settings, config.bands, probed, config.cost, config.rounds)
+        self.checks: list[Verified] = []
+        self.speedups: dict[int, float] = {}  # of verified recipes by their rungs, measured after they were chosen
+
+    def best(self) -> Verified:
+        """The recipe to take.
+
+        Raises:
+            CannotTune: the budget cannot be met; the message says what can.
+        """
+        budget, speedup = self.config.max_error, self.config.min_speedup
+        if budget is not None:
+            return self._fastest_within(budget, lambda tried: tried.promise)
+        assert speedup is not None
+        return self._nearest_at(speedup)
+
+    def recipe(self, rungs: int) -> dict[str, Any]:
+        """After so many rungs, without what it promises."""
+        return recipe_of(self.found.choice(rungs), self.found.bounds, self.settings)
+
+    def rival(self, method: str, preset: str) -> Rival:
+        """A preset on the same prompts, and the fastest recipe found whose mean error is not larger."""
+        name, fixed = f"{method}/{preset}", {"method": method, "preset": preset}
+        errors = self._errors(fixed)
+        error = sum(errors) / len(errors)
+        if error == 0:
+            return Rival(name, 0.0, 1.0, None, None)
+        try:
+            tuned = self._fastest_within(error, lambda tried: tried.error)
+        except CannotTune:  # nearer than the first rung
+            return Rival(name, error, self.speedup(fixed), None, None)
+        return Rival(name, error, self.speedup(fixed), tuned, self.speedup(self.recipe(tuned.rungs)))
+
+    def _fastest_within(self, budget: float, measure: Callable[[Verified], float]) -> Verified:
+        """The last rung found whose error is within the budget."""
+        expected, scale = [r.error for r in self.found.rungs], 1.0
+        low, high, best, tries = 0, len(expected) + 1, None, []
+        while low + 1 < high and len(tries) < self.config.checks:
+            last_try = best is None and len(tries) == self.config.checks - 1
+            tries.append(tried := self._verify(1 if last_try else climb(expected, budget, low, high, scale)))
+            if measure(tried) <= budget:
+                low, best = tried.rungs, tried
+            else:
+                high = tried.rungs
+            if 0 < measure(tried) < math.inf and tried.expected > 0:
+                scale = measure(tried) / tried.expected
+        if best is None:
+            least = min(map(measure, tries))
+            raise CannotTune(f"no recipe stays within an error of {budget:g}; the nearest tried has {least:.3g}")
+        return best
+
+    def _nearest_at(self, speedup: float) -> Verified:
+        """The first rung found that is fast enough."""
+        low, high = 0, len(self.found.rungs)
+        most = self.speedup(self.recipe(high))
+        if most < speedup:
+            raise CannotTune(
+                f"a speed-up of {speedup:g} cannot be reached: every layer at its cheapest setting gives {most:.3g}"
+            )
+        for _ in range(self.config.checks):
+            if low + 1 >= high:
+                break
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.speedup(self.recipe(middle)) >= speedup else (middle, high)
+        # The search stops where times happened to be good: what it promises is measured once more.
+        for rungs in range(high, min(high + self.config.checks, len(self.found.rungs) + 1)):
+            self.speedups[rungs] = self.speedup(self.recipe(rungs))
+            if self.speedups[rungs] >= speedup:
+                return self._verify(rungs)
+        most = max(self.speedups.values())
+        raise CannotTune(f"a speed-up of {speedup:g} was measured once, but not again: {most:.3g} at most")
+
+    def _verify(self, rungs: int) -> Verified:
+        """Whole runs of all prompts; what was verified before is not run again."""
+        if known := [check for check in self.checks if check.rungs == rungs]:
+            return known[0]
+        last = self.found.rungs[rungs - 1]
+        speedup = 1 / max(1 - last.saving / self.found.cost, 1e-3)
+        self.checks.append(Verified(rungs, self._errors(self.recipe(rungs)), last.error, speedup))
+        return self.checks[-1]
+
+    def _errors(self, recipe: Mapping[str, Any]) -> tuple[float, ...]:
+        """Relative error of the final latents of every prompt."""
+        with self.runs.patched(recipe):
+            return tuple(relative_error(self.runs.latents(i), x) for i, x in enumerate(self.found.exact))
+
+    def speedup(self, recipe: Mapping[str, Any]) -> float:
+        """Of a run's denoiser calls; both sides take turns, call by call."""
+        calls, shares = self.found.calls[0], self.found.shares
+        if self.config.cost == FLOPS:
+            with self.runs.patched(recipe):
+                return self.found.cost / denoiser_cost(self.runs, calls, shares, FLOPS, 1)
+        variants = {
+            (tuned, b): lambda c=c: self.runs.replay(c) for b, c in enumerate(calls) for tuned in ("exact", "tuned")
+        }
+        timings = interleave(
+            {f"{tuned} {b}": call for (tuned, b), call in variants.items()},
+            self.config.rounds,
+            device=self.runs.device,
+            around=lambda name: self._patched(recipe, name) if name.startswith("tuned") else nullcontext(),
+        )
+        seconds = {
+            side: [sum(n * r[f"{side} {b}"] for b, n in enumerate(shares)) for r in timings.rounds]
+            for side in ("exact", "tuned")
+        }
+        return statistics.median(e / t for e, t in zip(seconds["exact"], seconds["tuned"], strict=True))
+
+    @contextmanager
+    def _patched(self, recipe: Mapping[str, Any], name: str) -> Iterator[None]:
+        """Within, a run with the recipe is under way, in the band that the name ends with: it begins once, not in every
+        call."""
+        call = self.found.calls[0][int(name.split()[1])]
+        with self.runs.patched(recipe) as handle:
+            handle.hooks[0].begin_call(call.args, dict(call.kwargs))
+            yield
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,91 @@
+"""What the tuner chooses from, and recipes made of its choices."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffattn.methods import METHODS
+from diffattn.methods.base import AttentionMethod
+from diffattn.patching.recipe import VERSION, VERSION_KEY
+from diffattn.schedules import EXACT
+
+Choice = Mapping[str, Sequence[int | None]]
+"""Layer -> the index of a setting, or None for exact attention, per band of noise levels, the noisiest first."""
+
+AGENT_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
+"""Agents per token. `min_tokens` is 0 because the tuner measures for itself where agents pay."""
+
+AGENT_SETTINGS = (
+    *({"agents": "landmarks", "num_agents": None, "agent_ratio": 1 - s, "min_tokens": 0} for s in AGENT_SHARES),
+    *(
+        {"num_agents": None, "agent_ratio": 1 - s, "scale_exponent": kappa, "shortcut": shortcut, "min_tokens": 0}
+        for s in (1 / 16, 1 / 64)
+        for kappa, shortcut in ((1.0, 0.0), (0.3, 0.075))
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with options, under a name of its own in the recipe."""
+
+    name: str
+    method: AttentionMethod
+    options: Mapping[str, Any]
+
+
+def settings_of(candidates: Sequence[tuple[str, Mapping[str, Any]]] | None = None) -> list[Setting]:
+    """Settings from pairs of a method's name and options.
+
+    Args:
+        candidates: None for the default ones: what the class methods `candidates` of all methods give, and
+            `AGENT_SETTINGS` for agent attention if it has none.
+
+    Raises:
+        ValueError: an unknown method, or options that it refuses; no candidates.
+    """
+    if candidates is None:
+        candidates = [(name, options) for name in METHODS for options in _defaults(name)]
+    settings: list[Setting] = []
+    for name, options in candidates:
+        if name not in METHODS:
+            raise ValueError(f"unknown method: {name!r}; allowed: {', '.join(METHODS)}")
+        number = 1 + sum(s.method.name == name for s in settings)
+        settings.append(Setting(f"{name}-{number}", METHODS[name].from_options(options), dict(options)))
+    if not settings:
+        raise ValueError("there is nothing to choose from: no candidates")
+    return settings
+
+
+def _defaults(name: str) -> Sequence[Mapping[str, Any]]:
+    own = getattr(METHODS[name], "candidates", None)
+    return own() if own is not None else AGENT_SETTINGS if name == "agent" else ()
+
+
+def recipe_of(choice: Choice, bounds: Sequence[float], settings: Sequence[Setting]) -> dict[str, Any]:
+    """A tuned recipe for `diffattn.patch`, without what it promises.
+
+    Args:
+        choice: for every self-attention layer of the model.
+        bounds: the lowest noise level of each band, falling to 0.
+        settings: what the indices of `choice` mean; only those used are written.
+    """
+    used = sorted({index for entry in choice.values() for index in entry if index is not None})
+    return {
+        VERSION_KEY: VERSION,
+        "settings": {
+            settings[i].name: {"method": settings[i].method.name, "options": dict(settings[i].options)} for i in used
+        },
+        "layers": {name: _entries(entry, bounds, settings) for name, entry in choice.items()},
+    }
+
+
+def _entries(entry: Sequence[int | None], bounds: Sequence[float], settings: Sequence[Setting]) -> dict[str, str]:
+    """{lowest noise level: name}, adjacent bands with the same setting as one."""
+    names = [EXACT if i is None else settings[i].name for i in entry]
+    following = [*names[1:], None]
+    return {
+        str(b): name
+        for b, name, after in zip(bounds, names, following, strict=True)
+        if name != after or b == bounds[-1]
+    }

@@ -1,0 +1,176 @@
+"""What a job may ask for when only the model says how much it is, what may be downloaded, and how long it takes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HeunDiscreteScheduler
+from support import web
+
+from diffattn.app.jobs import Drawn, Limits, Measurement, Models, Worker
+from diffattn.app.jobs.pace import Pace
+from diffattn.app.jobs.quality_run import REFERENCE_FILE
+from diffattn.app.jobs.speed_quality import extractor_for
+from diffattn.drawing.request import EXACT, Request
+from diffattn.metrics.extractors import load_extractor
+from diffattn.metrics.reference import Reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
+
+OFFLINE = ["cifar-classifier", "emoji-classifier"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of 32x32 pixels; "group/two" has a reference."""
+    folder = web.save_models(tmp_path_factory.mktemp("limits") / "models")
+    reference().save(folder / "group" / "two" / REFERENCE_FILE)
+    return folder
+
+
+def reference() -> Reference:
+    pictures = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Reference.of("noise", [pictures], load_extractor("emoji-classifier"))
+
+
+def measurement(worker: Worker, model: str = "one", **changes: Any) -> Measurement:
+    given = dict(accelerations=["agent/fast"], samples=8, steps=1, prompts="a", extractor="emoji-classifier")
+    return worker.limits.measurement([model], **(given | changes))
+
+
+JOBS: dict[str, Callable[[Worker, Request], Any]] = {
+    "generate": lambda worker, request: worker.generate("a", request),
+    "compare": lambda worker, request: worker.compare("a", request, ["agent/fast"]),
+    "measure": lambda worker, request: worker.measure("a", measurement(worker)),
+}
+
+
+# The size of a model's own
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_models_own_size_is_held_against_the_limit(folder: Path, job: str) -> None:
+    worker = Worker(Models(folder), Limits(side=16), "cpu")
+    with pytest.raises(ValueError, match="width 32 is above the limit of 16 pixels; give a smaller width"):
+        list(JOBS[job](worker, web.ask(worker)))
+    hooks = web.traces_of_patching(web.loaded(worker))
+    assert hooks[:2] == (0, 0)
+    assert not any(name.startswith("diffattn") for name in hooks[2].values())
+
+
+def test_a_size_that_is_half_the_models_own_is_checked_too(folder: Path) -> None:
+    worker = Worker(Models(folder), Limits(side=16), "cpu")
+    with pytest.raises(ValueError, match="height 32 is above the limit of 16"):
+        list(worker.generate("a", web.ask(worker, width=16)))
+    assert isinstance(list(worker.generate("a", web.ask(worker, width=16, height=16)))[-1], Drawn)
+    with pytest.raises(ValueError, match="width 32 is above"):  # before the job
+        worker.seconds_for(web.ask(worker))
+    assert worker.seconds_for(web.ask(worker, model="owner/name")) is None  # nobody knows its size yet
+
+
+# All steps of a job
+
+
+def test_the_work_of_a_job_has_an_end(folder: Path) -> None:
+    worker = Worker(Models(folder), Limits(calls=100), "cpu")
+    asked = worker.limits.request("one", "", steps=50, num_images=2)
+    with pytest.raises(ValueError, match="2 pictures of 51 steps are 102 steps in all, at most 100 are allowed"):
+        worker.limits.request("one", "", steps=51, num_images=2)
+    with pytest.raises(ValueError, match="4 pictures of 50 steps"):
+        worker.compare("a", asked, ["agent/fast"])
+    with pytest.raises(ValueError, match="4 pictures of 50 steps"):
+        worker.seconds_for(asked, 4)
+    assert measurement(worker, steps=4).num_variants == 2  # and a reference: 3 times 8 pictures
+    with pytest.raises(ValueError, match="24 pictures of 5 steps"):
+        measurement(worker, steps=5)
+
+
+def test_the_largest_measurement_of_the_default_limits_is_refused() -> None:
+    limits, ways = Limits(), [f"agent/{preset}" for preset in ("balanced", "fast")]
+    with pytest.raises(ValueError, match="at most 25000"):
+        limits.measurement(["a", "b"], accelerations=ways, numbers="1,2,3,4,5,6", samples=256, steps=100)
+    assert limits.measurement(["a"], accelerations=ways, samples=256, steps=20).samples == 256
+
+
+# What may be downloaded
+
+
+def test_without_the_hub_only_extractors_that_come_with_the_package_are_used(folder: Path) -> None:
+    worker = Worker(Models(folder, hub=False), device="cpu")
+    assert worker.models.extractors() == OFFLINE
+    for chosen in ("dinov2", "clip", "inception", "automatic"):
+        named = "dinov2" if chosen == "automatic" else chosen
+        for refuse in (worker.seconds_to_measure, lambda asked: list(worker.measure("a", asked))):
+            with pytest.raises(ValueError, match=f"{named}' would be downloaded.*choose one of {', '.join(OFFLINE)}"):
+                refuse(measurement(worker, extractor=chosen))
+    assert worker._loaded is None
+
+
+def test_automatic_is_the_extractor_of_the_stored_reference_if_it_may_be(folder: Path, tmp_path: Path) -> None:
+    offline, online = Models(folder, hub=False), Models(folder)
+    assert online.extractors() == [*OFFLINE, "inception", "dinov2", "clip"]
+    assert extractor_for("one", "automatic", online) == "dinov2"
+    assert extractor_for("group/two", "automatic", offline) == "emoji-classifier"
+    models = Models(web.save_sits(tmp_path / "models", "sit"), hub=False)
+    replace(reference(), extractor="clip").save(tmp_path / "models" / "sit" / REFERENCE_FILE)
+    with pytest.raises(ValueError, match="'clip' would be downloaded"):
+        extractor_for("sit", "automatic", models)
+    assert extractor_for("sit", "cifar-classifier", models) == "cifar-classifier"
+    (tmp_path / "models" / "sit" / REFERENCE_FILE).write_text("x")
+    with pytest.raises(ValueError, match=f"'sit/{REFERENCE_FILE}' is not a reference") as refused:
+        extractor_for("sit", "automatic", models)
+    assert str(tmp_path) not in str(refused.value)
+
+
+# How long it takes
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_that_draws_teaches_the_pace(folder: Path, job: str) -> None:
+    worker = web.tiny_worker(folder)
+    assert worker.seconds_for(web.ask(worker)) is None
+    list(JOBS[job](worker, web.ask(worker)))
+    assert worker.seconds_for(web.ask(worker)) is not None
+    assert worker.seconds_for(web.ask(worker, model="group/two")) is None
+
+
+def test_exact_pictures_say_the_pace_and_accelerated_ones_until_there_are_any() -> None:
+    pace, exact = Pace(), Request("m", "", method=EXACT, steps=20, width=256, height=256)
+    assert pace.seconds("m", 256 * 256, 10) is None
+    pace.learn(replace(exact, method="agent", steps=10), seconds=1.0)
+    assert pace.seconds("m", 256 * 256, 10) == pytest.approx(1)
+    pace.learn(exact, seconds=4.0)
+    pace.learn(replace(exact, method="agent"), seconds=1.0)
+    assert pace.seconds("m", 256 * 256, 10) == pytest.approx(2)
+    assert pace.seconds("m", 128 * 256, 10) == pytest.approx(1)
+    assert pace.seconds("other", 256 * 256, 10) is None
+
+
+def test_the_pace_is_that_of_steps_whatever_calls_they_take(folder: Path) -> None:
+    worker = web.tiny_worker(folder)
+    list(worker.generate("a", web.ask(worker)))
+    pipe = web.loaded(worker)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    drawn = list(worker.generate("a", web.ask(worker, steps=6)))[-1]
+    assert len(drawn.trace.seconds) == 11
+    assert worker.seconds_for(web.ask(worker, steps=6)) == pytest.approx(drawn.pictures[0].seconds)
+
+
+def test_a_stored_reference_shortens_the_estimate_only_where_it_is_used(folder: Path) -> None:
+    worker = web.tiny_worker(folder)
+    list(worker.generate("a", web.ask(worker, model="group/two")))
+
+    def pictures(**changes: Any) -> float:
+        asked = measurement(worker, "group/two", **changes)
+        one, all_of_it = worker.seconds_for(Request("group/two", "", steps=1)), worker.seconds_to_measure(asked)
+        assert one is not None
+        assert all_of_it is not None
+        return all_of_it / one
+
+    assert pictures() == pytest.approx(16)
+    assert pictures(extractor="automatic") == pytest.approx(16)
+    assert pictures(extractor="cifar-classifier") == pytest.approx(24)
+    assert pictures(against="exact") == pytest.approx(24)

@@ -1,0 +1,69 @@
+"""Comparisons, and the steps of their variants, in a real browser."""
+
+# ruff: noqa: E402, the page needs Gradio, the browser Playwright
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from support import web
+
+web.need_gradio()
+web.need_chromium()
+
+from playwright.sync_api import Page, expect
+from support.browsing import PATIENCE, choose, chromium, go_to, says, set_number, set_steps, start_a_long_job, visitors
+
+Visit = Callable[[], Page]
+
+
+@pytest.fixture(scope="module")
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
+    """Opens the page as another visitor, to compare with a tiny model."""
+    models = web.save_models(tmp_path_factory.mktemp("browser") / "models", side=64)
+    worker = web.tiny_worker(models, steps=900, images=50, calls=10**6)  # jobs long enough to be stopped
+    with web.served(worker) as address, chromium() as browser, visitors(browser, address) as opened:
+
+        def visitor() -> Page:
+            page = opened("Compare")
+            choose(page, "Model", "one")
+            set_steps(page, 2)
+            return page
+
+        yield visitor
+
+
+def test_a_slider_figures_and_the_steps_of_every_variant(visit: Visit) -> None:
+    page = visit()
+    page.click("#compare")
+    says(page, "#compare-stage", "Done")
+    expect(page.locator("#slider img")).to_have_count(2, timeout=PATIENCE)
+    expect(page.get_by_role("cell", name="agent/balanced")).to_be_visible()
+    first = page.locator("#slider img").last.get_attribute("src")
+    page.get_by_label("agent/fast", exact=True).check()
+    expect(page.locator("#slider img").last).not_to_have_attribute("src", first or "", timeout=PATIENCE)
+    go_to(page, "Time steps")
+    expect(page.locator("#steps-chart svg")).to_have_attribute("aria-label", "What the steps of agent/balanced did")
+    choose(page, "Run", "Compare: none")
+    expect(page.locator("#steps-chart svg")).to_have_attribute("aria-label", "What the steps of none did")
+    says(page, "#steps-chart", "every step ran exact attention")
+
+
+def test_the_time_counts_exact_attention_every_acceleration_and_the_recipe(visit: Visit) -> None:
+    page = visit()
+    set_number(page, "Pictures", 2)
+    says(page, "#compare-time", "for 6 pictures")
+    page.get_by_role("button", name="More settings").filter(visible=True).click()
+    recipe = {"name": "recipe.json", "mimeType": "application/json", "buffer": b'{"method": "agent"}'}
+    page.locator("input[type=file]:visible, [role=tabpanel]:visible input[type=file]").first.set_input_files([recipe])
+    says(page, "#compare-time", "for 8 pictures")
+
+
+def test_stop_ends_a_comparison(visit: Visit) -> None:
+    page = visit()
+    start_a_long_job(page, "#compare", "#compare-stage")
+    page.click("#stop-compare")
+    says(page, "#compare-stage", "Stopped. Change something and press Compare again")  # the job's last word, not Stop's
+    set_steps(page, 2)
+    set_number(page, "Pictures", 1)
+    page.click("#compare")
+    says(page, "#compare-stage", "Done")

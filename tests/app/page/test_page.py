@@ -1,0 +1,286 @@
+"""The page's endpoints, through Gradio's own client."""
+
+# ruff: noqa: E402, the page needs Gradio
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import web
+
+web.need_gradio()
+
+import httpx
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+from diffattn.app.jobs import Limits, Worker
+from diffattn.app.page import build, launch
+from diffattn.app.page.files import Files
+from diffattn.drawing.request import recipe_of
+
+FAILS = (AppError, ValueError)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    return web.tiny_worker(web.save_models(tmp_path_factory.mktemp("web") / "models"))
+
+
+@pytest.fixture(scope="module")
+def address(worker: Worker) -> Iterator[str]:
+    with web.served(worker) as found:
+        yield found
+
+
+@pytest.fixture
+def client(address: str) -> Client:
+    return Client(address, verbose=False)
+
+
+def draw(client: Client, **changes: Any) -> Any:
+    return client.predict(**(settings() | changes), api_name="/generate")
+
+
+def settings() -> dict[str, Any]:
+    return dict(prompt="a cat", model="one", acceleration="none", steps=2, guidance=None, width=None, height=None,
+                seed=0, num_images=1, negative_prompt="", recipe=None)  # fmt: skip
+
+
+def compare_settings() -> dict[str, Any]:
+    found = settings()
+    del found["acceleration"]
+    return found | {"accelerations": ["agent/fast", "agent/balanced"], "width": 64, "height": 64}
+
+
+@pytest.mark.parametrize("most", [(1, 1, 8), (7, 2, 9), (100, 8, 256)])
+def test_the_page_begins_within_its_limits(worker: Worker, tmp_path: Path, most: tuple[int, int, int]) -> None:
+    limits = dict(zip(("steps", "images", "samples"), most, strict=True))
+    page = build(Worker(worker.models, Limits(**limits), "cpu"), Files(tmp_path, 60))
+    found: list[Any] = [block for block in page.blocks.values() if type(block).__name__ == "Slider"]
+    of_label = {"Steps": limits["steps"], "Pictures": limits["images"], "N: pictures of each": limits["samples"]}
+    assert sorted(slider.label for slider in found) == ["N: pictures of each", *["Pictures"] * 2, *["Steps"] * 3]
+    for slider in found:
+        limit = of_label[slider.label]
+        assert slider.minimum <= slider.value <= limit
+        assert slider.minimum < slider.maximum
+        assert slider.interactive == (slider.minimum < limit)
+
+
+def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
+    found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(found) == {
+        "/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate",
+        "/measure", "/show_runs", "/load_runs", "/estimate_measure",
+    }  # fmt: skip
+    assert [p["parameter_name"] for p in found["/generate"]["parameters"]] == list(settings())
+
+
+def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> None:
+    stage, pictures, files, code = draw(client, num_images=2, seed=7, acceleration="agent/fast", width=64, height=64)
+    assert "2 of 2 pictures" in stage
+    assert len(pictures) == 2
+    assert [recipe_of(Path(file))["seed"] for file in files] == [7, 8]
+    assert "manual_seed(7)" in code
+    assert "diffattn.patch(pipe, 'agent', preset='fast')" in code
+
+
+def test_a_recipe_goes_before_the_acceleration_and_is_compared(client: Client, tmp_path: Path) -> None:
+    recipe = {"method": "agent", "options": {"num_agents": 9, "min_tokens": 0}, "schedule": {"0.5": {}, "0.0": "exact"}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    given = handle_file(str(tmp_path / "recipe.json"))
+    _, _, files, code = draw(client, recipe=given, acceleration="none")
+    assert recipe_of(Path(files[0]))["recipe"] == recipe
+    assert "recipe={'method': 'agent'" in code
+    asked = compare_settings() | {"accelerations": [], "recipe": given}
+    _, _, pair, figures, _ = client.predict(**asked, api_name="/compare")
+    assert [recipe_of(Path(file))["recipe"] for file in pair] == [None, recipe]
+    assert "<td>recipe</td>" in figures
+    (tmp_path / "recipe.json").write_text(json.dumps({"method": "agent", "code": "import os"}))
+    with pytest.raises(FAILS, match="unknown recipe key code"):
+        draw(client, recipe=handle_file(str(tmp_path / "recipe.json")))
+
+
+def test_time_steps_are_those_of_the_same_visitor(client: Client, address: str) -> None:
+    draw(client, acceleration="agent/pooled", steps=5, width=64, height=64)
+    chart, data = client.predict(api_name="/time_steps")
+    assert "<svg" in chart
+    assert data["switches"] == [next(i for i, n in enumerate(data["numbers"]) if n is None)]
+    chart, data = Client(address, verbose=False).predict(api_name="/time_steps")
+    assert "<svg" not in chart
+    assert data is None
+
+
+def test_time_steps_of_every_variant_of_a_comparison(client: Client) -> None:
+    client.predict(**compare_settings(), api_name="/compare")
+    charts, found = zip(
+        *(client.predict(f"Compare: {name}", api_name="/time_steps") for name in ("none", "agent/fast")), strict=True
+    )
+    assert "every step ran exact attention" in charts[0]
+    assert "every step ran exact attention" not in charts[1]
+    assert [data["title"] for data in found] == ["none", "agent/fast"]
+    assert client.predict("Generate", api_name="/time_steps")[1] is None
+    assert client.predict("Compare: agent/pooled", api_name="/time_steps")[1] is None
+
+
+def test_compare_and_its_pairs(client: Client) -> None:
+    _, _, pair, figures, report = client.predict(**compare_settings(), api_name="/compare")
+    assert [recipe_of(Path(file))["method"] for file in pair] == ["none", "agent"]
+    assert "agent/balanced" in figures
+    assert "why exact" in report
+    other = client.predict("agent/balanced", api_name="/show_pair")
+    assert recipe_of(Path(other[1]))["preset"] == "balanced"
+    assert "Peak memory is measured on CUDA devices only" in figures
+    assert "GFLOPs are counted up to" not in figures
+
+
+def test_a_failed_job_says_so_where_its_progress_was(client: Client) -> None:
+    for changes, name in ((settings(), "/generate"), (compare_settings(), "/compare")):
+        job = client.submit(**(changes | {"width": 33}), api_name=name)
+        with pytest.raises(FAILS, match="multiple of 8"):
+            job.result()
+        stage = str(job.outputs()[-1][0])
+        assert "Please change this: " in stage
+        assert "multiple of 8" in stage
+
+
+def test_the_page_answers_while_a_job_runs(client: Client, address: str) -> None:
+    running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
+    wait_for(lambda: any("step " in str(out) for out in running.outputs()))
+    other = Client(address, verbose=False)
+    assert "32×32" in other.predict("one", api_name="/describe_model")
+    assert "Time: about" in other.predict("one", 2, None, None, 1, api_name="/estimate")
+    assert not running.done()
+    client.predict(api_name="/stop")
+    wait_for(running.done)
+
+
+def test_about_a_model_and_its_time(client: Client) -> None:
+    assert "32×32" in client.predict("one", api_name="/describe_model")
+    draw(client)
+    assert "Time: about" in client.predict("one", 2, None, None, 1, api_name="/estimate")
+    assert "from 8 to 64" in client.predict("one", 2, 10**6, None, 1, api_name="/estimate")
+
+
+def test_downloads_are_deleted_when_they_are_old_and_when_the_page_ends(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+
+    def pictures() -> list[Path]:
+        return sorted(tmp_path.rglob("*.png"))
+
+    with web.served(worker) as address:
+        client = Client(address, verbose=False, download_files=False)
+        draw(client, num_images=2)
+        old = pictures()
+        (folder,) = {file.parent for file in old}  # of a job: a new picture keeps those before it
+        draw(client, seed=1)
+        assert len(pictures()) == 3
+        os.utime(folder, (0, 0))
+        client.predict(**compare_settings(), api_name="/compare")
+        assert not set(old) & set(pictures())
+        assert len(pictures()) == 4  # the second, and of the comparison those of each variant
+    wait_for(lambda: not pictures())
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"model": "../../etc"}, "not available here"),
+        ({"model": "/etc"}, "not available here"),
+        ({"width": 10**9}, "width must be"),
+        ({"width": 33}, "multiple of 8"),
+        ({"guidance": 1e9}, "guidance must be"),
+        ({"guidance": "nan"}, "guidance must be a number from 0 to 30, got nan"),
+        ({"steps": 10**6}, "greater than maximum value 400"),
+        ({"num_images": 99}, "greater than maximum value 4"),
+        ({"acceleration": "__class__"}, "not in the list of choices"),
+        ({"prompt": "x" * 101}, "at most 100 characters"),
+        ({"seed": -1}, "less than minimum value 0"),
+        ({"seed": 2**70}, "seed must be a whole number"),
+    ],
+    ids=str,
+)
+def test_hostile_inputs_are_refused_in_words(client: Client, bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(FAILS, match=says) as caught:
+        draw(client, **bad)
+    assert "Traceback" not in str(caught.value)
+    assert "diffattn/" not in str(caught.value)
+
+
+def test_files_of_the_server_are_not_served(address: str) -> None:
+    for path in ("/etc/passwd", str(Path(__file__)), "pyproject.toml", "../../etc/passwd"):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_eight_clients_at_once_each_get_their_own(address: str) -> None:
+    def visit(seed: int) -> tuple[int, list[str]]:
+        files = draw(Client(address, verbose=False), seed=100 * seed)[2]
+        return recipe_of(Path(files[0]))["seed"], files
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(visit, range(8)))
+    assert [seed for seed, _ in found] == [100 * seed for seed in range(8)]
+    assert len({file for _, files in found for file in files}) == 8
+
+
+def test_stop_ends_a_running_job_of_its_visitor_alone(client: Client, address: str) -> None:
+    job = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
+    wait_for(lambda: any("step " in str(out) for out in job.outputs()))
+    assert "Nothing is running" in Client(address, verbose=False).predict(api_name="/stop")
+    begin = time.monotonic()
+    assert "Stopped" in client.predict(api_name="/stop")
+    wait_for(job.done)
+    assert time.monotonic() - begin < 30
+    assert "Stopped" in str(job.outputs()[-1])
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+def test_a_waiting_job_says_its_place_and_can_leave_the_line(client: Client, address: str, how: str) -> None:
+    running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
+    wait_for(lambda: any("step " in str(out) for out in running.outputs()))
+    other = Client(address, verbose=False)
+    waiting = other.submit(**settings(), api_name="/generate")
+    wait_for(lambda: any("Waiting: 1 job runs before yours" in str(out) for out in waiting.outputs()))
+    if how == "stop":
+        assert "Stopped" in other.predict(api_name="/stop")
+        wait_for(waiting.done)
+        assert "Stopped" in str(waiting.outputs()[-1])
+    else:
+        assert waiting.cancel()
+    assert not running.done()
+    client.predict(api_name="/stop")
+    wait_for(running.done)
+    assert "Done" in draw(client)[0]
+    assert not any("step " in str(out) for out in waiting.outputs())
+
+
+@pytest.mark.parametrize(
+    "open_to_others", [{"share": True}, {"host": "0.0.0.0"}, {"host": "0.0.0.0", "auth": ("", "")}]
+)
+def test_a_page_open_to_others_needs_a_password(worker: Worker, open_to_others: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="--auth"):
+        launch(worker, wait=False, **open_to_others)
+
+
+def test_with_a_password_nothing_is_served_without_it(worker: Worker) -> None:
+    page, address = launch(worker, auth=("me", "secret"), wait=False, warm_up=None)
+    try:
+        assert httpx.get(f"{address}gradio_api/info").status_code == 401
+        inside = Client(address, auth=("me", "secret"), verbose=False)
+        assert "32×32" in inside.predict("one", api_name="/describe_model")
+    finally:
+        page.close()
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)

@@ -1,0 +1,130 @@
+"""Thresholds: which row decides, this machine's own file, and the command that measures."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from diffattn.benchmarks.thresholds import (
+    NUM_AGENTS,
+    SizeResult,
+    measure_thresholds,
+    save_thresholds,
+    thresholds_from,
+)
+from diffattn.cli.bench import app
+from diffattn.files import read_json, write_json
+from diffattn.methods.thresholds import MERGE, load_thresholds, min_tokens_for, read_thresholds, shipped_file, user_file
+
+CPU = torch.device("cpu")
+TABLE = {"cpu": {"16": 256, "64": 1024}, "cuda": {"16": 4096}}
+RESULTS = [
+    SizeResult(64, 3, {"16": 1.5}),
+    SizeResult(256, 3, {"16": 0.5, "64": 1.2}),
+    SizeResult(1024, 3, {"16": 0.2, "64": 0.6}),
+]
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    path = tmp_path / "settings" / "thresholds.json"
+    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(path))
+    return path
+
+
+@pytest.mark.parametrize(("agents", "tokens"), [(1, 256), (16, 256), (17, 272), (40, 640), (64, 1024), (128, 2048)])
+def test_between_measured_numbers_of_agents_lies_a_line(agents, tokens):
+    assert min_tokens_for(TABLE, "cpu", agents) == tokens
+
+
+def test_an_unknown_device_counts_as_cuda():
+    assert min_tokens_for(TABLE, "mps", 16) == 4096
+    assert min_tokens_for(TABLE, "cpu", None) == 1024  # no row of its own: as the largest number of agents
+    assert min_tokens_for({"cuda": {"16": 4096, MERGE: 9}}, "cuda", None) == 9
+
+
+def test_the_shipped_table_is_complete_and_says_what_is_measured():
+    table = read_thresholds(shipped_file())
+    status = read_json(shipped_file())["status"]
+    assert {"cpu", "cuda"} <= set(table)
+    assert all(set(row) == {*map(str, NUM_AGENTS), MERGE} for row in table.values())
+    assert set(status) == set(table)
+    assert set(status.values()) <= {"measured", "assumed"}
+
+
+def test_this_machines_file_wins_for_the_devices_it_has(own_file):
+    assert user_file() == own_file
+    shipped = read_thresholds(shipped_file())
+    assert load_thresholds() == shipped
+    write_json(own_file, {"devices": {"cpu": {"16": 99}}})
+    assert load_thresholds() == shipped | {"cpu": {"16": 99}}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"devices": {"cpu": {}}}', '{"devices": {"cpu": {"x": 1}}}'])
+def test_a_damaged_file_is_named(own_file, text):
+    own_file.parent.mkdir()
+    own_file.write_text(text)
+    with pytest.raises(ValueError, match=r"thresholds\.json.*diffattn bench thresholds"):
+        load_thresholds()
+    result = CliRunner().invoke(app, ["thresholds", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert own_file.read_text() == text
+
+
+def test_the_smallest_number_of_tokens_from_which_agents_stay_faster():
+    assert thresholds_from(RESULTS) == {"16": 256, "64": 1024, "256": 1025, "1024": 2049, "merge": 1025}
+    dip = [SizeResult(64, 3, {"16": 0.5}), SizeResult(256, 3, {"16": 0.95}), SizeResult(1024, 3, {"16": 0.5})]
+    assert thresholds_from(dip)["16"] == 1024
+
+
+def test_saving_keeps_other_devices(own_file):
+    save_thresholds(own_file, CPU, torch.float32, RESULTS)
+    data = read_json(own_file)
+    data["devices"]["cuda"], data["status"]["cuda"] = {"16": 7}, "measured"
+    write_json(own_file, data)
+    row = save_thresholds(own_file, CPU, torch.float32, RESULTS[:2])
+    data = read_json(own_file)
+    assert data["devices"] == {"cuda": {"16": 7}, "cpu": row}
+    assert data["status"] == {"cuda": "measured", "cpu": "measured"}
+    assert data["measured"]["cpu"]["dtype"] == "float32"
+    assert data["measured"]["cpu"]["time_ratios"]["256"] == {"16": 0.5, "64": 1.2}
+    assert load_thresholds()["cpu"] == row
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_reading_names_what_is_wrong(tmp_path):
+    for text in ("{", "[]"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json"):
+            read_json(tmp_path / "a.json")
+
+
+def test_measuring_small_grids():
+    results = measure_thresholds(CPU, torch.float32, sides=(8, 12), time_budget=60.0, say=lambda line: None)
+    assert [r.tokens for r in results] == [64, 144]
+    assert [set(r.ratios) for r in results] == [{"16", "merge"}, {"16", "64", "merge"}]
+    assert all(ratio > 0 for r in results for ratio in r.ratios.values())
+
+
+def test_the_time_budget_leaves_out_large_grids():
+    lines = []
+    results = measure_thresholds(CPU, torch.float32, sides=(8, 12, 512), time_budget=0.5, say=lines.append)
+    assert results[-1].tokens < 512 * 512
+    assert "time budget" in lines[-1]
+
+
+def test_the_command_writes_the_file_that_is_read(own_file):
+    result = CliRunner().invoke(app, ["thresholds", "--device", "cpu", "--time-budget", "0.02"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(own_file.read_text())
+    assert data["status"] == {"cpu": "measured"}
+    assert load_thresholds()["cpu"] == data["devices"]["cpu"]

@@ -1,0 +1,98 @@
+"""Picture sets from folders, zips and `.npz`: order, size, hash, and what is refused."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.tiny_pictures import encoded, folder, packed, png
+
+from diffattn.evaluation.picture_set import fit, open_pictures
+from diffattn.metrics.adm import write_pictures
+from diffattn.metrics.features import as_uint8
+
+FOUR = {"b/1.png": png(1), "b/0.png": png(0), "a.png": png(2), "c.PNG": png(3), "notes.txt": b"x", ".d.png": b"x"}
+
+
+def pixels(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+
+
+def test_folder_and_zip_hold_the_same_in_the_order_of_names(tmp_path: Path) -> None:
+    one, other = open_pictures(folder(tmp_path / "f", FOUR)), open_pictures(packed(tmp_path / "z.zip", FOUR))
+    assert one.names == other.names == ("a.png", "b/0.png", "b/1.png", "c.PNG")
+    assert one.hash == other.hash
+    assert one.size == (8, 8)
+    assert len(one) == 4
+    expected = torch.stack([pixels(png(i)) for i in (2, 0, 1, 3)])
+    torch.testing.assert_close(one.batch(0, 4), expected)
+    torch.testing.assert_close(other.batch(1, 3), expected[1:3])
+    write_pictures(tmp_path / "a.npz", expected)
+    stored = open_pictures(tmp_path / "a.npz")
+    assert stored.hash == one.hash
+    torch.testing.assert_close(stored.batch(2, 4), expected[2:])
+
+
+def test_the_first_so_many_that_can_be_read(tmp_path: Path) -> None:
+    place = folder(tmp_path / "f", FOUR | {"b/0.png": b"broken"})
+    with pytest.warns(UserWarning, match=r"1 of 4 pictures in 'f' cannot be read and are left out: 'b/0.png'"):
+        found = open_pictures(place, limit=3, skip_bad=True)
+    assert (found.names, found.rows, found.skipped) == (("a.png", "b/1.png", "c.PNG"), (0, 2, 3), ("b/0.png",))
+    torch.testing.assert_close(found.batch(1, 2)[0], pixels(png(1)))
+    with pytest.raises(ValueError, match=r"1 of 4 pictures in 'f' cannot be read: 'b/0.png' \(the first: .*skip-bad"):
+        open_pictures(place)
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="4 pictures or more are needed, 'f' has 3"),
+    ):
+        open_pictures(place, limit=4, skip_bad=True)
+
+
+def test_several_sizes_are_refused_or_brought_to_one(tmp_path: Path) -> None:
+    place = folder(tmp_path / "f", {"a.png": png(0), "b.png": png(1, (12, 10))})
+    with pytest.raises(ValueError, match=r"several sizes: 8x8 \('a.png'\), 12x10 \('b.png'\); bring them to one"):
+        open_pictures(place)
+    found = open_pictures(place, side=6)
+    assert found.size == (6, 6)
+    torch.testing.assert_close(found.batch(1, 2)[0], fit(pixels(png(1, (12, 10))), 6))
+
+
+def test_fit_crops_the_centre() -> None:
+    x = torch.zeros(3, 4, 8, dtype=torch.uint8)
+    x[:, :, 2:6] = 200
+    assert fit(x, 4).unique().tolist() == [200]
+    assert fit(x[:, :, :4], 4) is not None
+    assert fit(x, 2).shape == (3, 2, 2)
+
+
+def npz(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "no", "does not exist"),
+        (lambda p: folder(p / "f", {"a.txt": b"x"}), "no pictures in"),
+        (lambda p: folder(p / "f", {"a.png": png(0)}), "2 pictures or more are needed, 'f' has 1"),
+        (lambda p: packed(p / "z.zip", {"a.png": png(0), "b.png": png(1)[:60]}), "1 of 2 pictures in 'z.zip'"),
+        (lambda p: npz(p / "a.npz", arr_0=np.full((3, 8, 8, 3), np.nan)), "must be uint8"),
+        (lambda p: npz(p / "a.npz", mu=np.zeros(3)), "it has no arr_0, but mu"),
+        (lambda p: npz(p / "a.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "2 pictures or more are needed"),
+    ],
+)
+def test_what_is_no_set_of_pictures(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_pictures(make(tmp_path))
+
+
+def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
+    grey, clear = Image.new("L", (8, 8), 100), Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    found = open_pictures(folder(tmp_path / "f", {"a.png": encoded(grey), "b.png": encoded(clear)})).batch(0, 2)
+    assert found[0].unique().tolist() == [100]
+    assert found[1].unique().tolist() == [255]
+    assert as_uint8(found).dtype == torch.uint8
