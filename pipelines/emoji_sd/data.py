@@ -52,6 +52,13 @@ def split_names(count: int, every: int, keep: bool) -> tuple[list[int], list[int
     return (picked, rest) if keep else (rest, picked)
 
 
+def held_out_of_vae(count: int, every: int | None) -> tuple[list[int], list[int]]:
+    """(trained, held out) of the autoencoder: the second of every `every` pictures; those trained on by name are the
+    first ones, which the decoder is to draw well."""
+    held = [] if every is None else list(range(1, count, every))
+    return [i for i in range(count) if i not in set(held)], held
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 → float -1..1."""
     return images.float() / 127.5 - 1

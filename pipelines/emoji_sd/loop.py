@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
 from .data import step_rng
+
+STOPPED = 75  # exit status of a run that was asked to stop: temporary failure, try again
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class LoopConfig:
     batch: int
     lr: float  # peak learning rate
     steps: int | None = None  # budget in optimizer steps …
+    samples: int | None = None  # … or in samples …
     minutes: float | None = None  # … or in minutes of training (all runs of the stage together)
     warmup: float = 0.02  # share of the budget
     final_lr: float = 0.02  # share of the peak
     weight_decay: float = 0.01
     clip: float = 1.0  # gradient norm
-    ema: float = 0.999
+    ema: float = 0.999  # decay of the averaged weights at the start …
+    final_ema: float | None = None  # … and at the end of the budget; None: the same
     seed: int = 0
     device: str = "cpu"
     log_every: float = 20.0  # seconds
@@ -44,11 +52,13 @@ class Progress:
 
     def done(self, cfg: LoopConfig) -> float:
         """0 at the start, 1 when the budget is spent."""
+        if cfg.steps is not None:
+            return self.step / cfg.steps
+        if cfg.samples is not None:
+            return self.samples / cfg.samples
         if cfg.minutes is not None:
             return self.seconds / (cfg.minutes * 60)
-        if cfg.steps is None:
-            raise ValueError("give the stage a budget: steps or minutes")
-        return self.step / cfg.steps
+        raise ValueError("give the stage a budget: steps, samples or minutes")
 
 
 def learning_rate(done: float, cfg: LoopConfig) -> float:
@@ -57,6 +67,11 @@ def learning_rate(done: float, cfg: LoopConfig) -> float:
         return cfg.lr * max(done / cfg.warmup, 0.01)
     x = min((done - cfg.warmup) / (1 - cfg.warmup), 1.0)
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * x)))
+
+
+def ema_decay(done: float, cfg: LoopConfig) -> float:
+    """From `ema` to `final_ema`, linearly."""
+    return cfg.ema if cfg.final_ema is None else cfg.ema + (cfg.final_ema - cfg.ema) * min(done, 1.0)
 
 
 @torch.no_grad()
@@ -89,29 +104,59 @@ def train(
     progress = _resume(checkpoint, model, ema, optimizer, cfg.device)
     log = _Log(name, cfg, progress)
     saved = shown = time.monotonic()
-    while progress.done(cfg) < 1:
-        start = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress.done(cfg), cfg)
-        loss = loss_of(model, progress.step, step_rng(cfg.seed, progress.step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        update_ema(ema, model, progress.step, cfg.ema)
-        progress.step, progress.samples = progress.step + 1, progress.samples + cfg.batch
-        progress.seconds += time.monotonic() - start
-        log.add(loss, optimizer.param_groups[0]["lr"])
-        now = time.monotonic()
-        if now - saved > cfg.save_every:
-            _save(checkpoint, model, ema, optimizer, progress)
-            saved = now
-        if show is not None and now - shown > cfg.show_every:
-            show(ema, progress)
-            shown = time.monotonic()
-    _save(checkpoint, model, ema, optimizer, progress)
+    with stop_requests() as stop:
+        while progress.done(cfg) < 1 and not stop.is_set():
+            start = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress.done(cfg), cfg)
+            loss = _update(model, optimizer, loss_of(model, progress.step, step_rng(cfg.seed, progress.step)), cfg)
+            update_ema(ema, model, progress.step, ema_decay(progress.done(cfg), cfg))
+            progress.step, progress.samples = progress.step + 1, progress.samples + cfg.batch
+            progress.seconds += time.monotonic() - start
+            log.add(loss, optimizer.param_groups[0]["lr"])
+            now = time.monotonic()
+            if now - saved > cfg.save_every:
+                _save(checkpoint, model, ema, optimizer, progress)
+                saved = now
+            if show is not None and now - shown > cfg.show_every:
+                show(ema, progress)
+                shown = time.monotonic()
+        _save(checkpoint, model, ema, optimizer, progress)
     log.line()
+    if progress.done(cfg) < 1:
+        print(f"{name}: stopped and saved at step {progress.step}; the same command goes on from here", flush=True)
+        raise SystemExit(STOPPED)
     return ema, progress
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, cfg: LoopConfig) -> Tensor:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+    optimizer.step()
+    return loss.detach()
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is finished and saved; a second signal acts as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may handle signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, _: FrameType | None) -> None:
+        event.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _save(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
