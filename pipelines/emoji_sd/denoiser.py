@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from training_loop import batch_indices
 from transformers import CLIPTextModel
 
-from .data import batch_indices
 from .precision import autocast
 from .presets import Stage
 

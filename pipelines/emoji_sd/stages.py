@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
+from training_loop import Budget, LoopConfig, Progress, Show, atomic_save
 from transformers import CLIPTokenizer
 
 from .data import Pictures, held_out_of_vae
 from .denoiser import Denoiser, build_unet, denoiser_loss
 from .evaluate import draw, grid
 from .export import export
-from .loop import LoopConfig, Progress, atomic_save, train
+from .loop import Curves, train
+from .precision import autocast
 from .presets import Preset, Stage
 from .start import Start
 from .text import build_text_encoder, build_tokenizer, tokenize
 from .vae import VaeTrainer, build_vae, decoder_loss, encode, freeze_encoder, normalise, vae_loss
+
+DECODER = "decoder.pt"  # checkpoint of an autoencoder of which only the decoder is trained
+
+
+def unet_file(stage: Stage) -> str:
+    return f"unet-{stage.latent}.pt"
 
 
 @dataclass(frozen=True)
@@ -28,17 +35,17 @@ class Job:
     start: Start | None  # None: fresh weights
     work: Path  # checkpoints, latents, sample grids of this run
     out: Path  # the exported model
-    device: str
-    dtype: torch.dtype
-    seed: int
-    steps: int | None  # per stage, instead of the preset's budgets
-    show_minutes: float
-    save_minutes: float
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32  # what networks compute in
+    seed: int = 0
+    steps: int | None = None  # per stage, instead of the preset's budgets
+    show_minutes: float = 15
+    save_minutes: float = 3
 
-    def loop(self, budget: dict[str, float | None], **options: float | None) -> LoopConfig:
+    def loop(self, budget: Budget, batch: int) -> LoopConfig:
         return LoopConfig(
-            seed=self.seed, device=self.device, show_every=60 * self.show_minutes, save_every=60 * self.save_minutes,
-            **({"steps": self.steps} if self.steps else budget), **options,
+            Budget(steps=self.steps) if self.steps else budget, batch, self.seed, self.device, clip=1.0,
+            show_every=60 * self.show_minutes, save_every=60 * self.save_minutes,
         )  # fmt: skip
 
     def place(self, module: nn.Module) -> nn.Module:
@@ -53,22 +60,19 @@ def train_vae(job: Job, pictures: Pictures) -> AutoencoderKL:
     """→ the EMA autoencoder, in eval mode. From a start only its decoder is trained."""
     p = job.preset
     kept, _ = held_out_of_vae(len(pictures), p.vae_held_out)
-    cfg = job.loop(
-        {"minutes": p.vae_minutes, "samples": p.vae_samples},
-        batch=p.vae_pixels // p.vae_crops[0] ** 2, lr=p.vae_lr, ema=0.998,
-    )  # fmt: skip
+    cfg, curves = job.loop(p.vae_budget, p.vae_pixels // p.vae_crops[0] ** 2), Curves(p.vae_lr, ema=0.998)
     if job.start is None:
         with torch.random.fork_rng():
             torch.manual_seed(job.seed)
             model = job.place(VaeTrainer(build_vae(p.vae_channels, p.vae_layers, p.size)))
         loss = vae_loss(pictures.select(kept), p.vae_crops, p.vae_pixels, job.seed, job.device, job.dtype)
-        return train("vae", model, loss, cfg, job.work / "vae.pt")[0].vae.eval()
+        return train("vae", model, loss, curves, cfg, job.work / "vae.pt")[0].vae.eval()
     vae = job.place(job.start.vae)
     latents = cached_latents(job, vae, pictures, p.size // 8)
     freeze_encoder(vae)
     subset = pictures.select(kept)
     loss = decoder_loss(subset, latents[kept], p.vae_crops, p.vae_pixels, job.seed, job.device, job.dtype)
-    return train("decoder", vae, loss, cfg, job.work / "decoder.pt")[0].eval()
+    return train("decoder", vae, loss, curves, cfg, job.work / DECODER)[0].eval()
 
 
 def cached_latents(job: Job, vae: AutoencoderKL, pictures: Pictures, latent: int) -> Tensor:
@@ -105,33 +109,31 @@ def train_denoiser(job: Job, vae: AutoencoderKL, pictures: Pictures) -> Progress
     tokenizer = job.start.tokenizer if job.start else build_tokenizer(pictures.names, job.preset.vocab)
     ids, empty = tokenize(tokenizer, pictures.names), tokenize(tokenizer, [""])[0]
     latents = stage_latents(job, vae, pictures)
-    vae.save_pretrained(job.work / "vae")
+    vae.save_pretrained(job.work / "vae")  # these two so that a checkpoint of the denoiser can be exported
     tokenizer.save_pretrained(job.work / "tokenizer")
     model = build_denoiser(job, tokenizer)
     for stage in job.preset.stages:
-        cfg = job.loop(
-            {"minutes": stage.minutes, "samples": stage.samples},
-            batch=stage.batch, lr=stage.lr, final_lr=stage.final_lr, ema=stage.ema, final_ema=stage.final_ema,
-        )  # fmt: skip
+        cfg = job.loop(stage.budget, stage.batch)
+        curves = Curves(stage.lr, final_lr=stage.final_lr, ema=stage.ema, final_ema=stage.final_ema)
         loss = denoiser_loss(latents[stage.latent], ids, empty, stage, job.seed, job.device, job.dtype)
         show = _shower(job, vae, tokenizer, stage, pictures)
-        model, progress = train(f"unet {stage.latent}", model, loss, cfg, job.work / f"unet-{stage.latent}.pt", show)
+        path = job.work / unet_file(stage)
+        model, progress = train(f"unet {stage.latent}", model, loss, curves, cfg, path, show)
         model.requires_grad_(True)
     show(model, progress)
     return progress
 
 
-def _shower(
-    job: Job, vae: AutoencoderKL, tokenizer: CLIPTokenizer, stage: Stage, subset: Pictures
-) -> Callable[[nn.Module, Progress], None]:
+def _shower(job: Job, vae: AutoencoderKL, tokenizer: CLIPTokenizer, stage: Stage, subset: Pictures) -> Show:
     """Export the EMA weights and draw a few trained names."""
 
     def show(ema: nn.Module, progress: Progress) -> None:
         export(ema, vae, tokenizer, job.out, stage.latent)
-        pipe = StableDiffusionPipeline.from_pretrained(job.out)
+        pipe = StableDiffusionPipeline.from_pretrained(job.out).to(job.device)
         index = list(range(0, len(subset), max(len(subset) // 16, 1)))[:16]
         few = subset.select(index)
-        drawn = draw(pipe, few.names, 20, 2.5, 0)
+        with autocast(job.device, job.dtype):
+            drawn = draw(pipe, few.names, steps=20, guidance=2.0, seed=0)
         grid(few.images, drawn, few.names, job.work / f"grid-{stage.latent}-{progress.step:06d}.png")
 
     return show

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from training_loop import batch_indices
 
-from .data import Pictures, batch_indices, shrink, to_float
+from .data import Pictures, shrink, to_float
 from .precision import autocast
 
 
@@ -167,8 +168,11 @@ def encode(vae: AutoencoderKL, images: Tensor, size: int, device: str, batch: in
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor, device: str, batch: int = 16) -> Tensor:
     """Unscaled latents → uint8 [N, 3, 8h, 8w]."""
-    parts = [vae.decode(z.to(device)).sample.cpu() for z in latents.split(batch)]
-    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    parts = []
+    for z in latents.split(batch):
+        y = vae.decode(z.to(device)).sample.clamp(-1, 1)
+        parts.append(((y + 1) * 127.5).round().to("cpu", torch.uint8))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
