@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffattn.evaluation.paired import foreground_psnr, mean_of_known, psnr
+from diffattn.metrics.paired import foreground_psnr, mean_of_known, psnr
 
 from .data import Pictures, held_out_of_vae, shrink, to_float
 from .vae import decode, encode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffattn.evaluation.machine import fastest_dtype
+from diffattn.machine import fastest_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
 
 from training_loop import STOPPED, Budget, LoopConfig, Losses, Progress, Trainee, batch_indices, train
 
