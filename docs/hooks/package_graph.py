@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,9 @@ Graph = Mapping[str, frozenset[str]]
 
 Way = tuple[tuple[str, str], ...]
 """The places an edge passes, top to bottom: (package, "") at both ends, (importing, imported) in the rows between."""
+
+Stop = tuple[tuple[str, str], int]
+"""A place and its row; row 0 is at the bottom."""
 
 
 def read_table(source: str) -> Graph:
@@ -65,11 +69,11 @@ def ways_of(graph: Graph, layer: Mapping[str, int]) -> list[tuple[Way, int]]:
     return found
 
 
-def places(graph: Graph) -> tuple[dict[tuple[tuple[str, str], int], float], float]:
-    """(place, row) -> x of its centre, and the width of the picture. Neighbours are brought near each other."""
+def neighbours(graph: Graph) -> tuple[list[list[tuple[str, str]]], dict[Stop, list[Stop]]]:
+    """The places of every row, from the bottom up, and the neighbours of each above and below."""
     layer = layers_of(graph)
     rows: list[list[tuple[str, str]]] = [[] for _ in range(max(layer.values()) + 1)]
-    near: dict[tuple[tuple[str, str], int], list[tuple[tuple[str, str], int]]] = {}
+    near: dict[Stop, list[Stop]] = {}
     for name, row in layer.items():
         rows[row].append((name, ""))
     for way, top in ways_of(graph, layer):
@@ -79,11 +83,18 @@ def places(graph: Graph) -> tuple[dict[tuple[tuple[str, str], int], float], floa
         for upper, lower in pairwise(stops):
             near.setdefault(upper, []).append(lower)
             near.setdefault(lower, []).append(upper)
+    return rows, near
+
+
+def places(graph: Graph) -> tuple[dict[Stop, float], float]:
+    """x of the centre of every stop, and the width of the picture. Neighbours are brought near each other."""
+    rows, near = neighbours(graph)
     width = max(sum(_room(place) for place in row) for row in rows)
     x = {(place, i): float(k) for i, row in enumerate(rows) for k, place in enumerate(row)}
     for _ in range(30):  # sort each row by the mean place of the neighbours, upwards and downwards in turn
         for i in (*range(len(rows)), *reversed(range(len(rows)))):
-            rows[i].sort(key=lambda place: sum(x[n] for n in near.get((place, i), ())) / max(1, len(near[place, i])))  # noqa: B023
+            mean = {p: fmean(x[n] for n in near.get((p, i), [(p, i)])) for p in rows[i]}
+            rows[i].sort(key=mean.__getitem__)
             x |= {(place, i): at for place, at in _spread(rows[i], width)}
     return x, width
 
