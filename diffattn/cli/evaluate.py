@@ -51,7 +51,8 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="One prompt (or class) per line; pictures take them in turn.")
     ] = None,
     num_pictures: Annotated[
-        int | None, typer.Option(help="N: drawn, or the first so many.", show_default="1000 drawn; all that are there")
+        int | None,
+        typer.Option(help="N: drawn, or the first of every folder.", show_default="1000 drawn; all that are there"),
     ] = None,
     method: Annotated[
         str | None,
@@ -67,7 +68,12 @@ def evaluate(
         bool, typer.Option("--paired", help="Also draw the same seeds unaccelerated: PSNR, SSIM, latent error.")
     ] = False,
     paired_with: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Or compare, in order, with these pictures.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Or compare with these pictures, matched by name or number, else in order.",
+            show_default=False,
+        ),
     ] = None,
     extractor: Annotated[
         str,
@@ -195,7 +201,9 @@ def reference(
         str | None,
         typer.Option(help="File of inception's weights, folder of the others, or hub id.", show_default="usual place"),
     ] = None,
-    num_pictures: Annotated[int | None, typer.Option(help="The first so many.", show_default="all")] = None,
+    num_pictures: Annotated[
+        int | None, typer.Option(help="N, spread evenly over the classes.", show_default="all")
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="Crop all pictures to a square and resize it.", show_default="as they are")
     ] = None,
@@ -219,7 +227,9 @@ def reference(
             raise ValueError(f"a reference is saved as .safetensors or .npz, got {str(out)!r}")
         eye = load_extractor(extractor, extractor_weights, choose_device(device))
     with bad_input():
-        found = open_pictures(pictures, side=size, limit=num_pictures, skip_bad=skip_bad, progress=progress)
+        found = open_pictures(
+            pictures, side=size, limit=num_pictures, spread=True, skip_bad=skip_bad, progress=progress
+        )
         made, spatial = make_reference(found, eye, progress)
         if out.suffix == ".npz":
             write_statistics(out, made.statistics, spatial)
@@ -273,6 +283,8 @@ def _show(result: Any) -> None:
         stdout.print(result.label, markup=False)
     for name, value in result.scores.items():
         stdout.print(f"{name:<16}{value:12.5g}", markup=False)
+    if "matched" in result.details:
+        stdout.print(f"matched {result.details['matched']}", markup=False)
     for name, why in result.details.get("left_out", {}).items():
         stdout.print(f"no {name}: {why}", markup=False)
     if result.details.get("domain"):

@@ -88,7 +88,9 @@ def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
         top = None if chosen else _split(level, files.where, split)
         if top is not None:
             chosen = True
-            unused += [f"{base}{name}/" for name in level.inside if name.lower() not in SPLITS and name != top]
+            part = SPLITS.get(top.lower(), "")
+            unused += [f"{base}{name}/" for name in level.inside if SPLITS.get(name.lower(), part) == part]
+            unused.remove(f"{base}{top}/")
         elif not indexed:
             top = _wrapper(level, files, base, known)
         if top is None:
@@ -97,9 +99,7 @@ def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
         around.insert(0, base)
     inner = None if chosen else _splits_in_classes(level, files.where, split)
     if split != "train" and not chosen and inner is None:
-        raise ValueError(
-            f"{files.where!r} has no splits, so split must be 'train', which is everything; got {split!r}"
-        )
+        raise ValueError(f"{files.where!r} has no splits, so split must be 'train', which is everything; got {split!r}")
     return Place(base, tuple(around), inner, tuple(unused))
 
 
@@ -181,5 +181,7 @@ def _splits_in_classes(level: _Level, where: str, split: str) -> frozenset[str] 
     wanted = SPLITS.get(split.lower(), split)
     found = frozenset(name for name in inside if SPLITS[name.lower()] == wanted)
     if not found:
-        raise ValueError(f"no split {split!r} in the class folders of {where!r}; there are: {', '.join(sorted(inside))}")
+        raise ValueError(
+            f"no split {split!r} in the class folders of {where!r}; there are: {', '.join(sorted(inside))}"
+        )
     return found

@@ -113,7 +113,9 @@ class Reference:
             statistics = Statistics(tensors["mean"], tensors["cov"], count)
             name, digest, *extractor = (labels[label] for label in LABELS)
             size = _size(labels["size"]) if "size" in labels else None
-            return cls(name, digest, extractor[0], extractor[1], extractor[2], statistics, tensors.get("features"), size)
+            return cls(
+                name, digest, extractor[0], extractor[1], extractor[2], statistics, tensors.get("features"), size
+            )
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not a reference saved by diffattn: {error}") from error
 
