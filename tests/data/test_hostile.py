@@ -45,7 +45,9 @@ def test_every_kind_that_pillow_opens_is_used(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_is_counted_and_named(tmp_path: Path) -> None:
     more = {"cat/a.heic": b"x", "dog/b.JXL": b"x", "dog/IMG_0001": b"x", "dog/a.txt": b"x", "LICENSE": b"x"}
     data = folder(tmp_path / "data", class_folders({"cat": 2, "dog": 2}) | more)
-    said = r"3 files in '.*data' of a kind that Pillow cannot open here, left out: 'cat/a.heic', 'dog/IMG_0001', 'dog/b.J"
+    said = (
+        r"3 files in '.*data' of a kind that Pillow cannot open here, left out: 'cat/a.heic', 'dog/IMG_0001', 'dog/b.J"
+    )
     with pytest.warns(UserWarning, match=said):
         assert len(open_dataset(data, 8)) == 4
     with pytest.warns(UserWarning, match=said):
@@ -127,7 +129,9 @@ def test_every_mode_is_the_same_in_training_and_evaluation(tmp_path: Path, mode:
 def test_of_an_animation_the_first_frame_is_taken() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
-        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+        data = encoded(
+            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        )
         assert decode(data, 1).flatten().tolist() == [255, 0, 0]
 
 
@@ -191,7 +195,10 @@ CODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 @pytest.mark.parametrize("odd", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])
 def test_captions_with_odd_characters(tmp_path: Path, coding: str, end: str, odd: str) -> None:
     escaped = odd if odd > " " else f"\\u{ord(odd):04x}"
-    lines = [f'{{"file_name": "{name}", "text": "a{escaped}b", "label": "x{odd if odd > " " else ""}{name}"}}' for name in TWO]
+    lines = [
+        f'{{"file_name": "{name}", "text": "a{escaped}b", "label": "x{odd if odd > " " else ""}{name}"}}'
+        for name in TWO
+    ]
     content = TWO | {"metadata.jsonl": end.join([*lines, ""]).encode(coding)}
     assert len(open_dataset(folder(tmp_path / "jsonl", content), 8).class_names) == 2
     rows = ["file_name,text,label", *(f'{name},"a{odd}b, two{end}lines",x{name}' for name in TWO)]
