@@ -72,6 +72,11 @@ def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
     return list(range(num_classes(pipe))) if config.prompts is None else class_ids(pipe, config.prompts)
 
 
+def picture_name(number: int) -> str:
+    """The file of picture `number`, counted from 0."""
+    return f"{number:07d}.png"
+
+
 def accelerated(pipe: Any, acceleration: Mapping[str, Any] | None) -> AbstractContextManager[Any]:
     """Within, the pipeline is patched with these arguments of `diffattn.patch`; None leaves it as it is."""
     return nullcontext() if acceleration is None else patch(pipe, **acceleration)
@@ -139,7 +144,7 @@ class _Chunk:
         return there and all(path.exists() for path in self.paths(kind))
 
     def paths(self, kind: str) -> list[Path]:
-        return [self.run.path / kind / f"{self.start + i:07d}.png" for i in range(len(self.what))]
+        return [self.run.path / kind / picture_name(self.start + i) for i in range(len(self.what))]
 
     def draw(self, kind: str) -> LatentTrace:
         """Draw and save; the latents after every step."""

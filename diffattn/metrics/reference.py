@@ -64,6 +64,7 @@ class Reference:
     resize: str
     statistics: Statistics
     features: Tensor | None = None  # [N, d] float32; KID, precision and recall need it, FID does not
+    size: tuple[int, int] | None = None  # (H, W) of the pictures; None: unknown, or of several sizes
 
     @classmethod
     def of(
@@ -79,7 +80,8 @@ class Reference:
         features = features_of(hashed, extractor, batch_size, on_batch)
         statistics = Statistics.of(features)
         digest = hashed.digest.hexdigest()
-        return cls(name, digest, extractor.name, extractor.hash, extractor.resize, statistics, features)
+        size = next(iter(hashed.sizes)) if len(hashed.sizes) == 1 else None
+        return cls(name, digest, extractor.name, extractor.hash, extractor.resize, statistics, features, size)
 
     def save(self, path: str | Path, features: bool = True) -> None:
         """Write a safetensors file at once; `features=False` keeps mean and covariance only."""
@@ -88,6 +90,8 @@ class Reference:
         if features and self.features is not None:
             tensors["features"] = self.features
         labels = {label: getattr(self, label) for label in LABELS} | {"count": str(self.statistics.count or "")}
+        if self.size is not None:
+            labels["size"] = "{}x{}".format(*self.size)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.new")
         save_file({key: x.contiguous() for key, x in tensors.items()}, fresh, labels)
@@ -108,9 +112,18 @@ class Reference:
             count = int(labels["count"]) if labels["count"] else None
             statistics = Statistics(tensors["mean"], tensors["cov"], count)
             name, digest, *extractor = (labels[label] for label in LABELS)
-            return cls(name, digest, extractor[0], extractor[1], extractor[2], statistics, tensors.get("features"))
-        except (OSError, SafetensorError, KeyError) as error:
+            size = _size(labels["size"]) if "size" in labels else None
+            return cls(
+                name, digest, extractor[0], extractor[1], extractor[2], statistics, tensors.get("features"), size
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not a reference saved by diffattn: {error}") from error
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "HxW" -> (H, W)"""
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 class _Hashed:
@@ -119,10 +132,12 @@ class _Hashed:
     def __init__(self, images: Iterable[Tensor]) -> None:
         self.images = images
         self.digest = hashlib.sha256()
+        self.sizes: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[Tensor]:
         for chunk in map(as_uint8, self.images):
             for picture in chunk.cpu():
+                self.sizes.add((picture.shape[1], picture.shape[2]))
                 self.digest.update(str(tuple(picture.shape)).encode())
                 self.digest.update(picture.contiguous().numpy().tobytes())
             yield chunk
