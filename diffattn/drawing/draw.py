@@ -9,9 +9,9 @@ from itertools import count
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import DiffusionPipeline
 
-from diffattn.drawing.classes import check_null_class, class_ids, draws_classes
+from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, why_unguided
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.drawing.sizes import check_size, default_size, denoiser_of, size_arguments
@@ -19,7 +19,7 @@ from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, patch
 from diffattn.sampling import SiTPipeline
 
-DEFAULT_GUIDANCE = 7.5  # of pipelines that draw from text with a UNet; see `own_guidance`
+DEFAULT_GUIDANCE = 7.5  # of pipelines whose call says none; see `own_guidance`
 
 
 def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch | None]:
@@ -64,15 +64,20 @@ def default_method(pipe: DiffusionPipeline) -> str:
 
 
 def own_guidance(pipe: Any, model: str) -> float:
-    """The guidance scale of a model by name: what an embedded one recommends, or what its pipeline takes for itself.
+    """The guidance scale of a model that is drawn with without one.
 
-    7.5 for Stable Diffusion and wherever the pipeline is not one of diffusers' DiT and PixArt.
+    It belongs to the model: what the card of an embedded one recommends, what a `SiTPipeline` was saved with, else
+    the default of the pipeline's own call (7.5 for Stable Diffusion, 4 for DiT). 1, which is none, for a model of
+    classes without a null class.
     """
+    if draws_classes(pipe) and why_unguided(pipe) is not None:
+        return 1.0
     if model in EMBEDDED:
         return EMBEDDED[model].guidance
-    if isinstance(pipe, DiTPipeline | PixArtAlphaPipeline | PixArtSigmaPipeline):
-        return float(inspect.signature(pipe.__call__).parameters["guidance_scale"].default)
-    return DEFAULT_GUIDANCE
+    if isinstance(pipe, SiTPipeline):
+        return pipe.own_guidance
+    default = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    return DEFAULT_GUIDANCE if default is None else float(default)
 
 
 def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], None] | None = None) -> Iterator[Picture]:
