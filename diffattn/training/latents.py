@@ -4,7 +4,6 @@ Shapes: N pictures, 2 for the picture and its mirror image, c latent channels, h
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffattn.data.datasets import ImageDataset, InMemoryDataset, LabelledDataset, Progress
-from diffattn.files import read_json, write_json
+from diffattn.files import read_json, write_json, write_whole
 
 FORMAT = 1
 INDEX, LABELS = "index.json", "labels.safetensors"
@@ -273,13 +272,4 @@ def _shard_name(number: int) -> str:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Replace the file at once, after it has reached the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.chmod(0o644)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda part: save_file(tensors, part), flush=True)
