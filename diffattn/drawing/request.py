@@ -4,10 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
+
+from diffattn.files import write_whole
 
 EXACT = "none"
 """The method that leaves the pipeline unpatched."""
@@ -57,10 +60,9 @@ class Picture:
 
     def save(self, path: Path) -> None:
         """Write a PNG that carries the recipe; makes the folder."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = PngImagePlugin.PngInfo()
         text.add_text(PNG_KEY, json.dumps(self.recipe))  # JSON escapes what a tEXt chunk cannot hold
-        self.image.save(path, pnginfo=text)
+        write_whole(path, partial(self.image.save, format="PNG", pnginfo=text))
 
 
 def recipe_of(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffattn.drawing.classes import check_null_class, class_ids, draws_classes,
 from diffattn.drawing.sizes import size_arguments
 from diffattn.evaluation.picture_set import Progress, no_progress
 from diffattn.evaluation.run_folder import RunFolder
+from diffattn.files import write_whole
 from diffattn.metrics.features import as_uint8
 from diffattn.metrics.paired import LatentTrace
 from diffattn.patching.patch import patch
@@ -149,9 +151,8 @@ class _Chunk:
             raise ValueError(f"the pipeline draws {_pixels(found)} pixels, and what its pictures are compared with has "
                              f"{_pixels(self.size)}; bring both to one size (--size)")  # fmt: skip
         for picture, path in zip(images.cpu(), self.paths(kind), strict=True):
-            fresh = path.with_name(f".{path.name}.new")
-            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(fresh, "PNG")
-            fresh.replace(path)
+            image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            write_whole(path, partial(image.save, format="PNG"))
         return trace
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffattn.files import read_json, write_json
+from diffattn.files import read_json, write_json, write_whole
 
 RUN = "run.json"
 DONE = ("*/[0-9]*.png", "*/[0-9]*.safetensors")
@@ -89,11 +89,8 @@ class RunFolder:
 
     def write(self, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a chunk at once."""
-        path = self.chunk(kind, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        save_file({name: x.contiguous() for name, x in tensors.items()}, fresh)
-        fresh.replace(path)
+        whole = {name: x.contiguous() for name, x in tensors.items()}
+        write_whole(self.chunk(kind, number), lambda part: save_file(whole, part))
 
     def gather(self, kind: str, total: int, size: int) -> dict[str, Tensor]:
         """All chunks, joined in their order."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffattn.files import write_whole
 from diffattn.metrics.features import as_uint8
 from diffattn.metrics.reference import Reference, Statistics
 
@@ -93,9 +94,8 @@ def _read(path: str | Path, *names: str) -> list[np.ndarray]:
 
 
 def _write(path: str | Path, **arrays: Any) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        np.savez(file, **arrays)
-    fresh.replace(path)
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # to a path without its ending numpy adds ".npz"
+            np.savez(file, **arrays)
+
+    write_whole(Path(path), write)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffattn.files import write_whole
 from diffattn.metrics.extractors import FeatureExtractor
 from diffattn.metrics.features import as_uint8, features_of
 
@@ -83,16 +84,12 @@ class Reference:
 
     def save(self, path: str | Path, features: bool = True) -> None:
         """Write a safetensors file at once; `features=False` keeps mean and covariance only."""
-        path = Path(path)
         tensors = {"mean": self.statistics.mean, "cov": self.statistics.cov}
         if features and self.features is not None:
             tensors["features"] = self.features
         labels = {label: getattr(self, label) for label in LABELS} | {"count": str(self.statistics.count or "")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        save_file({key: x.contiguous() for key, x in tensors.items()}, fresh, labels)
-        fresh.chmod(0o644)
-        fresh.replace(path)
+        whole = {key: x.contiguous() for key, x in tensors.items()}
+        write_whole(Path(path), lambda part: save_file(whole, part, labels))
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":

@@ -4,8 +4,7 @@ Shapes: 2 for the picture and its mirror image, c latent channels, h×w the late
 """
 
 import hashlib
-import os
-import socket
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffattn.data.datasets import ImageDataset, InMemoryDataset, LabelledDataset
-from diffattn.files import read_json, write_json
+from diffattn.files import read_json, write_json, write_whole
 from diffattn.training.latent_dataset import FORMAT, INDEX, LABELS, shard_name
 
 STALE = 3600.0
-"""Seconds after which a half written file of another machine is nobody's."""
+"""Seconds after which a file that is half written is nobody's."""
 
 _IDENTITY = {
     "format": "layout of the cache",
@@ -115,25 +114,13 @@ def _begin(folder: Path, dataset: LabelledDataset, vae: Any, shard_size: int) ->
     return index
 
 
-def _part_of(path: Path) -> Path:
-    """Where this process writes a file before it is moved to its place."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}+{os.getpid()}.part")
-
-
 def _in_use(part: Path) -> bool:
-    """Whether a file may still be written by the process that its name holds."""
-    host, plus, pid = part.name.removesuffix(".part").rpartition("+")
-    if not plus or not pid.isdecimal():
-        return False
-    if not host.endswith(f".{socket.gethostname()}"):
-        return time.time() - part.stat().st_mtime < STALE
+    """Whether another process, of this run or another, may still be writing a file."""
+    by_write_whole = re.search(r"\.[a-z0-9_]{8}\.part$", part.name)
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
+        return by_write_whole is not None and time.time() - part.stat().st_mtime < STALE
+    except OSError:  # it is gone
+        return True
 
 
 class _Parts(Dataset):
@@ -229,18 +216,9 @@ def vae_hash(vae: nn.Module) -> str:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Replace the file at once, after it has reached the disk."""
-    part = _part_of(path)
     try:
-        save_file(tensors, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.chmod(0o644)
-        part.replace(path)
+        write_whole(path, lambda part: save_file(tensors, part), flush=True)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
-        part.unlink(missing_ok=True)
         raise OSError(
             f"the latents could not be written to {str(path.parent)!r}: {error}; what is complete is used again"
         ) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

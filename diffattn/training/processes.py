@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from diffattn.training.signals import Stopped, StopRequest
 
@@ -100,8 +101,7 @@ def together(
                 done, failure = None, error
             working = done is not None
         state = [int(working), int(failure is not None), done or 0, stop.signal]
-        rows = accelerator.gather(torch.tensor([state], device=accelerator.device)).tolist()
-        any_working, any_failed, amount, signal = (list(column) for column in zip(*rows, strict=True))
+        any_working, any_failed, amount, signal = _gathered(accelerator, state).T.tolist()
         if any(any_failed):
             _raise_alike(failure, gather_object([_packed(failure)]))
         if any(signal):
@@ -117,7 +117,13 @@ def asked_to_stop(accelerator: Accelerator, stop: StopRequest) -> int:
     """The signal that any process got, 0 for none; the same on every process, all of which must ask."""
     if accelerator.num_processes == 1:
         return stop.signal
-    return int(accelerator.gather(torch.tensor([stop.signal], device=accelerator.device)).max())
+    return int(_gathered(accelerator, [stop.signal]).max())
+
+
+def _gathered(accelerator: Accelerator, numbers: list[int]) -> Tensor:
+    """The numbers of all processes, one row for each."""
+    found: Any = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    return found
 
 
 def _packed(failure: Exception | None) -> tuple[str, str] | None:

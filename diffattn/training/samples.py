@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from diffattn.files import write_whole
 from diffattn.models import DiT
 from diffattn.sampling import SiTPipeline
 
@@ -80,8 +81,7 @@ def tile(lines: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 
 
 def save_grid(image: Image.Image, folder: Path, step: int) -> Path:
-    """As `step-00001000.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """As `step-00001000.png`; raises `OSError` if it cannot be written."""
     path = folder / f"step-{step:08d}.png"
-    image.save(path)
+    write_whole(path, lambda part: image.save(part, "PNG"))
     return path

@@ -27,7 +27,7 @@ def digest(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         value = whole(tensor).detach().cpu().contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.flatten().view(torch.uint8).numpy())
+        found.update(value.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

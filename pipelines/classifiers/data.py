@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffattn.files import write_whole
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -45,12 +47,9 @@ def load(path: Path, size: int, column: str, cache: Path) -> Labelled:
                     file.get_tensor("images"), file.get_tensor("labels"), tuple(json.loads(file.metadata()["names"]))
                 )
     data = _decode_all(path, size, column)
-    cache.mkdir(parents=True, exist_ok=True)
-    fresh = stored.with_suffix(".new")
-    save_file(
-        {"images": data.images, "labels": data.labels}, fresh, {"made_from": mark, "names": json.dumps(data.names)}
-    )
-    fresh.replace(stored)
+    tensors = {"images": data.images, "labels": data.labels}
+    labels = {"made_from": mark, "names": json.dumps(data.names)}
+    write_whole(stored, lambda part: save_file(tensors, part, labels))
     return data
 
 

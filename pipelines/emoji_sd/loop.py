@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffattn.files import write_whole
+
 from .data import step_rng
 
 
@@ -67,10 +69,7 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
 
 
 def atomic_save(state: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    write_whole(path, lambda part: torch.save(state, part))
 
 
 def train(
