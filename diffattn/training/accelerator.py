@@ -98,7 +98,8 @@ def _precision(config: TrainConfig, device: str) -> str:
 def _shard(accelerator: Accelerator) -> None:
     """Shard on CPUs, too, where accelerate itself replicates in spite of what its launcher asked for."""
     state: Any = accelerator.state
-    if accelerator.num_processes == 1 or state.distributed_type == DistributedType.FSDP:
+    sharded = state.distributed_type == DistributedType.FSDP and getattr(state, "fsdp_plugin", None) is not None
+    if accelerator.num_processes == 1 or sharded:
         return
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
     if state.mixed_precision != "no":

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -44,7 +44,8 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
         return
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_json(folder / OWNER, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        with suppress(OSError):  # a full disk: it is only for the message
+            write_json(folder / OWNER, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         yield
     finally:
         (folder / OWNER).unlink(missing_ok=True)

@@ -51,7 +51,7 @@ def train(setup: Setup) -> Path:
         trainer = _trainer(setup, stop)
         trainer.check_processes()
         _announce(setup, trainer)
-        on_main(setup.accelerator, lambda: write_json(out / CONFIG_FILE, setup.config.to_dict()))
+        _write_config(setup)
         run = setup.config.run
         log = StepLog(setup.accelerator, run.log_every, run.steps, setup.config.optim.batch, setup.say)
         _start_trackers(setup)
@@ -115,6 +115,15 @@ def _announce(setup: Setup, trainer: Trainer) -> None:
     if trainer.saved_step is not None:
         setup.say(f"resuming at step {trainer.progress.step}")
     setup.say(f"batch {batch} in all, {batch // hardware.processes} per process; {hardware}")
+
+
+def _write_config(setup: Setup) -> None:
+    """For people; checkpoints hold the configuration, too, so a run does not depend on it."""
+    if setup.accelerator.is_main_process:
+        try:
+            write_json(Path(setup.config.run.out) / CONFIG_FILE, setup.config.to_dict())
+        except OSError as error:
+            setup.say(f"{CONFIG_FILE} not written: {error}")
 
 
 def _start_trackers(setup: Setup) -> None:
