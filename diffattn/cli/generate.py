@@ -49,7 +49,7 @@ def generate(
 ) -> None:
     """Draw pictures with any Stable Diffusion, DiT or PixArt model of diffusers, or a SiT of this project.
 
-    The recipe of every picture (prompt, seed, options, versions ...) is stored in its PNG, under "diffattn".
+    The record of every picture (prompt, seed, options, versions ...) is stored in its PNG, under "diffattn".
     """
     names = _names(out, prompt, seed, num_images)
     check_writable(json)
@@ -87,7 +87,7 @@ def _draw(pipe: Any, request: Any, names: list[Path], advance: Callable[[], None
         first = next(drawn)
     for name, picture in zip(names, chain([first], drawn), strict=True):
         picture.save(name)
-        pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.recipe})
+        pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.record})
         stdout.print(f"{name}  {picture.seconds:.2f} s, seed {picture.seed}", markup=False)
     return pictures
 

@@ -92,7 +92,7 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
         with _telling(pipe, request.steps, on_step) as callback:
             image = draw(**arguments, **callback, generator=torch.Generator().manual_seed(seed)).images[0]
         seconds = time.perf_counter() - begin
-        yield Picture(image, seed, seconds, _recipe(pipe, request, seed))
+        yield Picture(image, seed, seconds, _record(pipe, request, seed))
 
 
 def call_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _teller(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[], 
     return tell
 
 
-def _recipe(pipe: Any, request: Request, seed: int) -> dict[str, Any]:
+def _record(pipe: Any, request: Request, seed: int) -> dict[str, Any]:
     """All it takes to draw one picture again."""
     return _fields(request) | {
         "num_images": 1,

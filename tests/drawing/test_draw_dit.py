@@ -17,7 +17,7 @@ from diffattn.app.jobs.preview import clean_estimate
 from diffattn.drawing.classes import draws_classes
 from diffattn.drawing.draw import call_arguments, generate, prepare
 from diffattn.drawing.loading import load_pipeline
-from diffattn.drawing.request import Request, recipe_of, request_of
+from diffattn.drawing.request import Request, record_of, request_of
 from diffattn.evaluation import DrawConfig, EvaluateConfig, evaluate
 from diffattn.tuning.tune import workload
 
@@ -195,9 +195,9 @@ def test_a_recipe_draws_a_class_again(dit: Any, tmp_path: Path) -> None:
     assert patch is not None
     patch.remove()
     picture.save(tmp_path / "x.png")
-    recipe = recipe_of(tmp_path / "x.png")
-    assert (recipe["pipeline"], recipe["prompt"], recipe["guidance"]) == ("DiTPipeline", "goldfish", 4.0)
-    assert np.array_equal(draw(dit, request_of(recipe))[0], np.asarray(picture.image))
+    record = record_of(tmp_path / "x.png")
+    assert (record["pipeline"], record["prompt"], record["guidance"]) == ("DiTPipeline", "goldfish", 4.0)
+    assert np.array_equal(draw(dit, request_of(record))[0], np.asarray(picture.image))
 
 
 # The rest of the package

@@ -302,10 +302,10 @@ def _latest(found: "queue.Queue[Any]", due: float) -> Any:
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """PNG files with their recipes; makes the folder."""
+    """PNG files with their records; makes the folder."""
     paths = []
     for picture in pictures:
-        way = "-".join(filter(None, (picture.recipe["method"], picture.recipe["preset"])))
-        paths.append(folder / f"{stem_of(str(picture.recipe['prompt']))}-{way}-{picture.seed}.png")
+        way = "-".join(filter(None, (picture.record["method"], picture.record["preset"])))
+        paths.append(folder / f"{stem_of(str(picture.record['prompt']))}-{way}-{picture.seed}.png")
         picture.save(paths[-1])
     return paths

@@ -32,7 +32,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
                 label="Pictures", format="png", type="filepath", interactive=False, columns=1, object_fit="contain",
                 height="auto", elem_id="gallery",
             )  # fmt: skip
-            saved = gr.File(label="PNG files, each with its recipe inside", file_count="multiple", interactive=False)
+            saved = gr.File(label="PNG files, each with its record inside", file_count="multiple", interactive=False)
             code = gr.Code(label="The same in Python", language="python", interactive=False, wrap_lines=True)
 
     @told
