@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, DiTPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import DiffusionPipeline
 
+from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import EXACT, Picture, Request
@@ -19,29 +19,29 @@ from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, patch
 from diffattn.sampling import SiTPipeline
 
-DEFAULT_GUIDANCE = 7.5  # of pipelines that draw from text with a UNet; see `own_guidance`
-
 
 def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch | None]:
-    """Check a request against a pipeline, and patch it if the request says so.
+    """Check a request against a pipeline, and patch the pipeline if the request asks for a method.
 
     Returns:
-        The request with its size, guidance and preset filled in, and the patch (None for method "none").
+        The request with its size, guidance and preset filled in, and the patch (None for method "none"). What is filled
+        in is what the pipeline itself takes for an argument that is not given. A negative prompt stays as it is: to
+        SDXL none at all is another thing than an empty one.
 
     Raises:
         TypeError: the pipeline draws neither from text alone nor from classes, or its architecture is not supported.
-        ValueError: a size the pipeline cannot draw; an unknown class; as `diffattn.patch`.
+        ValueError: a size the pipeline cannot draw; an unknown class; a negative prompt for a pipeline that takes none;
+            as `diffattn.patch`.
     """
-    guidance = own_guidance(pipe, request.model) if request.guidance is None else request.guidance
-    if isinstance(pipe, SiTPipeline):
-        guidance = max(guidance, 1.0)  # only at 1 it draws without
-    if draws_classes(pipe):
-        if request.negative_prompt:
-            raise ValueError(f"{type(pipe).__name__} draws classes and takes no negative_prompt")
-        class_ids(pipe, [request.prompt])
-        check_null_class(pipe, guidance)
-    else:
+    guidance = guidance_for(pipe, request.guidance, request.model)
+    if not draws_classes(pipe):
         _check_draws_from_text(pipe)
+    if request.negative_prompt and not takes_negative_prompt(pipe):
+        what = "draws classes and" if draws_classes(pipe) else "draws from text, but"
+        raise ValueError(f"{type(pipe).__name__} {what} takes no negative_prompt")
+    if draws_classes(pipe):
+        class_ids(pipe, [request.prompt])
+        check_null_class(pipe, 1.0 if guidance is None else guidance)
     width, height = request.width, request.height
     if width is None or height is None:
         own_width, own_height = default_size(pipe)
@@ -63,16 +63,32 @@ def default_method(pipe: DiffusionPipeline) -> str:
     return "mediator" if isinstance(pipe, SiTPipeline) and pipe.transformer.mediators else "agent"
 
 
-def own_guidance(pipe: Any, model: str) -> float:
-    """The guidance scale of a model by name: what an embedded one recommends, or what its pipeline takes for itself.
+def own_guidance(pipe: Any, model: str = "") -> float | None:
+    """The guidance scale of a pipeline that is given none.
 
-    7.5 for Stable Diffusion and wherever the pipeline is not one of diffusers' DiT and PixArt.
+    Args:
+        pipe: any pipeline.
+        model: the name it was loaded by.
+
+    Returns:
+        What an embedded model recommends; of others the default of the pipeline's `guidance_scale` (7.5 for Stable
+        Diffusion, 5 for SDXL). None where that is no number: the pipeline then decides by itself.
     """
     if model in EMBEDDED:
         return EMBEDDED[model].guidance
-    if isinstance(pipe, DiTPipeline | PixArtAlphaPipeline | PixArtSigmaPipeline):
-        return float(inspect.signature(pipe.__call__).parameters["guidance_scale"].default)
-    return DEFAULT_GUIDANCE
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return float(parameter.default) if parameter and isinstance(parameter.default, int | float) else None
+
+
+def guidance_for(pipe: Any, given: float | None, model: str = "") -> float | None:
+    """The guidance scale to draw with: the one given, or `own_guidance`; at least 1 for a SiT, where 1 is none."""
+    guidance = own_guidance(pipe, model) if given is None else given
+    return guidance if guidance is None or not isinstance(pipe, SiTPipeline) else max(guidance, 1.0)
+
+
+def takes_negative_prompt(pipe: Any) -> bool:
+    """Whether a pipeline can be called with one."""
+    return "negative_prompt" in inspect.signature(pipe.__call__).parameters
 
 
 def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], None] | None = None) -> Iterator[Picture]:
@@ -84,29 +100,48 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
         pipe: on the device it is to run on.
         request: what to draw.
         on_step: called after every sampling step, `request.steps` times a picture.
+
+    Raises:
+        NotFinite: a picture came out NaN or infinite; nothing is drawn after it.
     """
-    arguments = call_arguments(pipe, request)
-    draw: Any = pipe
+    subject, settings = _subject(pipe, request), _settings(pipe, request)
     for seed in range(request.seed, request.seed + request.num_images):
         begin = time.perf_counter()
         with _telling(pipe, request.steps, on_step) as callback:
-            image = draw(**arguments, **callback, generator=torch.Generator().manual_seed(seed)).images[0]
+            batch = draw_batch(pipe, [subject], [seed], settings | callback)
+        if not batch.finite[0]:
+            raise NotFinite(pipe, seed)
+        (image,) = to_pictures(batch.images)
         seconds = time.perf_counter() - begin
-        yield Picture(image, seed, seconds, _record(pipe, request, seed))
+        record = _record(pipe, request, seed) | {"blanked": batch.blanked[0]}
+        yield Picture(image, seed, seconds, record, batch.blanked[0])
 
 
 def call_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, Any]:
     """What a pipeline is called with for a request that went through `prepare`, but for its generator."""
-    subject: dict[str, Any] = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    if draws_classes(pipe):
-        subject = {"class_labels": class_ids(pipe, [request.prompt])}
-    steps = {"num_inference_steps": request.steps, "guidance_scale": request.guidance}
-    return subject | steps | size_arguments(pipe, request.width, request.height)
+    subject = _subject(pipe, request)
+    key = {"class_labels": [subject]} if draws_classes(pipe) else {"prompt": subject}
+    return key | _settings(pipe, request)
+
+
+def _subject(pipe: Any, request: Request) -> str | int:
+    """The prompt, or the id of the class."""
+    return class_ids(pipe, [request.prompt])[0] if draws_classes(pipe) else request.prompt
+
+
+def _settings(pipe: Any, request: Request) -> dict[str, Any]:
+    """Everything else; what the request leaves open is not passed on, since a pipeline may tell the difference."""
+    found: dict[str, Any] = {"num_inference_steps": request.steps}
+    if request.guidance is not None:
+        found["guidance_scale"] = request.guidance
+    if request.negative_prompt is not None and takes_negative_prompt(pipe):
+        found["negative_prompt"] = request.negative_prompt
+    return found | size_arguments(pipe, request.width, request.height)
 
 
 def _check_draws_from_text(pipe: Any) -> None:
     accepted = inspect.signature(pipe.__call__).parameters
-    needed = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "generator")
+    needed = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "generator")
     missing = [name for name in needed if name not in accepted]
     if missing or "image" in accepted or not hasattr(pipe, "vae_scale_factor"):
         what = "takes a picture as input" if "image" in accepted else f"takes no {', '.join(missing) or 'size'}"

@@ -23,11 +23,17 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. Everything but `model` and the size is checked here, and raises `ValueError`."""
+    """What to draw.
+
+    None means not given, and the pipeline is then called without that argument or with its own default.
+
+    Raises:
+        ValueError: a value out of range. The model and the size are checked by `prepare`, which knows the pipeline.
+    """
 
     model: str  # as it was asked for; written into the record
     prompt: str  # may be empty; for a DiT or SiT the name or id of a class
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # "" is one too: SDXL draws another picture with it than with none
     method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: see `default_method`
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
@@ -57,6 +63,7 @@ class Picture:
     seed: int
     seconds: float
     record: Mapping[str, Any]  # all it takes to draw it again
+    blanked: bool = False  # made black by the pipeline's safety checker
 
     def save(self, path: Path) -> None:
         """Write a PNG that carries the record; makes the folder."""

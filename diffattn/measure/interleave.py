@@ -132,9 +132,8 @@ def interleave(
         began = time.monotonic()
         if deadline is not None and done and began + longest > deadline:
             break
-        shift = len(done) % len(names)
         seconds: dict[str, float] = {}
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(names, len(done)):
             seconds[name], peak = _timed(variants[name], around(name), device)
             if peak is not None:
                 peaks[name] = max(peak, peaks.get(name, 0.0))
@@ -143,6 +142,17 @@ def interleave(
         if on_round is not None:
             on_round(Timings(str(reference), tuple(done), dict(peaks)))
     return Timings(str(reference), tuple(done), peaks)
+
+
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """The order of round `number`, counted from 0: every name comes first in turn, so that none profits from its place.
+
+    Args:
+        names: of the variants, at least one.
+        number: of the round.
+    """
+    shift = number % len(names)
+    return [*names[shift:], *names[:shift]]
 
 
 def _timed(

@@ -8,6 +8,7 @@ from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.watch import Progress, Stopped
 from diffattn.app.jobs.worker import Drawn, Worker
+from diffattn.drawing.batch import NotFinite
 
 __all__ = [
     "AUTOMATIC",
@@ -16,6 +17,7 @@ __all__ = [
     "Limits",
     "Measurement",
     "Models",
+    "NotFinite",
     "Progress",
     "Run",
     "RunTrace",

@@ -17,7 +17,8 @@ from diffattn.app.jobs.watch import Watch, noisy_input
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.measure.flops import count_gflops
-from diffattn.metrics.paired import psnr, ssim
+from diffattn.measure.interleave import rotated
+from diffattn.metrics.paired import SSIM_WINDOW, psnr, ssim
 from diffattn.patching.patch import Patch
 from diffattn.patching.report import Report
 from diffattn.schedules import NoiseSchedule
@@ -39,9 +40,14 @@ class Variant:
     gflops: float | None  # of all denoiser calls of a picture; a multiply-add counts two; None: not counted
     peak_mib: float | None  # most memory allocated on a CUDA device, None elsewhere
     psnr: float | None  # dB, mean over the pictures that differ; None for "none"; infinite if none does
-    ssim: float | None
+    ssim: float | None  # of both: pictures that a safety checker blanked are left out, None if all are
     report: Report | None
     trace: RunTrace
+
+    @property
+    def blanked(self) -> int:
+        """Pictures that the model's safety checker made black."""
+        return sum(picture.blanked for picture in self.pictures)
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,9 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
     for name in order:
         warm_up(pipe, collected[name].request, watch)
     for i in range(request.num_images):
-        for j in range(len(order)):
-            name = order[(i + j) % len(order)]
+        for j, name in enumerate(rotated(order, i)):
             draw(pipe, collected[name], request.seed + i, watch, name, i * len(order) + j, total)
-    reference = torch.cat([pixels(picture.image) for picture in collected[EXACT].pictures])
-    found = tuple(_summary(name, one, reference) for name, one in collected.items())
+    found = tuple(_summary(name, one, collected[EXACT].pictures) for name, one in collected.items())
     return Comparison(request, found)
 
 
@@ -144,18 +148,22 @@ def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
     return sum(of_phase[phase] for phase in phases)
 
 
-def _summary(name: str, one: Collected, reference: Tensor) -> Variant:
-    own = torch.cat([pixels(picture.image) for picture in one.pictures])
-    exact, small = name == EXACT, min(own.shape[2:]) < 11
+def _summary(name: str, one: Collected, exact: Sequence[Picture]) -> Variant:
     assert one.trace is not None
+    both = [pair for pair in zip(one.pictures, exact, strict=True) if not (pair[0].blanked or pair[1].blanked)]
+    db = alike = None
+    if name != EXACT and both:
+        own, reference = (torch.cat([pixels(picture.image) for picture in side]) for side in zip(*both, strict=True))
+        db = _mean_of_finite(psnr(own, reference))
+        alike = float(ssim(own, reference).mean()) if min(own.shape[2:]) >= SSIM_WINDOW else None
     return Variant(
         name=name,
         pictures=tuple(one.pictures),
         seconds=statistics.median(picture.seconds for picture in one.pictures),
         gflops=one.gflops,
         peak_mib=max(one.peaks, default=None),
-        psnr=None if exact else _mean_of_finite(psnr(own, reference)),
-        ssim=None if exact or small else float(ssim(own, reference).mean()),
+        psnr=db,
+        ssim=alike,
         report=one.report,
         trace=one.trace,
     )

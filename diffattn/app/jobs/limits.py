@@ -43,7 +43,7 @@ class Limits:
         model: str,
         prompt: object,
         *,
-        negative_prompt: object = "",
+        negative_prompt: object = None,
         acceleration: object = "automatic",
         recipe: object = None,
         steps: object = 25,
@@ -56,7 +56,8 @@ class Limits:
         """The request for values of any type.
 
         Args:
-            model, prompt, negative_prompt, steps, seed, num_images: as in `Request`.
+            model, prompt, steps, seed, num_images: as in `Request`.
+            negative_prompt: None or an empty box: none is given.
             acceleration: see `choices.accelerations`; a recipe goes before it.
             recipe: a file of `diffattn.patch(recipe=...)`, or what it holds; None: without.
             guidance, width, height: None for the model's own.
@@ -69,7 +70,7 @@ class Limits:
         found = Request(
             model=model,
             prompt=self._text("prompt", prompt),
-            negative_prompt=self._text("negative prompt", negative_prompt),
+            negative_prompt=None if negative_prompt in (None, "") else self._text("negative prompt", negative_prompt),
             method=method,
             preset=preset,
             recipe=None if recipe is None else _recipe(recipe),

@@ -45,13 +45,14 @@ def snippet(
         method = "" if named else f", {request.method!r}"
         lines.append(f"diffattn.patch(pipe{method}{preset}{recipe}{options})")
     subject = repr(int(request.prompt) if draws_classes and request.prompt.isdecimal() else request.prompt)
-    if request.negative_prompt:
+    if request.negative_prompt is not None:
         subject += f", negative_prompt={request.negative_prompt!r}"
     size = f"width={request.width}, height={request.height}, "
     if dit_labels is not None:
         subject, size = repr(list(dit_labels)), ""
+    guidance = "" if request.guidance is None else f"guidance_scale={request.guidance}, "
     call = (
-        f"pipe({subject}, num_inference_steps={request.steps}, guidance_scale={request.guidance}, "
+        f"pipe({subject}, num_inference_steps={request.steps}, {guidance}"
         f"{size}generator=torch.Generator().manual_seed({request.seed}))"
     )
     return "\n".join([*lines, f"image = {call}.images[0]"]) + "\n"

@@ -19,13 +19,14 @@ from diffattn.drawing.draw import default_method
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.machine import describe_machine
-from diffattn.measure.interleave import Timings
+from diffattn.measure.interleave import Timings, rotated
 from diffattn.metrics.extractors import FeatureExtractor, load_extractor
 from diffattn.metrics.features import features_of
 from diffattn.metrics.reference import Reference
 
 EXTRACTOR_OF = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
 OTHERWISE = "dinov2"
+LEAST = 4  # pictures, for precision and recall of 3 neighbours
 CHUNK = 16  # pictures of the reference that are drawn before their features are taken
 
 
@@ -161,7 +162,9 @@ def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -
 
     def pictures() -> Iterator[Tensor]:
         for index in range(begin, begin + count):
-            yield _uint8(job.draw(exact, index, "reference"))
+            picture = job.draw(exact, index, "reference")
+            if not picture.blanked:
+                yield _uint8(picture)
 
     return Reference.of(f"exact pictures of {job.request.model}, {seeds}", pictures(), extractor, CHUNK)
 
@@ -169,17 +172,23 @@ def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -
 def _draw_all(
     job: _Job, variants: dict[str, Collected], extractor: FeatureExtractor
 ) -> tuple[dict[str, Tensor], Timings]:
-    """Features [N, d] of every variant, and the seconds of every picture; the order rotates."""
+    """Features [N, d] of every variant without its blanked pictures, and the seconds of every picture, in turns."""
     order, rounds = list(variants), list[dict[str, float]]()
     features: dict[str, list[Tensor]] = {label: [] for label in variants}
     for i in range(job.asked.samples):
         seconds = dict[str, float]()
-        for j in range(len(order)):
-            label = order[(i + j) % len(order)]
+        for label in rotated(order, i):
             picture = job.draw(variants[label], i, label)
             seconds[label] = picture.seconds
-            features[label].append(features_of([_uint8(picture)], extractor))
+            if not picture.blanked:
+                features[label].append(features_of([_uint8(picture)], extractor))
         rounds.append(seconds)
+    for label, found in features.items():
+        if len(found) < LEAST:
+            raise ValueError(
+                f"the model's safety checker blanked {job.asked.samples - len(found)} of {job.asked.samples} pictures "
+                f"of {label}: at least {LEAST} are needed; choose other prompts"
+            )
     return {label: torch.cat(found) for label, found in features.items()}, Timings(EXACT, tuple(rounds))
 
 
@@ -189,16 +198,16 @@ def _line(
 ) -> Line:  # fmt: skip
     scores, options = quality(features, reference)
     asked, drawn = job.asked, one.request
-    assert drawn.guidance is not None
     assert drawn.width is not None
     assert drawn.height is not None
     size = {"width": drawn.width, "height": drawn.height, "prompts_crc32": zlib.crc32("\n".join(job.prompts).encode())}
     protocol = Protocol.of(
-        asked.samples, reference, extractor, sampler=type(job.pipe.scheduler).__name__, steps=asked.steps,
+        len(features), reference, extractor, sampler=type(job.pipe.scheduler).__name__, steps=asked.steps,
         guidance=drawn.guidance, seeds=f"{asked.seed}..{asked.seed + asked.samples - 1}", dtype=job.pipe.dtype,
         device=job.pipe.device.type, options=options | size,
     )  # fmt: skip
-    result = QualityResult(f"{job.request.model} {label}", protocol, scores)
+    blanked = asked.samples - len(features)
+    result = QualityResult(f"{job.request.model} {label}", protocol, scores, {"blanked": blanked} if blanked else {})
     return Line(label, result, timings.seconds(label), timings.speedup(label), one.gflops)
 
 

@@ -26,6 +26,7 @@ HEAD = (
     "layers",
 )
 
+BLANKED = "{} pictures were blanked by the model's safety checker; their pairs count for neither PSNR nor SSIM."
 UNMEASURED = "Peak memory is measured on CUDA devices only."
 
 
@@ -129,7 +130,9 @@ def _figures(comparison: Comparison) -> str:
     count = comparison.request.num_images
     what = "one picture each: times of single pictures vary, draw more for a firm figure"
     below = what if count == 1 else f"median of {count} pictures, drawn in turns"
-    missing = [UNMEASURED] * (comparison.variants[0].peak_mib is None)
+    blanked = sum(v.blanked for v in comparison.variants)
+    missing = [BLANKED.format(blanked)] * bool(blanked)
+    missing += [UNMEASURED] * (comparison.variants[0].peak_mib is None)
     missing += [UNCOUNTED] * any(v.gflops is None for v in comparison.variants)
     return table(HEAD, rows) + "".join(map(note, [f"Times: {below}.", *missing]))
 

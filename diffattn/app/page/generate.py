@@ -100,4 +100,6 @@ def _summary(drawn: Drawn) -> str:
     which = f"{done} of {total} pictures" if total > 1 else "Done"
     method = drawn.request.method if drawn.report else "exact attention"
     ran = f": {drawn.report.layers_accelerated} layers ran accelerated" if drawn.report else ""
-    return f"{which} in {duration(seconds) if seconds >= 10 else f'{seconds:.1f} s'} with {method}{ran}"
+    blanked = sum(picture.blanked for picture in drawn.pictures)
+    black = f"; {blanked} of {done} blanked by the model's safety checker" if blanked else ""
+    return f"{which} in {duration(seconds) if seconds >= 10 else f'{seconds:.1f} s'} with {method}{ran}{black}"

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffattn.app.jobs import Progress
+from diffattn.app.jobs import NotFinite, Progress
 from diffattn.app.jobs.compare import MAX_COUNTED_TOKENS
 
 log = logging.getLogger("diffattn.app.page")
@@ -70,6 +70,8 @@ def toast(error: Exception) -> gr.Error:
 
 def _words(error: Exception) -> tuple[str, str]:
     """Title and message."""
+    if isinstance(error, NotFinite):
+        return "The model failed", str(error)
     if isinstance(error, ValueError | TypeError):
         return "Please change this", str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
