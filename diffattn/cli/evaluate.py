@@ -122,6 +122,8 @@ def evaluate(
         _show(result)
         write_json(json, result.to_dict())
         stdout.print(f"written to {out / 'result.json'}", markup=False)
+    if result.details.get("not_finite"):
+        raise typer.Exit(1)
 
 
 @app.command("compare")
@@ -260,7 +262,11 @@ def _run(subject: Any, reference: Any, *, npz: Path | None, **given: Any) -> Any
 
 def _show(result: Any) -> None:
     """The scores, then what was left out and why."""
-    stdout.print(f"{result.subject}: {result.protocol.num_pictures} pictures", markup=False)
+    protocol = result.protocol
+    stdout.print(f"{result.subject}: {protocol.num_pictures} pictures", markup=False)
+    if protocol.steps is not None:
+        guidance = "the pipeline's own guidance" if protocol.guidance is None else f"guidance {protocol.guidance:g}"
+        stdout.print(f"{protocol.sampler}, {protocol.steps} steps, {guidance}, seeds {protocol.seeds}", markup=False)
     if "fid" in result.scores:
         stdout.print(result.label, markup=False)
     for name, value in result.scores.items():

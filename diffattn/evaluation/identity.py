@@ -83,6 +83,7 @@ def identity(setup: Setup, seed: int) -> dict[str, Any]:
     pipe = setup.pipe
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     return found | {
+        "left_out": "blanked and not finite",  # before, such pictures were scored
         "draw": {name: getattr(setup.draw, name) for name in DRAWN},
         "acceleration": setup.patch,
         "num_mediators": getattr(denoiser, "num_mediators", None),

@@ -3,10 +3,11 @@
 Shapes: N pictures of height H and width W.
 """
 
+import copy
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class PictureSet:
         side: int | None = None,
         limit: int | None = None,
         skip_bad: bool = False,
+        leave_out: Collection[int] = (),
         progress: Progress = no_progress,
     ) -> None:
         """Reads every picture once, to find the unreadable ones, the size and the hash.
@@ -61,6 +63,7 @@ class PictureSet:
             side: bring every picture to this size: cropped around the centre to a square, resized bicubically.
             limit: the first so many readable pictures only.
             skip_bad: leave unreadable pictures out, with a warning that counts and names them.
+            leave_out: indices in `names` that are not read.
             progress: see `Progress`.
 
         Raises:
@@ -78,6 +81,8 @@ class PictureSet:
             for index, label in enumerate(names):
                 if limit is not None and len(good) == limit:
                     break
+                if index in leave_out:
+                    continue
                 try:
                     self._note(self._fitted(index), label)
                     good.append(index)
@@ -91,6 +96,13 @@ class PictureSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def without(self, rows: Collection[int]) -> "PictureSet":
+        """The same pictures but for these rows; the hash stays that of all."""
+        found = copy.copy(self)
+        kept = [i for i, row in enumerate(self.rows) if row not in rows]
+        found.rows, found.names = (tuple(values[i] for i in kept) for values in (self.rows, self.names))
+        return found
 
     def batch(self, start: int, stop: int) -> Tensor:
         """Pictures `start` to `stop`, uint8 [stop - start, 3, H, W]."""

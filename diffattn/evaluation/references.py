@@ -32,8 +32,10 @@ class Source:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(H, W) of the pictures, None if they are not there."""
-        return None if self.pictures is None else self.pictures.size
+        """(H, W) of the pictures in pixels; None if neither they nor what was stored of them says so."""
+        if self.pictures is not None:
+            return self.pictures.size
+        return None if self.stored is None else self.stored.size
 
     @property
     def count(self) -> int | None:
@@ -122,7 +124,7 @@ def _of_pictures(
 ) -> tuple[Reference, Statistics | None]:
     """From the values of `measure_features`."""
     labels = (pictures.name, pictures.hash, extractor.name, extractor.hash, extractor.resize)
-    reference = Reference(*labels, Statistics.of(found["pooled"]), found["pooled"])
+    reference = Reference(*labels, Statistics.of(found["pooled"]), found["pooled"], pictures.size)
     return reference, Statistics.of(found["spatial"]) if "spatial" in found else None
 
 

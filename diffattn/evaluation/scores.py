@@ -10,14 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from diffattn.evaluation.picture_set import PictureSet, Progress
+from diffattn.evaluation.quality import scorers
 from diffattn.evaluation.run_folder import RunFolder
 from diffattn.metrics.clip_score import ClipScore
 from diffattn.metrics.extractors import FeatureExtractor
-from diffattn.metrics.fid import fid, fid_infinity, frechet_distance
-from diffattn.metrics.kid import kid
 from diffattn.metrics.lpips import Lpips
 from diffattn.metrics.paired import SSIM_WINDOW, foreground_psnr, mean_of_known, psnr, ssim
-from diffattn.metrics.precision_recall import precision_recall
 from diffattn.metrics.reference import Reference, Statistics
 from diffattn.metrics.sfid import both_features
 
@@ -91,32 +89,16 @@ def set_scores(
     Raises:
         ValueError: from `fid`.
     """
-    pooled, left_out = found["pooled"], {}
-    scores, options = {"fid": fid(pooled, reference)}, {"metric_seed": seed}
-
-    def with_kid() -> None:
-        distance = kid(pooled, reference, seed=seed)
-        scores.update(kid=distance.mean, kid_std=distance.std)
-        options.update(kid_subsets=distance.subsets, kid_subset_size=distance.subset_size)
-
-    def with_precision() -> None:
-        scores["precision"], scores["recall"] = precision_recall(pooled, reference)
-        options["neighbours"] = 3
-
-    def with_infinity() -> None:
-        scores["fid_infinity"] = fid_infinity(pooled, reference, seed=seed)
-
-    def with_spatial() -> None:
-        if "spatial" not in found or spatial is None:
-            raise ValueError(f"the {'reference' if 'spatial' in found else 'extractor'} has no spatial features")
-        scores["sfid"] = frechet_distance(Statistics.of(found["spatial"]), spatial)
-
-    rest = {"kid": with_kid, "precision": with_precision, "fid_infinity": with_infinity, "sfid": with_spatial}
-    for name, add in rest.items():
+    scores, options, left_out = dict[str, float](), dict[str, Any](), dict[str, str]()
+    for name, score in scorers(found["pooled"], reference, spatial=(found.get("spatial"), spatial), seed=seed).items():
         try:
-            add()
+            more, used = score()
         except ValueError as error:
+            if name == "fid":
+                raise
             left_out[name] = str(error)
+        else:
+            scores, options = scores | more, options | used
     return scores, options, left_out
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffattn.drawing.batch import NotFinite, draw_batch
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.metrics.classifier import Classifier
 from diffattn.metrics.extractors import FeatureExtractor
-from diffattn.metrics.features import features_of
+from diffattn.metrics.features import as_uint8, features_of
 from diffattn.metrics.reference import Reference
 from diffattn.sampling import SiTPipeline
 
@@ -43,20 +44,22 @@ class Drawing:
 def draw_classes(
     pipe: SiTPipeline, drawing: Drawing, on_batch: Callable[[int], None] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures [b, 3, H, W] uint8 and their classes [b], batch by batch."""
+    """Pictures [b, 3, H, W] uint8 and their classes [b], batch by batch.
+
+    Raises:
+        NotFinite: a picture came out NaN or infinite.
+    """
     classes = pipe.transformer.config["num_classes"]
+    settings = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     for start in range(0, drawing.samples, drawing.batch):
         indices = range(start, min(start + drawing.batch, drawing.samples))
-        output: Any = pipe(
-            [i % classes for i in indices],
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            generator=[torch.Generator().manual_seed(drawing.seed + i) for i in indices],
-            output_type="pt",
-        )
+        labels = [i % classes for i in indices]
+        batch = draw_batch(pipe, labels, [drawing.seed + i for i in indices], settings)
+        if not all(batch.finite):
+            raise NotFinite(pipe, batch.seeds[batch.finite.index(False)])
         if on_batch is not None:
             on_batch(len(indices))
-        yield (output.images.float() * 255).round().to(torch.uint8), torch.tensor([i % classes for i in indices])
+        yield as_uint8(batch.images), torch.tensor(labels)
 
 
 def sit_quality(
@@ -73,7 +76,7 @@ def sit_quality(
     of pictures that it takes for the class they were drawn for.
 
     Raises:
-        ValueError: see `features_of`, `quality` and `Protocol.of`.
+        ValueError: a picture that is NaN or infinite; see `features_of`, `quality` and `Protocol.of`.
     """
     drawn = list(draw_classes(pipe, drawing, on_batch))
     features = features_of((images for images, _ in drawn), extractor)

@@ -39,10 +39,12 @@ def read_statistics(
         raise ValueError(
             f"{str(path)!r}: mu must be [d] and sigma [d, d], got {list(mean.shape)} and {list(cov.shape)}"
         )
-    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
-        raise ValueError(f"{str(path)!r} holds values that are NaN or infinite")
+    try:
+        statistics = Statistics(mean, cov, count)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} (mu is the mean, sigma the covariance): {error}") from None
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, Statistics(mean, cov, count))
+    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, statistics)
 
 
 def write_statistics(path: str | Path, statistics: Statistics, spatial: Statistics | None = None) -> None:

@@ -67,7 +67,7 @@ def test_a_text_model_with_everything(place: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "a.json").read_text())
     assert {"fid", "kid", "sfid", "psnr", "ssim", "foreground_psnr", "lpips", "latent_error"} <= set(result["scores"])
     assert result["protocol"]["seeds"] == "5..7"
-    assert result["protocol"]["guidance"] == 7.5
+    assert result["protocol"]["guidance"] == 1.0  # the default of `SiTPipeline`
     assert len(result["protocol"]["options"]["lpips"]) == 64
     assert len(result["details"]["latent_error_by_step"]) == 2
     assert "agent balanced" in result["subject"]
