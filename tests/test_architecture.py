@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "preflight": "architectures drawing machine measure models patching schedules",
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
     "benchmarks": "architectures files functional machine measure methods models patching",
-    "demo": "drawing machine measure metrics patching",
+    "demo": "drawing files machine measure metrics patching",
     "app.jobs": "drawing evaluation files machine measure methods metrics patching schedules",
     "app.page": "app.jobs",
     "capabilities": "architectures drawing machine methods",
