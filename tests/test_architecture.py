@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "patching": "architectures files methods noise_level schedules",
     "sampling": "models patching",
     "drawing": "files machine patching sampling",
-    "data": "",
+    "data": "files",
     "measure": "machine models",
     "metrics": "drawing files",
     "evaluation": "data drawing files machine methods metrics patching sampling",

@@ -84,6 +84,11 @@ def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
     return list(range(num_classes(pipe))) if config.prompts is None else class_ids(pipe, config.prompts)
 
 
+def picture_name(number: int) -> str:
+    """The file of picture `number`, counted from 0."""
+    return f"{number:07d}.png"
+
+
 def accelerated(pipe: Any, acceleration: Mapping[str, Any] | None) -> AbstractContextManager[Any]:
     """Within, the pipeline is patched with these arguments of `diffattn.patch`; None leaves it as it is."""
     return nullcontext() if acceleration is None else patch(pipe, **acceleration)
@@ -156,7 +161,7 @@ class _Chunk:
         return all(path.exists() for path, there in zip(self.paths(kind), finite, strict=True) if there)
 
     def paths(self, kind: str) -> list[Path]:
-        return [picture_file(self.run, kind, self.start + i) for i in range(len(self.what))]
+        return [self.run.path / kind / picture_name(self.start + i) for i in range(len(self.what))]
 
     def draw(self, number: int, kind: str) -> LatentTrace:
         """Draw and save; the latents after every step."""
@@ -172,11 +177,6 @@ class _Chunk:
         checks = {"blanked": torch.tensor(batch.blanked), "finite": torch.tensor(batch.finite)}
         self.run.write(CHECKS[kind], number, checks)
         return trace
-
-
-def picture_file(run: RunFolder, kind: str, index: int) -> Path:
-    """The file of a drawn picture."""
-    return run.path / kind / f"{index:07d}.png"
 
 
 def _draw(pipe: Any, config: DrawConfig, what: list[Any], seeds: list[int], trace: LatentTrace) -> Batch:

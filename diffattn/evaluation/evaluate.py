@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from diffattn.data.matching import Matching
 from diffattn.drawing.classes import draws_classes
 from diffattn.evaluation.draw_set import (
     EXACT,
@@ -16,6 +17,7 @@ from diffattn.evaluation.draw_set import (
     DrawConfig,
     accelerated,
     draw_set,
+    picture_name,
     subjects,
     with_own_guidance,
 )
@@ -59,7 +61,7 @@ class EvaluateConfig:
     prompts: Sequence[str] | None = (
         None  # of pictures from files, for the CLIP score; picture i has i modulo their number
     )
-    limit: int | None = None  # pictures from files: the first so many
+    limit: int | None = None  # pictures from files: so many, the first ones of every folder in natural order
     seed: int = 0  # of the draws of KID and FID∞
     device: str | torch.device = "cpu"  # for pictures from files
 
@@ -94,7 +96,7 @@ def evaluate(
         draw: what a pipeline draws.
         acceleration: arguments of `diffattn.patch` for a pipeline; None: as it is.
         paired: True compares with what the pipeline draws from the same seeds without the acceleration. A path: with
-            these pictures, in order. Either: PSNR, PSNR of the foreground, SSIM, LPIPS; and, of a pipeline's pair, the
+            these pictures, paired by name, number or order, see `match`. Either: PSNR, PSNR of the foreground, SSIM, LPIPS; and, of a pipeline's pair, the
             relative error of the latents.
         name: what the result calls the subject.
         npz: also write the pictures, and the class numbers of a SiT's, to this ADM file.
@@ -142,6 +144,7 @@ class _Job:
         self.pictures = None if isinstance(subject, DiffusionPipeline) else self._open(subject)
         self.exact = None if isinstance(paired, bool) else self._open(paired)
         self.left_out: LeftOut | None = None  # of what a pipeline draws
+        self.matching: Matching | None = None
         self.prompts = self._prompts()
         self.clip = ClipScore(config.clip, self.device) if config.clip is not None else None
         self.lpips = Lpips(config.lpips_weights, self.device) if config.lpips_weights is not None else None
@@ -168,6 +171,7 @@ class _Job:
                 reference, extractor, side=config.side, skip_bad=config.skip_bad, progress=self.progress
             )
         self._check_sizes(source)
+        self._pair()
         with accelerated(self.pipe, self.acceleration):  # refused before anything is written
             how = describe_patch(self.pipe)
         setup = self._setup(source, extractor, how)
@@ -211,20 +215,24 @@ class _Job:
 
     def _check_sizes(self, source: Source | None) -> None:
         """Of what is there before anything is drawn; `draw_set` checks the first pictures that it draws."""
-        mine, truth = self.pictures, source
-        for a, what, b in ((mine, "the reference", truth), (mine, "the pairs", self.exact),
-                           (truth, "the pairs", self.exact)):  # fmt: skip
-            if not (a and a.size and b and b.size) or a.size == b.size:
-                continue
-            raise ValueError(f"the pictures of {a.name!r} have {a.size[1]}x{a.size[0]} pixels, {what} "
-                             f"{b.size[1]}x{b.size[0]}; bring both to one size (--size)")  # fmt: skip
+        side, exact = self.config.side, self.exact and ("the pairs", self.exact.size)
+        drawn = ("the drawn pictures", None if side is None else (side, side))
+        mine = drawn if self.pictures is None else (f"the pictures of {self.pictures.name!r}", self.pictures.size)
+        truth = source and (f"the pictures of {source.name!r}", source.size)
+        for one, other in ((mine, source and ("the reference", source.size)), (mine, exact), (truth, exact)):
+            a, b = one and one[1], other and other[1]
+            if one and other and a and b and a != b:
+                raise ValueError(f"{one[0]} have {a[1]}x{a[0]} pixels, {other[0]} {b[1]}x{b[0]}; bring both to one size "
+                                 "(--size)")  # fmt: skip
+
+    def _pair(self) -> None:
+        """Bring the pictures to pair with into the order of those that are scored."""
         if self.exact is None:
             return
-        rows = tuple(range(self.draw.num_pictures)) if mine is None else mine.rows
-        if len(rows) != len(self.exact):
-            raise ValueError(f"pairs need as many pictures on both sides, got {len(rows)} and {len(self.exact)}")
-        if rows != self.exact.rows:
-            raise ValueError("other pictures are left out on the one side than on the other: they do not pair")
+        names, rows, places = [picture_name(i) for i in range(self.draw.num_pictures)], None, True
+        if self.pictures is not None:
+            names, rows, places = self.pictures.listed, self.pictures.rows, self.pictures.places
+        self.exact, self.matching = self.exact.partners_of(names, rows or range(len(names)), places)
 
     def _draw(self, run: RunFolder, source: Source | None) -> None:
         """The pipeline's pictures, and those without acceleration."""
@@ -269,6 +277,8 @@ class _Job:
             found = in_chunks(run, "pairs", len(mine), measure_pairs(mine, self.exact, self.lpips), progress)
             more, details["pairs"] = pair_scores(found)
             scores |= more
+        if self.matching is not None:
+            details["matched"] = str(self.matching)
         if self.paired is True:
             errors = run.gather(LATENTS, self.draw.num_pictures, self.draw.batch)["error"]
             assert self.left_out is not None

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffattn.evaluation.draw_set import CHECKS, EXACT, PICTURES, DrawConfig, picture_file
+from diffattn.evaluation.draw_set import CHECKS, EXACT, PICTURES, DrawConfig, picture_name
 from diffattn.evaluation.picture_set import PictureSet, Progress
 from diffattn.evaluation.run_folder import RunFolder
 
@@ -106,7 +106,7 @@ def left_out_sentences(details: Mapping[str, Any], total: int) -> list[str]:
 
 def drawn_pictures(run: RunFolder, kind: str, left_out: LeftOut, side: int | None, progress: Progress) -> PictureSet:
     """The pictures of a folder of `draw_set`, but for those left out; the others keep their row."""
-    paths = [picture_file(run, kind, row) for row in range(left_out.config.num_pictures)]
+    paths = [run.path / kind / picture_name(row) for row in range(left_out.config.num_pictures)]
 
     def read(index: int) -> Tensor:
         with Image.open(paths[index]) as image:

@@ -32,7 +32,7 @@ class Source:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(H, W) of the pictures in pixels; None if neither they nor what was stored of them says so."""
+        """(H, W) of the pictures that it is, or was, made from; None if unknown."""
         if self.pictures is not None:
             return self.pictures.size
         return None if self.stored is None else self.stored.size
@@ -85,10 +85,11 @@ def open_reference(
     if isinstance(source, Reference):
         return _stored(source, extractor)
     path = Path(source)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return _stored(Reference.load(path), extractor)
-    held = _arrays(path) if path.suffix == ".npz" else set()
-    has_pictures, has_statistics = "arr_0" in held or path.suffix != ".npz", {"mu", "sigma"} <= held
+    npz = path.suffix.lower() == ".npz"
+    held = _arrays(path) if npz else set()
+    has_pictures, has_statistics = "arr_0" in held or not npz, {"mu", "sigma"} <= held
     pictures = None
     if has_pictures or not has_statistics:
         pictures = open_pictures(path, side=side, skip_bad=skip_bad, progress=progress)

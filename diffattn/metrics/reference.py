@@ -83,7 +83,7 @@ class Reference:
     resize: str
     statistics: Statistics
     features: Tensor | None = None  # [N, d] float32; KID, precision and recall need it, FID does not
-    size: tuple[int, int] | None = None  # (H, W) of the pictures in pixels; None: unknown, or several
+    size: tuple[int, int] | None = None  # (H, W) of the pictures; None: unknown, or of several sizes
 
     @classmethod
     def of(
@@ -99,8 +99,8 @@ class Reference:
         features = features_of(hashed, extractor, batch_size, on_batch)
         statistics = Statistics.of(features)
         digest = hashed.digest.hexdigest()
-        labels = (name, digest, extractor.name, extractor.hash, extractor.resize)
-        return cls(*labels, statistics, features, hashed.size)
+        size = next(iter(hashed.sizes)) if len(hashed.sizes) == 1 else None
+        return cls(name, digest, extractor.name, extractor.hash, extractor.resize, statistics, features, size)
 
     def save(self, path: str | Path, features: bool = True) -> None:
         """Write a safetensors file, see `write_whole`; `features=False` keeps mean and covariance only."""
@@ -128,11 +128,16 @@ class Reference:
             statistics = Statistics(tensors["mean"], tensors["cov"], count)
             name, digest, *extractor = (labels[label] for label in LABELS)
             features = check_features(tensors["features"]).float() if "features" in tensors else None
-            rows, _, columns = labels.get("size", "").partition("x")
-            size = (int(rows), int(columns)) if rows else None
+            size = _size(labels["size"]) if "size" in labels else None
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not a reference saved by diffattn: {error}") from error
         return cls(name, digest, extractor[0], extractor[1], extractor[2], statistics, features, size)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "HxW" -> (H, W)"""
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 class _Hashed:
@@ -141,17 +146,12 @@ class _Hashed:
     def __init__(self, images: Iterable[Tensor]) -> None:
         self.images = images
         self.digest = hashlib.sha256()
-        self._sizes: set[tuple[int, int]] = set()
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(H, W) of all pictures, None if they have several."""
-        return next(iter(self._sizes)) if len(self._sizes) == 1 else None
+        self.sizes: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[Tensor]:
         for chunk in map(as_uint8, self.images):
-            self._sizes.add((chunk.shape[2], chunk.shape[3]))
             for picture in chunk.cpu():
+                self.sizes.add((picture.shape[1], picture.shape[2]))
                 self.digest.update(str(tuple(picture.shape)).encode())
                 self.digest.update(picture.contiguous().numpy().tobytes())
             yield chunk

@@ -16,7 +16,6 @@ MODELS_DIR = "MODELS_DIR"
 
 def snippet(
     request: Request,
-    draws_classes: bool = False,
     *,
     dit_labels: Sequence[int] | None = None,
     local: bool = False,
@@ -27,7 +26,6 @@ def snippet(
 
     Args:
         request: what was drawn.
-        draws_classes: the prompt is the name, or the id, of a class.
         dit_labels: the class ids for a `DiTPipeline`, which takes no names and no size.
         local: the model is one below the folder of models; whoever runs the code fills that folder in.
         dtype, device: what drew it.
@@ -44,7 +42,7 @@ def snippet(
         named = is_tuned(kept) or "method" in kept  # by the recipe
         method = "" if named else f", {request.method!r}"
         lines.append(f"diffattn.patch(pipe{method}{preset}{recipe}{options})")
-    subject = repr(int(request.prompt) if draws_classes and request.prompt.isdecimal() else request.prompt)
+    subject = repr(request.prompt)  # of a class too: a name, or an id in digits
     if request.negative_prompt is not None:
         subject += f", negative_prompt={request.negative_prompt!r}"
     size = f"width={request.width}, height={request.height}, "

@@ -27,7 +27,7 @@ from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measur
 from diffattn.app.jobs.stops import Stops
 from diffattn.app.jobs.turns import Turns
 from diffattn.app.jobs.watch import Progress, Stopped, Watch
-from diffattn.drawing.classes import class_ids, draws_classes
+from diffattn.drawing.classes import class_ids
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
 from diffattn.drawing.request import Picture, Request
@@ -213,9 +213,9 @@ class Worker:
     def _drawn(
         self, pipe: Any, request: Request, pictures: Sequence[Picture], patch: Patch | None, trace: RunTrace
     ) -> Drawn:
-        classes, local = draws_classes(pipe), self.models.is_local(request.model)
+        local = self.models.is_local(request.model)
         ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
-        code = snippet(request, classes, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
+        code = snippet(request, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
         return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
 
     def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> Run:
