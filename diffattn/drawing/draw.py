@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
-from diffattn.drawing.classes import check_null_class, class_ids, draws_classes
+from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, why_unguided
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.drawing.sizes import check_size, default_size, denoiser_of, size_arguments
@@ -64,18 +64,23 @@ def default_method(pipe: DiffusionPipeline) -> str:
 
 
 def own_guidance(pipe: Any, model: str = "") -> float | None:
-    """The guidance scale of a pipeline that is given none.
+    """The guidance scale of a model that is given none; it belongs to the model.
 
     Args:
         pipe: any pipeline.
         model: the name it was loaded by.
 
     Returns:
-        What an embedded model recommends; of others the default of the pipeline's `guidance_scale` (7.5 for Stable
-        Diffusion, 5 for SDXL). None where that is no number: the pipeline then decides by itself.
+        What the card of an embedded model recommends, what a `SiTPipeline` was saved with, else the default of the
+        pipeline's own call (7.5 for Stable Diffusion, 5 for SDXL, 4 for DiT). 1, which is none, for a model of classes
+        without a null class. None where the default is no number: the pipeline then decides by itself.
     """
+    if draws_classes(pipe) and why_unguided(pipe) is not None:
+        return 1.0
     if model in EMBEDDED:
         return EMBEDDED[model].guidance
+    if isinstance(pipe, SiTPipeline):
+        return pipe.own_guidance
     parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
     return float(parameter.default) if parameter and isinstance(parameter.default, int | float) else None
 

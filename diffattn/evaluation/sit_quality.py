@@ -42,17 +42,21 @@ class Drawing:
 
 
 def draw_classes(
-    pipe: SiTPipeline, drawing: Drawing, on_batch: Callable[[int], None] | None = None
+    pipe: SiTPipeline,
+    drawing: Drawing,
+    on_batch: Callable[[int], None] | None = None,
+    chosen: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures [b, 3, H, W] uint8 and their classes [b], batch by batch.
+    """Pictures [b, 3, H, W] uint8 and their classes [b], batch by batch; only those `chosen`, if it is given.
 
     Raises:
         NotFinite: a picture came out NaN or infinite.
     """
     classes = pipe.transformer.config["num_classes"]
     settings = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
-    for start in range(0, drawing.samples, drawing.batch):
-        indices = range(start, min(start + drawing.batch, drawing.samples))
+    among = range(drawing.samples) if chosen is None else chosen
+    for start in range(0, len(among), drawing.batch):
+        indices = among[start : start + drawing.batch]
         labels = [i % classes for i in indices]
         batch = draw_batch(pipe, labels, [drawing.seed + i for i in indices], settings)
         if not all(batch.finite):
@@ -80,18 +84,26 @@ def sit_quality(
     """
     drawn = list(draw_classes(pipe, drawing, on_batch))
     features = features_of((images for images, _ in drawn), extractor)
-    scores, options = quality(features, reference)
     classes = torch.cat([y for _, y in drawn])
-    model = extractor.model
-    if isinstance(model, Classifier) and model.config["num_classes"] == pipe.transformer.config["num_classes"]:
-        guesses = model.head(features.to(extractor.device)).argmax(1).cpu()
-        scores["accuracy"] = (guesses == classes).float().mean().item()
+    scores, options = scores_of(features, classes, pipe.transformer.config["num_classes"], reference, extractor)
     protocol = Protocol.of(
         drawing.samples, reference, extractor, sampler=type(pipe.scheduler).__name__, steps=drawing.steps,
         guidance=drawing.guidance, seeds=f"{drawing.seed}..{drawing.seed + drawing.samples - 1}",
         dtype=pipe.transformer.dtype, device=pipe.transformer.device.type, options=options,
     )  # fmt: skip
     return QualityResult(subject, protocol, scores)
+
+
+def scores_of(
+    features: Tensor, classes: Tensor, num_classes: int, reference: Reference, extractor: FeatureExtractor
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Scores of features [N, d] of pictures drawn for classes [N], and the options of the scores, see `quality`."""
+    scores, options = quality(features, reference)
+    model = extractor.model
+    if isinstance(model, Classifier) and model.config["num_classes"] == num_classes:
+        guesses = model.head(features.to(extractor.device)).argmax(1).cpu()
+        scores["accuracy"] = (guesses == classes).float().mean().item()
+    return scores, options
 
 
 def quality_per_number(

@@ -105,7 +105,7 @@ def assert_learned_alike(one: Path, other: Path) -> None:
 
 def test_two_processes_resume_bit_for_bit_and_learn_what_one_does(pictures, tmp_path) -> None:
     said = launched(REPLICATED, pictures, tmp_path)
-    assert "going on at step 5" in said
+    assert "resuming at step 5" in said
     assert "4 in all, 2 per process; 2 on cpu" in said
     assert_same(tmp_path / "whole", tmp_path / "resumed")
     run(pictures, tmp_path / "one")
@@ -130,7 +130,7 @@ def test_a_sharded_model_trains_resumes_and_is_exported(pictures, tmp_path) -> N
     )
     environment = {k: v for k, v in prepare_multi_gpu_env(options).items() if "FSDP" in k}
     said = launched(SHARDED, pictures, tmp_path, environment)
-    assert "going on at step 5" in said
+    assert "resuming at step 5" in said
     assert_same(tmp_path / "whole", tmp_path / "resumed")
     run(pictures, tmp_path / "one")
     assert_learned_alike(tmp_path / "one", tmp_path / "whole")
