@@ -112,7 +112,7 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
     subject, settings = _subject(pipe, request), _settings(pipe, request)
     for seed in range(request.seed, request.seed + request.num_images):
         begin = time.perf_counter()
-        with _telling(pipe, request.steps, on_step) as callback:
+        with _reporting(pipe, request.steps, on_step) as callback:
             batch = draw_batch(pipe, [subject], [seed], settings | callback)
         if not batch.finite[0]:
             raise NotFinite(pipe, seed)
@@ -123,7 +123,7 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
 
 
 def call_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, Any]:
-    """What a pipeline is called with for a request that went through `prepare`, but for its generator."""
+    """The arguments of a pipeline for a request that went through `prepare`, except the generator."""
     subject = _subject(pipe, request)
     key = {"class_labels": [subject]} if draws_classes(pipe) else {"prompt": subject}
     return key | _settings(pipe, request)
@@ -135,7 +135,7 @@ def _subject(pipe: Any, request: Request) -> str | int:
 
 
 def _settings(pipe: Any, request: Request) -> dict[str, Any]:
-    """Everything else; what the request leaves open is not passed on, since a pipeline may tell the difference."""
+    """All other arguments; what the request leaves open is not passed on, since a pipeline may treat it differently."""
     found: dict[str, Any] = {"num_inference_steps": request.steps}
     if request.guidance is not None:
         found["guidance_scale"] = request.guidance
@@ -154,33 +154,33 @@ def _check_draws_from_text(pipe: Any) -> None:
 
 
 @contextmanager
-def _telling(pipe: Any, steps: int, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
+def _reporting(pipe: Any, steps: int, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
     """Within, `on_step` is called after every step: by the argument of the pipeline that is given, or by a hook."""
     if on_step is None:
         yield {}
         return
-    tell = _teller(pipe, steps, on_step)
+    report = _counter(pipe, steps, on_step)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-        yield {"callback_on_step_end": lambda *_: tell() or {}}
+        yield {"callback_on_step_end": lambda *_: report() or {}}
     else:
-        with denoiser_of(pipe).register_forward_hook(lambda *_: tell()):
+        with denoiser_of(pipe).register_forward_hook(lambda *_: report()):
             yield {}
 
 
-def _teller(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[], None]:
+def _counter(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[], None]:
     """To be called after every call of the denoiser: calls `on_step` after the last one of every step.
 
-    A scheduler of order 2 takes two calls a step, but for the last one; PNDM takes one call more than there are steps.
+    A scheduler of order 2 makes two calls per step except the last; PNDM makes one call more than there are steps.
     """
-    calls, told = count(1), count(1)
+    calls, reported = count(1), count(1)
 
-    def tell() -> None:
+    def report() -> None:
         call = next(calls)
         whole = call % pipe.scheduler.order == 0 or call == len(pipe.scheduler.timesteps)
-        if whole and next(told) <= steps:
+        if whole and next(reported) <= steps:
             on_step()
 
-    return tell
+    return report
 
 
 def _record(pipe: Any, request: Request, seed: int) -> dict[str, Any]:

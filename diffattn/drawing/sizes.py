@@ -11,7 +11,7 @@ MIN_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines refuse other sizes, wh
 
 
 def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str, int]:
-    """What a pipeline is called with for a size, None for its own; a `DiTPipeline` draws no other and is told nothing.
+    """The size arguments of a pipeline's call; None for its own size. A `DiTPipeline` draws no other and takes none.
 
     Raises:
         ValueError: another size for a `DiTPipeline`.

@@ -71,7 +71,7 @@ def with_own_guidance(pipe: Any, config: DrawConfig) -> DrawConfig:
 
 
 def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
-    """What is drawn in turn: prompts, or class ids.
+    """The prompts or class ids that are drawn in turn.
 
     Raises:
         ValueError: a pipeline that needs prompts and has none; an unknown class; guidance that it cannot give.
@@ -90,7 +90,7 @@ def picture_name(number: int) -> str:
 
 
 def accelerated(pipe: Any, acceleration: Mapping[str, Any] | None) -> AbstractContextManager[Any]:
-    """Within, the pipeline is patched with these arguments of `diffattn.patch`; None leaves it as it is."""
+    """Within, the pipeline is patched with these arguments of `diffattn.patch`; None leaves it unchanged."""
     return nullcontext() if acceleration is None else patch(pipe, **acceleration)
 
 

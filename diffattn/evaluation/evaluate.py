@@ -50,7 +50,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured, and how pictures are read."""
+    """What to measure, and how to read pictures."""
 
     extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
     extractor_weights: str | Path | None = None
@@ -89,21 +89,21 @@ def evaluate(
 
     Args:
         subject: a pipeline on its device, patched or not; or pictures: a folder, a zip, or an ADM `.npz`.
-        reference: see `open_reference`. With it: FID, KID, FID∞, precision, recall, sFID, as far as they can be had
-            (the others, and why, in `details["left_out"]`). Without it there is no extractor.
+        reference: see `open_reference`. With it: FID, KID, FID∞, precision, recall, sFID, as far as pictures and
+            reference allow (the others are in `details["left_out"]`, with the reason). Without it no extractor is used.
         folder: for pictures, features and `result.json`.
         config: see `EvaluateConfig`.
         draw: what a pipeline draws.
         acceleration: arguments of `diffattn.patch` for a pipeline; None: as it is.
         paired: True compares with what the pipeline draws from the same seeds without the acceleration. A path: with
-            these pictures, paired by name, number or order, see `match`. Either: PSNR, PSNR of the foreground, SSIM, LPIPS; and, of a pipeline's pair, the
-            relative error of the latents.
+            these pictures, paired by name, number or order, see `match`. Either: PSNR, PSNR of the foreground, SSIM,
+            LPIPS; and, of a pipeline's pair, the relative error of the latents.
         name: what the result calls the subject.
         npz: also write the pictures, and the class numbers of a SiT's, to this ADM file.
         progress: see `Progress`.
 
     Returns:
-        The result, also in `result.json`. Its protocol holds all that the figures depend on but the subject.
+        The result, also in `result.json`. Its protocol holds everything that the figures depend on, except the subject.
 
     Raises:
         ValueError: fewer than 2 pictures, or fewer than 2 that are neither blanked nor NaN; unreadable ones without

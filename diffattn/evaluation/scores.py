@@ -1,4 +1,4 @@
-"""From pictures to scores, chunk by chunk through the folder of a run, so that each step is shared and resumable.
+"""From pictures to scores, in chunks kept in the run's folder, so that every step can be shared and resumed.
 
 Shapes: N pictures in all, b in a chunk; d pooled features, s spatial ones.
 """
@@ -26,7 +26,7 @@ Measure = Callable[[int, int], Mapping[str, Tensor]]
 
 
 def in_chunks(run: RunFolder, kind: str, total: int, measure: Measure, progress: Progress) -> dict[str, Tensor]:
-    """Values of all pictures: measures this process's share of what is missing, waits for all, and gathers."""
+    """Measure this process's share of what is missing, wait for the others, and gather the values of all pictures."""
     shares = list(run.mine(total, CHUNK))
     with progress(kind, len(shares)) as advance:
         for number, start, stop in shares:
@@ -105,7 +105,7 @@ def set_scores(
 def pair_scores(found: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
     """Means over the pairs, and spread and least for the details.
 
-    An infinite PSNR (an identical pair) or none at all (no foreground) counts for no mean; "pairs" says how many did.
+    An infinite PSNR (an identical pair) or none at all (no foreground) enters no mean; "pairs" counts those that do.
     """
     scores, details = {}, {}
     for name, values in found.items():
@@ -124,9 +124,9 @@ def pair_scores(found: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str
 
 
 def latent_scores(errors: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
-    """From the relative errors [N, steps] of the latents: that after the last step, and the mean of every step.
+    """Mean relative error [N, steps] of the latents after the last step, and after every step.
 
-    Nothing from errors [0], of a pipeline that does not call back after its steps.
+    Empty for errors [0], of a pipeline without a callback after its steps.
     """
     if errors.ndim != 2:
         return {}, {}

@@ -1,9 +1,9 @@
-"""Quality of a SiT for every number of mediators: FID, KID, precision and recall, and whether the class is right.
+"""Quality of a SiT: FID, KID, precision and recall, and whether the class is right.
 
-All numbers draw the same seeds and classes, so that nothing but the attention differs.
+Picture i has the same seed and class whatever the attention, so that nothing else differs between two subjects.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,24 +104,3 @@ def scores_of(
         guesses = model.head(features.to(extractor.device)).argmax(1).cpu()
         scores["accuracy"] = (guesses == classes).float().mean().item()
     return scores, options
-
-
-def quality_per_number(
-    pipe: SiTPipeline,
-    drawing: Drawing,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    numbers: Sequence[int] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Scores by number of mediators ("n=4"), or of "softmax" for a model without any; the model's own is put back."""
-    model = pipe.transformer
-    before, found = model.num_mediators, {}
-    try:
-        for n in numbers or model.mediators or (0,):
-            if n:
-                model.set_num_mediators(n)
-            subject = f"n={n}" if n else "softmax"
-            found[subject] = dict(sit_quality(pipe, drawing, reference, extractor, subject).scores)
-    finally:
-        model.num_mediators = before
-    return found

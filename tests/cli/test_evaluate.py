@@ -67,7 +67,7 @@ def test_a_text_model_with_everything(place: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "a.json").read_text())
     assert {"fid", "kid", "sfid", "psnr", "ssim", "foreground_psnr", "lpips", "latent_error"} <= set(result["scores"])
     assert result["protocol"]["seeds"] == "5..7"
-    assert result["protocol"]["guidance"] == 1.0  # the default of `SiTPipeline`
+    assert result["protocol"]["guidance"] == 7.5
     assert len(result["protocol"]["options"]["lpips"]) == 64
     assert len(result["details"]["latent_error_by_step"]) == 2
     assert "agent balanced" in result["subject"]
@@ -200,7 +200,10 @@ def test_nan_pictures_are_one_line(place: Path, tmp_path: Path) -> None:
                 "cifar-classifier", "--num-pictures", 2, "--steps", 2, "--device", "cpu",
                 "--out", tmp_path)  # fmt: skip
     assert done.exit_code == 2, done.output
-    assert "seeds 0 to 0: pictures hold values that are NaN or infinite" in done.stderr.strip().splitlines()[-1]
+    assert (
+        "all 2 pictures hold NaN or infinite values and are left out of the scores (seeds 0, 1)"
+        in done.stderr.strip().splitlines()[-1]
+    )
 
 
 def test_pictures_outside_the_extractors_domain_get_a_note(files: tuple[object, ...], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the web page does, without the page: who may ask for what, one job at a time, its progress, Stop."""
+"""The work behind the web page, without the page: limits, one job at a time, progress, Stop."""
 
 from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
 from diffattn.app.jobs.compare import Comparison, Variant

@@ -58,13 +58,13 @@ class Comparison:
     variants: tuple[Variant, ...]
 
     def speedup(self, variant: Variant) -> float:
-        """Of the median times."""
+        """Ratio of the median times, unpatched over the variant."""
         return self.variants[0].seconds / variant.seconds
 
 
 @dataclass
 class Collected:
-    """What came of one way to draw so far."""
+    """The results of one variant so far."""
 
     request: Request
     pictures: list[Picture] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Collected:
 
 
 def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch) -> Comparison:
-    """Draw the pictures of a request unpatched and with every acceleration, in an order that rotates.
+    """Draw the pictures of a request unpatched and with every acceleration, in a rotating order.
 
     Args:
         pipe: on the device it is to run on; it is left unpatched.
@@ -102,12 +102,12 @@ def _variant(request: Request, name: str) -> Collected:
 
 
 def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:
-    """Two steps: the first run of a kind takes longer, and does not count."""
+    """Run two steps that do not count: the first run of a variant takes longer."""
     draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, None)
 
 
 def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int | None) -> None:
-    """One picture more; the model is patched before and restored after it."""
+    """Draw one more picture; the model is patched before it and restored afterwards."""
     ready, patch = prepare(pipe, replace(one.request, seed=seed, num_images=1))
     on_cuda = pipe.device.type == "cuda"
     try:
@@ -130,10 +130,10 @@ def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done
 
 @torch.no_grad()
 def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
-    """Of all calls of a picture: one call of every phase is repeated and counted.
+    """Operations of all denoiser calls of a picture: one call of every phase is repeated and counted.
 
-    None where that takes too long, or where a call alone is in another phase than in its run, as the noise level does
-    not tell it.
+    None where that takes too long, or where the phase does not follow from the noise level, so that a call repeated
+    alone would run in another phase.
     """
     if patch and not isinstance(patch.plan.schedule, NoiseSchedule):
         return None

@@ -1,4 +1,4 @@
-"""The Python code that draws a picture again."""
+"""Python code that draws a picture again."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from diffattn.patching.recipe import is_tuned
 
 FOR_PEOPLE = ("protocol", "promised", "verified")  # keys of a recipe that do nothing
 MODELS_DIR = "MODELS_DIR"
-"""Stands for the folder of models, whose place is nobody's business."""
+"""Placeholder for the folder of models, whose path is not disclosed."""
 
 
 def snippet(
@@ -27,7 +27,7 @@ def snippet(
     Args:
         request: what was drawn.
         dit_labels: the class ids for a `DiTPipeline`, which takes no names and no size.
-        local: the model is one below the folder of models; whoever runs the code fills that folder in.
+        local: the model is one below the folder of models; the code then has a placeholder for that folder.
         dtype, device: what drew it.
     """
     imports, load = _load(request.model, local, dtype)
@@ -57,7 +57,7 @@ def snippet(
 
 
 def _load(model: str, local: bool, dtype: torch.dtype) -> tuple[list[str], str]:
-    """Lines that import what loads the model, and what loads it."""
+    """The imports that loading the model needs, and the expression that loads it."""
     precision = "" if dtype == torch.float32 else f", torch.{dtype_name(dtype)}"
     if model in embedded_models():
         return [], f"diffattn.load_demo({model!r}{precision})"

@@ -32,7 +32,7 @@ CHUNK = 16  # pictures of the reference that are drawn before their features are
 
 @dataclass
 class _Job:
-    """One model of a measurement, under way."""
+    """The measurement of one model, in progress."""
 
     pipe: Any
     asked: Measurement
@@ -43,7 +43,7 @@ class _Job:
     done: int = 0
 
     def draw(self, one: Collected, index: int, what: str) -> Picture:
-        """Picture `index`: its prompt and seed."""
+        """Draw picture `index`, with its prompt and seed."""
         one.request = replace(one.request, prompt=self.prompts[index % len(self.prompts)])
         draw(self.pipe, one, self.asked.seed + index, self.watch, what, self.done, self.total)
         self.done += 1
@@ -51,7 +51,7 @@ class _Job:
 
 
 def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: MakeWatch) -> Run:
-    """One model: N pictures of every variant, timed one by one, and their scores.
+    """Measure one model: N pictures of every variant, each timed, and their scores.
 
     Without a stored reference the pictures are measured against N exact ones of other seeds (seed + N and up): then
     FID and KID say how far acceleration moves what the model draws, and exact attention shows how far chance does.
@@ -86,7 +86,7 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
 
 
 def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
-    """The classes of a model that draws them; of others the prompts of stored runs, `ValueError` if there are none."""
+    """The classes of a model that draws classes, else the prompts of its stored runs; `ValueError` if it has none."""
     if draws_classes(pipe):
         return tuple(map(str, range(num_classes(pipe))))
     found = stored_runs(folder)
@@ -96,13 +96,13 @@ def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
 
 
 def stored_runs(folder: Path | None) -> list[Run]:
-    """Runs that lie beside a model; raises `ValueError` if their file is damaged."""
+    """The runs stored beside a model; raises `ValueError` if their file is damaged."""
     path = folder / RUNS_FILE if folder else None
     return read_runs(path) if path and path.is_file() else []
 
 
 def stored_reference(folder: Path | None, extractor: FeatureExtractor, against: str) -> Reference | None:
-    """What lies beside a model, None if nothing made with this extractor does or exact pictures are asked for."""
+    """The reference stored beside a model; None if none was made with this extractor, or exact pictures are wanted."""
     found = _reference_of(folder) if against == AUTOMATIC else None
     return found if found and found.extractor_hash == extractor.hash else None
 
@@ -126,14 +126,14 @@ def extractor_for(name: str, chosen: str, models: Models) -> str:
 
 
 def has_reference(name: str, asked: Measurement, models: Models) -> bool:
-    """Whether a stored reference spares drawing one, as far as names tell; raises as `extractor_for`."""
+    """Whether there is a stored reference, so that none has to be drawn, going by names; raises as `extractor_for`."""
     extractor = extractor_for(name, asked.extractor, models)
     reference = _reference_of(models.place(name)) if asked.against == AUTOMATIC else None
     return reference is not None and reference.extractor == extractor
 
 
 def _reference_of(folder: Path | None) -> Reference | None:
-    """What lies beside a model; raises `ValueError` if it is damaged."""
+    """The reference stored beside a model, if any; raises `ValueError` if it is damaged."""
     path = folder / REFERENCE_FILE if folder else None
     if path is None or not path.is_file():
         return None
