@@ -42,7 +42,8 @@ OWN_EXTRACTOR = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"
 PICTURES = 1000  # drawn by default
 OUT = Path("outputs/evaluate")
 REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
-NUM_PICTURES = "How many pictures to draw, or to take of those given."
+NUM_PICTURES = "How many pictures to draw, or to take of those given: every folder has its share."
+PAIRED_WITH = "Or compare with these pictures, matched by name or number, else in order."
 PAIRED = "Also draw the same seeds unaccelerated: PSNR, SSIM, latent error."
 
 app = typer.Typer(
@@ -64,7 +65,7 @@ def evaluate(
     option: Options = None,
     recipe: Recipe = None,
     paired: Annotated[bool, typer.Option("--paired", help=PAIRED)] = False,
-    paired_with: Annotated[Path | None, typer.Option(metavar="PATH", help="Or compare with these pictures.")] = None,
+    paired_with: Annotated[Path | None, typer.Option(metavar="PATH", help=PAIRED_WITH)] = None,
     extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}; auto: the embedded model's own, else inception.")] = (
         "auto"
     ),
@@ -158,7 +159,9 @@ def reference(
     ],
     extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}.")] = "inception",
     extractor_weights: ExtractorWeights = None,
-    num_pictures: Annotated[int | None, typer.Option(help="How many to take.", show_default="all")] = None,
+    num_pictures: Annotated[
+        int | None, typer.Option(help="How many to take, spread evenly over the classes.", show_default="all")
+    ] = None,
     size: Side = None,
     skip_bad: SkipBad = False,
     device: Device = "auto",
@@ -180,7 +183,9 @@ def reference(
             raise ValueError(f"a reference is saved as .safetensors or .npz, got {str(out)!r}")
         eye = load_extractor(extractor, extractor_weights, choose_device(device))
     with bad_input():
-        found = open_pictures(pictures, side=size, limit=num_pictures, skip_bad=skip_bad, progress=progress)
+        found = open_pictures(
+            pictures, side=size, limit=num_pictures, spread=True, skip_bad=skip_bad, progress=progress
+        )
         made, spatial = make_reference(found, eye, progress)
         if out.suffix == ".npz":
             write_statistics(out, made.statistics, spatial)
@@ -271,6 +276,8 @@ def _show(result: Any) -> None:
         stdout.print(result.label, markup=False)
     for name, value in result.scores.items():
         stdout.print(f"{name:<16}{value:12.5g}", markup=False)
+    if "matched" in result.details:
+        stdout.print(f"matched {result.details['matched']}", markup=False)
     for name, why in result.details.get("left_out", {}).items():
         stdout.print(f"no {name}: {why}", markup=False)
     if result.details.get("domain"):

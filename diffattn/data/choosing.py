@@ -88,7 +88,9 @@ def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
         top = None if chosen else _split(level, files.where, split)
         if top is not None:
             chosen = True
-            unused += [f"{base}{name}/" for name in level.inside if name.lower() not in SPLITS and name != top]
+            part = SPLITS.get(top.lower(), "")
+            unused += [f"{base}{name}/" for name in level.inside if SPLITS.get(name.lower(), part) == part]
+            unused.remove(f"{base}{top}/")
         elif not indexed:
             top = _wrapper(level, files, base, known)
         if top is None:

@@ -45,7 +45,7 @@ def ending_of(name: str) -> str:
 def may_be_picture(name: str) -> bool:
     """Whether a file that cannot be opened may well be a picture: it is no document by its ending or name."""
     file = name[name.rfind("/") + 1 :]
-    return ending_of(name) not in DOCUMENTS and not (file.isupper() and "." not in file)  # such as LICENSE
+    return ending_of(name) not in DOCUMENTS and not (file.isalpha() and file.isupper())  # such as LICENSE
 
 
 def left_out(names: Iterable[str]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def read_index(name: str, data: bytes, label: str | None) -> Mapping[str, Any] |
     text = decode_text(data)
     if name.endswith(".json"):
         return _read_json(text, label)
-    return _read_metadata(_rows_of_csv(text) if name.endswith(".csv") else _rows_of_jsonl(text), label)
+    return _read_metadata(_rows_of_csv(text) if name.endswith(".csv") else rows_of_jsonl(text), label)
 
 
 def _read_json(text: str, label: str | None) -> Mapping[str, Any] | None:
@@ -63,7 +63,12 @@ def _read_metadata(rows: Sequence[Any], label: str | None) -> Mapping[str, Any] 
     return _each_once((row["file_name"], row.get(column)) for row in rows)
 
 
-def _rows_of_jsonl(text: str) -> list[Any]:
+def rows_of_jsonl(text: str) -> list[Any]:
+    """The values in a JSON Lines text, empty lines left out.
+
+    Raises:
+        ValueError: a line that is not JSON; the message names it, counted from 1.
+    """
     rows = []
     for number, line in enumerate(split_lines(text), 1):
         if line.strip():
@@ -84,7 +89,7 @@ def _rows_of_csv(text: str) -> list[Any]:
         reader.fieldnames = names
         rows = list(reader)
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} is not CSV: {error}") from None
+        raise ValueError(f"near line {reader.line_num} it is not CSV: {error}") from None
     if any(None in row for row in rows):
         raise ValueError(f"a row has more values than the header has columns, which are {', '.join(names)}")
     return rows

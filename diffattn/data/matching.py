@@ -70,8 +70,10 @@ def _agreed(first: Sequence[_Key], second: Sequence[_Key], how: str) -> Matching
                 by_index = {index: b[key] for key, index in a.items()}
                 found.setdefault(tuple(by_index[i] for i in range(len(a))), (a, b))
     if len(found) > 1:
-        raise ValueError(f"the pictures pair by {how} in {len(found)} ways, since their names hold several numbers that "
-                         "fit; give both sets the same names")  # fmt: skip
+        raise ValueError(
+            f"the pictures pair by {how} in {len(found)} ways, since several numbers in their names fit; "
+            "give both sets the same names"
+        )
     return Matching(next(iter(found)), how) if found else None
 
 

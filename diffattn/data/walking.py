@@ -56,7 +56,7 @@ def _enter(folder: Path, base: str, found: Found, seen: set[str]) -> list[tuple[
         inner[:] = [name for name in inner if is_wanted(name) and name not in linked and _first(here, name, seen)]
         found.folders.update(prefix + name for name in inner)
         for name in filter(is_wanted, files):
-            status = os.lstat(os.path.join(here, name))
+            status = Path(here, name).lstat()
             if stat.S_ISLNK(status.st_mode):
                 linked.append(name)
             elif base == "" or _first(here, name, seen):
@@ -67,14 +67,14 @@ def _enter(folder: Path, base: str, found: Found, seen: set[str]) -> list[tuple[
 
 def _first(here: str, name: str, seen: set[str]) -> bool:
     """Whether a file or folder is met for the first time; it then counts as seen."""
-    path = os.path.join(here, name)
+    path = str(Path(here, name))
     return path not in seen and not seen.add(path)
 
 
 def _follow(root: Path, name: str, link: Path, found: Found, seen: set[str]) -> list[tuple[str, Path]]:
     """Take what a link leads to if it is not there yet; the links below it."""
     target = Path(os.path.realpath(link))
-    if not os.path.exists(target):
+    if not _exists(target):
         found.sizes[name] = -1
         return []
     inside = target.relative_to(root).as_posix() if target.is_relative_to(root) else None
@@ -88,6 +88,14 @@ def _follow(root: Path, name: str, link: Path, found: Found, seen: set[str]) -> 
         return _enter(target, name + "/", found, seen)
     found.sizes[name] = target.stat().st_size
     return []
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:  # also where a folder on the way may not be entered
+        return False
+    return True
 
 
 def _refuse(error: OSError) -> None:

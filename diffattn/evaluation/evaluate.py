@@ -215,15 +215,18 @@ class _Job:
 
     def _check_sizes(self, source: Source | None) -> None:
         """Of what is there before anything is drawn; `draw_set` checks the first pictures that it draws."""
-        side, exact = self.config.side, self.exact and ("the pairs", self.exact.size)
-        drawn = ("the drawn pictures", None if side is None else (side, side))
-        mine = drawn if self.pictures is None else (f"the pictures of {self.pictures.name!r}", self.pictures.size)
-        truth = source and (f"the pictures of {source.name!r}", source.size)
-        for one, other in ((mine, source and ("the reference", source.size)), (mine, exact), (truth, exact)):
-            a, b = one and one[1], other and other[1]
-            if one and other and a and b and a != b:
-                raise ValueError(f"{one[0]} have {a[1]}x{a[0]} pixels, {other[0]} {b[1]}x{b[0]}; bring both to one size "
-                                 "(--size)")  # fmt: skip
+        side, name = self.config.side, "the drawn pictures"
+        mine = None if side is None else (side, side)
+        if self.pictures is not None:
+            name, mine = f"the pictures of {self.pictures.name!r}", self.pictures.size
+        truth, exact = source and source.size, None if self.exact is None else self.exact.size
+        of_reference = f"the pictures of {source.name!r}" if source else ""
+        for what, a, other, b in ((name, mine, "the reference", truth), (name, mine, "the pairs", exact),
+                                  (of_reference, truth, "the pairs", exact)):  # fmt: skip
+            if a is not None and b is not None and a != b:
+                raise ValueError(
+                    f"{what} have {a[1]}x{a[0]} pixels, {other} {b[1]}x{b[0]}; bring both to one size (--size)"
+                )
 
     def _pair(self) -> None:
         """Bring the pictures to pair with into the order of those that are scored."""

@@ -125,8 +125,8 @@ class PictureSet:
             found._limit = None
             found._take(sorted(wanted), False, no_progress)
         if one_side := set(wanted) ^ set(found.rows):
-            raise ValueError(f"{few([self.listed[row] for row in sorted(one_side)])} or the partners are left out on one "
-                             f"side only, {self.name!r} or what it is compared with: they do not pair")  # fmt: skip
+            names = few([self.listed[row] for row in sorted(one_side)])
+            raise ValueError(f"pictures are left out on one side only, in {self.name!r} {names}: they do not pair")
         found.rows, found.names = tuple(wanted), tuple(self.listed[row] for row in wanted)
         if wanted != sorted(wanted):
             found.hash = hashlib.sha256(f"{found.hash} {wanted}".encode()).hexdigest()
@@ -150,8 +150,10 @@ class PictureSet:
         if bad:
             count = f"{len(bad)} of {len(self.listed)} pictures in {self.name!r} cannot be read"
             if not self._skip_bad:
-                raise ValueError(f"{count}: {few(self.skipped)} (the first: {next(iter(bad.values()))}); leave them out "
-                                 "with skip_bad (--skip-bad)")  # fmt: skip
+                first = next(iter(bad.values()))
+                raise ValueError(
+                    f"{count}: {few(self.skipped)} (the first: {first}); leave them out with skip_bad (--skip-bad)"
+                )
             warnings.warn(f"{count} and are left out: {few(self.skipped)}", stacklevel=4)
 
     def _read_all(self, rows: Sequence[int], progress: Progress) -> dict[int, str]:
@@ -188,9 +190,9 @@ def open_pictures(
 ) -> PictureSet:
     """The pictures of a folder or zip, or of an ADM `.npz`.
 
-    Of a folder or zip all files count that Pillow can open, in any layout, hidden ones left out, in natural order: "2.png"
-    precedes "10.png". Files that may be pictures, of another kind, are left out with a warning that counts and names
-    them. Each file is there once, whatever links lead to it.
+    Of a folder or zip all files count that Pillow can open, in any layout, hidden ones left out. They come in natural
+    order: "2.png" precedes "10.png". Files that may be pictures, of another kind, are left out with a warning that
+    counts and names them. Each file is there once, whatever links lead to it.
 
     Args and raises: as `PictureSet`; `ValueError` also for a source that is none of these.
     """

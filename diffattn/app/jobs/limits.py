@@ -10,6 +10,7 @@ from diffattn.app.jobs.choices import AUTOMATIC, RECIPE, accelerations, method_a
 from diffattn.app.jobs.naming import naming
 from diffattn.app.jobs.quality_run import Measurement
 from diffattn.drawing.request import MAX_SEED, Request
+from diffattn.files import split_lines
 from diffattn.metrics.extractors import EXTRACTORS
 from diffattn.patching.recipe import read_recipe
 
@@ -152,7 +153,7 @@ class Limits:
     def _lines(self, prompts: object) -> tuple[str, ...]:
         if not isinstance(prompts, str) or len(prompts) > self.prompts * self.prompt:
             raise ValueError("prompts must be text, one prompt a line")
-        found = tuple(self._text("prompt", line.strip()) for line in prompts.splitlines() if line.strip())
+        found = tuple(self._text("prompt", line.strip()) for line in split_lines(prompts) if line.strip())
         if len(found) > self.prompts:
             raise ValueError(f"at most {self.prompts} prompts, got {len(found)}")
         return found
