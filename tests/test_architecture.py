@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "patching": "architectures files methods noise_level schedules",
     "sampling": "models patching",
     "drawing": "files machine patching sampling",
-    "data": "",
+    "data": "files",
     "measure": "machine models",
     "metrics": "drawing files",
     "evaluation": "data drawing files machine methods metrics patching sampling",
@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "preflight": "architectures drawing machine measure models patching schedules",
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
     "benchmarks": "architectures files functional machine measure methods models patching",
-    "demo": "drawing machine measure metrics patching",
+    "demo": "drawing files machine measure metrics patching",
     "app.jobs": "drawing evaluation files machine measure methods metrics patching schedules",
     "app.page": "app.jobs",
-    "cli": "app.jobs app.page architectures benchmarks demo drawing evaluation files machine methods metrics models"
+    "capabilities": "architectures drawing machine methods",
+    "cli": "app.jobs app.page benchmarks capabilities demo drawing evaluation files machine methods metrics models"
     " patching preflight training tuning",
     "__main__": "cli",
     "__init__": "drawing functional methods patching schedules tuning",

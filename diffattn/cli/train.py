@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from diffattn.cli.common import BAD_INPUT, JsonFile, bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.common import BAD_INPUT, bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.options import JsonFile
 
 
 def train(

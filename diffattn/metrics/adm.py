@@ -6,7 +6,6 @@ Shapes: N pictures, H, W pixels, d features.
 import hashlib
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -39,10 +38,12 @@ def read_statistics(
         raise ValueError(
             f"{str(path)!r}: mu must be [d] and sigma [d, d], got {list(mean.shape)} and {list(cov.shape)}"
         )
-    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
-        raise ValueError(f"{str(path)!r} holds values that are NaN or infinite")
+    try:
+        statistics = Statistics(mean, cov, count)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} (mu is the mean, sigma the covariance): {error}") from None
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, Statistics(mean, cov, count))
+    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, statistics)
 
 
 def write_statistics(path: str | Path, statistics: Statistics, spatial: Statistics | None = None) -> None:
@@ -89,8 +90,11 @@ def _read(path: str | Path, *names: str) -> list[np.ndarray]:
             return [file[name] for name in names]
     except KeyError as error:
         raise ValueError(f"{str(path)!r} is of another layout: {error.args[0]}") from None
-    except (OSError, ValueError, AttributeError, TypeError, BadZipFile) as error:
-        raise ValueError(f"{str(path)!r} is not a readable .npz file: {error}") from error
+    except Exception as error:  # damaged zips and arrays make numpy raise nearly anything
+        reason = str(error) or type(error).__name__
+        if "pickle" in reason:  # numpy's message says how to load it all the same
+            reason = "Object arrays and other pickled content are never loaded, since that can run code"
+        raise ValueError(f"{str(path)!r} is not a readable .npz file: {reason}") from error
 
 
 def _write(path: str | Path, **arrays: Any) -> None:

@@ -181,7 +181,7 @@ class SiTPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels: a class id or name, or a list of them.
+            class_labels: a class id (int) or name (str), or a list of them; see `ClassNames.ids`.
             num_inference_steps: N steps on a uniform grid. Heun evaluates the transformer 2N - 1 times, the others N.
             guidance_scale: w of v = v_null + w·(v_class - v_null); 1 is no guidance; None: see `own_guidance`.
             guidance_channels: guide only the first so many channels, the official samplers 3 of 4; None: all.

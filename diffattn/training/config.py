@@ -13,6 +13,7 @@ from typing import Any, Self, get_args, get_origin
 
 import yaml
 
+from diffattn.files import decode_text
 from diffattn.models.config import PATHS, check_one_of
 from diffattn.models.config import PRESETS as MODEL_PRESETS
 from diffattn.training.ranges import check_ranges
@@ -260,8 +261,8 @@ def _merge(values: dict[str, dict[str, Any]], more: Mapping[str, Mapping[str, An
 
 def _read_file(file: str | Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(Path(file).read_text())  # JSON is YAML too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(decode_text(Path(file).read_bytes()))  # JSON is YAML too
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{str(file)!r} is not a readable JSON or YAML file: {error}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(file)!r} must hold sections such as data and model, got {content!r}")

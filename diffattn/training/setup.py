@@ -45,7 +45,7 @@ def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup
         raise ValueError("data.source must name the pictures: a folder, a zip, or a Hugging Face dataset")
     data = config.data
     dataset = open_dataset(data.source, data.size, split=data.split, label=data.label, skip_bad=data.skip_bad)
-    for line in check_balance(dataset).lines():
+    for line in (*check_balance(dataset).lines(), *dataset.lines()):
         say(line)
     vae = None if data.vae is None else open_vae(data.vae)
     shape = dataset.shape if vae is None else latent_shape(vae, data.size)
