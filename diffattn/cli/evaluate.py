@@ -212,7 +212,8 @@ def _subject(
     paired: bool,
 ) -> tuple[Any, Any, dict[str, Any] | None, str | None]:
     """What is scored, how it is drawn, the arguments of `diffattn.patch`, and what the result calls them."""
-    from diffattn.drawing.draw import own_guidance
+    from diffattn.drawing.classes import unguided_note
+    from diffattn.drawing.draw import guidance_for
     from diffattn.evaluation import DrawConfig
 
     if model is None:
@@ -222,8 +223,9 @@ def _subject(
     subject, acceleration, name = _load(model, place, dtype, given, paired)
     if sampling["num_pictures"] is None:
         sampling["num_pictures"] = PICTURES
-    if sampling["guidance"] is None:
-        sampling["guidance"] = own_guidance(subject, model)
+    if note := unguided_note(subject, sampling["guidance"]):
+        stdout.print(note, markup=False)
+    sampling["guidance"] = guidance_for(subject, sampling["guidance"], model)
     return subject, DrawConfig(**sampling), acceleration, name
 
 

@@ -69,12 +69,23 @@ def generate(
         place = choose_device(device)
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
         request, patch = prepare(pipe, request)
+    _say_how(pipe, request, guidance)
     with progress("drawing", total=steps * num_images) as advance:
         pictures = _draw(pipe, request, names, advance)
     report = patch.report() if patch else None
     if report:
         stdout.print(str(report), markup=False)
     write_json(json, {"pictures": pictures, "report": report.to_dict() if report else None})
+
+
+def _say_how(pipe: Any, request: Any, given: float | None) -> None:
+    """Sampler, steps and guidance, and why there is none where the model has no null class."""
+    from diffattn.drawing.classes import unguided_note
+
+    guidance = "the pipeline's own guidance" if request.guidance is None else f"guidance {request.guidance:g}"
+    stdout.print(f"{type(pipe.scheduler).__name__}, {request.steps} steps, {guidance}", markup=False)
+    if note := unguided_note(pipe, given):
+        stdout.print(note, markup=False)
 
 
 def _draw(pipe: Any, request: Any, names: list[Path], advance: Callable[[], None]) -> list[dict[str, Any]]:

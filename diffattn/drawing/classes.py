@@ -54,6 +54,13 @@ def why_unguided(pipe: Any) -> str | None:
     return None
 
 
+def unguided_note(pipe: Any, guidance: float | None) -> str | None:
+    """What to tell a user who gave this guidance (None: none) and will get pictures without; None otherwise."""
+    if guidance is not None or not draws_classes(pipe) or (why := why_unguided(pipe)) is None:
+        return None
+    return f"drawn without guidance: {why}"
+
+
 def check_null_class(pipe: Any, guidance: float) -> None:
     """Raise `ValueError` if guidance above 1 would lead away from anything but a trained null class."""
     if guidance > 1 and (why := why_unguided(pipe)) is not None:

@@ -108,7 +108,7 @@ class Models:
         return Description(
             what=known.what if known else f"a {index.get('_class_name', 'pipeline')}",
             size=_size(folder),
-            guidance=known.guidance if known else None,
+            guidance=known.guidance if known else _number(index.get("guidance_scale")),
             classes=tuple(str(label) for label in (index.get("id2label") or {}).values()),
         )
 
@@ -133,6 +133,10 @@ def _size(folder: Path) -> tuple[int, int] | None:
     rows, columns = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(stages) - 1)
     return columns * factor, rows * factor
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _json(path: Path) -> Mapping[str, Any]:
