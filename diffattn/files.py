@@ -1,11 +1,11 @@
-"""Text files from anywhere, untrusted JSON, JSON files that are replaced whole, and names made of prompts."""
+"""Text files from anywhere, untrusted JSON, files that are replaced whole, and names made from prompts."""
 
 import codecs
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,34 @@ def _line_of(before: str) -> int:
     return len(_LINE_END.findall(before)) + 1
 
 
+def write_whole(path: Path, write: Callable[[Path], object], *, flush: bool = False) -> None:
+    """Replace a file in one step: a reader, and whoever comes after an interrupt, sees the old file or the new one.
+
+    Args:
+        path: the file; its folder is made if missing.
+        write: called with the path of a temporary file beside it, and writes that. The temporary file is hidden, ends
+            in ".part", and is removed if `write` fails.
+        flush: return only when the contents have reached the disk, so that a power cut cannot lose them either.
+
+    Raises:
+        OSError: the folder or the file cannot be written; what was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        if flush:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        part.chmod(0o644)  # temporary files and safetensors are written readable by their owner only
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def read_text(text: str) -> Any:
     """The value that a JSON text holds.
 
@@ -126,18 +154,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Replace a file in one step, so that an interrupt leaves the old one or the new one. Creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write a JSON object, see `write_whole`."""
+    text = json.dumps(data, indent=1) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def stem_of(prompt: str) -> str:

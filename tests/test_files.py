@@ -1,11 +1,11 @@
-"""JSON as strangers send it: ordinary text is read as ever, hostile text is refused in words."""
+"""Files are replaced whole or not at all; hostile JSON is refused with a message."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from diffattn.files import MAX_DEPTH, decode_text, read_json, read_lines, read_text, split_lines
+from diffattn.files import MAX_DEPTH, decode_text, read_json, read_lines, read_text, split_lines, write_whole
 from diffattn.patching.recipe import read_recipe
 
 
@@ -83,3 +83,20 @@ def test_json_files_may_have_a_mark(tmp_path: Path, coding: str) -> None:
     file.write_bytes('{"protocol": {"model": "é"}}'.encode(coding))
     for read in (read_json, read_recipe):
         assert read(file)["protocol"]["model"] == "é"
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, flush: bool) -> None:
+    file = tmp_path / "new folder" / ("n" * 250)
+    write_whole(file, lambda part: part.write_text("old"), flush=flush)
+
+    def fails(part: Path) -> None:
+        part.write_text("half")
+        assert file.read_text() == "old"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(file, fails, flush=flush)
+    assert (file.read_text(), [*file.parent.iterdir()]) == ("old", [file])
+    write_whole(file, lambda part: part.write_text("new"), flush=flush)
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o644)

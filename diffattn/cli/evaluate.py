@@ -42,7 +42,7 @@ OWN_EXTRACTOR = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"
 PICTURES = 1000  # drawn by default
 OUT = Path("outputs/evaluate")
 REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
-NUM_PICTURES = "How many pictures to draw, or to take from each folder of those given."
+NUM_PICTURES = "How many pictures to draw, or to take of those given: every folder has its share."
 SPREAD = "How many to take, spread evenly over the classes."
 PAIRED_WITH = "Or compare with these pictures, matched by name or number, else in order."
 PAIRED = "Also draw the same seeds unaccelerated: PSNR, SSIM, latent error."
@@ -124,6 +124,8 @@ def evaluate(
         _show(result)
         write_json(json, result.to_dict())
         stdout.print(f"written to {out / 'result.json'}", markup=False)
+    if result.details.get("not_finite"):
+        raise typer.Exit(1)
 
 
 @app.command("compare")
@@ -209,7 +211,8 @@ def _subject(
     paired: bool,
 ) -> tuple[Any, Any, dict[str, Any] | None, str | None]:
     """What is scored, how it is drawn, the arguments of `diffattn.patch`, and what the result calls them."""
-    from diffattn.drawing.draw import own_guidance
+    from diffattn.drawing.classes import unguided_note
+    from diffattn.drawing.draw import guidance_for
     from diffattn.evaluation import DrawConfig
 
     if model is None:
@@ -219,8 +222,9 @@ def _subject(
     subject, acceleration, name = _load(model, place, dtype, given, paired)
     if sampling["num_pictures"] is None:
         sampling["num_pictures"] = PICTURES
-    if sampling["guidance"] is None:
-        sampling["guidance"] = own_guidance(subject, model)
+    if note := unguided_note(subject, sampling["guidance"]):
+        stdout.print(note, markup=False)
+    sampling["guidance"] = guidance_for(subject, sampling["guidance"], model)
     return subject, DrawConfig(**sampling), acceleration, name
 
 
@@ -264,7 +268,11 @@ def _run(subject: Any, reference: Any, *, npz: Path | None, **given: Any) -> Any
 
 def _show(result: Any) -> None:
     """The scores, then what was left out and why."""
-    stdout.print(f"{result.subject}: {result.protocol.num_pictures} pictures", markup=False)
+    protocol = result.protocol
+    stdout.print(f"{result.subject}: {protocol.num_pictures} pictures", markup=False)
+    if protocol.steps is not None:
+        guidance = "the pipeline's own guidance" if protocol.guidance is None else f"guidance {protocol.guidance:g}"
+        stdout.print(f"{protocol.sampler}, {protocol.steps} steps, {guidance}, seeds {protocol.seeds}", markup=False)
     if "fid" in result.scores:
         stdout.print(result.label, markup=False)
     for name, value in result.scores.items():

@@ -42,10 +42,26 @@ def class_names(pipe: Any) -> ClassNames:
     return ClassNames({label: ", ".join(found) for label, found in names.items()}, num_classes(pipe))
 
 
-def check_null_class(pipe: Any, guidance: float) -> None:
-    """Raise `ValueError` if a `DiTPipeline` would guide away from anything but the null class."""
-    if isinstance(pipe, DiTPipeline) and guidance > 1 and (found := num_classes(pipe)) != NULL_CLASS:
-        raise ValueError(
+def why_unguided(pipe: Any) -> str | None:
+    """Why a pipeline of classes cannot be guided, or None if it can."""
+    if isinstance(pipe, SiTPipeline) and not pipe.transformer.config["null_class"]:
+        return "the model was trained without a null class (label dropout 0)"
+    if isinstance(pipe, DiTPipeline) and (found := num_classes(pipe)) != NULL_CLASS:
+        return (
             f"{type(pipe).__name__} guides away from class {NULL_CLASS}, which a model of {found} classes does "
-            f"not have for its null class; guidance must be at most 1, got {guidance}"
+            "not have for its null class"
         )
+    return None
+
+
+def unguided_note(pipe: Any, guidance: float | None) -> str | None:
+    """What to tell a user who gave this guidance (None: none) and will get pictures without; None otherwise."""
+    if guidance is not None or not draws_classes(pipe) or (why := why_unguided(pipe)) is None:
+        return None
+    return f"drawn without guidance: {why}"
+
+
+def check_null_class(pipe: Any, guidance: float) -> None:
+    """Raise `ValueError` if guidance above 1 would lead away from anything but a trained null class."""
+    if guidance > 1 and (why := why_unguided(pipe)) is not None:
+        raise ValueError(f"{why}; guidance must be at most 1, got {guidance:g}")

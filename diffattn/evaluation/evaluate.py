@@ -19,8 +19,10 @@ from diffattn.evaluation.draw_set import (
     draw_set,
     picture_name,
     subjects,
+    with_own_guidance,
 )
 from diffattn.evaluation.identity import Setup, describe_patch, device_label, identity, protocol_of, subject_name
+from diffattn.evaluation.left_out import LeftOut, drawn_pictures
 from diffattn.evaluation.picture_set import PictureSet, Progress, no_progress, open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
@@ -48,7 +50,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured, and how pictures are read."""
+    """What to measure, and how to read pictures."""
 
     extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
     extractor_weights: str | Path | None = None
@@ -77,15 +79,18 @@ def evaluate(
     npz: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> QualityResult:
-    """Score pictures, or what a pipeline draws. Run again in the same folder, it goes on where it was interrupted.
+    """Score pictures, or what a pipeline draws. Called again with the same folder it resumes an interrupted run.
 
     Under `accelerate launch` or torchrun the processes share the work, and the folder, which all of them must see;
-    the result is the same as with one. All of them return it.
+    the result is the same as with one process, and all of them return it.
+
+    Drawn pictures that a safety checker blanked, and those that hold NaN or infinite values, are counted in a warning
+    and left out of every score; `details["blanked"]` and `details["not_finite"]` list their seeds.
 
     Args:
         subject: a pipeline on its device, patched or not; or pictures: a folder, a zip, or an ADM `.npz`.
-        reference: see `open_reference`. With it: FID, KID, FID∞, precision, recall, sFID, as far as they can be had
-            (the others, and why, in `details["left_out"]`). Without it there is no extractor.
+        reference: see `open_reference`. With it: FID, KID, FID∞, precision, recall, sFID, as far as pictures and
+            reference allow (the others are in `details["left_out"]`, with the reason). Without it no extractor is used.
         folder: for pictures, features and `result.json`.
         config: see `EvaluateConfig`.
         draw: what a pipeline draws.
@@ -98,15 +103,18 @@ def evaluate(
         progress: see `Progress`.
 
     Returns:
-        The result, also in `result.json`. Its protocol holds all that the figures depend on but the subject.
+        The result, also in `result.json`. Its protocol holds everything that the figures depend on, except the subject.
 
     Raises:
-        ValueError: fewer than 2 pictures; unreadable ones without `skip_bad`; pictures, reference and pairs of several
-            sizes; NaN in pictures or features; nothing to measure; a folder with a run under another protocol; as
-            `load_extractor`, `ClipScore`, `Lpips` and `diffattn.patch`.
+        ValueError: fewer than 2 pictures, or fewer than 2 that are neither blanked nor NaN; unreadable ones without
+            `skip_bad`; pictures, reference and pairs of several sizes; NaN in features, scores or the reference;
+            nothing to measure; a folder that holds a run under another protocol; as `load_extractor`, `ClipScore`,
+            `Lpips` and `diffattn.patch`.
     """
     config, draw = config or EvaluateConfig(), draw or DrawConfig()
     is_pipeline = isinstance(subject, DiffusionPipeline)
+    if is_pipeline:
+        draw = with_own_guidance(subject, draw)
     if reference is None and not paired and config.clip is None:
         raise ValueError("there is nothing to measure: give a reference, a CLIP model, or paired")
     if acceleration is not None and not is_pipeline:
@@ -135,6 +143,7 @@ class _Job:
         self.progress = progress if self.among.is_main else no_progress
         self.pictures = None if isinstance(subject, DiffusionPipeline) else self._open(subject)
         self.exact = None if isinstance(paired, bool) else self._open(paired)
+        self.left_out: LeftOut | None = None  # of what a pipeline draws
         self.matching: Matching | None = None
         self.prompts = self._prompts()
         self.clip = ClipScore(config.clip, self.device) if config.clip is not None else None
@@ -236,9 +245,14 @@ class _Job:
             self.pipe, self.draw, run, self.acceleration, paired=self.paired is True,
             size=None if fixed or not sizes else sizes[0], progress=self.progress,
         )  # fmt: skip
-        self.pictures = open_pictures(run.path / PICTURES, side=self.config.side, progress=self.progress)
+        self.left_out = left_out = LeftOut.of(run, self.draw, self.paired is True)
+        if run.among.is_main:
+            left_out.warn()
+        self.pictures = drawn_pictures(run, PICTURES, left_out, self.config.side, self.progress)
         if self.paired is True:
-            self.exact = open_pictures(run.path / EXACT, side=self.config.side, progress=self.progress)
+            self.exact = drawn_pictures(run, EXACT, left_out, self.config.side, self.progress)
+        elif self.exact is not None:
+            self.exact = self.exact.without(left_out.rows)
 
     def _scores(
         self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None
@@ -248,6 +262,8 @@ class _Job:
         assert mine is not None
         scores: dict[str, float] = {}
         details: dict[str, Any] = {"pictures_hash": mine.hash, "skipped": list(mine.skipped)}
+        if self.left_out is not None:
+            details |= self.left_out.details()
         options: dict[str, Any] = {"size": f"{mine.size[1]}x{mine.size[0]}"}
         if source is not None and extractor is not None:
             against, spatial = source.measured(extractor, run, progress)
@@ -268,6 +284,7 @@ class _Job:
             details["matched"] = str(self.matching)
         if self.paired is True:
             errors = run.gather(LATENTS, self.draw.num_pictures, self.draw.batch)["error"]
-            more, told = latent_scores(errors)
-            scores, details = scores | more, details | told
+            assert self.left_out is not None
+            more, by_step = latent_scores(errors if errors.ndim < 2 else errors[self.left_out.kept])
+            scores, details = scores | more, details | by_step
         return scores, details, options

@@ -6,7 +6,7 @@ Shapes: N pictures of height H and width W.
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class PictureSet:
         spread: bool = False,
         places: bool = False,
         skip_bad: bool = False,
+        leave_out: Collection[int] = (),
         progress: Progress = no_progress,
     ) -> None:
         """Reads every picture once, to find the unreadable ones, the size and the hash.
@@ -71,6 +72,7 @@ class PictureSet:
             spread: take that share from all over the folder.
             places: see above.
             skip_bad: leave unreadable pictures out, with a warning that counts and names them.
+            leave_out: indices in `names` that are not read.
             progress: see `Progress`.
 
         Raises:
@@ -83,7 +85,7 @@ class PictureSet:
             raise ValueError(f"the number of pictures must be 2 or more, got {limit}")
         self.name, self.listed, self.places = name, tuple(names), places
         self._read, self._side, self._limit, self._skip_bad = read, side, limit, skip_bad
-        self._take(range(len(names)), spread, progress)
+        self._take([row for row in range(len(names)) if row not in leave_out], spread, progress)
         if len(self) < max(2, limit or 2):
             raise ValueError(f"{max(2, limit or 2)} pictures or more are needed, {name!r} has {len(self)}")
         if len(self._shapes) > 1:
@@ -93,6 +95,13 @@ class PictureSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def without(self, positions: Collection[int]) -> "PictureSet":
+        """The same pictures but for those at these positions, counted from 0; the hash stays that of all."""
+        found = copy.copy(self)
+        kept = [i for i in range(len(self)) if i not in positions]
+        found.rows, found.names = (tuple(values[i] for i in kept) for values in (self.rows, self.names))
+        return found
 
     def batch(self, start: int, stop: int) -> Tensor:
         """Pictures `start` to `stop`, uint8 [stop - start, 3, H, W]."""

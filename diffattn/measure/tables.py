@@ -49,5 +49,5 @@ def conditions(results: Mapping[str, Any]) -> str:
 
 
 def rounds_of(entry: Mapping[str, Any]) -> str:
-    """How many rounds a result has, and whether they are all."""
+    """How many rounds a result has, and whether it is complete."""
     return f"{entry['rounds']} rounds{'' if entry['complete'] else ', incomplete'}"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffattn.files import write_whole
 from diffattn.metrics.features import as_uint8
 from diffattn.metrics.reference import Reference, Statistics
 
@@ -37,10 +38,12 @@ def read_statistics(
         raise ValueError(
             f"{str(path)!r}: mu must be [d] and sigma [d, d], got {list(mean.shape)} and {list(cov.shape)}"
         )
-    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
-        raise ValueError(f"{str(path)!r} holds values that are NaN or infinite")
+    try:
+        statistics = Statistics(mean, cov, count)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} (mu is the mean, sigma the covariance): {error}") from None
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, Statistics(mean, cov, count))
+    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, statistics)
 
 
 def write_statistics(path: str | Path, statistics: Statistics, spatial: Statistics | None = None) -> None:
@@ -95,9 +98,8 @@ def _read(path: str | Path, *names: str) -> list[np.ndarray]:
 
 
 def _write(path: str | Path, **arrays: Any) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        np.savez(file, **arrays)
-    fresh.replace(path)
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # to a path without its ending numpy adds ".npz"
+            np.savez(file, **arrays)
+
+    write_whole(Path(path), write)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffattn.data.decoding import open_picture
 from diffattn.data.indexes import rows_of_jsonl
-from diffattn.files import decode_text, read_text
+from diffattn.files import decode_text, read_text, write_whole
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,9 @@ def load(path: Path, size: int, column: str, cache: Path) -> Labelled:
                     file.get_tensor("images"), file.get_tensor("labels"), tuple(json.loads(file.metadata()["names"]))
                 )
     data = _decode_all(path, size, column)
-    cache.mkdir(parents=True, exist_ok=True)
-    fresh = stored.with_suffix(".new")
-    save_file(
-        {"images": data.images, "labels": data.labels}, fresh, {"made_from": mark, "names": json.dumps(data.names)}
-    )
-    fresh.replace(stored)
+    tensors = {"images": data.images, "labels": data.labels}
+    labels = {"made_from": mark, "names": json.dumps(data.names)}
+    write_whole(stored, lambda part: save_file(tensors, part, labels))
     return data
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
-from training_loop import Budget, LoopConfig, Progress, Show, atomic_save
+from training_loop import Budget, LoopConfig, Progress, Show
 from transformers import CLIPTokenizer
+
+from diffattn.files import write_whole
 
 from .data import Pictures, held_out_of_vae
 from .denoiser import Denoiser, build_unet, denoiser_loss
@@ -79,7 +82,7 @@ def cached_latents(job: Job, vae: AutoencoderKL, pictures: Pictures, latent: int
     """Latents of every picture [N, 4, latent, latent], as the autoencoder gives them."""
     path = job.work / f"latents-{latent}-of-{len(pictures)}.pt"
     if not path.exists():
-        atomic_save(encode(vae, pictures.images, 8 * latent, job.device)[0], path)
+        write_whole(path, partial(torch.save, encode(vae, pictures.images, 8 * latent, job.device)[0]))
     return torch.load(path, weights_only=True)
 
 

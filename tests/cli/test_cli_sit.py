@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from diffattn.cli import app
-from diffattn.drawing.request import recipe_of
+from diffattn.drawing.request import record_of
 from diffattn.sampling import EulerMaruyamaScheduler, SiTPipeline
 from diffattn.training.config import TrainConfig
 
@@ -141,10 +141,10 @@ def test_generate_draws_a_class_with_mediators(trained, tmp_path) -> None:
              "--dtype", "float32"]  # fmt: skip
     done = call(*words, "--out", tmp_path / "a.png")
     assert done.exit_code == 0, done.output
-    recipe = recipe_of(tmp_path / "a.png")
-    assert (recipe["method"], recipe["preset"], recipe["width"]) == ("mediator", "balanced", 8)
+    record = record_of(tmp_path / "a.png")
+    assert (record["method"], record["preset"], record["width"]) == ("mediator", "balanced", 8)
     assert call(*words, "--method", "none", "--out", tmp_path / "b.png").exit_code == 0
-    assert recipe_of(tmp_path / "b.png")["method"] == "none"
+    assert record_of(tmp_path / "b.png")["method"] == "none"
     unknown = call(*words[:3], "--prompt", "horse", "--device", "cpu", "--out", tmp_path / "c.png")
     assert unknown.exit_code == 2
     assert "horse" in unknown.stderr

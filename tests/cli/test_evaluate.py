@@ -200,7 +200,10 @@ def test_nan_pictures_are_one_line(place: Path, tmp_path: Path) -> None:
                 "cifar-classifier", "--num-pictures", 2, "--steps", 2, "--device", "cpu",
                 "--out", tmp_path)  # fmt: skip
     assert done.exit_code == 2, done.output
-    assert "seeds 0 to 0: pictures hold values that are NaN or infinite" in done.stderr.strip().splitlines()[-1]
+    assert (
+        "all 2 pictures hold NaN or infinite values and are left out of the scores (seeds 0, 1)"
+        in done.stderr.strip().splitlines()[-1]
+    )
 
 
 def test_pictures_outside_the_extractors_domain_get_a_note(files: tuple[object, ...], tmp_path: Path) -> None:

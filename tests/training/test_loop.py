@@ -50,7 +50,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pictures, tmp_pa
     torch.manual_seed(99)  # whatever happens in between
     said: list[str] = []
     run(pictures, tmp_path / "resumed", *settings, said=said)
-    assert "going on at step 3" in said
+    assert "resuming at step 3" in said
     assert_same(tmp_path / "whole", tmp_path / "resumed")
 
 

@@ -22,7 +22,7 @@ from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.watch import Watch
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.drawing.loading import load_pipeline
-from diffattn.drawing.request import EXACT, Request, recipe_of
+from diffattn.drawing.request import EXACT, Request, record_of
 from diffattn.patching.patch import Patch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -127,7 +127,7 @@ def test_progress_previews_pictures_and_their_recipe(worker: Worker, tmp_path: P
     assert steps[-1].seconds_left == 0
     assert len(drawn.pictures) == 2
     files = save_pictures(drawn.pictures, tmp_path)
-    assert [recipe_of(file)["seed"] for file in files] == [0, 1]
+    assert [record_of(file)["seed"] for file in files] == [0, 1]
     assert drawn.trace.accelerated[0].count(True) > 0
     assert len(drawn.trace.layers) == len(drawn.trace.accelerated[0])
     assert drawn.trace.numbers == [16, 16]
@@ -184,7 +184,7 @@ def check_the_code(drawn: Drawn, folder: Path) -> None:
     assert str(folder.parent) not in drawn.code
     names: dict[str, Any] = {}
     exec(drawn.code, names)
-    assert names["pipe"].dtype == getattr(torch, drawn.pictures[0].recipe["dtype"])
+    assert names["pipe"].dtype == getattr(torch, drawn.pictures[0].record["dtype"])
     assert np.array_equal(np.asarray(names["image"]), np.asarray(drawn.pictures[0].image))
 
 

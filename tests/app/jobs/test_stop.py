@@ -212,7 +212,7 @@ def test_a_session_has_a_few_jobs_at_a_time(worker: Worker) -> None:
         running, waiting, other = (worker.generate(name, web.ask(worker)) for name in "aab")
         wait_for_a_step(running)
         assert next(waiting).ahead == 1
-        with pytest.raises(ValueError, match="2 jobs of yours run or wait already, at most 2 may"):
+        with pytest.raises(ValueError, match=r"you already have 2 jobs running or queued \(limit 2\)"):
             next(worker.generate("a", web.ask(worker)))
         assert next(other).ahead == 2
         second_step.go_on.set()

@@ -96,7 +96,7 @@ def test_runs_of_a_file_that_are_not_kept_are_counted(client: Client, tmp_path: 
     given = dict(path=handle_file(str(tmp_path / "many.json")), labels=[], axis=AXIS)
     boxes, results, _ = client.predict(**given, api_name="/load_runs")
     assert boxes["value"] == [one.title for one in many[2:]]
-    assert f"Not kept: 3 of the runs, the oldest; at most {MOST} are." in results  # and the measured one
+    assert f"The 3 oldest runs are not kept: the limit is {MOST}." in results  # and the measured one
 
 
 def test_what_is_not_counted_and_what_has_no_error_bar_is_said(client: Client) -> None:
