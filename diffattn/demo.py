@@ -35,7 +35,7 @@ SHEET, RESULT = "comparison.png", "result.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does. The defaults take well below 3 minutes on two CPU cores."""
+    """Settings of the demo. With the defaults it takes well under 3 minutes on two CPU cores."""
 
     model: str = "emoji-sd"
     method: str = "agent"
@@ -60,7 +60,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt drawn in both ways."""
+    """One prompt drawn unpatched and patched."""
 
     prompt: str
     baseline_s: float  # seconds for one picture unpatched, median over the rounds
@@ -90,7 +90,7 @@ class DemoResult:
 
     @property
     def verdict(self) -> str:
-        """One sentence: faster or not, beyond the spread of the measurement or not."""
+        """One sentence: whether it is faster, by more than the spread of the measurement."""
         low, high = self.spread
         measured = f"{self.speedup:.2f}x the speed (middle half of the measurements: {low:.2f}x to {high:.2f}x)"
         if not self.report.layers_accelerated:
@@ -123,7 +123,7 @@ class DemoResult:
 
 
 class Demo:
-    """The model loaded twice, once unpatched and once patched: ready to run.
+    """The model loaded twice, once unpatched and once patched, ready to run.
 
     Raises:
         ValueError, TypeError: from the settings, see `load_demo`, `choose_device`, `choose_dtype` and `patch`.
@@ -138,7 +138,7 @@ class Demo:
 
     @property
     def num_pictures(self) -> int:
-        """Pictures that `run` draws, those of the warm-up included."""
+        """Number of pictures that `run` draws, including those of the warm-up."""
         return 2 + 2 * len(self.settings.prompts) * self.settings.rounds
 
     def run(self, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
@@ -215,7 +215,7 @@ def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None
     """Draw, time and compare; see `Demo`.
 
     Args:
-        settings: what to do, by default what `diffattn demo` does.
+        settings: by default those of `diffattn demo`.
         on_picture: called after every picture.
     """
     return Demo(settings or DemoSettings()).run(on_picture)

@@ -66,7 +66,7 @@ class Picture:
     blanked: bool = False  # made black by the pipeline's safety checker
 
     def save(self, path: Path) -> None:
-        """Write a PNG that carries the record; makes the folder."""
+        """Write a PNG that carries the record, and create its folder."""
         text = PngImagePlugin.PngInfo()
         text.add_text(PNG_KEY, json.dumps(self.record))  # JSON escapes what a tEXt chunk cannot hold
         write_whole(path, partial(self.image.save, format="PNG", pnginfo=text))

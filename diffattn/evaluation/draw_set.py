@@ -1,4 +1,4 @@
-"""Pictures drawn for an evaluation: number i has the prompt or class i modulo their number, and the seed SEED + i."""
+"""Pictures drawn for an evaluation: picture i has prompt or class i modulo their number, and the seed SEED + i."""
 
 import inspect
 import math

@@ -76,7 +76,7 @@ class Protocol:
         )
 
     def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
-        """Field -> (own value, the other's), for the fields that differ."""
+        """Field -> (this value, the other's), for the fields that differ."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -88,11 +88,11 @@ class QualityResult:
     subject: str  # what was measured: "mediator n=16"
     protocol: Protocol
     scores: Mapping[str, float]  # "fid", "kid", "kid_std", "precision", "recall", "fid_infinity", …
-    details: Mapping[str, Any] = field(default_factory=dict)  # what is no score, JSON types
+    details: Mapping[str, Any] = field(default_factory=dict)  # everything that is not a score, as JSON types
 
     @property
     def label(self) -> str:
-        """How its FID is to be quoted, such as "FID-10000 (cifar-classifier, CIFAR-10 train)"."""
+        """How to quote its FID, such as "FID-10000 (cifar-classifier, CIFAR-10 train)"."""
         p = self.protocol
         return f"FID-{p.num_pictures} ({p.extractor}, {p.reference})"
 
@@ -102,7 +102,7 @@ class QualityResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: a field is missing or unknown.
@@ -118,7 +118,7 @@ def compare(a: QualityResult, b: QualityResult, may_differ: Collection[str] = ()
     """Scores of b minus those of a, for the scores both have.
 
     Args:
-        may_differ: fields of the protocol that are the very thing compared, such as ("steps",).
+        may_differ: fields of the protocol that are being compared, such as ("steps",).
 
     Raises:
         ValueError: any other field differs; all of them are named, with both values.
@@ -134,7 +134,7 @@ def compare(a: QualityResult, b: QualityResult, may_differ: Collection[str] = ()
 
 
 def _in_words(name: str, mine: Any, theirs: Any) -> list[str]:
-    """How a field differs; of a mapping, the entries that do."""
+    """How a field differs; for a mapping, which entries do."""
     if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
         return [f"{name}: {mine!r} and {theirs!r}"]
     keys = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]

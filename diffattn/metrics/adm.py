@@ -27,11 +27,11 @@ def read_statistics(
 
     Args:
         path: an `.npz` file.
-        extractor, extractor_hash, resize, count: what the file does not say: what it was made with, and from how many
+        extractor, extractor_hash, resize, count: the file does not record what it was made with, nor from how many
             pictures.
 
     Raises:
-        ValueError: not such a file; the message names it and what it holds.
+        ValueError: a file of another kind; the message names it and what it holds.
     """
     mean, cov = (torch.from_numpy(array.astype(np.float64)) for array in _read(path, "mu", "sigma"))
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
@@ -58,7 +58,7 @@ def read_pictures(path: str | Path) -> Tensor:
     """Pictures `arr_0` [N, H, W, 3] as uint8 [N, 3, H, W].
 
     Raises:
-        ValueError: not such a file; the message names it and what it holds.
+        ValueError: a file of another kind; the message names it and what it holds.
     """
     (pictures,) = _read(path, "arr_0")
     if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:

@@ -44,7 +44,7 @@ class ClipScore:
 
         Args:
             images: uint8 [B, 3, h, w].
-            prompts: one per picture; cut where the model's text ends.
+            prompts: one per picture; truncated to the model's maximum length.
 
         Raises:
             ValueError: another number of prompts than pictures; a model that gives NaN or infinite values.

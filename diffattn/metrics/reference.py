@@ -1,4 +1,4 @@
-"""The pictures that generated ones are measured against, as features and their moments.
+"""The pictures that generated ones are compared with, as features and their moments.
 
 Shapes: N pictures, d features, H, W pixels.
 """
@@ -115,7 +115,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
-        """What `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: not such a file, or values that are NaN or infinite; the message names it.
@@ -141,7 +141,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 class _Hashed:
-    """Chunks of pictures as they pass, and the sha256 of all of them, however they were cut into chunks."""
+    """Passes chunks of pictures on, and takes the sha256 of all of them, however they are cut into chunks."""
 
     def __init__(self, images: Iterable[Tensor]) -> None:
         self.images = images

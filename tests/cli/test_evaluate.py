@@ -188,7 +188,7 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
 )  # fmt: skip
 def test_bad_input_is_one_line(place: Path, tmp_path: Path, words: tuple[object, ...], message: str) -> None:
     names = {"sit", "sd", "a.npz", "b.npz", "large.npz", "one.npz", "empty.txt", "prompts.txt", "alexnet.safetensors"}
-    given = [place / word if word in names else word for word in words]
+    given = [place / str(word) if word in names else word for word in words]
     done = call("evaluate", *given, "--device", "cpu", "--out", tmp_path / "run")
     assert done.exit_code == 2, done.output
     assert message in done.stderr.strip().splitlines()[-1]

@@ -18,6 +18,7 @@ from diffattn.app.jobs.snippet import snippet
 from diffattn.drawing.batch import NotFinite, draw_batch
 from diffattn.drawing.draw import generate, own_guidance, prepare
 from diffattn.drawing.request import Picture, Request, record_of, request_of
+from diffattn.drawing.sizes import default_size
 from diffattn.sampling import SiTPipeline
 
 SEED = 4
@@ -80,6 +81,12 @@ def test_guidance_that_is_not_given_is_the_pipelines_own(place: Path, pipe: Any)
     assert own_guidance(tiny.pipeline("sdxl", place)) == 5.0
     assert own_guidance(SiTPipeline(tiny_dit(in_channels=3), FlowMatchEulerDiscreteScheduler(shift=1))) == 1.0
     assert own_guidance(pipe, "emoji-sd") == 2.5
+
+
+def test_a_size_that_only_the_pipeline_names_is_its_own(place: Path) -> None:
+    pipe: Any = tiny.pipeline("sdxl", place)
+    pipe.unet.register_to_config(sample_size=None)
+    assert default_size(pipe) == (tiny.SIZE, tiny.SIZE)
 
 
 def test_a_pipeline_without_negative_prompts_draws_from_text(pipe: Any) -> None:

@@ -46,8 +46,8 @@ def pixart() -> Any:
     """Of 256 pixels, one of the sizes that the pipeline knows: 32x32 latents."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8,
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8,  # type: ignore[arg-type]
     )  # fmt: skip
     found = tiny_transformers.pixart_pipeline(vae.eval(), sample_size=32)
     found.set_progress_bar_config(disable=True)
@@ -230,7 +230,7 @@ def test_a_preview_of_a_dit_follows_the_class_and_not_its_absence(dit: Any) -> N
     def look(model: Any, args: Any, kwargs: Any, output: Any) -> None:
         given.append((args[0], kwargs["timestep"], output.sample))
 
-    twin = DiTPipeline(**dit.components)
+    twin: Any = DiTPipeline(**dit.components)
     twin.set_progress_bar_config(disable=True)
     twin.scheduler = DDIMScheduler.from_config(dit.scheduler.config, set_alpha_to_one=True)
     with twin.transformer.register_forward_hook(look, with_kwargs=True):

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "agent merge": {"method": "agent", "agents": "merge", "num_agents": 6, "agent_ratio": None, "merge_ratio": 0.4},
 }
 KINDS = ("sd", "sdxl", "img2img", "inpaint", "controlnet", "dit", "pixart")
-BATCHED = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
+BATCHED: Any = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
 
 Make = Callable[[str], DiffusionPipeline]
 Patch = Callable[..., diffattn.Patch]
@@ -44,7 +44,8 @@ def patched(request: pytest.FixtureRequest) -> Patch:
     """`diffattn.patch` with the options of one variant, so that tiny grids are accelerated."""
 
     def patch(target: Any, **overrides: Any) -> diffattn.Patch:
-        return diffattn.patch(target, **(VARIANTS[request.param] | {"min_tokens": 0} | overrides))
+        options: dict[str, Any] = VARIANTS[request.param] | {"min_tokens": 0} | overrides
+        return diffattn.patch(target, **options)
 
     return patch
 
@@ -64,7 +65,7 @@ def processors(model: nn.Module) -> list[Any]:
 
 def anatomy(pipe: DiffusionPipeline, attention: bool = True) -> dict[str, Any]:
     """Everything of the denoisers that a patch could have changed; without what it must change while it is there."""
-    seen: dict[str, Any] = {}
+    seen: dict[Any, Any] = {}
     for part, network in denoisers(pipe).items():
         seen[part] = tuple(network.state_dict())
         for name, module in network.named_modules():

@@ -260,6 +260,7 @@ def test_a_reference_knows_its_pictures_however_they_are_cut(extractor: OfflineE
     assert whole.hash != Reference.of("noise", [x.flip(0)], extractor).hash
     assert whole.statistics.count == 12
     torch.testing.assert_close(whole.features, features_of([x], extractor))
+    assert parts.features is not None
     assert fid(parts.features, whole) == pytest.approx(0, abs=1e-6)
 
 
@@ -270,6 +271,8 @@ def test_a_reference_survives_its_file(extractor: OfflineExtractor, tmp_path: Pa
     for label in ("name", "hash", "extractor", "extractor_hash", "resize"):
         assert getattr(found, label) == getattr(made, label)
     assert torch.equal(found.statistics.cov, made.statistics.cov)
+    assert found.features is not None
+    assert made.features is not None
     assert torch.equal(found.features, made.features)
     assert found.statistics.count == 12
     made.save(tmp_path / "small.safetensors", features=False)

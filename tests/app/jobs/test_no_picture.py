@@ -71,7 +71,7 @@ def test_blanked_pictures_are_counted(worker: Worker) -> None:
 
 
 def test_blanked_pictures_are_not_measured(worker: Worker) -> None:
-    run = [event for event in worker.measure("a", measurement(worker, "strict")) if isinstance(event, Run)][0]
+    [run] = [event for event in worker.measure("a", measurement(worker, "strict")) if isinstance(event, Run)]
     exact = run.lines[0].quality
     assert exact.protocol.num_pictures == 7
     assert exact.details == {"blanked": 1}
