@@ -61,6 +61,7 @@ def train(
         folder = run_training(setup)
     except Stopped as error:
         setup.say(str(error))
+        finish()
         raise typer.Exit(error.exit_code) from None
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is RuntimeError:

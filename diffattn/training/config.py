@@ -1,6 +1,6 @@
-"""Everything a training run can be told, with defaults, presets, files and command-line settings.
+"""All settings of a training run: defaults, presets, files and command-line settings.
 
-What stands later wins: defaults, preset, file, `section.field=value` settings.
+Later ones win, in the order defaults, preset, file, `section.field=value` settings.
 """
 
 import hashlib
@@ -238,13 +238,13 @@ FREE_TO_CHANGE = frozenset(
 
 def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     """ "section.field: old value -> new value" of every difference that a resumed run must not have."""
-    found = []
+    differing = []
     for section, values in old.to_dict().items():
         for name, value in values.items():
             other = new.to_dict()[section][name]
             if value != other and f"{section}.{name}" not in FREE_TO_CHANGE:
-                found.append(f"{section}.{name}: {value!r} -> {other!r}")
-    return found
+                differing.append(f"{section}.{name}: {value!r} -> {other!r}")
+    return differing
 
 
 def _known(what: str, given: Iterable[str], allowed: list[str]) -> None:

@@ -29,21 +29,29 @@ def load_backbone(source: str | Path, num_heads: int) -> DiT:
     """A model from a folder of ours (its `transformer` subfolder too), or an official `.safetensors` file.
 
     Raises:
-        ValueError: neither of them, or not readable; missing and unexpected weights are named.
+        ValueError: neither of them, not readable, or with weights that are NaN or infinite; missing and unexpected
+            weights are named.
     """
     path = Path(source)
     try:
         if path.suffix == ".safetensors" and path.is_file():
-            return DiT.from_official(load_file(path), num_heads=num_heads)
+            return _finite(DiT.from_official(load_file(path), num_heads=num_heads), source)
         if path.is_dir():
             inner = path / "transformer"
-            return DiT.from_pretrained(inner if inner.is_dir() else path, use_safetensors=True)
+            return _finite(DiT.from_pretrained(inner if inner.is_dir() else path, use_safetensors=True), source)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(source)!r} cannot be read: {error}") from None
     raise ValueError(
         f"{str(source)!r} is neither a folder with a DiT nor an official .safetensors file; "
         "`diffattn convert` makes one of them from a .pt file"
     )
+
+
+def _finite(model: DiT, source: str | Path) -> DiT:
+    broken = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f"{str(source)!r} has weights that are NaN or infinite: {', '.join(broken[:5])}")
+    return model
 
 
 def weights_hash(source: str | Path | None) -> str | None:
@@ -124,12 +132,12 @@ def _check_unseen(model: DiT, source: DiT) -> None:
     there = {name: source.config[name] for name in UNSEEN if source.config[name] != model.config[name]}
     if not there:
         return
-    told = "; ".join(f"{name} is {value!r} there and {model.config[name]!r} here" for name, value in there.items())
+    differing = "; ".join(f"{name} is {value!r} there and {model.config[name]!r} here" for name, value in there.items())
     if "prediction" in there or "time_direction" in there:
         hint = "training learns velocities; `diffattn convert --prediction velocity` takes an official DiT for such"
     else:
         hint = "set " + " ".join(f"model.{name}={value}" for name, value in there.items())
-    raise ValueError(f"the weights of the start mean something else in this model: {told}; {hint}")
+    raise ValueError(f"the weights of the start mean something else in this model: {differing}; {hint}")
 
 
 def _is_mediators(name: str) -> bool:

@@ -10,7 +10,7 @@ from support.tiny_dit import dit_cases
 
 from diffattn.models import DiT
 from diffattn.training.config import TrainConfig
-from diffattn.training.distill import Distillation, freeze_backbone
+from diffattn.training.distill import Distillation, check_frozen, freeze_backbone
 from diffattn.training.start import load_backbone, make_model, start_from
 
 SMALL: Any = dict(sample_size=8, patch_size=2, in_channels=2, hidden_size=16, num_layers=2, num_heads=2, num_classes=3)
@@ -184,3 +184,36 @@ def test_distillation_needs_matching_layers_and_mediators() -> None:
         Distillation(DiT(**SMALL), teacher)
     with pytest.raises(ValueError, match="no mediator layers"):
         freeze_backbone(DiT(**SMALL))
+
+
+def test_a_start_with_a_null_class_loses_its_row_and_one_without_gets_a_new_one() -> None:
+    table = "y_embedder.embedding_table.weight"
+    guided, unguided = lively(DiT(**SMALL)), lively(DiT(**SMALL, null_class=False), seed=1)
+    model = DiT(**SMALL, null_class=False)
+    assert start_from(model, guided) == []
+    assert torch.equal(model.state_dict()[table], guided.state_dict()[table][:3])
+    model = DiT(**SMALL)
+    assert start_from(model, unguided) == [table]
+    assert torch.equal(model.state_dict()[table][:3], unguided.state_dict()[table])
+    with pytest.raises(ValueError, match="the start has 3 classes, the data 4"):
+        start_from(DiT(**SMALL | {"num_classes": 4}, null_class=False), guided)  # as many rows, other meanings
+
+
+def test_a_frozen_backbone_needs_a_start_that_has_all_of_it() -> None:
+    model = DiT(**SMALL, attention="mediator", mediators=(4,))
+    check_frozen(start_from(model, lively(DiT(**SMALL))))
+    with pytest.raises(ValueError, match=r"frozen one would never be trained; set objective\.label_dropout=0"):
+        check_frozen(
+            [n for n in start_from(model, lively(DiT(**SMALL, null_class=False))) if n.startswith("y_embedder")]
+        )
+    with pytest.raises(ValueError, match=r"would keep their random values; give a trained model as model\.start"):
+        check_frozen([name for name, _ in model.named_parameters()])
+
+
+def test_a_start_with_weights_that_are_not_finite_is_refused(tmp_path) -> None:
+    model = lively(DiT(**SMALL))
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[0, 0] = float("nan")  # type: ignore[union-attr,index]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights that are NaN or infinite: blocks\.1\.attn\.qkv\.weight"):
+        load_backbone(tmp_path, num_heads=2)
