@@ -18,7 +18,7 @@ from diffattn.data.decoding import left_out, open_picture, pixels_of, square
 from diffattn.data.files import Files, open_files
 from diffattn.data.layouts import picture_rows
 from diffattn.data.matching import Matching, match
-from diffattn.data.naming import few
+from diffattn.data.naming import few, plural
 from diffattn.data.opening import warn_of_left_out
 from diffattn.data.order import natural_key, stratified
 from diffattn.metrics.adm import read_pictures
@@ -199,6 +199,12 @@ def open_pictures(
         names = [files.names[row] for row in rows]
         read = _reader(files, rows)
         warn_of_left_out(str(path), left_out(files.names))
+        if files.repeated:
+            warnings.warn(
+                f"{plural(len(files.repeated), 'link')} in {str(path)!r} left out, since each picture counts once: "
+                + few(files.repeated),
+                stacklevel=2,
+            )
     return PictureSet(
         path.name, names, read, side=side, limit=limit, spread=spread, places=npz, skip_bad=skip_bad, progress=progress
     )
