@@ -32,6 +32,14 @@ CHOSEN = {
     "splits in the classes": (class_folders({"cat/train": 3, "cat/test": 1, "dog/train": 2, "dog/test": 1}), "",
                               {"cat": 3, "dog": 2}),
     "folders in the classes": (class_folders({"cat/young": 2, "cat/old": 1, "dog/young": 1}), "", {"cat": 3, "dog": 1}),
+    "splits of other names": (class_folders({"training_set/cat": 2, "training_set/dog": 1, "test_set/cat": 1}),
+                              "training_set/", {"cat": 2, "dog": 1}),
+    "splits of other names, each in itself": (
+        class_folders({"seg_train/seg_train/cat": 2, "seg_train/seg_train/dog": 1, "seg_test/seg_test/cat": 1})
+        | class_folders({"seg_pred/seg_pred": 2}), "seg_train/seg_train/", {"cat": 2, "dog": 1}),
+    "classes with a split's word": (class_folders({"freight_train": 2, "test_tube": 1}), "",
+                                    {"freight_train": 2, "test_tube": 1}),
+    "images alone": (class_folders({"images": 2}) | README, "images/", {"all": 2}),
     "a class like a split": (class_folders({"train": 2, "plane": 1}), "", {"plane": 1, "train": 2}),
 }  # fmt: skip
 
@@ -76,6 +84,10 @@ def test_the_other_splits(tmp_path: Path) -> None:
         (class_folders({"train/steam": 1, "plane": 1}), "two ways: 'train' as splits, or as classes beside 'plane'"),
         (class_folders({"images/cat": 1, "images/dog": 1, "masks/cat": 1}), "may be 'images', 'masks', or in 'images'"),
         (class_folders({"images/cat": 1, "images/dog": 1, "docs": 1}), "may be 'docs', 'images', or in 'images'"),
+        (
+            class_folders({"photo/cat": 1, "photo/dog": 1, "art/cat": 1, "art/dog": 1}),
+            "the classes may be 'art', 'photo', or in each of them 'cat', 'dog'; .* as the split",
+        ),
         (class_folders({"images/cat": 1, "images": 1}), "'images' in .* two ways: it holds pictures, and folders"),
         (class_folders({"images/cat": 1, "images/dog": 1}) | {"cover.png": png(9)}, "outside of the class folders"),
         (
