@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "measure": "machine models",
     "metrics": "drawing",
     "evaluation": "data drawing files machine methods metrics patching sampling",
-    "training": "data evaluation files functional measure metrics models sampling",
+    "training": "data evaluation files measure metrics models sampling",
     "preflight": "architectures drawing machine measure models patching schedules",
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
     "benchmarks": "architectures files functional machine measure methods models patching",

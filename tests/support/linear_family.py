@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "fixtures"
+FOLDER = Path(__file__).parents[1] / "fixtures"
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class FamilyCase:
         return self["in.x"].clone().requires_grad_()
 
 
-def family_cases(*prefixes: str) -> pytest.MarkDecorator:
-    """Parametrises a test's `case` over the fixtures whose names start so."""
+def family_cases(*prefixes: str, without: str = "none") -> pytest.MarkDecorator:
+    """Parametrises a test's `case` over the fixtures whose names start so, but for one."""
     index = json.loads((FOLDER / "linear-family.json").read_text())
     bound = {name: index["conventions"]["tolerance"]["fp32"][name] for name in ("atol", "rtol")}
     found = [
         FamilyCase(entry, load_file(FOLDER / entry["file"]), bound)
         for entry in index["cases"]
-        if entry["name"].startswith(prefixes)
+        if entry["name"].startswith(prefixes) and entry["name"] != without
     ]
     assert found, prefixes
     return pytest.mark.parametrize("case", found, ids=lambda case: case.params["name"])

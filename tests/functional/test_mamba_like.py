@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_family import FamilyCase, as_image, as_tokens, family_cases, join, random, split
+from support.linear_family import FamilyCase, as_image, as_tokens, family_cases, join, random, split
 from torch import Tensor
 from torch.nn.functional import conv2d, elu, linear
 
