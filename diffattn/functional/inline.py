@@ -4,9 +4,12 @@ Divide: Reconsidering Softmax and Linear Attention", NeurIPS 2024, arXiv 2412.06
 Shapes: B batch, H heads, N query tokens, M key tokens, D channels per head.
 """
 
+import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional.checks import check_keys
+from diffattn.functional.landmark import probe_tokens
 from diffattn.functional.precision import at_least_fp32, no_autocast
 
 
@@ -34,11 +37,34 @@ def inline_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit together, or no key at all.
     """
-    check_keys("B, H, N, D", q, k, v)
+    return _Expansion(q, k, v).at(q)
+
+
+def inline_attention_and_error(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`inline_attention`, and the relative L2 error [B, H] of its heads against exact attention, on 8 queries."""
+    expansion = _Expansion(q, k, v)
+    asked = torch.cat(probe_tokens(q), dim=-2)  # [B, H, p, D]
+    exact = scaled_dot_product_attention(asked, k, v)
     with no_autocast(v.device.type):
-        wide_q, wide_k, wide_v = (at_least_fp32(x) for x in (q, k, v))
-        mean_v = wide_v.mean(dim=-2, keepdim=True)  # [B, H, 1, D]
-        centred_k = wide_k - wide_k.mean(dim=-2, keepdim=True)
-        covariance = centred_k.mT @ (wide_v - mean_v)  # [B, H, D, D], times M
-        share = q.shape[-1] ** -0.5 / k.shape[-2]
-        return (mean_v + wide_q @ (covariance * share)).to(v.dtype)
+        exact = at_least_fp32(exact)
+        missed = torch.linalg.vector_norm(at_least_fp32(expansion.at(asked)) - exact, dim=(-2, -1))
+        return expansion.at(q), missed / torch.linalg.vector_norm(exact, dim=(-2, -1)).clamp(min=1e-12)
+
+
+class _Expansion:
+    """What is left of keys and values: their means, and the covariance that a query is multiplied by."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        check_keys("B, H, N, D", q, k, v)
+        self.dtype = v.dtype
+        with no_autocast(v.device.type):
+            k, v = at_least_fp32(k), at_least_fp32(v)
+            self.mean = v.mean(dim=-2, keepdim=True)  # v̄ [B, H, 1, D]
+            centred_k = k - k.mean(dim=-2, keepdim=True)
+            covariance = centred_k.mT @ (v - self.mean)  # [B, H, D, D], times M
+            self.slope = covariance * (q.shape[-1] ** -0.5 / k.shape[-2])  # s·Cov
+
+    def at(self, q: Tensor) -> Tensor:
+        """[B, H, N, D], in the dtype of the values."""
+        with no_autocast(q.device.type):
+            return (self.mean + at_least_fp32(q) @ self.slope).to(self.dtype)
