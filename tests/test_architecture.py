@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "demo": "drawing machine measure metrics patching",
     "app.jobs": "drawing evaluation files machine measure methods metrics patching schedules",
     "app.page": "app.jobs",
-    "capabilities": "architectures drawing machine methods",
+    "capabilities": "architectures drawing machine methods models",
     "cli": "app.jobs app.page benchmarks capabilities demo drawing evaluation files machine methods metrics models"
     " patching preflight training tuning",
     "__main__": "cli",

@@ -98,14 +98,17 @@ def quality_per_number(
     extractor: FeatureExtractor,
     numbers: Sequence[int] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores by number of mediators ("n=4"), or of "softmax" for a model without any; the model's own is put back."""
+    """Scores by number of mediators ("n=4"), or by the attention of a model without any ("softmax").
+
+    The model's own number is put back.
+    """
     model = pipe.transformer
     before, found = model.num_mediators, {}
     try:
         for n in numbers or model.mediators or (0,):
             if n:
                 model.set_num_mediators(n)
-            subject = f"n={n}" if n else "softmax"
+            subject = f"n={n}" if n else model.attention_label
             found[subject] = dict(sit_quality(pipe, drawing, reference, extractor, subject).scores)
     finally:
         model.num_mediators = before

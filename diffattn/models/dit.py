@@ -190,6 +190,11 @@ class DiT(ModelMixin, ConfigMixin):
         assert isinstance(own, Tensor)
         return own if grid == self.grid else position_embedding(grid, own.shape[-1]).to(own)
 
+    @property
+    def attention_label(self) -> str:
+        """The kinds of attention in it, in the order of their first layers: "softmax+inline"."""
+        return "+".join(dict.fromkeys(self.attention))
+
     def set_num_mediators(self, num_mediators: int) -> None:
         """Choose n for the calls to come; a new or loaded model runs with its largest.
 
