@@ -97,7 +97,9 @@ class Watcher:
             pipe = pipeline_of(model, self.setup.dataset.class_names, self.setup.vae)
             reference = self.reference(extractor)
             found = {
-                f"n={n}" if n else "softmax": self._scores(pipe, drawing, n, reference, extractor)
+                f"n={n}" if n else pipe.transformer.attention_label: self._scores(
+                    pipe, drawing, n, reference, extractor
+                )
                 for n in model.mediators or (0,)
             }
         log.track({f"{score}/{n}": value for n, scores in found.items() for score, value in scores.items()}, step)

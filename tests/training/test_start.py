@@ -176,6 +176,61 @@ def test_distillation_teaches_the_mediators_and_nothing_else() -> None:
     assert not student.blocks[0].attn._forward_hooks
 
 
+@pytest.mark.parametrize("attention", ["inline", "focused_linear", "mlla", "circulant"])
+def test_linear_layers_start_from_a_softmax_checkpoint_and_learn_from_it(attention: str) -> None:
+    teacher = lively(DiT(**SMALL))
+    student = DiT(**SMALL, attention=(attention, "softmax"))
+    new = start_from(student, teacher)
+    assert new
+    assert all(".0." in name for name in new)
+    own, given = student.state_dict(), teacher.state_dict()
+    for name, weight in given.items():
+        assert name not in own or torch.equal(own[name], weight), name
+    distillation = Distillation(student, teacher)
+    freeze_backbone(student)
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(40):
+        with distillation.watching():
+            student(*inputs())
+        loss = distillation.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.grad is None for name, p in student.named_parameters() if ".1." in name and "blocks" in name)
+
+
+def test_inline_layers_begin_as_the_expansion_of_the_softmax_layer_they_start_from() -> None:
+    teacher = lively(DiT(**SMALL))
+    with torch.no_grad():
+        for block in teacher.blocks:
+            block.attn.qkv.weight[:16] *= 0.05  # flat logits
+            block.attn.qkv.bias[:16] *= 0.05
+    student = DiT(**SMALL, attention="inline").eval()
+    assert all(".residual." in name for name in start_from(student, teacher))
+    torch.testing.assert_close(student(*inputs()).sample, teacher(*inputs()).sample, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("attention", ["inline", "focused_linear", "mlla", "circulant"])
+def test_linear_layers_start_at_a_higher_resolution(attention: str) -> None:
+    source = lively(DiT(**SMALL, attention=attention))
+    model = DiT(**{**SMALL, "sample_size": 16}, attention=attention).eval()
+    assert start_from(model, source) == []
+    if attention != "circulant":  # whose logits are scaled for the grid that a model is made for
+        assert torch.allclose(model(*inputs(16)).sample, source(*inputs(16)).sample, atol=1e-5)
+
+
+def test_softmax_layers_start_from_linear_ones_that_have_their_weights() -> None:
+    source, model = lively(DiT(**SMALL, attention="inline")), DiT(**SMALL)
+    assert start_from(model, source) == []
+    with pytest.raises(ValueError, match=r"missing weights: blocks\.0\.attn\.qkv\.bias"):
+        start_from(DiT(**SMALL), lively(DiT(**SMALL, attention="circulant")))
+    with pytest.raises(ValueError, match=r"missing weights: blocks\.0\.attn\.proj\.bias"):
+        start_from(DiT(**SMALL), lively(DiT(**SMALL, attention="mlla")))
+
+
 def test_distillation_needs_matching_layers_and_mediators() -> None:
     teacher = DiT(**SMALL)
     with pytest.raises(ValueError, match="teacher's num_layers is 2, the model's 3"):
