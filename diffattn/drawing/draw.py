@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
 
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import EXACT, Picture, Request
-from diffattn.drawing.sizes import check_size, default_size, denoiser_of, size_arguments
+from diffattn.drawing.sizes import check_size, default_size, size_arguments
 from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, patch
 from diffattn.sampling import SiTPipeline
