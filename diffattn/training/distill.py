@@ -35,13 +35,15 @@ def _own_parameters(model: DiT) -> set[str]:
     return own
 
 
-def check_frozen(new: Sequence[str]) -> None:
+def check_frozen(model: DiT, new: Sequence[str]) -> None:
     """Raise `ValueError` if weights that `freeze_backbone` does not train did not come from a trained model.
 
     Args:
+        model: before or after `freeze_backbone`.
         new: the parameters that `model.start` did not decide.
     """
-    untrained = [name for name in new if not any(part in name for part in MEDIATOR_PARTS)]
+    own = _own_parameters(model)
+    untrained = [name for name in new if name not in own]
     if untrained == ["y_embedder.embedding_table.weight"]:
         raise ValueError(
             "model.freeze_backbone: model.start has no null class, and a frozen one would never be trained; "

@@ -257,13 +257,12 @@ def test_a_start_with_a_null_class_loses_its_row_and_one_without_gets_a_new_one(
 
 def test_a_frozen_backbone_needs_a_start_that_has_all_of_it() -> None:
     model = DiT(**SMALL, attention="mediator", mediators=(4,))
-    check_frozen(start_from(model, lively(DiT(**SMALL))))
+    check_frozen(model, start_from(model, lively(DiT(**SMALL))))
     with pytest.raises(ValueError, match=r"frozen one would never be trained; set objective\.label_dropout=0"):
-        check_frozen(
-            [n for n in start_from(model, lively(DiT(**SMALL, null_class=False))) if n.startswith("y_embedder")]
-        )
+        new = start_from(model, lively(DiT(**SMALL, null_class=False)))
+        check_frozen(model, [name for name in new if name.startswith("y_embedder")])
     with pytest.raises(ValueError, match=r"would keep their random values; give a trained model as model\.start"):
-        check_frozen([name for name, _ in model.named_parameters()])
+        check_frozen(model, [name for name, _ in model.named_parameters()])
 
 
 def test_a_start_with_weights_that_are_not_finite_is_refused(tmp_path) -> None:
