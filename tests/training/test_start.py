@@ -258,8 +258,8 @@ def test_a_start_with_a_null_class_loses_its_row_and_one_without_gets_a_new_one(
 def test_a_frozen_backbone_needs_a_start_that_has_all_of_it() -> None:
     model = DiT(**SMALL, attention="mediator", mediators=(4,))
     check_frozen(model, start_from(model, lively(DiT(**SMALL))))
+    new = start_from(model, lively(DiT(**SMALL, null_class=False)))
     with pytest.raises(ValueError, match=r"frozen one would never be trained; set objective\.label_dropout=0"):
-        new = start_from(model, lively(DiT(**SMALL, null_class=False)))
         check_frozen(model, [name for name in new if name.startswith("y_embedder")])
     with pytest.raises(ValueError, match=r"would keep their random values; give a trained model as model\.start"):
         check_frozen(model, [name for name, _ in model.named_parameters()])
