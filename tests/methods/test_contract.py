@@ -43,7 +43,7 @@ class Patch:
     """`diffattn.patch` with the options of one variant, so that tiny grids are accelerated."""
 
     def __init__(self, variant: str) -> None:
-        self.options = VARIANTS[variant] | {"min_tokens": 0}
+        self.options: Any = VARIANTS[variant] | {"min_tokens": 0}
         some, self.other = OTHERS[self.options["method"]]
         self.phases: dict[float, Any] = {0.6: some, 0.3: self.other, 0.0: "exact"}
 

@@ -205,6 +205,7 @@ def test_linear_layers_start_from_a_softmax_checkpoint_and_learn_from_it(attenti
 def test_inline_layers_begin_as_the_expansion_of_the_softmax_layer_they_start_from() -> None:
     teacher = lively(DiT(**SMALL))
     with torch.no_grad():
+        block: Any
         for block in teacher.blocks:
             block.attn.qkv.weight[:16] *= 0.05  # flat logits
             block.attn.qkv.bias[:16] *= 0.05
