@@ -180,7 +180,7 @@ def _is_flow_matching(scheduler: Any) -> bool:
 def _sigma_levels(scheduler: Any, times: Sequence[float]) -> list[float] | None:
     """Noise levels by the scheduler's own σ of its run's time steps; None where it has none that belong to them."""
     sigmas = getattr(scheduler, "sigmas", None)
-    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or not len(times) <= len(sigmas) <= len(times) + 1:
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or not len(times) <= len(sigmas) <= len(times) + 2:
         return None
     values = sigmas.tolist()[: len(times)]
     for (s, r), (t, u) in zip(pairwise(values), pairwise(times), strict=True):

@@ -296,7 +296,7 @@ def test_a_unet_without_self_attention_is_refused() -> None:
         mid_block_type=None,
         layers_per_block=1,
     )
-    with pytest.raises(ValueError, match=r"nothing to patch in UNet2DConditionModel: it has no attention layer"):
+    with pytest.raises(ValueError, match=r"nothing to patch in UNet2DConditionModel: it has no self-attention layer"):
         diffattn.patch(unet)
 
 
