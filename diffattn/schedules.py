@@ -43,6 +43,11 @@ class Schedule(Protocol):
         ...
 
 
+def needs_level(schedule: Schedule) -> bool:
+    """Whether the phase depends on the noise level; a schedule without the attribute `needs_level` is taken to."""
+    return len(schedule.phases) > 1 and bool(getattr(schedule, "needs_level", True))
+
+
 class NoiseSchedule:
     """Options by noise level, given as {lower bound: options}; the highest bound not above the level applies.
 
@@ -55,7 +60,7 @@ class NoiseSchedule:
             `MAX_PHASES` of them.
     """
 
-    def __init__(self, entries: Mapping[float, Mapping[str, Any] | str]) -> None:
+    def __init__(self, entries: Mapping[Any, Mapping[str, Any] | str]) -> None:
         _check_number(entries)
         bounds = {_bound(key): value for key, value in entries.items()}
         if 0.0 not in bounds:
@@ -110,6 +115,7 @@ class LatentChangeSchedule:
     """
 
     KIND = "latent_change"
+    needs_level = False  # noise levels only tell the calls of one step from those of the next
 
     def __init__(
         self,

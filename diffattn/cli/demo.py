@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from diffattn.cli.common import (
-    Device,
-    Dtype,
-    JsonFile,
-    Seed,
-    bad_input,
-    check_writable,
-    loading,
-    progress,
-    stdout,
-    write_json,
-)
+from diffattn.cli.common import bad_input, check_writable, loading, progress, stdout, write_json
+from diffattn.cli.options import Device, Dtype, JsonFile, Seed
 
 if TYPE_CHECKING:
     from diffattn.demo import DemoResult
@@ -45,13 +35,14 @@ def demo(
     check_writable(json)
     with loading(model), bad_input():
         from diffattn.demo import Demo, DemoSettings
+        from diffattn.drawing.batch import NotFinite
 
         settings = DemoSettings(
             model=model, method=method, preset=preset, steps=steps, guidance=guidance, rounds=rounds, seed=seed,
             device=device, dtype=dtype,
         )  # fmt: skip
         ready = Demo(settings)
-    with progress("drawing pictures", total=ready.num_pictures) as advance:
+    with progress("drawing pictures", total=ready.num_pictures) as advance, bad_input(NotFinite):
         result = ready.run(advance)
     sheet, figures = result.save(out)
     write_json(json, result.to_dict())

@@ -8,18 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from diffattn.cli.common import (
-    Device,
-    Dtype,
-    JsonFile,
-    bad_input,
-    check_writable,
-    fail,
-    loading,
-    progress,
-    stdout,
-    write_json,
-)
+from diffattn.cli.common import bad_input, check_writable, fail, loading, progress, stdout, write_json
+from diffattn.cli.options import Device, Dtype, JsonFile
 
 
 def info(
@@ -121,13 +111,14 @@ def _size(text: str) -> tuple[int, int]:
 def _capabilities(json: Path | None) -> None:
     """Versions, devices and what is supported."""
     with bad_input():
-        from diffattn.cli.capabilities import capabilities
+        from diffattn.capabilities import capabilities
 
         found = capabilities()
     write_json(json, found)
     _print("versions", found["versions"])
     _print("devices", {name: _words(device) for name, device in found["devices"].items()})
     _print("supported denoisers", dict.fromkeys(found["architectures"], ""))
+    _print("attention of a DiT to train (diffattn train model.attention=…)", found["backbone_attention"])
     for name, method in found["methods"].items():
         stdout.print(_method(name, method))
     models = found["embedded_models"].items()

@@ -4,27 +4,36 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from diffattn.files import write_whole
+
 EXACT = "none"
 """The method that leaves the pipeline unpatched."""
 
 PNG_KEY = "diffattn"
-"""Keyword of the PNG text chunk that holds the recipe as JSON."""
+"""Keyword of the PNG text chunk that holds the record as JSON."""
 
 MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. Everything but `model` and the size is checked here, and raises `ValueError`."""
+    """What to draw.
 
-    model: str  # as it was asked for; written into the recipe
+    None means not given, and the pipeline is then called without that argument or with its own default.
+
+    Raises:
+        ValueError: a value out of range. The model and the size are checked by `prepare`, which knows the pipeline.
+    """
+
+    model: str  # as it was asked for; written into the record
     prompt: str  # may be empty; for a DiT or SiT the name or id of a class
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # "" is one too: SDXL draws another picture with it than with none
     method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: see `default_method`
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
@@ -53,18 +62,18 @@ class Picture:
     image: Image.Image
     seed: int
     seconds: float
-    recipe: Mapping[str, Any]
+    record: Mapping[str, Any]  # all it takes to draw it again
+    blanked: bool = False  # made black by the pipeline's safety checker
 
     def save(self, path: Path) -> None:
-        """Write a PNG that carries the recipe; makes the folder."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write a PNG that carries the record, and create its folder."""
         text = PngImagePlugin.PngInfo()
-        text.add_text(PNG_KEY, json.dumps(self.recipe))  # JSON escapes what a tEXt chunk cannot hold
-        self.image.save(path, pnginfo=text)
+        text.add_text(PNG_KEY, json.dumps(self.record))  # JSON escapes what a tEXt chunk cannot hold
+        write_whole(path, partial(self.image.save, format="PNG", pnginfo=text))
 
 
-def recipe_of(path: Path) -> dict[str, Any]:
-    """The recipe a PNG carries.
+def record_of(path: Path) -> dict[str, Any]:
+    """The record a PNG carries.
 
     Raises:
         ValueError: not a PNG, or not one that `Picture.save` wrote.
@@ -75,13 +84,13 @@ def recipe_of(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{str(path)!r} is not a picture: {error}") from None
     if text is None:
-        raise ValueError(f"{str(path)!r} carries no {PNG_KEY} recipe")
+        raise ValueError(f"{str(path)!r} carries no {PNG_KEY} record")
     return json.loads(text)
 
 
-def request_of(recipe: Mapping[str, Any]) -> Request:
-    """The request that draws the picture of a recipe again."""
-    return Request(**{name: recipe[name] for name in Request.__dataclass_fields__ if name in recipe})
+def request_of(record: Mapping[str, Any]) -> Request:
+    """The request that draws the picture of a record again."""
+    return Request(**{name: record[name] for name in Request.__dataclass_fields__ if name in record})
 
 
 def _check(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from diffattn.data.decoding import open_picture
+from diffattn.data.indexes import rows_of_jsonl
+from diffattn.files import decode_text
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ def load_pictures(path: Path, size: int) -> Pictures:
     """All pictures of the zip as RGB on white, resized to `size`×`size`."""
     images, names = [], []
     with zipfile.ZipFile(path) as archive:
-        for line in archive.read("metadata.jsonl").decode().splitlines():
-            row = json.loads(line)
-            images.append(_decode(archive.read(row["file_name"]), size))
+        for row in rows_of_jsonl(decode_text(archive.read("metadata.jsonl"))):
+            images.append(_decode(archive, row["file_name"], size))
             names.append(row["text"])
     if not names:
         raise ValueError(f"{path} holds no pictures: its metadata.jsonl is empty")
     return Pictures(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), names)
 
 
-def _decode(data: bytes, size: int) -> np.ndarray:
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+def _decode(archive: zipfile.ZipFile, file: str, size: int) -> np.ndarray:
+    try:
+        picture = open_picture(archive.read(file))
+    except ValueError as error:
+        raise ValueError(f"{archive.filename} holds a picture that cannot be read: {file}: {error}") from None
     return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
 
 
@@ -52,6 +56,13 @@ def split_names(count: int, every: int, keep: bool) -> tuple[list[int], list[int
     return (picked, rest) if keep else (rest, picked)
 
 
+def held_out_of_vae(count: int, every: int | None) -> tuple[list[int], list[int]]:
+    """(trained, held out) of the autoencoder: the second of every `every` pictures; those trained on by name are the
+    first ones, which the decoder is to draw well."""
+    held = [] if every is None else list(range(1, count, every))
+    return [i for i in range(count) if i not in set(held)], held
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 → float -1..1."""
     return images.float() / 127.5 - 1
@@ -60,15 +71,3 @@ def to_float(images: Tensor) -> Tensor:
 def shrink(x: Tensor, size: int) -> Tensor:
     """[B, 3, S, S] float → [B, 3, size, size] by area averaging."""
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="area")
-
-
-def batch_indices(step: int, batch: int, count: int, seed: int) -> Tensor:
-    """The pictures of one step: a fresh shuffle per epoch, known from the step alone (so a resume repeats it)."""
-    places = range(step * batch, (step + 1) * batch)
-    shuffles = {e: torch.randperm(count, generator=step_rng(seed, -1 - e)) for e in {p // count for p in places}}
-    return torch.stack([shuffles[p // count][p % count] for p in places])
-
-
-def step_rng(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step, independent of every other step."""
-    return torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)

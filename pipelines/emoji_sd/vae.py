@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from training_loop import batch_indices
 
-from .data import Pictures, batch_indices, shrink, to_float
+from .data import Pictures, shrink, to_float
+from .precision import autocast
 
 
 def build_vae(channels: tuple[int, ...], layers: int, size: int) -> AutoencoderKL:
     levels = len(channels)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # type: ignore[arg-type]
+        block_out_channels=channels,  # type: ignore[arg-type]
         layers_per_block=layers,
         latent_channels=4,
         norm_num_groups=8,
@@ -33,7 +36,7 @@ class VaeTrainer(nn.Module):
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
-        self.readout = nn.Conv2d(vae.config.latent_channels, 3, 1)
+        self.readout = nn.Conv2d(vae.config["latent_channels"], 3, 1)
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,23 +64,81 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def vae_loss(
-    pictures: Pictures, sizes: tuple[int, ...], pixels: int, seed: int, device: str, kl_weight: float = 1e-4
+    pictures: Pictures,
+    sizes: tuple[int, ...],
+    pixels: int,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    kl_weight: float = 1e-4,
 ) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
     """Loss of one step of `pixels` pixels: crop sizes take turns, so group norms see details and whole pictures."""
 
-    def loss_of(model: nn.Module, step: int, rng: torch.Generator) -> Tensor:
+    def loss_of(model: Any, step: int, rng: torch.Generator) -> Tensor:
         size = sizes[step % len(sizes)]
         batch = max(pixels // size**2, 1)
         images = pictures.images[batch_indices(step, batch, len(pictures), seed)]
         x = crop_batch(images, size, rng).to(device).contiguous(memory_format=torch.channels_last)
-        posterior = model.vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
-        z = posterior.mean + posterior.std * noise
-        y = model.vae.decode(z).sample
+        with autocast(device, dtype):
+            posterior = model.vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+            z = posterior.mean + posterior.std * noise
+            y = model.vae.decode(z).sample
+        y, z = y.float(), z.float()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return reconstruction_loss(y, x) + colour_loss(model.readout(z), F.avg_pool2d(x, 8)) + kl_weight * kl
 
     return loss_of
+
+
+def freeze_encoder(vae: AutoencoderKL) -> None:
+    """Every latent stays what it was, and with it all that was trained on latents: only the way back is trained."""
+    vae.requires_grad_(False)
+    for part in (vae.post_quant_conv, vae.decoder):
+        assert part is not None
+        part.requires_grad_(True)
+
+
+def decoder_loss(
+    pictures: Pictures,
+    latents: Tensor,
+    sizes: tuple[int, ...],
+    pixels: int,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
+    """`latents` [N, 4, S/8, S/8] of the whole pictures, so that a crop's are what a decoder meets when it draws.
+
+    `sizes` takes turns up to whole pictures: group norms average over what they are given.
+    """
+
+    def loss_of(vae: Any, step: int, rng: torch.Generator) -> Tensor:
+        size = sizes[step % len(sizes)]
+        index = batch_indices(step, max(pixels // size**2, 1), len(pictures), seed)
+        z, x = crop_pairs(latents[index], pictures.images[index], size, rng)
+        with autocast(device, dtype):
+            y = vae.decode(z.to(device).contiguous(memory_format=torch.channels_last)).sample
+        y, x = y.float(), x.to(device)
+        return reconstruction_loss(y, x) + 0.1 * log_error(y, x)
+
+    return loss_of
+
+
+def log_error(y: Tensor, x: Tensor, floor: float = 1e-4) -> Tensor:
+    """Mean logarithm of each picture's squared error: PSNR up to a factor, so plain pictures weigh like rich ones."""
+    return ((y - x).square().flatten(1).mean(1) + floor).log().mean()
+
+
+def crop_pairs(latents: Tensor, images: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents [B, 4, h, w] and uint8 pictures [B, 3, 8h, 8w] → the same random square of both, float."""
+    side, pairs = size // 8, []
+    for z, image in zip(latents, images, strict=True):
+        top, left = torch.randint(z.shape[-1] - side + 1, (2,), generator=rng).tolist()
+        crop = image[:, 8 * top : 8 * top + size, 8 * left : 8 * left + size]
+        pairs.append((z[:, top : top + side, left : left + side], to_float(crop)))
+    z, x = zip(*pairs, strict=True)
+    return torch.stack(z), torch.stack(x)
 
 
 def crop_batch(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
@@ -100,7 +161,7 @@ def encode(vae: AutoencoderKL, images: Tensor, size: int, device: str, batch: in
     """uint8 [N, 3, S, S] → posterior mean and std, both [N, 4, size/8, size/8], before scaling."""
     means, stds = [], []
     for part in images.split(batch):
-        posterior = vae.encode(shrink(to_float(part.to(device)), size)).latent_dist
+        posterior = vae.encode(shrink(to_float(part.to(device)), size)).latent_dist  # type: ignore[union-attr]
         means.append(posterior.mean.cpu())
         stds.append(posterior.std.cpu())
     return torch.cat(means), torch.cat(stds)
@@ -109,8 +170,11 @@ def encode(vae: AutoencoderKL, images: Tensor, size: int, device: str, batch: in
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor, device: str, batch: int = 16) -> Tensor:
     """Unscaled latents → uint8 [N, 3, 8h, 8w]."""
-    parts = [vae.decode(z.to(device)).sample.cpu() for z in latents.split(batch)]
-    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    parts = []
+    for z in latents.split(batch):
+        y = vae.decode(z.to(device)).sample.clamp(-1, 1)  # type: ignore[union-attr,arg-type]
+        parts.append(((y + 1) * 127.5).round().to("cpu", torch.uint8))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -120,7 +184,8 @@ def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     Every latent channel then weighs the same in the denoiser's loss, and `scaling_factor` is 1.
     """
     mean, std = mean.to(vae.device), std.to(vae.device)
-    moments, back = vae.quant_conv, vae.post_quant_conv  # 8 → 8 channels (mean, log variance), 4 → 4
+    moments: Any = vae.quant_conv  # 8 → 8 channels (mean, log variance)
+    back: Any = vae.post_quant_conv  # 4 → 4
     scale = torch.cat([1 / std, torch.ones_like(std)])
     shift = torch.cat([-mean / std, -2 * std.log()])
     moments.weight.mul_(scale[:, None, None, None])

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 import diffattn
 from diffattn.cli import app
-from diffattn.drawing.request import recipe_of
+from diffattn.drawing.request import record_of
 from diffattn.files import MAX_BYTES, stem_of
 from diffattn.sampling import SiTPipeline
 
@@ -109,7 +109,7 @@ BAD = {
     "agents as a word": ("generate --prompt x --model {}/sd --option num_agents=many", "num_agents"),
     "steps": ("generate --prompt x --model {}/sd --steps 0", "1 or more"),
     "steps of no scheduler": ("generate --prompt x --model {}/sd --steps 1001", "1001"),
-    "no null class": ("generate --prompt 1 --model {}/sit", "null class"),
+    "no null class": ("generate --prompt 1 --guidance 4 --model {}/sit", "null class"),
     "images": ("generate --prompt x --model {}/sd --num-images 0", "1 or more"),
     "seed": ("generate --prompt x --model {}/sd --seed -1", "seed"),
     "guidance": ("generate --prompt x --model {}/sd --guidance nan", "guidance"),
@@ -167,9 +167,9 @@ def test_generate_one_picture(models: Path, tmp_path: Path) -> None:
                  "--out", out, "--json", figures)  # fmt: skip
     assert found.exit_code == 0, found.output
     assert Image.open(out).size == (40, tiny.SIZE)
-    recipe = recipe_of(out)
-    assert recipe["options"] == {"min_tokens": 0, "num_agents": 4, "agent_ratio": None}
-    assert recipe["model"] == str(models / "sd")
+    record = record_of(out)
+    assert record["options"] == {"min_tokens": 0, "num_agents": 4, "agent_ratio": None}
+    assert record["model"] == str(models / "sd")
     results = json.loads(figures.read_text())
     assert results["pictures"][0]["file"] == str(out)
     assert results["report"]["layers_accelerated"] == 7
@@ -212,7 +212,7 @@ def test_generate_writes_a_file_for_a_prompt_of_long_characters(models: Path, tm
     )
     assert done.exit_code == 0, done.output
     (file,) = tmp_path.iterdir()
-    assert recipe_of(file)["prompt"] == "𠮷" * 99
+    assert record_of(file)["prompt"] == "𠮷" * 99
 
 
 def test_generate_unpatched(models: Path, tmp_path: Path) -> None:
@@ -220,8 +220,8 @@ def test_generate_unpatched(models: Path, tmp_path: Path) -> None:
     found = call(*shared, "--method", "none", "--out", tmp_path / "x.png", "--json", tmp_path / "x.json")
     assert found.exit_code == 0, found.output
     assert json.loads((tmp_path / "x.json").read_text())["report"] is None
-    recipe = recipe_of(tmp_path / "x.png")
-    assert (recipe["method"], recipe["preset"], recipe["dtype"]) == ("none", None, "bfloat16")
+    record = record_of(tmp_path / "x.png")
+    assert (record["method"], record["preset"], record["dtype"]) == ("none", None, "bfloat16")
 
 
 def test_info(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from diffattn.cli import app
-from diffattn.drawing.request import recipe_of
+from diffattn.drawing.request import record_of
 from diffattn.sampling import EulerMaruyamaScheduler, SiTPipeline
 from diffattn.training.config import TrainConfig
 
@@ -116,7 +117,7 @@ def test_a_model_trained_on_another_path_says_so(pictures, tmp_path) -> None:
     done = call("train", *SMALL, "objective.path=gvp", "run.steps=1", "--data", pictures, "--out", tmp_path,
                 "--device", "cpu")  # fmt: skip
     assert done.exit_code == 0, done.output
-    pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe: Any = SiTPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.scheduler = EulerMaruyamaScheduler()
     with pytest.raises(ValueError, match="path is 'linear', but the transformer was trained on 'gvp'"):
         pipe("cat", num_inference_steps=2)
@@ -141,10 +142,10 @@ def test_generate_draws_a_class_with_mediators(trained, tmp_path) -> None:
              "--dtype", "float32"]  # fmt: skip
     done = call(*words, "--out", tmp_path / "a.png")
     assert done.exit_code == 0, done.output
-    recipe = recipe_of(tmp_path / "a.png")
-    assert (recipe["method"], recipe["preset"], recipe["width"]) == ("mediator", "balanced", 8)
+    record = record_of(tmp_path / "a.png")
+    assert (record["method"], record["preset"], record["width"]) == ("mediator", "balanced", 8)
     assert call(*words, "--method", "none", "--out", tmp_path / "b.png").exit_code == 0
-    assert recipe_of(tmp_path / "b.png")["method"] == "none"
+    assert record_of(tmp_path / "b.png")["method"] == "none"
     unknown = call(*words[:3], "--prompt", "horse", "--device", "cpu", "--out", tmp_path / "c.png")
     assert unknown.exit_code == 2
     assert "horse" in unknown.stderr

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 import diffattn
 from diffattn.cli import app
 from diffattn.drawing.draw import prepare
-from diffattn.drawing.request import recipe_of, request_of
+from diffattn.drawing.request import record_of, request_of
 from diffattn.tuning.runs import relative_error
 
 QUICK = ("--steps", 3, "--bands", 1, "--cost", "flops", "--device", "cpu", "--dtype", "float32")
@@ -54,7 +54,7 @@ def test_tune_writes_a_recipe_that_generate_reads(model: Path, prompts: Path, tm
     drawn = call(*words, "--recipe", recipe, "--out", picture)
     assert drawn.exit_code == 0, drawn.output
     assert "UNet2DConditionModel: agent" in drawn.stdout
-    stored = recipe_of(picture)
+    stored = record_of(picture)
     assert stored["recipe"] == found["recipe"]
     pipe = diffattn.drawing.loading.load_pipeline(str(model))  # type: ignore[attr-defined]
     request, patch = prepare(pipe, request_of(stored))

@@ -25,7 +25,7 @@ from support.tiny_dit import tiny_dit
 import diffattn
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import EMBEDDED, load_pipeline
-from diffattn.drawing.request import Request, recipe_of, request_of
+from diffattn.drawing.request import Request, record_of, request_of
 from diffattn.drawing.sizes import check_size
 from diffattn.sampling import SiTPipeline
 
@@ -273,7 +273,7 @@ def test_a_failure_while_drawing_leaves_the_model_to_unpatch(pipe: DiffusionPipe
 # Recipes
 
 
-def test_a_recipe_draws_the_picture_again(pipe: DiffusionPipeline, tmp_path: Path) -> None:
+def test_a_record_draws_the_picture_again(pipe: DiffusionPipeline, tmp_path: Path) -> None:
     asked = request(
         prompt="crème 🍮", negative_prompt="blue", num_images=2, seed=7, guidance=3.0, width=40, preset="fast"
     )
@@ -283,24 +283,24 @@ def test_a_recipe_draws_the_picture_again(pipe: DiffusionPipeline, tmp_path: Pat
     patch.remove()
     pictures[1].save(tmp_path / "x.png")
     assert b"tEXtdiffattn\0" in (tmp_path / "x.png").read_bytes()
-    recipe = recipe_of(tmp_path / "x.png")
+    record = record_of(tmp_path / "x.png")
     expected = {
         "model": "tiny", "prompt": "crème 🍮", "negative_prompt": "blue", "method": "agent", "preset": "fast",
         "options": EVERYWHERE, "seed": 8, "steps": 3, "guidance": 3.0, "width": 40, "height": tiny.SIZE,
         "scheduler": "DDIMScheduler", "dtype": "float32", "device": "cpu",
     }  # fmt: skip
-    assert {name: recipe[name] for name in expected} == expected
-    assert recipe["versions"]["torch"] == torch.__version__
-    assert recipe["versions"]["diffattn"] == diffattn.__version__
-    again = draw(pipe, request_of(recipe))
+    assert {name: record[name] for name in expected} == expected
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["diffattn"] == diffattn.__version__
+    again = draw(pipe, request_of(record))
     assert len(again) == 1
     with Image.open(tmp_path / "x.png") as saved:
         assert np.array_equal(np.asarray(saved), again[0])
 
 
-def test_pictures_without_a_recipe(tmp_path: Path) -> None:
+def test_pictures_without_a_record(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("hello")
-    for name, message in (("plain.png", "no diffattn recipe"), ("text.png", "not a picture"), ("no.png", "No such")):
+    for name, message in (("plain.png", "no diffattn record"), ("text.png", "not a picture"), ("no.png", "No such")):
         with pytest.raises(ValueError, match=message):
-            recipe_of(tmp_path / name)
+            record_of(tmp_path / name)

@@ -22,7 +22,7 @@ from gradio_client.exceptions import AppError
 from diffattn.app.jobs import Limits, Worker
 from diffattn.app.page import build, launch
 from diffattn.app.page.files import Files
-from diffattn.drawing.request import recipe_of
+from diffattn.drawing.request import record_of
 
 FAILS = (AppError, ValueError)
 
@@ -47,12 +47,12 @@ def draw(client: Client, **changes: Any) -> Any:
     return client.predict(**(settings() | changes), api_name="/generate")
 
 
-def settings() -> dict[str, Any]:
+def settings() -> Any:
     return dict(prompt="a cat", model="one", acceleration="none", steps=2, guidance=None, width=None, height=None,
                 seed=0, num_images=1, negative_prompt="", recipe=None)  # fmt: skip
 
 
-def compare_settings() -> dict[str, Any]:
+def compare_settings() -> Any:
     found = settings()
     del found["acceleration"]
     return found | {"accelerations": ["agent/fast", "agent/balanced"], "width": 64, "height": 64}
@@ -73,7 +73,8 @@ def test_the_page_begins_within_its_limits(worker: Worker, tmp_path: Path, most:
 
 
 def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
-    found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    described: Any = client.view_api(return_format="dict", print_info=False)
+    found = described["named_endpoints"]
     assert set(found) == {
         "/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate",
         "/measure", "/show_runs", "/load_runs", "/estimate_measure",
@@ -85,7 +86,7 @@ def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> N
     stage, pictures, files, code = draw(client, num_images=2, seed=7, acceleration="agent/fast", width=64, height=64)
     assert "2 of 2 pictures" in stage
     assert len(pictures) == 2
-    assert [recipe_of(Path(file))["seed"] for file in files] == [7, 8]
+    assert [record_of(Path(file))["seed"] for file in files] == [7, 8]
     assert "manual_seed(7)" in code
     assert "diffattn.patch(pipe, 'agent', preset='fast')" in code
 
@@ -95,11 +96,11 @@ def test_a_recipe_goes_before_the_acceleration_and_is_compared(client: Client, t
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     given = handle_file(str(tmp_path / "recipe.json"))
     _, _, files, code = draw(client, recipe=given, acceleration="none")
-    assert recipe_of(Path(files[0]))["recipe"] == recipe
+    assert record_of(Path(files[0]))["recipe"] == recipe
     assert "recipe={'method': 'agent'" in code
     asked = compare_settings() | {"accelerations": [], "recipe": given}
     _, _, pair, figures, _ = client.predict(**asked, api_name="/compare")
-    assert [recipe_of(Path(file))["recipe"] for file in pair] == [None, recipe]
+    assert [record_of(Path(file))["recipe"] for file in pair] == [None, recipe]
     assert "<td>recipe</td>" in figures
     (tmp_path / "recipe.json").write_text(json.dumps({"method": "agent", "code": "import os"}))
     with pytest.raises(FAILS, match="unknown recipe key code"):
@@ -130,11 +131,11 @@ def test_time_steps_of_every_variant_of_a_comparison(client: Client) -> None:
 
 def test_compare_and_its_pairs(client: Client) -> None:
     _, _, pair, figures, report = client.predict(**compare_settings(), api_name="/compare")
-    assert [recipe_of(Path(file))["method"] for file in pair] == ["none", "agent"]
+    assert [record_of(Path(file))["method"] for file in pair] == ["none", "agent"]
     assert "agent/balanced" in figures
     assert "why exact" in report
     other = client.predict("agent/balanced", api_name="/show_pair")
-    assert recipe_of(Path(other[1]))["preset"] == "balanced"
+    assert record_of(Path(other[1]))["preset"] == "balanced"
     assert "Peak memory is measured on CUDA devices only" in figures
     assert "GFLOPs are counted up to" not in figures
 
@@ -222,7 +223,7 @@ def test_files_of_the_server_are_not_served(address: str) -> None:
 def test_eight_clients_at_once_each_get_their_own(address: str) -> None:
     def visit(seed: int) -> tuple[int, list[str]]:
         files = draw(Client(address, verbose=False), seed=100 * seed)[2]
-        return recipe_of(Path(files[0]))["seed"], files
+        return record_of(Path(files[0]))["seed"], files
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(visit, range(8)))
