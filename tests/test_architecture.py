@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "metrics": "drawing",
     "evaluation": "data drawing files machine methods metrics patching sampling",
     "training": "data evaluation files functional measure metrics models sampling",
-    "preflight": "architectures drawing machine measure models patching schedules",
+    "preflight": "architectures drawing machine measure patching schedules",
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
     "benchmarks": "architectures files functional machine measure methods models patching",
     "demo": "drawing machine measure metrics patching",

@@ -232,10 +232,10 @@ def _load(
     model: str, place: Any, dtype: str, given: dict[str, Any], paired: bool
 ) -> tuple[Any, dict[str, Any] | None, str]:
     """The pipeline on its device, the arguments of `diffattn.patch`, and what the result calls them."""
-    from diffattn.drawing.draw import default_method
     from diffattn.drawing.loading import load_pipeline
     from diffattn.drawing.request import EXACT
     from diffattn.machine import choose_dtype
+    from diffattn.patching.default_method import default_method
     from diffattn.patching.plan import Plan
     from diffattn.patching.recipe import read_recipe
 

@@ -36,9 +36,7 @@ def info(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            help="With --model: attention method.", show_default="agent; mediator for a SiT that learned them"
-        ),
+        typer.Option(help="With --model: attention method.", show_default="the one that fits the model"),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="With --model: preset of the method.", show_default="balanced")

@@ -110,15 +110,16 @@ def tune(
     )
     by_budget: dict[str, Any] = dict(zip(BY_BUDGET, (budget, samples, batch, distance, per_sample), strict=True))
     with loading(model), bad_input():
-        from diffattn.drawing.draw import default_method
         from diffattn.drawing.loading import load_pipeline
         from diffattn.machine import choose_device, choose_dtype
+        from diffattn.methods import METHODS
+        from diffattn.patching.default_method import default_method
 
         place = choose_device(device)
         words = read_prompts(prompts) if prompts is not None else []
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
         pipe.set_progress_bar_config(disable=True)
-        mediators = default_method(pipe) == "mediator"
+        mediators = METHODS[default_method(pipe)].tuned_by_change
         what = f"{model!r}, {'a SiT with mediators' if mediators else f'a {type(pipe).__name__}'},"
         _refuse(what, by_error if mediators else by_budget)
     common = {"steps": steps, "guidance": guidance, "seed": seed}

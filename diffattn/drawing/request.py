@@ -25,7 +25,7 @@ class Request:
     model: str  # as it was asked for; written into the record
     prompt: str  # may be empty; for a DiT or SiT the name or id of a class
     negative_prompt: str = ""
-    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: see `default_method`
+    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: the one that fits the model
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and what else is not given here

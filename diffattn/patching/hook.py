@@ -117,18 +117,13 @@ class RunHook:
                 self.patch.tally.add(name, reason)
 
     def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
-        """A run in which nothing can be accelerated: an error if the user asked for too many agents, else a warning."""
+        """A run in which nothing can be accelerated: an error if an option of the user rules it out, else a warning."""
         hooks: list[RunHook] = self.patch.hooks
         reasons = [r for h in hooks for p in sorted(phases) for _, r in h._reasons(p, device, mask_rows)]
         if not reasons or ACCELERATED in reasons:
             return
         largest = max(h.tokens(layer.spec) or 0 for h in hooks for layer in h.layers)
-        asked = self.patch.plan.options.get("num_agents")
-        if asked is not None and asked >= largest:
-            raise ValueError(
-                f"num_agents={asked} is not below the {largest} tokens of the largest layer at this size; "
-                f"allowed: 1 to {(largest - 1) // 2}"
-            )
+        self.patch.plan.check_size(largest)
         if self.patch.first_warning():
             why = "; ".join(dict.fromkeys(reasons))
             warnings.warn(f"diffattn accelerates no layer in this run: {why}", DiffAttnWarning, stacklevel=6)
