@@ -19,9 +19,10 @@ from classifiers import cards
 from classifiers.augment import BatchOf, drawing_batches, photo_batches
 from classifiers.data import Labelled, fingerprint, load, split_classes
 from classifiers.export import export, measure, write_card
-from classifiers.loop import Progress, Recipe, train
+from classifiers.loop import Recipe, train
 from classifiers.whitening import whitening_filters
 from torch.utils.flop_counter import FlopCounterMode
+from training_loop import Budget, Progress
 
 from diffattn.machine import describe_machine, where
 from diffattn.metrics.classifier import Classifier
@@ -61,9 +62,9 @@ def run(job: Job, model: Classifier, batches: BatchOf, name: str) -> tuple[Class
 
 def describe(job: Job, model: Classifier, progress: Progress, flops: int) -> dict[str, Any]:
     machine = describe_machine(torch.device(job.recipe.device))
-    samples = progress.step * job.recipe.batch
+    samples = progress.samples
     return {
-        **{k: v for k, v in asdict(job.recipe).items() if k not in ("log_every", "save_every", "steps", "minutes")},
+        **{k: v for k, v in asdict(job.recipe).items() if k not in ("log_every", "save_every", "budget")},
         "warmup_percent": round(100 * job.recipe.warmup),
         "second_descent": "".join(
             f" At step {step:,} a larger budget took the rate up to {rate:.3f} again." for step, rate in progress.raised
@@ -158,8 +159,8 @@ def _recipe(
 ) -> Recipe:
     if minutes <= 0 or (steps is not None and steps < 1) or batch < 2:
         raise typer.BadParameter("the budget must be positive, and a batch at least two pictures")
-    budget: dict[str, Any] = {"minutes": minutes} if steps is None else {"steps": steps}
-    return Recipe(batch=batch, lr=lr, seed=seed, device=device, save_every=save_seconds, **budget)
+    budget = Budget(minutes=minutes) if steps is None else Budget(steps=steps)
+    return Recipe(budget, batch=batch, lr=lr, seed=seed, device=device, save_every=save_seconds)
 
 
 def _command(name: str, data: str, minutes: float, steps: int | None, seed: int) -> str:

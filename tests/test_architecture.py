@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "demo": "drawing machine measure metrics patching",
     "app.jobs": "drawing evaluation files machine measure methods metrics patching schedules",
     "app.page": "app.jobs",
-    "cli": "app.jobs app.page architectures benchmarks demo drawing evaluation files machine methods metrics models"
+    "capabilities": "architectures drawing machine methods",
+    "cli": "app.jobs app.page benchmarks capabilities demo drawing evaluation files machine methods metrics models"
     " patching preflight training tuning",
     "__main__": "cli",
     "__init__": "drawing functional methods patching schedules tuning",

@@ -6,15 +6,12 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from diffattn.cli.common import Device, JsonFile, bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.common import bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.options import BenchDtype, Device, JsonFile, Resume, Threads
 
 NOT_FINISHED = 1
 
 T = TypeVar("T")
-BenchDtype = Annotated[
-    str, typer.Option(help="float32, float16 or bfloat16; auto is bfloat16 where the hardware has it, else float32.")
-]
-
 app = typer.Typer(
     help="Measure speed on this machine: whole denoising steps, mediators, or the thresholds of the agents.",
     no_args_is_help=True,
@@ -39,18 +36,16 @@ def attention(
     ] = None,
     device: Device = "auto",
     dtype: BenchDtype = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: as torch chooses]")] = None,
+    threads: Threads = None,
     compile: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for attention.json and attention.png.")] = Path("outputs/bench"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what is in the folder, measure what is missing.")
-    ] = False,
+    resume: Resume = False,
     time_budget: Annotated[float | None, typer.Option(help="Minutes after which no round begins.")] = None,
     json: JsonFile = None,
 ) -> None:
     """Time one denoising step: exact attention, agents, token merging, and no attention at all.
 
-    The results are written after every round: interrupt when you like, go on with --resume.
+    The results are written after every round: interrupt at any time, and resume with --resume.
     """
     check_writable(out, folder=True)
     check_writable(json)
@@ -89,11 +84,9 @@ def mediator(
     batch: Annotated[int, typer.Option(help="Samples in one call.")] = 1,
     device: Device = "auto",
     dtype: BenchDtype = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: as torch chooses]")] = None,
+    threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder for mediator.json and mediator.png.")] = Path("outputs/bench"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what is in the folder, measure what is missing.")
-    ] = False,
+    resume: Resume = False,
     time_budget: Annotated[
         float | None, typer.Option(help="Minutes; what would take longer is left out, dear sizes get fewer rounds.")
     ] = None,
@@ -102,7 +95,7 @@ def mediator(
     """Time mediator attention against softmax attention, and find from how many tokens on it pays.
 
     Every comparison has the time ratio, counted GFLOPs and the peak memory of a call. What the memory has no room
-    for is left out. The results are written after every round: interrupt when you like, go on with --resume.
+    for is left out. The results are written after every round: interrupt at any time, and resume with --resume.
     """
     check_writable(out, folder=True)
     check_writable(json)
@@ -162,7 +155,7 @@ def thresholds(
 
 def _check_finished(is_complete: bool) -> None:
     if not is_complete:
-        stdout.print("the time was up before everything was measured; go on with --resume")
+        stdout.print("time ran out before everything was measured; continue with --resume")
         raise typer.Exit(NOT_FINISHED)
 
 

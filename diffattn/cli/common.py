@@ -1,4 +1,4 @@
-"""What the commands share: options, errors, progress, JSON. Heavy libraries are imported inside functions."""
+"""What the commands share: errors, progress, JSON. Heavy libraries are imported inside functions."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,11 +15,6 @@ from typer.core import TyperGroup
 
 BAD_INPUT = 2
 WORDS = {"none": None, "true": True, "false": False}
-
-Seed = Annotated[int, typer.Option(help="Seed of the random numbers, 0 to 2^63.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps; auto takes the first there is of cuda, mps, cpu.")]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto is float16 on cuda, float32 elsewhere.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results there as JSON.")]
 
 stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from diffattn.cli.common import (
-    Device,
-    Dtype,
-    JsonFile,
-    Seed,
-    bad_input,
-    check_writable,
-    loading,
-    progress,
-    stdout,
-    write_json,
-)
+from diffattn.cli.common import bad_input, check_writable, loading, progress, stdout, write_json
+from diffattn.cli.options import Device, Dtype, JsonFile, Seed
 
 if TYPE_CHECKING:
     from diffattn.demo import DemoResult

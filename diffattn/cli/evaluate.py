@@ -7,10 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from diffattn.cli.common import (
-    Device,
-    Dtype,
-    JsonFile,
-    Seed,
     bad_input,
     check_writable,
     fail,
@@ -21,10 +17,33 @@ from diffattn.cli.common import (
     stdout,
     write_json,
 )
+from diffattn.cli.options import (
+    EXTRACTORS,
+    Device,
+    Dtype,
+    EvaluatedMethod,
+    ExtractorWeights,
+    Guidance,
+    Height,
+    JsonFile,
+    MaybeModel,
+    Options,
+    Preset,
+    Prompts,
+    Recipe,
+    Seed,
+    Side,
+    SkipBad,
+    Steps,
+    Width,
+)
 
 OWN_EXTRACTOR = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
-EXTRACTORS = "inception, dinov2, clip, emoji-classifier or cifar-classifier"
 PICTURES = 1000  # drawn by default
+OUT = Path("outputs/evaluate")
+REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
+NUM_PICTURES = "How many pictures to draw, or to take of those given."
+PAIRED = "Also draw the same seeds unaccelerated: PSNR, SSIM, latent error."
 
 app = typer.Typer(
     help="Score pictures, or what a pipeline draws: against pictures, prompts, and the unaccelerated pipeline.",
@@ -35,74 +54,32 @@ app = typer.Typer(
 @app.callback()
 def evaluate(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Option(help="Embedded model, folder in diffusers' layout, or hub id: draw with it.")
-    ] = None,
-    pictures: Annotated[
-        Path | None, typer.Option(help="Or pictures that are there: a folder, a zip, or an ADM .npz.")
-    ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            help="What to measure against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="One prompt (or class) per line; pictures take them in turn.")
-    ] = None,
-    num_pictures: Annotated[
-        int | None, typer.Option(help="N: drawn, or the first so many.", show_default="1000 drawn; all that are there")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="Attention method; none: unpatched.", show_default="none; with --paired the model's own"),
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="Preset of the method.", show_default="the method's own")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Option of the method; may be given several times.", show_default=False),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="Recipe; it names the method.")] = None,
-    paired: Annotated[
-        bool, typer.Option("--paired", help="Also draw the same seeds unaccelerated: PSNR, SSIM, latent error.")
-    ] = False,
-    paired_with: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Or compare, in order, with these pictures.", show_default=False)
-    ] = None,
-    extractor: Annotated[
-        str,
-        typer.Option(help=f"{EXTRACTORS}; auto is the embedded model's own, else inception."),
-    ] = "auto",
-    extractor_weights: Annotated[
-        str | None,
-        typer.Option(help="File of inception's weights, folder of the others, or hub id.", show_default="usual place"),
-    ] = None,
-    clip: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Folder or hub id of a CLIP model: CLIP score.")
-    ] = None,
-    lpips_weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS of the pairs.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Crop all pictures to a square and resize it.", show_default="as they are")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out.")] = False,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="Classifier-free guidance scale.", show_default="7.5, of a DiT, PixArt or embedded model its own"
-        ),
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures of one call of the pipeline.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder; a run that was interrupted goes on from there.")] = Path(
-        "outputs/evaluate"
+    model: MaybeModel = None,
+    pictures: Annotated[Path | None, typer.Option(help="Or score these: a folder, a zip, or an ADM .npz.")] = None,
+    reference: Annotated[Path | None, typer.Option(help=REFERENCE)] = None,
+    prompts: Prompts = None,
+    num_pictures: Annotated[int | None, typer.Option(help=NUM_PICTURES, show_default="1000 drawn; all given")] = None,
+    method: EvaluatedMethod = None,
+    preset: Preset = None,
+    option: Options = None,
+    recipe: Recipe = None,
+    paired: Annotated[bool, typer.Option("--paired", help=PAIRED)] = False,
+    paired_with: Annotated[Path | None, typer.Option(metavar="PATH", help="Or compare with these pictures.")] = None,
+    extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}; auto: the embedded model's own, else inception.")] = (
+        "auto"
     ),
-    save_npz: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the pictures as an ADM .npz.")] = (
-        None
-    ),
+    extractor_weights: ExtractorWeights = None,
+    clip: Annotated[str | None, typer.Option(metavar="PATH", help="CLIP model, folder or hub id: CLIP score.")] = None,
+    lpips_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS.")] = None,
+    size: Side = None,
+    skip_bad: SkipBad = False,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    width: Width = None,
+    height: Height = None,
+    batch: Annotated[int, typer.Option(help="Pictures per call of the pipeline.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder; an interrupted run there is resumed.")] = OUT,
+    save_npz: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write pictures as an ADM .npz.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -120,8 +97,7 @@ def evaluate(
     check_writable(json)
     check_writable(save_npz)
     with loading(model or str(pictures)), bad_input():
-        from diffattn.drawing.draw import own_guidance
-        from diffattn.evaluation import DrawConfig, EvaluateConfig
+        from diffattn.evaluation import EvaluateConfig
         from diffattn.evaluation.run_folder import processes
         from diffattn.machine import choose_device
 
@@ -129,29 +105,17 @@ def evaluate(
             raise ValueError("give either --model, which draws, or --pictures")
         if paired and paired_with is not None:
             raise ValueError("give either --paired or --paired-with")
-        if extractor in OWN_EXTRACTOR.values() and OWN_EXTRACTOR.get(model or "", extractor) != extractor:
-            raise ValueError(
-                f"the figures of {extractor!r} mean nothing for pictures of {model!r}, {OWN_EXTRACTOR[model or '']!r} "
-                "is its own"
-            )
         among, place = processes(choose_device(device))
         words = None if prompts is None else read_prompts(prompts)
         config = EvaluateConfig(
-            extractor=OWN_EXTRACTOR.get(model or "", "inception") if extractor == "auto" else extractor,
-            extractor_weights=extractor_weights, clip=clip, lpips_weights=lpips_weights, side=size, skip_bad=skip_bad,
-            prompts=words, limit=num_pictures if model is None else None, device=place,
+            extractor=_extractor(extractor, model), extractor_weights=extractor_weights, clip=clip,
+            lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
+            limit=num_pictures if model is None else None, device=place,
         )  # fmt: skip
-        draw, acceleration, subject, name = DrawConfig(), None, pictures, None
-        if model is not None:
-            given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe}
-            subject, acceleration, name = _load(model, place, dtype, given, paired)
-            draw = DrawConfig(
-                num_pictures=PICTURES if num_pictures is None else num_pictures, prompts=words, steps=steps,
-                guidance=own_guidance(subject, model) if guidance is None else guidance, width=width, height=height,
-                seed=seed, batch=batch,
-            )  # fmt: skip
-        elif paired or method or preset or option or recipe:
-            raise ValueError("--paired and the options of an acceleration are for a --model")
+        given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe}
+        sampling = {"num_pictures": num_pictures, "prompts": words, "steps": steps, "guidance": guidance,
+                    "width": width, "height": height, "seed": seed, "batch": batch}  # fmt: skip
+        subject, draw, acceleration, name = _subject(model, pictures, place, dtype, given, sampling, paired)
     result = _run(subject, reference, folder=out, config=config, draw=draw, acceleration=acceleration,
                   paired=paired_with or paired, name=name, npz=save_npz)  # fmt: skip
     if among.is_main:
@@ -191,15 +155,10 @@ def reference(
         Path, typer.Argument(metavar="OUT", help="x.safetensors: all features; x.npz: mean and covariance as ADM's.")
     ],
     extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}.")] = "inception",
-    extractor_weights: Annotated[
-        str | None,
-        typer.Option(help="File of inception's weights, folder of the others, or hub id.", show_default="usual place"),
-    ] = None,
-    num_pictures: Annotated[int | None, typer.Option(help="The first so many.", show_default="all")] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Crop all pictures to a square and resize it.", show_default="as they are")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable pictures out.")] = False,
+    extractor_weights: ExtractorWeights = None,
+    num_pictures: Annotated[int | None, typer.Option(help="How many to take.", show_default="all")] = None,
+    size: Side = None,
+    skip_bad: SkipBad = False,
     device: Device = "auto",
 ) -> None:
     """Take the features of reference pictures once, for --reference of later evaluations.
@@ -226,6 +185,39 @@ def reference(
         else:
             made.save(out)
     stdout.print(f"{len(found)} pictures, {made.extractor}: written to {out}", markup=False)
+
+
+def _extractor(name: str, model: str | None) -> str:
+    """The extractor by name; "auto" is the embedded model's own, or inception."""
+    own = OWN_EXTRACTOR.get(model or "")
+    if name in OWN_EXTRACTOR.values() and own not in (None, name):
+        raise ValueError(f"the figures of {name!r} mean nothing for pictures of {model!r}: {own!r} is its own")
+    return (own or "inception") if name == "auto" else name
+
+
+def _subject(
+    model: str | None,
+    pictures: Path | None,
+    place: Any,
+    dtype: str,
+    given: dict[str, Any],
+    sampling: dict[str, Any],
+    paired: bool,
+) -> tuple[Any, Any, dict[str, Any] | None, str | None]:
+    """What is scored, how it is drawn, the arguments of `diffattn.patch`, and what the result calls them."""
+    from diffattn.drawing.draw import own_guidance
+    from diffattn.evaluation import DrawConfig
+
+    if model is None:
+        if paired or any(given.values()):
+            raise ValueError("--paired and the options of an acceleration are for a --model")
+        return pictures, DrawConfig(), None, None
+    subject, acceleration, name = _load(model, place, dtype, given, paired)
+    if sampling["num_pictures"] is None:
+        sampling["num_pictures"] = PICTURES
+    if sampling["guidance"] is None:
+        sampling["guidance"] = own_guidance(subject, model)
+    return subject, DrawConfig(**sampling), acceleration, name
 
 
 def _load(

@@ -1,71 +1,47 @@
 """`diffattn generate`."""
 
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from diffattn.cli.common import (
+from diffattn.cli.common import bad_input, check_writable, fail, loading, progress, read_options, stdout, write_json
+from diffattn.cli.options import (
     Device,
     Dtype,
+    Guidance,
+    Height,
     JsonFile,
+    Method,
+    Model,
+    Options,
+    Preset,
+    Recipe,
     Seed,
-    bad_input,
-    check_writable,
-    fail,
-    loading,
-    progress,
-    read_options,
-    stdout,
-    write_json,
+    Steps,
+    Width,
 )
 
+OUT = Path("outputs/generate")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def generate(
-    prompt: Annotated[
-        str, typer.Option(help="What to draw, may be empty; for a DiT or SiT the name or id of a class.")
-    ],
-    model: Annotated[
-        str, typer.Option(help="Embedded model, folder in diffusers' layout, or hub id (owner/name).")
-    ] = "emoji-sd",
+    prompt: Annotated[str, typer.Option(help="What to draw, may be empty; for a DiT or SiT a class name or id.")],
+    model: Model = "emoji-sd",
     negative_prompt: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Attention method, see `diffattn info`; none: unpatched.",
-            show_default="agent; mediator for a SiT that learned them",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Preset of the method, see `diffattn info`.", show_default="the method's own")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Option of the method; may be given several times.", show_default=False),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Recipe, as `diffattn tune` writes it; it names the method.", show_default=False
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="Classifier-free guidance scale; 1 and below: none.",
-            show_default="7.5, of a DiT, PixArt or embedded model its own",
-        ),
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures; number i has the seed SEED + i.")] = 1,
-    out: Annotated[Path, typer.Option(help="PNG file, or folder for files named by prompt and seed.")] = Path(
-        "outputs/generate"
-    ),
+    method: Method = None,
+    preset: Preset = None,
+    option: Options = None,
+    recipe: Recipe = None,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    width: Width = None,
+    height: Height = None,
+    num_images: Annotated[int, typer.Option(help="Number of pictures; picture i has the seed SEED + i.")] = 1,
+    out: Annotated[Path, typer.Option(help="PNG file, or folder for files named by prompt and seed.")] = OUT,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -78,7 +54,6 @@ def generate(
     names = _names(out, prompt, seed, num_images)
     check_writable(json)
     with loading(model), bad_input():
-        from diffattn.drawing.draw import generate as draw
         from diffattn.drawing.draw import prepare
         from diffattn.drawing.loading import load_pipeline
         from diffattn.drawing.request import Request
@@ -93,20 +68,28 @@ def generate(
         place = choose_device(device)
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
         request, patch = prepare(pipe, request)
-    pipe.set_progress_bar_config(disable=True)
-    pictures = []
     with progress("drawing", total=steps * num_images) as advance:
-        drawn = draw(pipe, request, advance)
-        with bad_input(ValueError):  # some of what cannot be is first noticed by the scheduler or at the first step
-            first = next(drawn)
-        for name, picture in zip(names, chain([first], drawn), strict=True):
-            picture.save(name)
-            pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.record})
-            stdout.print(f"{name}  {picture.seconds:.2f} s, seed {picture.seed}", markup=False)
+        pictures = _draw(pipe, request, names, advance)
     report = patch.report() if patch else None
     if report:
         stdout.print(str(report), markup=False)
     write_json(json, {"pictures": pictures, "report": report.to_dict() if report else None})
+
+
+def _draw(pipe: Any, request: Any, names: list[Path], advance: Callable[[], None]) -> list[dict[str, Any]]:
+    """Draw and save every picture of a request. → what the JSON file says of each"""
+    from diffattn.drawing.draw import generate as draw
+
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    drawn = draw(pipe, request, advance)
+    with bad_input(ValueError):  # some of what cannot be is first noticed by the scheduler or at the first step
+        first = next(drawn)
+    for name, picture in zip(names, chain([first], drawn), strict=True):
+        picture.save(name)
+        pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.record})
+        stdout.print(f"{name}  {picture.seconds:.2f} s, seed {picture.seed}", markup=False)
+    return pictures
 
 
 def _names(out: Path, prompt: str, seed: int, num_images: int) -> list[Path]:

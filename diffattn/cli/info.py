@@ -8,18 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from diffattn.cli.common import (
-    Device,
-    Dtype,
-    JsonFile,
-    bad_input,
-    check_writable,
-    fail,
-    loading,
-    progress,
-    stdout,
-    write_json,
-)
+from diffattn.cli.common import bad_input, check_writable, fail, loading, progress, stdout, write_json
+from diffattn.cli.options import Device, Dtype, JsonFile
 
 
 def info(
@@ -119,7 +109,7 @@ def _size(text: str) -> tuple[int, int]:
 def _capabilities(json: Path | None) -> None:
     """Versions, devices and what is supported."""
     with bad_input():
-        from diffattn.cli.capabilities import capabilities
+        from diffattn.capabilities import capabilities
 
         found = capabilities()
     write_json(json, found)

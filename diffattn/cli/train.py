@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from diffattn.cli.common import JsonFile, bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.common import bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.options import JsonFile
 
 
 def train(

@@ -6,10 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from diffattn.cli.common import (
-    Device,
-    Dtype,
-    JsonFile,
-    Seed,
     bad_input,
     check_writable,
     fail,
@@ -20,6 +16,16 @@ from diffattn.cli.common import (
     stdout,
     write_json,
 )
+from diffattn.cli.options import Device, Dtype, Height, JsonFile, Model, Prompts, Seed, Width
+
+OUT = Path("outputs/recipe.json")
+MAX_ERROR = "Largest relative error of the final latents (mean over the prompts), up to 1."
+GUIDANCE = "Classifier-free guidance scale; 1 or less turns guidance off."
+PRESETS = "Also measure the fixed presets, each against a recipe that is as close. [default: no-presets]"
+BUDGET = "With mediators: GFLOPs of a picture as a share of those with the most mediators, up to 1."
+SAMPLES = "With mediators: pictures that every candidate draws, cycling through the classes."
+DISTANCE = "With mediators: distance between successive latents, l1 or l2."
+PER_SAMPLE = "With mediators: switch each sample by its own change, or all together. [default: per-sample]"
 
 BY_ERROR = ("--prompts", "--max-error", "--min-speedup", "--bands", "--cost", "--width", "--height", "--presets")
 BY_BUDGET = ("--budget", "--samples", "--batch", "--distance", "--per-sample")
@@ -27,68 +33,23 @@ BY_BUDGET = ("--budget", "--samples", "--batch", "--distance", "--per-sample")
 
 
 def tune(
-    model: Annotated[str, typer.Option(help="Embedded model, folder in diffusers' layout, or hub id (owner/name).")],
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What to draw for calibration, one prompt (or class) per line.")
-    ] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Largest relative error of the final latents, mean over prompts, up to 1.")
-    ] = None,
-    min_speedup: Annotated[
-        float | None, typer.Option(help="Or the least speed-up of the denoiser over a run, above 1.")
-    ] = None,
+    model: Model,
+    prompts: Prompts = None,
+    max_error: Annotated[float | None, typer.Option(help=MAX_ERROR)] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="Or the least speed-up of a run's calls, above 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="25; 50 with mediators")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="Classifier-free guidance scale; 1: none.",
-            show_default="7.5, of a PixArt or embedded model its own; 1 with mediators",
-        ),
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    bands: Annotated[
-        int | None, typer.Option(help="Bands of noise levels with settings of their own.", show_default="4")
-    ] = None,
-    cost: Annotated[
-        str | None, typer.Option(help="time: measured on this device; flops: counted.", show_default="time")
-    ] = None,
-    presets: Annotated[
-        bool | None,
-        typer.Option(
-            "--presets/--no-presets",
-            help="Also measure the fixed presets, each against a recipe that is as near.",
-            show_default="no-presets",
-        ),
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="With mediators: GFLOPs of a picture, as a share of those with the most mediators, up to 1.",
-            show_default="0.9",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            help="With mediators: pictures that every candidate draws, the classes in turn.", show_default="32"
-        ),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="With mediators: pictures at once.", show_default="16")] = None,
-    distance: Annotated[
-        str | None, typer.Option(help="With mediators: of the latents, l1 or l2.", show_default="l1")
-    ] = None,
-    per_sample: Annotated[
-        bool | None,
-        typer.Option(
-            "--per-sample/--no-per-sample",
-            help="With mediators: switch every sample by its own change, or all together.",
-            show_default="per-sample",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Recipe for diffattn.patch(pipe, recipe=...).")] = Path(
-        "outputs/recipe.json"
-    ),
+    guidance: Annotated[float | None, typer.Option(help=GUIDANCE, show_default="own; 1 with mediators")] = None,
+    width: Width = None,
+    height: Height = None,
+    bands: Annotated[int | None, typer.Option(help="Bands of noise levels tuned separately.", show_default="4")] = None,
+    cost: Annotated[str | None, typer.Option(help="time (measured here) or flops.", show_default="time")] = None,
+    presets: Annotated[bool | None, typer.Option("--presets/--no-presets", help=PRESETS)] = None,
+    budget: Annotated[float | None, typer.Option(help=BUDGET, show_default="0.9")] = None,
+    samples: Annotated[int | None, typer.Option(help=SAMPLES, show_default="32")] = None,
+    batch: Annotated[int | None, typer.Option(help="With mediators: batch size.", show_default="16")] = None,
+    distance: Annotated[str | None, typer.Option(help=DISTANCE, show_default="l1")] = None,
+    per_sample: Annotated[bool | None, typer.Option("--per-sample/--no-per-sample", help=PER_SAMPLE)] = None,
+    out: Annotated[Path, typer.Option(help="Recipe for diffattn.patch(pipe, recipe=...).")] = OUT,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from diffattn.cli.common import Device, Dtype, bad_input, fail
+from diffattn.cli.common import bad_input, fail
+from diffattn.cli.options import Device, Dtype
 
 
 def app(

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from emoji_sd.data import batch_indices, to_float
+from emoji_sd.data import to_float
 from torch import Tensor
+from training_loop import batch_indices
 
 from .data import Labelled
 

@@ -52,6 +52,13 @@ def split_names(count: int, every: int, keep: bool) -> tuple[list[int], list[int
     return (picked, rest) if keep else (rest, picked)
 
 
+def held_out_of_vae(count: int, every: int | None) -> tuple[list[int], list[int]]:
+    """(trained, held out) of the autoencoder: the second of every `every` pictures; those trained on by name are the
+    first ones, which the decoder is to draw well."""
+    held = [] if every is None else list(range(1, count, every))
+    return [i for i in range(count) if i not in set(held)], held
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 → float -1..1."""
     return images.float() / 127.5 - 1
@@ -60,15 +67,3 @@ def to_float(images: Tensor) -> Tensor:
 def shrink(x: Tensor, size: int) -> Tensor:
     """[B, 3, S, S] float → [B, 3, size, size] by area averaging."""
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="area")
-
-
-def batch_indices(step: int, batch: int, count: int, seed: int) -> Tensor:
-    """The pictures of one step: a fresh shuffle per epoch, known from the step alone (so a resume repeats it)."""
-    places = range(step * batch, (step + 1) * batch)
-    shuffles = {e: torch.randperm(count, generator=step_rng(seed, -1 - e)) for e in {p // count for p in places}}
-    return torch.stack([shuffles[p // count][p % count] for p in places])
-
-
-def step_rng(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step, independent of every other step."""
-    return torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from training_loop import batch_indices
 from transformers import CLIPTextModel
 
-from .data import batch_indices
+from .precision import autocast
+from .presets import Stage
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -45,27 +47,35 @@ class Denoiser(nn.Module):
         return self.unet(x, t, encoder_hidden_states=self.text(ids).last_hidden_state).sample
 
 
-def sample_timesteps(batch: int, total: int, rng: torch.Generator, towards_noise: float = 1.4) -> Tensor:
-    """t = T·(1 - (1-u)^a): for a > 1 denser near T, where it is decided which picture appears. → [B] int64"""
+def sample_timesteps(batch: int, total: int, rng: torch.Generator, towards_noise: float) -> Tensor:
+    """t = T·(1 - (1-u)^a): denser near T, where it is decided which picture appears, for a > 1. → [B] int64"""
     u = torch.rand(batch, generator=rng)
     return ((1 - (1 - u) ** towards_noise) * total).long().clamp(max=total - 1)
 
 
 def denoiser_loss(
-    latents: Tensor, ids: Tensor, empty: Tensor, batch: int, seed: int, device: str, drop: float = 0.1
+    latents: Tensor,
+    ids: Tensor,
+    empty: Tensor,
+    stage: Stage,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    drop: float = 0.1,
 ) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
     """latents [N, 4, h, w] scaled, ids [N, 32], empty [32]: the prompt that replaces a share `drop` for guidance."""
     scheduler = build_scheduler()
+    batch = stage.batch
 
     def loss_of(model: nn.Module, step: int, rng: torch.Generator) -> Tensor:
         index = batch_indices(step, batch, len(latents), seed)
         x0, prompt = latents[index], ids[index]
         prompt = torch.where(torch.rand(batch, 1, generator=rng) < drop, empty, prompt)
         noise = torch.randn(x0.shape, generator=rng)
-        t = sample_timesteps(batch, scheduler.config.num_train_timesteps, rng)
+        t = sample_timesteps(batch, scheduler.config.num_train_timesteps, rng, stage.towards_noise)
         x = scheduler.add_noise(x0, noise, t).to(device).contiguous(memory_format=torch.channels_last)
         target = scheduler.get_velocity(x0, noise, t).to(device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+        with autocast(device, dtype):
             v = model(x, t.to(device), prompt.to(device))
         return F.mse_loss(v.float(), target)
 

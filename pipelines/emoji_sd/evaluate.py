@@ -1,23 +1,26 @@
-"""How often a drawn picture is nearest to the one it was asked for, and grids to look at."""
+"""How often a drawn picture is nearest to the one it was asked for, how close it is, and grids to look at."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .data import Pictures, shrink, to_float
+from diffattn.metrics.paired import foreground_psnr, mean_of_known, psnr
+
+from .data import Pictures, held_out_of_vae, shrink, to_float
 from .vae import decode, encode
 
-Figure = float | int | str
+Figures = dict[str, Any]  # of JSON types
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> Tensor:
     """uint8 [Q, 3, S, S], [G, 3, S, S] → index of the nearest gallery picture, L2 over pixels at 64×64. [Q]"""
-    q, g = (shrink(to_float(x), 64).flatten(1) for x in (queries, gallery))
+    q, g = (torch.cat([shrink(to_float(x), 64).flatten(1) for x in xs.split(64)]) for xs in (queries, gallery))
     return torch.cdist(q, g).argmin(dim=1)
 
 
@@ -39,32 +42,65 @@ def draw(
         pictures = pipe(
             part, num_inference_steps=steps, guidance_scale=guidance, generator=rngs, output_type="pt"
         ).images
-        parts.append((pictures.cpu() * 255).round().to(torch.uint8))
+        parts.append((pictures.cpu().float() * 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 
-def vae_figures(vae: AutoencoderKL, pictures: Pictures, count: int, device: str) -> dict[str, Figure]:
-    """Reconstructions of `count` pictures spread over all: hit rate among all, PSNR."""
-    index = list(range(0, len(pictures), max(len(pictures) // count, 1)))
-    images = pictures.images[index]
-    latents, _ = encode(vae, images, images.shape[-1], device)
-    again = decode(vae, latents, device)
-    mse = (to_float(again) - to_float(images)).square().flatten(1).mean(1) / 4  # of the 0..1 scale
-    return {
-        "vae_pictures": len(index),
-        "vae_nearest_percent": hit_rate(nearest(again, pictures.images), index),
-        "vae_psnr_db": round((-10 * mse.log10()).mean().item(), 2),
+def closeness(drawn: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [N, 3, S, S] both → PSNR of every pair in dB, the same over what is not white in the real one. [N], [N]"""
+    pairs = [(a / 255, b / 255) for a, b in zip(drawn.split(64), real.split(64), strict=True)]
+    return torch.cat([psnr(a, b) for a, b in pairs]), torch.cat([foreground_psnr(a, b) for a, b in pairs])
+
+
+def vae_figures(vae: AutoencoderKL, pictures: Pictures, count: int, every: int | None, device: str) -> Figures:
+    """Reconstructions of `count` pictures spread over all, and of all those the autoencoder was not trained on."""
+    spread = list(range(0, len(pictures), max(len(pictures) // count, 1)))
+    again = _reconstruct(vae, pictures.images[spread], device)
+    whole, inside = closeness(again, pictures.images[spread])
+    found: Figures = {
+        "vae_pictures": len(spread),
+        "vae_nearest_percent": hit_rate(nearest(again, pictures.images), spread),
+        "vae_psnr_db": _mean(whole),
+        "vae_foreground_psnr_db": _mean(inside),
     }
+    _, held_out = held_out_of_vae(len(pictures), every)
+    if held_out:
+        real = pictures.images[held_out]
+        whole, inside = closeness(_reconstruct(vae, real, device), real)
+        found |= {
+            "vae_held_out_pictures": len(held_out),
+            "vae_held_out_psnr_db": _mean(whole),
+            "vae_held_out_foreground_psnr_db": _mean(inside),
+        }
+    return found
 
 
-def name_figures(drawn: Tensor, pictures: Pictures, trained: list[int]) -> dict[str, Figure]:
+def _reconstruct(vae: AutoencoderKL, images: Tensor, device: str) -> Tensor:
+    return decode(vae, encode(vae, images, images.shape[-1], device)[0], device)
+
+
+def name_figures(drawn: Tensor, pictures: Pictures, trained: list[int]) -> Figures:
     """`drawn[i]` was asked for by the name of picture `trained[i]`."""
-    among_trained = nearest(drawn, pictures.images[trained])
+    real = pictures.images[trained]
+    whole, inside = closeness(drawn, real)
     return {
         "trained_names": len(trained),
-        "nearest_among_trained_percent": hit_rate(among_trained, list(range(len(trained)))),
+        "nearest_among_trained_percent": hit_rate(nearest(drawn, real), list(range(len(trained)))),
         "nearest_among_all_percent": hit_rate(nearest(drawn, pictures.images), trained),
+        "psnr_to_real_db_median": round(whole.median().item(), 2),
+        "foreground_psnr_to_real_db_median": round(inside.nanmedian().item(), 2),
     }
+
+
+def best_guidance(rows: list[Figures]) -> float:
+    """Of a sweep: most often nearest to the prompted picture among those trained on; of equals the closest to it."""
+    best = max(rows, key=lambda row: (row["nearest_among_trained_percent"], row["psnr_to_real_db_median"]))
+    return best["guidance"]
+
+
+def _mean(values: Tensor) -> float | None:
+    mean = mean_of_known(values)
+    return None if mean is None else round(mean, 2)
 
 
 def grid(real: Tensor, drawn: Tensor, names: list[str], path: Path, columns: int = 8, cell: int = 128) -> None:

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from training_loop import batch_indices
 
-from .data import Pictures, batch_indices, shrink, to_float
+from .data import Pictures, shrink, to_float
+from .precision import autocast
 
 
 def build_vae(channels: tuple[int, ...], layers: int, size: int) -> AutoencoderKL:
@@ -61,7 +63,13 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def vae_loss(
-    pictures: Pictures, sizes: tuple[int, ...], pixels: int, seed: int, device: str, kl_weight: float = 1e-4
+    pictures: Pictures,
+    sizes: tuple[int, ...],
+    pixels: int,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    kl_weight: float = 1e-4,
 ) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
     """Loss of one step of `pixels` pixels: crop sizes take turns, so group norms see details and whole pictures."""
 
@@ -70,14 +78,65 @@ def vae_loss(
         batch = max(pixels // size**2, 1)
         images = pictures.images[batch_indices(step, batch, len(pictures), seed)]
         x = crop_batch(images, size, rng).to(device).contiguous(memory_format=torch.channels_last)
-        posterior = model.vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
-        z = posterior.mean + posterior.std * noise
-        y = model.vae.decode(z).sample
+        with autocast(device, dtype):
+            posterior = model.vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=rng).to(device)
+            z = posterior.mean + posterior.std * noise
+            y = model.vae.decode(z).sample
+        y, z = y.float(), z.float()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return reconstruction_loss(y, x) + colour_loss(model.readout(z), F.avg_pool2d(x, 8)) + kl_weight * kl
 
     return loss_of
+
+
+def freeze_encoder(vae: AutoencoderKL) -> None:
+    """Every latent stays what it was, and with it all that was trained on latents: only the way back is trained."""
+    vae.requires_grad_(False)
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
+
+
+def decoder_loss(
+    pictures: Pictures,
+    latents: Tensor,
+    sizes: tuple[int, ...],
+    pixels: int,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
+    """`latents` [N, 4, S/8, S/8] of the whole pictures, so that a crop's are what a decoder meets when it draws.
+
+    `sizes` takes turns up to whole pictures: group norms average over what they are given.
+    """
+
+    def loss_of(vae: nn.Module, step: int, rng: torch.Generator) -> Tensor:
+        size = sizes[step % len(sizes)]
+        index = batch_indices(step, max(pixels // size**2, 1), len(pictures), seed)
+        z, x = crop_pairs(latents[index], pictures.images[index], size, rng)
+        with autocast(device, dtype):
+            y = vae.decode(z.to(device).contiguous(memory_format=torch.channels_last)).sample
+        y, x = y.float(), x.to(device)
+        return reconstruction_loss(y, x) + 0.1 * log_error(y, x)
+
+    return loss_of
+
+
+def log_error(y: Tensor, x: Tensor, floor: float = 1e-4) -> Tensor:
+    """Mean logarithm of each picture's squared error: PSNR up to a factor, so plain pictures weigh like rich ones."""
+    return ((y - x).square().flatten(1).mean(1) + floor).log().mean()
+
+
+def crop_pairs(latents: Tensor, images: Tensor, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents [B, 4, h, w] and uint8 pictures [B, 3, 8h, 8w] → the same random square of both, float."""
+    side, pairs = size // 8, []
+    for z, image in zip(latents, images, strict=True):
+        top, left = torch.randint(z.shape[-1] - side + 1, (2,), generator=rng).tolist()
+        crop = image[:, 8 * top : 8 * top + size, 8 * left : 8 * left + size]
+        pairs.append((z[:, top : top + side, left : left + side], to_float(crop)))
+    z, x = zip(*pairs, strict=True)
+    return torch.stack(z), torch.stack(x)
 
 
 def crop_batch(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
@@ -109,8 +168,11 @@ def encode(vae: AutoencoderKL, images: Tensor, size: int, device: str, batch: in
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor, device: str, batch: int = 16) -> Tensor:
     """Unscaled latents → uint8 [N, 3, 8h, 8w]."""
-    parts = [vae.decode(z.to(device)).sample.cpu() for z in latents.split(batch)]
-    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    parts = []
+    for z in latents.split(batch):
+        y = vae.decode(z.to(device)).sample.clamp(-1, 1)
+        parts.append(((y + 1) * 127.5).round().to("cpu", torch.uint8))
+    return torch.cat(parts)
 
 
 @torch.no_grad()

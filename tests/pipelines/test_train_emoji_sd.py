@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import signal
 import subprocess
 import sys
 import time
@@ -19,13 +21,15 @@ from typer.testing import CliRunner
 PROGRAM = Path(__file__).parents[2] / "pipelines" / "train_emoji_sd.py"
 sys.path.insert(0, str(PROGRAM.parent))
 
-from emoji_sd.data import batch_indices, load_pictures, split_names  # noqa: E402
+from emoji_sd.data import held_out_of_vae, load_pictures, split_names  # noqa: E402
 from emoji_sd.denoiser import sample_timesteps  # noqa: E402
-from emoji_sd.evaluate import hit_rate, nearest  # noqa: E402
-from emoji_sd.loop import LoopConfig, Progress, learning_rate  # noqa: E402
+from emoji_sd.evaluate import best_guidance, closeness, hit_rate, nearest  # noqa: E402
+from emoji_sd.loop import Curves  # noqa: E402
+from emoji_sd.precision import training_dtype  # noqa: E402
 from emoji_sd.text import EOS, MAX_LENGTH, build_tokenizer, tokenize  # noqa: E402
-from emoji_sd.vae import build_vae, normalise  # noqa: E402
+from emoji_sd.vae import build_vae, encode, normalise  # noqa: E402
 from train_emoji_sd import app  # noqa: E402
+from training_loop import STOPPED  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +50,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> str:
-    """Call the program in this process; → what it printed."""
+    """Call the program in this process; → what it printed, without the progress bars."""
     result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def train_arguments(data: Path, folder: Path) -> list[object]:
@@ -104,10 +108,96 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(data: Path, trained: Path, 
     victim.kill()
     victim.wait()
     resumed = run_training(data, tmp_path)
-    for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
-        once, twice = (load_file(f / f"{part}.safetensors") for f in (trained, resumed))
-        for key in once:
-            torch.testing.assert_close(once[key], twice[key], atol=1e-3, rtol=1e-2, msg=f"{part} {key}")
+    once, twice = parts(trained), parts(resumed)
+    for key in once:
+        torch.testing.assert_close(once[key], twice[key], atol=1e-3, rtol=1e-2, msg=key)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(data: Path, tmp_path: Path) -> None:
+    arguments = [*train_arguments(data, tmp_path), "--steps", 10**6, "--save-minutes", 0.01]
+    victim = subprocess.Popen([sys.executable, PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    while victim.poll() is None and not (tmp_path / "work" / "vae.pt").exists():
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGTERM)
+    said, _ = victim.communicate(timeout=60)
+    assert victim.returncode == STOPPED
+    step = torch.load(tmp_path / "work" / "vae.pt", weights_only=True)["progress"]["step"]
+    assert f"vae: stopped and saved at step {step}" in said
+
+
+def parts(folder: Path) -> dict[str, torch.Tensor]:
+    files = ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model")
+    return {f"{f}:{k}": v for f in files for k, v in load_file(folder / f"{f}.safetensors").items()}
+
+
+def test_a_start_keeps_the_encoder_and_its_latents(data: Path, trained: Path, tmp_path: Path) -> None:
+    run(*train_arguments(data, tmp_path), "--start", trained)
+    before, after = parts(trained), parts(tmp_path / "model")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        frozen = "vae" in key and key.partition(":")[2].startswith(("encoder.", "quant_conv."))
+        assert not frozen or torch.equal(value, after[key]), key
+    for part in ("unet", "text_encoder", "vae/diffusion_pytorch_model:decoder"):
+        assert any(not torch.equal(v, after[k]) for k, v in before.items() if k.startswith(part)), part
+    images = load_pictures(data, 64).images
+    first, second = (
+        encode(StableDiffusionPipeline.from_pretrained(f).vae, images, 64, "cpu") for f in (trained, tmp_path / "model")
+    )
+    assert torch.equal(first[0], second[0])
+    stored = torch.load(tmp_path / "work" / "latents-8-of-8.pt", weights_only=True)
+    torch.testing.assert_close(stored, first[0], atol=1e-3, rtol=1e-2)  # in another memory format
+    assert (trained / "tokenizer" / "tokenizer.json").read_text() == (
+        tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    ).read_text()
+
+
+def test_a_start_that_does_not_fit_is_named(data: Path, trained: Path, tmp_path: Path) -> None:
+    for arguments, complaint in (
+        (("--preset", "tiny", "--start", tmp_path), "is no exported pipeline"),
+        (("--preset", "cpu", "--start", trained), "UNet channels (16, 32, 32) instead of (32, 64, 128)"),
+        (("--preset", "tiny", "--start", trained, "--out", trained), "--out is the --start folder"),
+        (("--preset", "cpu-512", "--minutes", 5), "budgets in samples"),
+        (("--dtype", "float16"), "unknown dtype 'float16'; choose from auto, float32, bfloat16"),
+    ):
+        result = CliRunner().invoke(app, ["train", "--data", str(data), "--work", str(tmp_path), *map(str, arguments)])
+        assert result.exit_code == 2
+        assert complaint in " ".join(result.output.replace("│", " ").split())
+
+
+def test_bfloat16_trains_float32_weights(data: Path, trained: Path, tmp_path: Path) -> None:
+    run(*train_arguments(data, tmp_path), "--dtype", "bfloat16", "--steps", 2)
+    state = torch.load(tmp_path / "work" / "unet-8.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert {v.dtype for v in state[part].values() if v.is_floating_point()} == {torch.float32}
+    assert {v.dtype for s in state["optimizer"]["state"].values() for v in s.values()} == {torch.float32}
+    after = parts(tmp_path / "model")
+    assert all(v.isfinite().all() for v in after.values())
+    assert training_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+
+
+def test_export_takes_the_newest_checkpoints(data: Path, trained: Path, tmp_path: Path) -> None:
+    said = run("export", "--preset", "tiny", "--work", trained.parent / "work", "--out", tmp_path / "model")
+    assert "step 4 on 8×8 latents" in said
+    wanted, found = parts(trained), parts(tmp_path / "model")
+    assert all(torch.equal(v, found[k]) for k, v in wanted.items())
+    run("export", "--preset", "tiny", "--work", tmp_path / "empty", "--start", trained, "--out", tmp_path / "start")
+    found = parts(tmp_path / "start")
+    assert all(torch.equal(v, found[k]) for k, v in wanted.items())
+    result = CliRunner().invoke(app, ["export", "--preset", "tiny", "--work", str(tmp_path / "empty")])
+    assert result.exit_code == 2
+    assert "holds no tokenizer" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_evaluate_finds_the_best_guidance(data: Path, trained: Path) -> None:
+    arguments = ["evaluate", "--data", data, "--preset", "tiny", "--model", trained, "--steps", 1, "--no-write"]
+    figures = json.loads(run(*arguments, "--guidance", "1,2", "--sweep-names", 2, "--vae-pictures", 0))
+    assert [(row["guidance"], row["trained_names"]) for row in figures["guidance_sweep"]] == [(1, 2), (2, 2)]
+    assert figures["guidance"] in (1, 2)
+    assert math.isfinite(figures["psnr_to_real_db_median"])
+    figures = json.loads(run(*arguments, "--limit", 0))
+    assert "trained_names" not in figures
+    assert figures["vae_held_out_pictures"] == 2
+    assert math.isfinite(figures["vae_held_out_foreground_psnr_db"])
 
 
 def test_evaluate_writes_figures_and_grids(data: Path, trained: Path) -> None:
@@ -138,10 +228,24 @@ def test_data(data: Path) -> None:
     assert pictures.select([3]).names == ["red shape 3"]
     assert split_names(8, 4, keep=True) == ([0, 4], [1, 2, 3, 5, 6, 7])
     assert split_names(8, 4, keep=False) == ([1, 2, 3, 5, 6, 7], [0, 4])
-    epoch = torch.cat([batch_indices(step, 2, 8, seed=0) for step in range(4)])
-    assert sorted(epoch.tolist()) == list(range(8))
-    found = nearest(pictures.images, pictures.images)
-    assert hit_rate(found, list(range(8))) == 100
+    assert held_out_of_vae(8, 4) == ([0, 2, 3, 4, 6, 7], [1, 5])
+    assert held_out_of_vae(3, None) == ([0, 1, 2], [])
+
+
+def test_measures(data: Path) -> None:
+    images = load_pictures(data, 64).images
+    assert hit_rate(nearest(images, images), list(range(8))) == 100
+    real = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
+    real[..., :2, :2] = 0
+    drawn = real.clone()
+    drawn[..., 0, 0] = 51  # a fifth off in one of 64 pixels; with its margin the foreground has 16
+    whole, inside = closeness(drawn, real)
+    assert whole.item() == pytest.approx(-10 * math.log10(0.04 / 64), abs=1e-3)
+    assert inside.item() == pytest.approx(-10 * math.log10(0.04 / 16), abs=1e-3)
+    row = lambda *values: dict(  # noqa: E731
+        zip(("guidance", "nearest_among_trained_percent", "psnr_to_real_db_median"), values, strict=True)
+    )
+    assert best_guidance([row(1.5, 90.0, 19.0), row(2.0, 95.0, 17.0), row(2.5, 95.0, 18.0)]) == 2.5
 
 
 def test_tokenizer_takes_any_text() -> None:
@@ -169,12 +273,17 @@ def test_normalising_the_latents_leaves_the_pictures_alone() -> None:
 
 
 def test_schedules() -> None:
-    cfg = LoopConfig(batch=1, lr=1.0, steps=100, warmup=0.1, final_lr=0.1)
-    rates = [learning_rate(Progress(step=s).done(cfg), cfg) for s in range(101)]
+    curves = Curves(lr=1.0, warmup=0.1, final_lr=0.1, ema=0.9, final_ema=0.99)
+    rates = [curves.rate(s / 100) for s in range(101)]
     assert max(rates) == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.1)
-    assert Progress(seconds=30).done(LoopConfig(batch=1, lr=1, minutes=1)) == pytest.approx(0.5)
-    t = sample_timesteps(10_000, 1000, torch.Generator().manual_seed(0))
+    assert [curves.ema_decay(done) for done in (0, 0.5, 1)] == pytest.approx([0.9, 0.945, 0.99])
+    assert Curves(lr=1.0, ema=0.9).ema_decay(1) == 0.9
+
+
+@pytest.mark.parametrize(("towards_noise", "low", "high"), [(1.4, 560, 610), (1, 480, 520), (0.9, 455, 490)])
+def test_timesteps_lean_as_the_stage_says(towards_noise: float, low: float, high: float) -> None:
+    t = sample_timesteps(10_000, 1000, torch.Generator().manual_seed(0), towards_noise)
     assert t.min() >= 0
     assert t.max() <= 999
-    assert t.float().mean() > 520  # leans towards noise
+    assert low < t.float().mean() < high
