@@ -1,8 +1,9 @@
 # `make demo` and `make test` need Python >= 3.11 and make, nothing else. Running one again is quick.
 PYTHON ?= python3
 BIN := .venv/bin
+CLEAN := build/clean-env
 
-.PHONY: demo test lint app bench clean
+.PHONY: demo test test-fast lint docs dist app bench clean
 
 demo: .venv/installed
 	$(BIN)/diffattn demo --out outputs/demo
@@ -10,10 +11,26 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
+# Every package, without the tests that are slow or need a browser.
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not slow and not browser"
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --strict
+
+# The wheel is built from the sdist, installed in a clean environment, and draws a picture there.
+dist: .venv/installed-dev
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/python -m pip install -q -c constraints.txt $(TORCH_ARGS) torch
+	$(CLEAN)/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	cd $(CLEAN) && bin/diffattn generate --prompt "T-Rex" --steps 10 --device cpu --out trex.png
 
 app: .venv/installed-app
 	$(BIN)/diffattn app
@@ -22,7 +39,7 @@ bench: .venv/installed-dev
 	$(BIN)/python pipelines/benchmark.py --models sd15 --sizes 512,1024 --resume --out outputs/bench
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("diffattn needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'

@@ -1,4 +1,4 @@
-"""The demo: an embedded model draws the same pictures unpatched and patched; how fast, and how alike?"""
+"""The demo: an embedded model draws the same pictures unpatched and patched, to see how fast and how alike they are."""
 
 import json
 import math
@@ -14,8 +14,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
 from diffattn.drawing.loading import load_demo
-from diffattn.drawing.sheet import comparison_sheet
+from diffattn.drawing.sheet import amplified, comparison_sheet
+from diffattn.files import write_whole
 from diffattn.machine import choose_device, choose_dtype, describe_device, dtype_name, versions
 from diffattn.measure.interleave import Timings, interleave
 from diffattn.metrics.paired import psnr, ssim
@@ -33,7 +35,7 @@ SHEET, RESULT = "comparison.png", "result.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does. The defaults take well below 3 minutes on two CPU cores."""
+    """Settings of the demo. With the defaults it takes well under 3 minutes on two CPU cores."""
 
     model: str = "emoji-sd"
     method: str | None = None  # None: the one that fits the model
@@ -58,7 +60,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt drawn in both ways."""
+    """One prompt drawn unpatched and patched."""
 
     prompt: str
     baseline_s: float  # seconds for one picture unpatched, median over the rounds
@@ -70,7 +72,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found, and its comparison sheet."""
+    """The measurements of a demo, and its comparison sheet."""
 
     settings: DemoSettings
     pairs: tuple[Pair, ...]
@@ -88,7 +90,7 @@ class DemoResult:
 
     @property
     def verdict(self) -> str:
-        """One sentence: faster or not, beyond the spread of the measurement or not."""
+        """One sentence: whether it is faster, by more than the spread of the measurement."""
         low, high = self.spread
         measured = f"{self.speedup:.2f}x the speed (middle half of the measurements: {low:.2f}x to {high:.2f}x)"
         if not self.report.layers_accelerated:
@@ -113,15 +115,15 @@ class DemoResult:
         return found
 
     def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write the sheet and the figures into a folder, made if missing; the two paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.sheet.save(folder / SHEET)
-        (folder / RESULT).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        """Write the sheet and the figures into a folder, made if missing. → their paths"""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        write_whole(folder / SHEET, partial(self.sheet.save, format="PNG"))
+        write_whole(folder / RESULT, lambda part: part.write_text(text, encoding="utf-8"))
         return folder / SHEET, folder / RESULT
 
 
 class Demo:
-    """The model loaded twice, once unpatched and once patched: ready to run.
+    """The model loaded twice, once unpatched and once patched, ready to run.
 
     Raises:
         ValueError, TypeError: from the settings, see `load_demo`, `choose_device`, `choose_dtype` and `patch`.
@@ -136,14 +138,17 @@ class Demo:
 
     @property
     def num_pictures(self) -> int:
-        """Pictures that `run` draws, those of the warm-up included."""
+        """Number of pictures that `run` draws, including those of the warm-up."""
         return 2 + 2 * len(self.settings.prompts) * self.settings.rounds
 
     def run(self, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
-        """Draw every prompt in both ways, in turns, several times; the first pair of all is not counted.
+        """Draw every prompt in both ways, in turns, several times; the very first pair is a warm-up and not counted.
 
         Args:
             on_picture: called after every picture.
+
+        Raises:
+            NotFinite: a picture came out NaN or infinite.
         """
         timings: list[Timings] = []
         pictures: dict[str, list[Tensor]] = {}
@@ -167,13 +172,11 @@ class Demo:
 
     def _draw(self, pipe: Any, prompt: str) -> Tensor:
         """The picture [1, 3, H, W] in 0..1, on the CPU."""
-        return pipe(
-            prompt,
-            num_inference_steps=self.settings.steps,
-            guidance_scale=self.settings.guidance,
-            generator=torch.Generator().manual_seed(self.settings.seed),
-            output_type="pt",
-        ).images.float().cpu()  # fmt: skip
+        settings = {"num_inference_steps": self.settings.steps, "guidance_scale": self.settings.guidance}
+        batch = draw_batch(pipe, [prompt], [self.settings.seed], settings)
+        if not batch.finite[0]:
+            raise NotFinite(pipe, self.settings.seed)
+        return batch.images
 
     def _result(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> DemoResult:
         """From times and pictures [P, 3, H, W] of all prompts."""
@@ -199,19 +202,20 @@ class Demo:
         )
 
     def _sheet(self, plain: Tensor, fast: Tensor, baseline: float, accelerated: float) -> Image.Image:
+        difference, factor = amplified(fast, plain)
         rows = {
             f"unpatched: {baseline:.2f} s": plain,
             f"{self.settings.method}, {self.settings.preset}: {accelerated:.2f} s": fast,
-            "absolute difference": (plain - fast).abs(),
+            f"difference, x{factor}" if factor > 1 else "difference": difference,
         }
-        return comparison_sheet([(label, _pictures(x)) for label, x in rows.items()], self.settings.prompts)
+        return comparison_sheet([(label, to_pictures(x)) for label, x in rows.items()], self.settings.prompts)
 
 
 def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
     """Draw, time and compare; see `Demo`.
 
     Args:
-        settings: what to do, by default what `diffattn demo` does.
+        settings: by default those of `diffattn demo`.
         on_picture: called after every picture.
     """
     return Demo(settings or DemoSettings()).run(on_picture)
@@ -220,9 +224,3 @@ def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None
 def _figures(times: Timings) -> tuple[float, float, float]:
     """Median seconds unpatched and patched, and the median speed-up of neighbours in time."""
     return times.seconds(UNPATCHED).median, times.seconds(PATCHED).median, times.speedup(PATCHED)
-
-
-def _pictures(images: Tensor) -> list[Image.Image]:
-    """[P, 3, H, W] in 0..1 -> P pictures."""
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(x) for x in pixels]

@@ -55,7 +55,7 @@ class NoiseSchedule:
             `MAX_PHASES` of them.
     """
 
-    def __init__(self, entries: Mapping[float, Mapping[str, Any] | str]) -> None:
+    def __init__(self, entries: Mapping[Any, Mapping[str, Any] | str]) -> None:
         _check_number(entries)
         bounds = {_bound(key): value for key, value in entries.items()}
         if 0.0 not in bounds:

@@ -215,7 +215,8 @@ def tiled(layer: Layer, factor: int) -> Tensor:
         cells = x.unflatten(2, (factor, h // factor, factor, w // factor))
         return cells.transpose(3, 4).flatten(4, 5).flatten(1, 3)
 
-    out = attention(*(cut(x) for x in layer.qkv)).unflatten(1, (-1, factor, factor))
+    q, k, v = (cut(x) for x in layer.qkv)
+    out = attention(q, k, v).unflatten(1, (-1, factor, factor))
     return out.unflatten(4, (h // factor, w // factor)).transpose(3, 4).flatten(2, 5)
 
 

@@ -53,7 +53,8 @@ class Run:
         self.records: list[tuple[str, int, Layer]] = []
 
     def saw(self, name: str, layer: Layer) -> None:
-        half = Layer(*(x.chunk(2)[-1].clone() for x in (layer.x, *layer.qkv)))  # the conditional half of guidance
+        x, q, k, v = (x.chunk(2)[-1].clone() for x in (layer.x, *layer.qkv))  # the conditional half of guidance
+        half = Layer(x, q, k, v)
         if half.q.shape[2] < self.min_tokens:
             return
         if self.step in self.keep:
@@ -68,7 +69,7 @@ class Run:
 def record(pipe: Any, prompts: Sequence[str], steps: int, guidance: float, size: int | None, tokens: int) -> Run:
     """Draws the prompts with seeds 0, 1, ... and records six steps, from the second to the last."""
     run = Run({1 + round(i * (steps - 2) / 5) for i in range(6)}, tokens)
-    layers: list[tuple[Any, nn.Module]] = architecture_of(pipe.unet).layers(pipe.unet)
+    layers: Iterable[tuple[Any, nn.Module]] = architecture_of(pipe.unet).layers(pipe.unet)
     originals = pipe.unet.attn_processors
     try:
         for spec, module in layers:

@@ -32,7 +32,7 @@ from peers.pictures import GROUPS, Drawing, builtin_prompts
 from peers.results import Results, conditions
 
 from diffattn.drawing.loading import load_pipeline
-from diffattn.files import read_json
+from diffattn.files import read_json, read_lines
 from diffattn.machine import choose_device, choose_dtype, cpu_threads, dtype_name, resolve, where
 from diffattn.measure.unets import MODELS
 from diffattn.methods.agent import AgentAttention
@@ -256,7 +256,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _lines(path: Path) -> list[str]:
-    found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    found = [line.strip() for line in read_lines(path) if line.strip()]
     if not found:
         raise typer.BadParameter(f"{str(path)!r} holds no prompts")
     return found

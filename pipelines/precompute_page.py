@@ -9,7 +9,6 @@ The shipped ones were made on two shared CPU cores by
 pictures of the model with other seeds. The results are speed_quality.json. Every run replaces the one before it.
 """
 
-import json
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -24,7 +23,9 @@ from diffattn.app.jobs.choices import accelerations
 from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, save_runs
 from diffattn.app.jobs.speed_quality import EXTRACTOR_OF
 from diffattn.data import open_dataset
+from diffattn.data.indexes import rows_of_jsonl
 from diffattn.drawing.loading import embedded_folder, embedded_models
+from diffattn.files import decode_text
 from diffattn.machine import cpu_threads
 from diffattn.metrics.extractors import load_extractor
 from diffattn.metrics.reference import Reference
@@ -86,7 +87,7 @@ class _ModelsBeside(Models):
 def _captions(path: Path, every: int) -> dict[str, str]:
     """File -> text of every n-th picture of a zip in the imagefolder layout, in the order of its metadata."""
     with zipfile.ZipFile(path) as archive:
-        rows = [json.loads(line) for line in archive.read("metadata.jsonl").decode().splitlines()]
+        rows = rows_of_jsonl(decode_text(archive.read("metadata.jsonl")))
     return {row["file_name"]: row["text"] for row in rows[::every]}
 
 

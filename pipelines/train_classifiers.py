@@ -46,7 +46,7 @@ def build(job: Job, options: dict[str, Any], data: Labelled) -> Classifier:
         torch.manual_seed(job.recipe.seed)
         model = Classifier(num_classes=len(data.names), class_names=data.names, **options)
     model.stem.weight.data.copy_(whitening_filters(data.images, options["stem_filters"]))
-    return model.to(job.recipe.device, memory_format=torch.channels_last)
+    return model.to(job.recipe.device, memory_format=torch.channels_last)  # type: ignore[arg-type]
 
 
 def run(job: Job, model: Classifier, batches: BatchOf, name: str) -> tuple[Classifier, dict[str, Any]]:

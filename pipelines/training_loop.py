@@ -13,11 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffattn.files import write_whole
 
 STOPPED = 75  # exit status of a run that was asked to stop: a temporary failure, try again
 
@@ -85,7 +89,7 @@ class Trainee:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
-        atomic_save({**state, "progress": vars(self.progress)}, path)
+        write_whole(path, partial(torch.save, {**state, "progress": vars(self.progress)}))
 
     def resume(self, path: Path, cfg: LoopConfig) -> None:
         """Go on from a checkpoint, if there is one."""
@@ -156,7 +160,7 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event  # only the main thread may handle signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, _: FrameType | None) -> None:
         event.set()
@@ -175,13 +179,6 @@ def stop_requests() -> Iterator[threading.Event]:
 def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def atomic_save(state: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
 
 
 def step_rng(seed: int, step: int) -> torch.Generator:

@@ -10,6 +10,13 @@ from diffusers import DiffusionPipeline
 from support import tiny
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that drive a real browser."""
+    for item in items:
+        if item.path.name.startswith("test_browser"):
+            item.add_marker(pytest.mark.browser)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _deterministic_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -39,7 +39,7 @@ def test_the_classifier_recognises_far_more_than_chance_would(pipe: SiTPipeline)
     assert sum(hits) / len(hits) > 0.25  # chance: 0.1
 
 
-def test_every_number_of_mediators_draws_nearly_the_same_picture(pipe: SiTPipeline) -> None:
+def test_every_number_of_mediators_draws_nearly_the_same_picture(pipe: Any) -> None:
     def draw(n: int) -> Tensor:
         pipe.transformer.set_num_mediators(n)
         generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def test_every_number_of_mediators_draws_nearly_the_same_picture(pipe: SiTPipeli
         assert (other - most).norm() / most.norm() < 0.15
 
 
-def test_the_preset_follows_the_noise_level(pipe: SiTPipeline) -> None:
+def test_the_preset_follows_the_noise_level(pipe: Any) -> None:
     with diffattn.patch(pipe, "mediator"):
         trace = pipe([3], num_inference_steps=10, output_type="latent", return_trace=True).trace
     phases = [call["phase"] for call in trace]

@@ -1,11 +1,11 @@
-"""JSON as strangers send it: ordinary text is read as ever, hostile text is refused in words."""
+"""Files are replaced whole or not at all; hostile JSON is refused with a message."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from diffattn.files import MAX_DEPTH, read_json, read_text
+from diffattn.files import MAX_DEPTH, decode_text, read_json, read_lines, read_text, split_lines, write_whole
 from diffattn.patching.recipe import read_recipe
 
 
@@ -38,3 +38,65 @@ def test_files_are_utf8_whatever_the_locale_says(tmp_path: Path, monkeypatch: py
     file.write_bytes('{"protocol": {"model": "é"}}'.encode())
     for read in (read_json, read_recipe):
         assert read(file)["protocol"]["model"] == "é"
+
+
+# Text from elsewhere.
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_of_any_program_is_read(tmp_path: Path, coding: str, end: str) -> None:
+    lines = ["é cat", "", "a dog\u2028on a mat\x85and\x0bon\x0cit\x1c.", "ship"]
+    data = end.join([*lines, ""]).encode(coding)
+    (tmp_path / "a.txt").write_bytes(data)
+    assert read_lines(tmp_path / "a.txt") == read_lines(data) == lines
+    assert read_lines(data.removesuffix(end.encode(coding.replace("-sig", "").replace("16", "16-le")))) == lines
+
+
+@pytest.mark.parametrize("coding", ["utf-16-be", "utf-32-be"])
+def test_the_mark_says_the_order_of_the_bytes(coding: str) -> None:
+    assert decode_text("\ufeffcat".encode(coding)) == "cat"
+
+
+def test_joined_files_have_marks_inside() -> None:
+    assert split_lines("\ufeffcat\n\ufeffdog\n") == ["cat", "dog"]
+    assert read_lines(b"") == read_lines(b"\xef\xbb\xbf") == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"cat\r\ncaf\xe9 noir\n", r"line 2 holds bytes that are not UTF-8 \(e9 20 6e 6f\); save the file as UTF-8"),
+        (b"cat\ncat\n\n\xff", "line 4 holds bytes that are not UTF-8"),
+        ("cat\ndog\n".encode("utf-16")[:-1], "line 2 holds bytes that are not UTF-16-LE|line 3 holds bytes"),
+        ("cat\ndog".encode("utf-16-le"), "line 1 holds a NUL character"),
+    ],
+)
+def test_what_is_no_text_names_the_line(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_lines(data)
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_json_files_may_have_a_mark(tmp_path: Path, coding: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes('{"protocol": {"model": "é"}}'.encode(coding))
+    for read in (read_json, read_recipe):
+        assert read(file)["protocol"]["model"] == "é"
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, flush: bool) -> None:
+    file = tmp_path / "new folder" / ("n" * 250)
+    write_whole(file, lambda part: part.write_text("old"), flush=flush)
+
+    def fails(part: Path) -> None:
+        part.write_text("half")
+        assert file.read_text() == "old"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(file, fails, flush=flush)
+    assert (file.read_text(), [*file.parent.iterdir()]) == ("old", [file])
+    write_whole(file, lambda part: part.write_text("new"), flush=flush)
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o644)

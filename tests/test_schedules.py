@@ -310,7 +310,7 @@ def test_switches_as_the_published_implementation(pair: str) -> None:
         changes.append(schedule.change)
         with torch.no_grad():
             v = models[phases[-1]](x, torch.tensor([1 - level]), case["in.y"]).sample
-        x = scheduler.step(-v, timestep, x, noise=z).prev_sample
+        x = scheduler.step(-v, timestep, x, noise=z).prev_sample  # type: ignore[union-attr]
     assert [phase + 1 for phase in phases] == [*expected["model_at_step"], expected["model_at_last_step"]]
     assert changes[:2] == [None, None]
     torch.testing.assert_close(torch.tensor(changes[2:]), torch.tensor(expected["distances"]), **case.tolerance)

@@ -6,7 +6,8 @@ from typing import Any
 
 from diffattn.benchmarks.plots import Entries, draw_ratios, save_panels, style_of_number, variants_in
 from diffattn.benchmarks.variants import FLOOR, SDPA, VARIANTS
-from diffattn.measure.tables import TIMING_HEAD, conditions, rounds_of, text_table, timing_cells
+from diffattn.measure.tables import TIMING_HEAD, conditions, rounds_of, timing_cells
+from diffattn.tables import text_table
 
 HEAD = ("variant", *TIMING_HEAD, "of floor's saving", "layers", "peak MiB")
 

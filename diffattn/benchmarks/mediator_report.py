@@ -6,7 +6,8 @@ from typing import Any
 
 from diffattn.benchmarks.mediator_subjects import SOFTMAX
 from diffattn.benchmarks.plots import Entries, draw_ratios, save_panels, style_of_number, variants_in
-from diffattn.measure.tables import TIMING_HEAD, conditions, rounds_of, text_table, timing_cells
+from diffattn.measure.tables import TIMING_HEAD, conditions, rounds_of, timing_cells
+from diffattn.tables import text_table
 
 HEAD = ("variant", *TIMING_HEAD, "GFLOPs", "peak MiB")
 NOTE = "training is forward and backward, without an optimizer; peak MiB is what a call held beyond weights and inputs"

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
+from diffattn.files import read_lines
+
 BAD_INPUT = 2
 WORDS = {"none": None, "true": True, "false": False}
 
@@ -145,10 +147,10 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file, empty lines left out."""
+    """The prompts in a file, empty lines left out; what counts as a line, see `diffattn.files.read_lines`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"prompts file {str(path)!r} cannot be read: {error}") from None
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise ValueError(f"prompts file {str(path)!r} has no prompts")

@@ -38,13 +38,14 @@ def demo(
     check_writable(json)
     with loading(model), bad_input():
         from diffattn.demo import Demo, DemoSettings
+        from diffattn.drawing.batch import NotFinite
 
         settings = DemoSettings(
             model=model, method=method, preset=preset, steps=steps, guidance=guidance, rounds=rounds, seed=seed,
             device=device, dtype=dtype,
         )  # fmt: skip
         ready = Demo(settings)
-    with progress("drawing pictures", total=ready.num_pictures) as advance:
+    with progress("drawing pictures", total=ready.num_pictures) as advance, bad_input(NotFinite):
         result = ready.run(advance)
     sheet, figures = result.save(out)
     write_json(json, result.to_dict())

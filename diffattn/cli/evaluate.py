@@ -35,6 +35,7 @@ from diffattn.cli.options import (
     Side,
     SkipBad,
     Steps,
+    Variant,
     Width,
 )
 
@@ -42,7 +43,9 @@ OWN_EXTRACTOR = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"
 PICTURES = 1000  # drawn by default
 OUT = Path("outputs/evaluate")
 REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
-NUM_PICTURES = "How many pictures to draw, or to take of those given."
+NUM_PICTURES = "How many pictures to draw, or to take of those given: every folder has its share."
+SPREAD = "How many to take, spread evenly over the classes."
+PAIRED_WITH = "Or compare with these pictures, matched by name or number, else in order."
 PAIRED = "Also draw the same seeds unaccelerated: PSNR, SSIM, latent error."
 
 app = typer.Typer(
@@ -55,6 +58,7 @@ app = typer.Typer(
 def evaluate(
     context: typer.Context,
     model: MaybeModel = None,
+    variant: Variant = None,
     pictures: Annotated[Path | None, typer.Option(help="Or score these: a folder, a zip, or an ADM .npz.")] = None,
     reference: Annotated[Path | None, typer.Option(help=REFERENCE)] = None,
     prompts: Prompts = None,
@@ -64,7 +68,7 @@ def evaluate(
     option: Options = None,
     recipe: Recipe = None,
     paired: Annotated[bool, typer.Option("--paired", help=PAIRED)] = False,
-    paired_with: Annotated[Path | None, typer.Option(metavar="PATH", help="Or compare with these pictures.")] = None,
+    paired_with: Annotated[Path | None, typer.Option(metavar="PATH", help=PAIRED_WITH)] = None,
     extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}; auto: the embedded model's own, else inception.")] = (
         "auto"
     ),
@@ -112,7 +116,8 @@ def evaluate(
             lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
             limit=num_pictures if model is None else None, device=place,
         )  # fmt: skip
-        given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe}
+        given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe,
+                 "variant": variant}  # fmt: skip
         sampling = {"num_pictures": num_pictures, "prompts": words, "steps": steps, "guidance": guidance,
                     "width": width, "height": height, "seed": seed, "batch": batch}  # fmt: skip
         subject, draw, acceleration, name = _subject(model, pictures, place, dtype, given, sampling, paired)
@@ -122,6 +127,8 @@ def evaluate(
         _show(result)
         write_json(json, result.to_dict())
         stdout.print(f"written to {out / 'result.json'}", markup=False)
+    if result.details.get("not_finite"):
+        raise typer.Exit(1)
 
 
 @app.command("compare")
@@ -156,7 +163,7 @@ def reference(
     ],
     extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}.")] = "inception",
     extractor_weights: ExtractorWeights = None,
-    num_pictures: Annotated[int | None, typer.Option(help="How many to take.", show_default="all")] = None,
+    num_pictures: Annotated[int | None, typer.Option(help=SPREAD, show_default="all")] = None,
     size: Side = None,
     skip_bad: SkipBad = False,
     device: Device = "auto",
@@ -178,7 +185,9 @@ def reference(
             raise ValueError(f"a reference is saved as .safetensors or .npz, got {str(out)!r}")
         eye = load_extractor(extractor, extractor_weights, choose_device(device))
     with bad_input():
-        found = open_pictures(pictures, side=size, limit=num_pictures, skip_bad=skip_bad, progress=progress)
+        found = open_pictures(
+            pictures, side=size, limit=num_pictures, spread=True, skip_bad=skip_bad, progress=progress
+        )
         made, spatial = make_reference(found, eye, progress)
         if out.suffix == ".npz":
             write_statistics(out, made.statistics, spatial)
@@ -205,18 +214,20 @@ def _subject(
     paired: bool,
 ) -> tuple[Any, Any, dict[str, Any] | None, str | None]:
     """What is scored, how it is drawn, the arguments of `diffattn.patch`, and what the result calls them."""
-    from diffattn.drawing.draw import own_guidance
+    from diffattn.drawing.classes import unguided_note
+    from diffattn.drawing.draw import guidance_for
     from diffattn.evaluation import DrawConfig
 
     if model is None:
         if paired or any(given.values()):
-            raise ValueError("--paired and the options of an acceleration are for a --model")
+            raise ValueError("--paired, --variant and the options of an acceleration are for a --model")
         return pictures, DrawConfig(), None, None
     subject, acceleration, name = _load(model, place, dtype, given, paired)
     if sampling["num_pictures"] is None:
         sampling["num_pictures"] = PICTURES
-    if sampling["guidance"] is None:
-        sampling["guidance"] = own_guidance(subject, model)
+    if note := unguided_note(subject, sampling["guidance"]):
+        stdout.print(note, markup=False)
+    sampling["guidance"] = guidance_for(subject, sampling["guidance"], model)
     return subject, DrawConfig(**sampling), acceleration, name
 
 
@@ -231,7 +242,7 @@ def _load(
     from diffattn.patching.plan import Plan
     from diffattn.patching.recipe import read_recipe
 
-    pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+    pipe: Any = load_pipeline(model, choose_dtype(dtype, place), given["variant"]).to(place)
     pipe.set_progress_bar_config(disable=True)
     method, preset, options, recipe = (given[key] for key in ("method", "preset", "options", "recipe"))
     wanted = bool(method or preset or options or recipe or paired)
@@ -260,11 +271,17 @@ def _run(subject: Any, reference: Any, *, npz: Path | None, **given: Any) -> Any
 
 def _show(result: Any) -> None:
     """The scores, then what was left out and why."""
-    stdout.print(f"{result.subject}: {result.protocol.num_pictures} pictures", markup=False)
+    protocol = result.protocol
+    stdout.print(f"{result.subject}: {protocol.num_pictures} pictures", markup=False)
+    if protocol.steps is not None:
+        guidance = "the pipeline's own guidance" if protocol.guidance is None else f"guidance {protocol.guidance:g}"
+        stdout.print(f"{protocol.sampler}, {protocol.steps} steps, {guidance}, seeds {protocol.seeds}", markup=False)
     if "fid" in result.scores:
         stdout.print(result.label, markup=False)
     for name, value in result.scores.items():
         stdout.print(f"{name:<16}{value:12.5g}", markup=False)
+    if "matched" in result.details:
+        stdout.print(f"matched {result.details['matched']}", markup=False)
     for name, why in result.details.get("left_out", {}).items():
         stdout.print(f"no {name}: {why}", markup=False)
     if result.details.get("domain"):

@@ -21,17 +21,20 @@ from diffattn.cli.options import (
     Recipe,
     Seed,
     Steps,
+    Variant,
     Width,
 )
 
 OUT = Path("outputs/generate")
+NEGATIVE = 'What to keep out of the picture. To some models, such as SDXL, "" is not the same as none.'
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw, may be empty; for a DiT or SiT a class name or id.")],
     model: Model = "emoji-sd",
-    negative_prompt: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
+    variant: Variant = None,
+    negative_prompt: Annotated[str | None, typer.Option(help=NEGATIVE, show_default="none at all")] = None,
     method: Method = None,
     preset: Preset = None,
     option: Options = None,
@@ -63,11 +66,12 @@ def generate(
         request = Request(
             model=model, prompt=prompt, negative_prompt=negative_prompt, method=method, preset=preset,
             options=read_options(option or []), recipe=read_recipe(recipe) if recipe else None, steps=steps,
-            guidance=guidance, width=width, height=height, num_images=num_images, seed=seed,
+            guidance=guidance, width=width, height=height, num_images=num_images, seed=seed, variant=variant,
         )  # fmt: skip
         place = choose_device(device)
-        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place), variant).to(place)
         request, patch = prepare(pipe, request)
+    _say_how(pipe, request, guidance)
     with progress("drawing", total=steps * num_images) as advance:
         pictures = _draw(pipe, request, names, advance)
     report = patch.report() if patch else None
@@ -76,8 +80,19 @@ def generate(
     write_json(json, {"pictures": pictures, "report": report.to_dict() if report else None})
 
 
+def _say_how(pipe: Any, request: Any, given: float | None) -> None:
+    """Sampler, steps and guidance, and why there is none where the model has no null class."""
+    from diffattn.drawing.classes import unguided_note
+
+    guidance = "the pipeline's own guidance" if request.guidance is None else f"guidance {request.guidance:g}"
+    stdout.print(f"{type(pipe.scheduler).__name__}, {request.steps} steps, {guidance}", markup=False)
+    if note := unguided_note(pipe, given):
+        stdout.print(note, markup=False)
+
+
 def _draw(pipe: Any, request: Any, names: list[Path], advance: Callable[[], None]) -> list[dict[str, Any]]:
     """Draw and save every picture of a request. → what the JSON file says of each"""
+    from diffattn.drawing.batch import NotFinite
     from diffattn.drawing.draw import generate as draw
 
     pipe.set_progress_bar_config(disable=True)
@@ -85,10 +100,14 @@ def _draw(pipe: Any, request: Any, names: list[Path], advance: Callable[[], None
     drawn = draw(pipe, request, advance)
     with bad_input(ValueError):  # some of what cannot be is first noticed by the scheduler or at the first step
         first = next(drawn)
-    for name, picture in zip(names, chain([first], drawn), strict=True):
-        picture.save(name)
-        pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.record})
-        stdout.print(f"{name}  {picture.seconds:.2f} s, seed {picture.seed}", markup=False)
+    with bad_input(NotFinite):
+        for name, picture in zip(names, chain([first], drawn), strict=True):
+            picture.save(name)
+            pictures.append({"file": str(name), "seconds": round(picture.seconds, 3), **picture.record})
+            blanked = ", blanked by the model's safety checker" if picture.blanked else ""
+            stdout.print(f"{name}  {picture.seconds:.2f} s, seed {picture.seed}{blanked}", markup=False)
+    if count := sum(picture["blanked"] for picture in pictures):
+        stdout.print(f"{count} of {len(pictures)} pictures were blanked by the model's safety checker", markup=False)
     return pictures
 
 

@@ -1,11 +1,12 @@
 """`diffattn train`: a DiT/SiT with mediator attention from a folder of images."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffattn.cli.common import bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.common import BAD_INPUT, bad_input, check_writable, fail, stdout, write_json
 from diffattn.cli.options import JsonFile
 
 
@@ -23,12 +24,15 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Same as run.seed=…  [default: 0]")] = None,
     device: Annotated[str, typer.Option(help="cpu, or auto: what accelerate finds.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or auto. Same as run.precision=…")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print parameters, GFLOPs, memory, steps; stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print parameters, GFLOPs, memory, processes, precision, steps; stop.")
+    ] = False,
     json: JsonFile = None,
 ) -> None:
-    """Train a class-conditional SiT; the same command again goes on where a killed run stopped.
+    """Train a class-conditional SiT; the same command again resumes where a killed run stopped.
 
-    Several processes or GPUs: accelerate launch pipelines/train.py with the same arguments.
+    SIGTERM, SIGUSR1 and Ctrl+C save a checkpoint first. Several processes or GPUs: accelerate launch
+    pipelines/train.py with the same arguments; all machines need the same pictures and one shared run.out.
     """
     check_writable(json)
     options = {
@@ -39,9 +43,11 @@ def train(
     }
     with bad_input():
         from diffattn.training.config import TrainConfig
+        from diffattn.training.processes import is_shared
         from diffattn.training.run import finish
         from diffattn.training.run import train as run_training
         from diffattn.training.setup import set_up
+        from diffattn.training.signals import Stopped
 
         read = TrainConfig.read(preset, config, settings or (), options)
         check_writable(Path(read.run.out), folder=True)
@@ -53,13 +59,19 @@ def train(
         return
     try:
         folder = run_training(setup)
+    except Stopped as error:
+        setup.say(str(error))
+        raise typer.Exit(error.exit_code) from None
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is RuntimeError:
             raise  # torch's own: a bug, with its traceback
+        if is_shared(error) and not setup.accelerator.is_main_process:
+            raise typer.Exit(BAD_INPUT) from None  # the main process says it
         fail(str(error))
     finish()
     write_json(json, {"config": read.to_dict(), "plan": setup.plan.to_dict(), "pipeline": str(folder)})
 
 
 def _say(line: str) -> None:
-    stdout.print(line, markup=False)
+    with suppress(OSError):  # standard output may be a file on a full disk, or a pipe that was closed
+        stdout.print(line, markup=False)

@@ -16,7 +16,7 @@ from diffattn.cli.common import (
     stdout,
     write_json,
 )
-from diffattn.cli.options import Device, Dtype, Height, JsonFile, Model, Prompts, Seed, Width
+from diffattn.cli.options import Device, Dtype, Height, JsonFile, Model, Prompts, Seed, Variant, Width
 
 OUT = Path("outputs/recipe.json")
 MAX_ERROR = "Largest relative error of the final latents (mean over the prompts), up to 1."
@@ -34,11 +34,12 @@ BY_BUDGET = ("--budget", "--samples", "--batch", "--distance", "--per-sample")
 
 def tune(
     model: Model,
+    variant: Variant = None,
     prompts: Prompts = None,
     max_error: Annotated[float | None, typer.Option(help=MAX_ERROR)] = None,
     min_speedup: Annotated[float | None, typer.Option(help="Or the least speed-up of a run's calls, above 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="25; 50 with mediators")] = None,
-    guidance: Annotated[float | None, typer.Option(help=GUIDANCE, show_default="own; 1 with mediators")] = None,
+    guidance: Annotated[float | None, typer.Option(help=GUIDANCE, show_default="the model's own")] = None,
     width: Width = None,
     height: Height = None,
     bands: Annotated[int | None, typer.Option(help="Bands of noise levels tuned separately.", show_default="4")] = None,
@@ -78,7 +79,7 @@ def tune(
 
         place = choose_device(device)
         words = read_prompts(prompts) if prompts is not None else []
-        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place), variant).to(place)
         pipe.set_progress_bar_config(disable=True)
         mediators = METHODS[default_method(pipe)].tuned_by_change
         what = f"{model!r}, {'a SiT with mediators' if mediators else f'a {type(pipe).__name__}'},"
@@ -149,9 +150,14 @@ def _told(rival: Any) -> str:
 
 def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, Any]) -> dict[str, Any]:
     """A recipe with thresholds for mediators, and every candidate."""
+    from diffattn.drawing.classes import unguided_note
+    from diffattn.drawing.draw import guidance_for
     from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, recipe_of
 
     share = 0.9 if budget is None else budget
+    if note := unguided_note(pipe, config.get("guidance")):
+        stdout.print(note, markup=False)
+    config = config | {"guidance": guidance_for(pipe, config.get("guidance"), model)}
     with bad_input():
         if not 0 < share <= 1:
             raise ValueError(f"--budget must be above 0 and at most 1, got {share}")

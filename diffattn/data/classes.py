@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffattn.data.datasets import LabelledDataset
-from diffattn.data.layouts import few
+from diffattn.data.naming import few
 
 
 @dataclass(frozen=True)

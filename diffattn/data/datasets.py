@@ -16,12 +16,14 @@ from torch import Tensor
 
 from diffattn.data.decoding import decode
 from diffattn.data.files import Files
+from diffattn.data.naming import few, plural
 
 Progress = Callable[[int, int], None]
 """Called with the number of pictures done and the number of all."""
 
 Result = TypeVar("Result")
 
+SHOWN = 10  # names of classes in a line
 _CHUNK = 64  # pictures that a thread takes at once
 
 
@@ -73,7 +75,12 @@ class ImageDataset(LabelledDataset):
     Attributes:
         size: S.
         skipped: names of the unreadable pictures that were left out.
+        base: the folder that the classes were found in, with a slash at its end; empty for the whole.
+        notes: for people: what else is there and not used.
     """
+
+    base: str = ""
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -118,6 +125,17 @@ class ImageDataset(LabelledDataset):
         """The file name of a picture inside its folder or zip."""
         return self.files.names[int(self.rows[index])]
 
+    def lines(self) -> list[str]:
+        """For people: which classes were found, in which folder, and what is not used."""
+        origin = f" from {self.base}" if self.base else ""
+        names = ", ".join(self.class_names[:SHOWN]) + (", …" if len(self.class_names) > SHOWN else "")
+        skipped = f"left out: {plural(len(self.skipped), 'unreadable picture')}: {few(self.skipped)}"
+        return [
+            f"{plural(len(self.class_names), 'class')}{origin}: {names}",
+            *([skipped] if self.skipped else []),
+            *self.notes,
+        ]
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The picture, uint8 [3, S, S], and its class id; how it is cropped and resized, see `decode`.
 
@@ -159,6 +177,7 @@ class ImageDataset(LabelledDataset):
         keep[left_out] = False
         rest = ImageDataset(self.files, self.rows[keep], self.labels[keep], self.class_names, self.size)
         rest.skipped = (*self.skipped, *(self.name(i) for i in left_out))
+        rest.base, rest.notes = self.base, self.notes
         return rest
 
 

@@ -1,38 +1,106 @@
-"""From the bytes of a picture file to a square tensor."""
+"""From the bytes of a picture file to a square tensor, and which files are pictures."""
 
 import io
+import re
+from collections.abc import Iterable
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-EXTENSIONS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-"""What is taken for a picture; other files are passed over."""
+COMMON = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Endings that messages name for all."""
+
+NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
+"""Formats that Pillow recognises but cannot decode, or only by running another program on the file.
+
+They are not opened whatever a file's ending is.
+"""
+
+DOCUMENTS = frozenset(
+    (
+        ".cfg", ".csv", ".db", ".gz", ".htm", ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lock", ".log", ".md",
+        ".npy", ".npz", ".parquet", ".pkl", ".pt", ".pth", ".py", ".rst", ".safetensors", ".sh", ".tar", ".toml",
+        ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
+    )
+)  # fmt: skip
+"""Endings of files that lie beside pictures and are none."""
+
+
+def picture_endings() -> frozenset[str]:
+    """Endings of the files that this Pillow can open, plugins that are registered with it included; lower case."""
+    Image.init()
+    formats = Image.registered_extensions().items()
+    readable = {ending for ending, kind in formats if kind in Image.OPEN and kind not in NOT_DECODED}
+    return frozenset({*readable, ".mpo"})  # which Pillow opens as a JPEG
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file name with its dot, in lower case; empty without one."""
+    file = name[name.rfind("/") + 1 :]
+    dot = file.rfind(".")
+    return file[dot:].lower() if dot > 0 else ""
+
+
+def may_be_picture(name: str) -> bool:
+    """Whether a file that cannot be opened may well be a picture: it is no document by its ending or name."""
+    file = name[name.rfind("/") + 1 :]
+    return ending_of(name) not in DOCUMENTS and not (file.isalpha() and file.isupper())  # such as LICENSE
+
+
+def left_out(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the files that may be pictures, of a kind that cannot be opened."""
+    endings = picture_endings()
+    return tuple(name for name in names if ending_of(name) not in endings and may_be_picture(name))
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture as RGB, in its own size.
+
+    The camera's rotation is undone, transparency lies over white, of an animation the first frame is taken, and
+    16-bit grey is reduced to 8.
+
+    Raises:
+        ValueError: unreadable; the message gives the reason.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    Image.init()
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind for kind in Image.ID if kind not in NOT_DECODED]) as file:
+            return _rgb(file)
+    except UnidentifiedImageError:
+        raise ValueError("its content is no picture of a format that can be opened here") from None
+    except Exception as error:  # damaged files make the decoders raise nearly anything
+        reason = re.sub(r"\s*<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error) or type(error).__name__)
+        raise ValueError(reason.replace("\n", " ")) from error
 
 
 def decode(data: bytes, size: int) -> Tensor:
-    """A picture as RGB, uint8 [3, size, size].
+    """A picture as RGB, uint8 [3, size, size], read as by `open_picture`.
 
-    The camera's rotation is undone, transparency lies over white, of an animation the first frame is taken, and
-    16-bit grey is reduced to 8. A picture of another size is cropped around its centre to a square, and that resized
-    with PIL's bicubic filter, which widens with the reduction and so does not alias.
+    A picture of another size is cropped around its centre to a square, and that is resized with PIL's bicubic filter,
+    which widens with the reduction and so does not alias.
 
     Raises:
-        ValueError: unreadable, with the decoder's reason.
+        ValueError: unreadable; the message gives the reason.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            picture = _rgb(file)
-    except Exception as error:  # damaged files make the decoders raise nearly anything
-        raise ValueError(f"{error or type(error).__name__}".replace("\n", " ")) from error
+    return pixels_of(square(open_picture(data), size))
+
+
+def square(picture: Image.Image, size: int) -> Image.Image:
+    """The square around the centre of a picture, `size` pixels a side."""
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
     if picture.size != (side, side):
         picture = picture.crop((left, top, left + side, top + side))
-    if side != size:
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return picture if side == size else picture.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """An RGB picture as uint8 [3, H, W]."""
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

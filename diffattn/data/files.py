@@ -1,7 +1,7 @@
 """Where the pictures' bytes are: a folder or a zip. Both can be pickled and read from forked processes and threads."""
 
 import mmap
-import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -11,21 +11,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffattn.data.walking import is_wanted, walk
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+_SIGNATURE = b"PK\3\4"
 
 
 class Files(Protocol):
     """Named byte strings."""
 
     where: str
-    """What messages call the whole."""
+    """What messages call all of them together."""
     names: tuple[str, ...]
-    """Paths with forward slashes, ascending, hidden files left out."""
+    """Paths with forward slashes, in ascending order, without hidden files."""
     folders: tuple[str, ...]
     """Every folder, empty ones too, as in `names`."""
+    repeated: tuple[str, ...]
+    """Links that were not followed: in a folder those to what is among the names already, in a zip all."""
 
     def read(self, row: int) -> bytes:
-        """The content of `names[row]`; `OSError` or `ValueError` where it cannot be had."""
+        """The content of `names[row]`; `OSError` or `ValueError` if it cannot be read."""
         ...
 
     def signatures(self, rows: Tensor) -> list[str]:
@@ -37,32 +42,28 @@ def open_files(path: Path) -> Files:
     """The files of a folder or zip.
 
     Raises:
-        ValueError: neither, a damaged zip, or one with encrypted entries or another compression than deflate.
+        ValueError: neither; a truncated or damaged zip; one with encrypted entries or another compression than deflate.
     """
     if path.is_dir():
         return Folder(path)
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} does not exist")
     if path.is_file() and zipfile.is_zipfile(path):
         return Zip(path)
-    what = "is neither a folder nor a zip" if path.exists() else "does not exist"
-    raise ValueError(f"{str(path)!r} {what}")
+    raise ValueError(f"{str(path)!r} {_what_it_is(path)}")
 
 
 class Folder:
-    """The files below a folder. Links are followed."""
+    """The files below a folder. Links are followed; each file is there once, see `walk`."""
 
     def __init__(self, path: Path) -> None:
         """Raises `ValueError` if a folder cannot be listed."""
         self.path, self.where = path.resolve(), str(path)
-        sizes, folders = {}, set()
-        for here, inner, files in os.walk(self.path, onerror=_refuse, followlinks=True):
-            inner[:] = [name for name in inner if _wanted(name)]
-            base = Path(here).relative_to(self.path).as_posix()
-            prefix = "" if base == "." else base + "/"
-            folders.update(prefix + name for name in inner)
-            sizes |= {prefix + name: _size(Path(here) / name) for name in files if _wanted(name)}
-        self.names: tuple[str, ...] = tuple(sorted(sizes))
-        self.folders: tuple[str, ...] = tuple(sorted(folders))
-        self.sizes = torch.tensor([sizes[name] for name in self.names], dtype=torch.int64)
+        found = walk(self.path)
+        self.names: tuple[str, ...] = tuple(sorted(found.sizes))
+        self.folders: tuple[str, ...] = tuple(sorted(found.folders))
+        self.repeated: tuple[str, ...] = tuple(sorted(found.repeated))
+        self.sizes = torch.tensor([found.sizes[name] for name in self.names], dtype=torch.int64)
 
     def read(self, row: int) -> bytes:
         return (self.path / self.names[row]).read_bytes()
@@ -83,9 +84,12 @@ class Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = [(_posix(entry.filename), entry) for entry in archive.infolist()]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{str(path)!r} is a damaged zip: {error}") from None
-        files = {name: e for name, e in entries if not e.is_dir() and all(map(_wanted, name.split("/")))}
+        except Exception as error:  # damaged directories make zipfile raise nearly anything
+            raise ValueError(f"{str(path)!r} is a damaged zip: {error or type(error).__name__}") from None
+        files = {name: e for name, e in entries if not e.is_dir() and all(map(is_wanted, name.split("/")))}
+        links = [name for name, e in files.items() if stat.S_ISLNK(e.external_attr >> 16)]
+        self.repeated: tuple[str, ...] = tuple(sorted(links))
+        files = {name: entry for name, entry in files.items() if name not in self.repeated}
         for name, entry in files.items():
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name!r} in {str(path)!r} is encrypted or not deflated; zip it anew")
@@ -94,7 +98,7 @@ class Zip:
             (e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type) for _, e in sorted(files.items())
         ]
         self.table = torch.tensor(table, dtype=torch.int64).view(-1, 5)
-        kept = (name for name, _ in entries if all(map(_wanted, name.rstrip("/").split("/"))))
+        kept = (name for name, _ in entries if all(map(is_wanted, name.rstrip("/").split("/"))))
         self.folders = tuple(sorted({folder for name in kept for folder in _folders_of(name)}))
         self._map: mmap.mmap | None = None
 
@@ -106,10 +110,10 @@ class Zip:
             start += _LOCAL_HEADER.size + name + extra
             data = archive[start : start + length]
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompress(data, -zlib.MAX_WBITS, size)
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # no more than the zip says
         except (struct.error, zlib.error):
             signature = data = b""
-        if signature != b"PK\3\4" or zlib.crc32(data) != crc:
+        if signature != _SIGNATURE or len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("the zip is damaged, or was changed since it was opened")
         return data
 
@@ -126,20 +130,17 @@ class Zip:
         return self.__dict__ | {"_map": None}
 
 
-def _refuse(error: OSError) -> None:
-    raise ValueError(f"cannot list the folder {error.filename!r}: {error.strerror}")
-
-
-def _size(path: Path) -> int:
-    """In bytes; -1 for a link to nowhere, which is an unreadable picture."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _wanted(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
+def _what_it_is(path: Path) -> str:
+    """What to say of something that is neither a folder nor a whole zip."""
+    if not path.is_file():
+        return "is neither a folder nor a zip"
+    with path.open("rb") as file:
+        start = file.read(len(_SIGNATURE))
+    if not start:
+        return "is an empty file"
+    if start == _SIGNATURE:
+        return "is a truncated or damaged zip: it begins as one and has no directory at its end; copy it again"
+    return "is neither a folder nor a zip"
 
 
 def _posix(name: str) -> str:
@@ -147,6 +148,6 @@ def _posix(name: str) -> str:
 
 
 def _folders_of(name: str) -> list[str]:
-    """The folders that a zip entry lies in, and itself if it is one (it then ends in a slash)."""
+    """The folders that a zip entry lies in, and the entry itself if it is one (it then ends in a slash)."""
     parents = [str(parent) for parent in PurePosixPath(name).parents if str(parent) != "."]
     return [*parents, name.rstrip("/")] if name.endswith("/") else parents

@@ -33,6 +33,7 @@ class HubFiles:
         self.column, self.version = column, str(table._fingerprint)
         self.names: tuple[str, ...] = tuple(f"row {row}" for row in range(len(table)))
         self.folders: tuple[str, ...] = ()
+        self.repeated: tuple[str, ...] = ()
 
     def read(self, row: int) -> bytes:
         picture = self.pictures[row][self.column]

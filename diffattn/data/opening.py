@@ -1,12 +1,14 @@
 """Opening a data set, whatever its layout."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffattn.data.datasets import ImageDataset, Progress
-from diffattn.data.files import Zip, open_files
+from diffattn.data.files import open_files
 from diffattn.data.hub import is_hub_name, open_hub
-from diffattn.data.layouts import few, read_listing
+from diffattn.data.layouts import read_listing
+from diffattn.data.naming import few, plural
 
 
 def open_dataset(
@@ -20,28 +22,31 @@ def open_dataset(
 ) -> ImageDataset:
     """Pictures and their classes, from one of four places.
 
-    - A folder or zip of class folders (`class/…/picture.png`). Pictures without folders are one class, "all".
+    - A folder or zip of class folders (`class/…/picture.png`). Pictures without folders are one class, "all". Folders
+      around the class folders (`images/class/…`) are looked through.
     - A folder or zip with a `dataset.json` (StyleGAN, EDM). Classes are named by their folders where each has one of
       its own, else by their ids.
     - A folder or zip with a `metadata.jsonl` or `metadata.csv` (Hugging Face imagefolder).
     - The name `owner/name` of a Hugging Face data set, if the `datasets` library is installed.
 
-    Pictures come in the order of their names, class names in ascending order.
+    Pictures come in the order of their names, class names in ascending order, both as text: "10" precedes "2". What
+    was chosen and what is not used is in `ImageDataset.lines`. Files that may be pictures, of a kind that Pillow cannot
+    open, are left out with a warning that counts and names them. Each file is there once, whatever links lead to it.
 
     Args:
         source: where the pictures are; a folder or zip that exists goes before a name.
         size: side to which pictures are brought, in pixels, see `decode`.
-        split: of a Hugging Face data set, or of a folder or zip whose pictures lie in folders such as train and val.
-            Where there are no splits, "train" takes everything.
+        split: of a Hugging Face data set, or of a folder or zip whose pictures lie in folders such as train and val, or
+            whose class folders hold such folders. Where there are no splits, "train" takes everything.
         label: the column that holds the class. None: of metadata, the column `label`; of a Hugging Face data set, the
             first `ClassLabel` column; without any, all pictures are one class.
         skip_bad: decode every picture now and leave out those that cannot be read, with a warning that counts and
-            names them. Otherwise the first one that is needed raises a `ValueError`.
-        progress: called during that with the number of pictures done and the number of all.
+            names them. Otherwise the first of them that is needed raises a `ValueError`.
+        progress: called while pictures are decoded, with the number of those done and of all.
 
     Raises:
-        ValueError: nothing there, no pictures, no such split or column, labels that are incomplete or of files that
-            are not there, or a damaged zip.
+        ValueError: nothing there; no pictures; no such split or column; folders that can be read in two ways; labels
+            that are incomplete, contradictory, or of files that are not there; a truncated or damaged zip.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
@@ -50,9 +55,20 @@ def open_dataset(
         files, listing = open_hub(source, split, label)
     else:
         files = open_files(path)
-        listing = read_listing(files, split, label, look_through=isinstance(files, Zip))
+        listing = read_listing(files, split, label)
     dataset = ImageDataset(files, listing.rows, listing.ids, listing.class_names, size)
+    dataset.base, dataset.notes = listing.base, listing.notes
+    warn_of_left_out(files.where, listing.left_out)
     return _without_bad(dataset, progress) if skip_bad else dataset
+
+
+def warn_of_left_out(where: str, names: Sequence[str]) -> None:
+    """Count and name files that may be pictures, of kinds that cannot be opened."""
+    if names:
+        warnings.warn(
+            f"{plural(len(names), 'file')} in {where!r} of a kind that Pillow cannot open here, left out: {few(names)}",
+            stacklevel=3,
+        )
 
 
 def _without_bad(dataset: ImageDataset, progress: Progress | None) -> ImageDataset:

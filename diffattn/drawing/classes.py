@@ -9,7 +9,7 @@ from diffattn.sampling.labels import ClassNames
 from diffattn.sampling.pipeline import SiTPipeline
 
 NULL_CLASS = 1000
-"""The class that `DiTPipeline` takes for none, whatever its model."""
+"""The class that `DiTPipeline` takes for the null class, whatever its model."""
 
 
 def draws_classes(pipe: Any) -> bool:
@@ -23,35 +23,45 @@ def num_classes(pipe: Any) -> int:
     return int(config["num_classes"] if isinstance(pipe, SiTPipeline) else config["num_embeds_ada_norm"])
 
 
-def class_ids(pipe: Any, words: Sequence[str]) -> list[int]:
-    """The classes of a pipeline that draws them, each by its name or by its id in digits.
+def class_ids(pipe: Any, words: Sequence[int | str]) -> list[int]:
+    """The classes of a pipeline that draws them; which word stands for which class, see `ClassNames.ids`.
 
     Raises:
         ValueError: an unknown or ambiguous name, or an id out of range; the message says what is allowed.
     """
-    labels = [int(word) if word.isdecimal() else word for word in words]
+    return class_names(pipe).ids(list(words))
+
+
+def class_names(pipe: Any) -> ClassNames:
+    """Of a pipeline that draws classes: of a `DiTPipeline`, ImageNet's, with all their synonyms."""
     if isinstance(pipe, SiTPipeline):
-        return pipe.get_label_ids(labels)
+        return pipe.class_names
     names: dict[int, list[str]] = {}
     for name, label in pipe.labels.items():
         names.setdefault(label, []).append(name)
-    known = ClassNames({label: ", ".join(found) for label, found in names.items()}, num_classes(pipe))
-    return known.ids([_one_name(pipe, label) for label in labels])
+    return ClassNames({label: ", ".join(found) for label, found in names.items()}, num_classes(pipe))
+
+
+def why_unguided(pipe: Any) -> str | None:
+    """Why a pipeline of classes cannot be guided, or None if it can."""
+    if isinstance(pipe, SiTPipeline) and not pipe.transformer.config["null_class"]:
+        return "the model was trained without a null class (label dropout 0)"
+    if isinstance(pipe, DiTPipeline) and (found := num_classes(pipe)) != NULL_CLASS:
+        return (
+            f"{type(pipe).__name__} guides away from class {NULL_CLASS}, which a model of {found} classes does "
+            "not have for its null class"
+        )
+    return None
+
+
+def unguided_note(pipe: Any, guidance: float | None) -> str | None:
+    """What to tell a user who gave this guidance (None: none) and will get pictures without; None otherwise."""
+    if guidance is not None or not draws_classes(pipe) or (why := why_unguided(pipe)) is None:
+        return None
+    return f"drawn without guidance: {why}"
 
 
 def check_null_class(pipe: Any, guidance: float) -> None:
-    """Raise `ValueError` if a `DiTPipeline` would guide away from something else than the null class."""
-    if isinstance(pipe, DiTPipeline) and guidance > 1 and (found := num_classes(pipe)) != NULL_CLASS:
-        raise ValueError(
-            f"{type(pipe).__name__} guides away from class {NULL_CLASS}, which a model of {found} classes does "
-            f"not have for its null class; guidance must be at most 1, got {guidance}"
-        )
-
-
-def _one_name(pipe: DiTPipeline, label: int | str) -> int | str:
-    """The class that all names in a line such as "tench, Tinca tinca" stand for, as ImageNet's labels are written."""
-    if not isinstance(label, str):
-        return label
-    ids = {pipe.labels.get(part.strip()) for part in label.split(",")}
-    found = ids.pop() if len(ids) == 1 else None
-    return label if found is None else found
+    """Raise `ValueError` if guidance above 1 would lead away from anything but a trained null class."""
+    if guidance > 1 and (why := why_unguided(pipe)) is not None:
+        raise ValueError(f"{why}; guidance must be at most 1, got {guidance:g}")

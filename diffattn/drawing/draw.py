@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, DiTPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import DiffusionPipeline
 
-from diffattn.drawing.classes import check_null_class, class_ids, draws_classes
+from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
+from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, why_unguided
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.drawing.sizes import check_size, default_size, denoiser_of, size_arguments
@@ -19,29 +19,29 @@ from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, patch
 from diffattn.sampling import SiTPipeline
 
-DEFAULT_GUIDANCE = 7.5  # of pipelines that draw from text with a UNet; see `own_guidance`
-
 
 def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch | None]:
-    """Check a request against a pipeline, and patch it if the request says so.
+    """Check a request against a pipeline, and patch the pipeline if the request asks for a method.
 
     Returns:
-        The request with its size, guidance and preset filled in, and the patch (None for method "none").
+        The request with its size, guidance and preset filled in, and the patch (None for method "none"). What is filled
+        in is what the pipeline itself takes for an argument that is not given. A negative prompt stays as it is: to
+        SDXL none at all is another thing than an empty one.
 
     Raises:
         TypeError: the pipeline draws neither from text alone nor from classes, or its architecture is not supported.
-        ValueError: a size the pipeline cannot draw; an unknown class; as `diffattn.patch`.
+        ValueError: a size the pipeline cannot draw; an unknown class; a negative prompt for a pipeline that takes none;
+            as `diffattn.patch`.
     """
-    guidance = own_guidance(pipe, request.model) if request.guidance is None else request.guidance
-    if isinstance(pipe, SiTPipeline):
-        guidance = max(guidance, 1.0)  # only at 1 it draws without
-    if draws_classes(pipe):
-        if request.negative_prompt:
-            raise ValueError(f"{type(pipe).__name__} draws classes and takes no negative_prompt")
-        class_ids(pipe, [request.prompt])
-        check_null_class(pipe, guidance)
-    else:
+    guidance = guidance_for(pipe, request.guidance, request.model)
+    if not draws_classes(pipe):
         _check_draws_from_text(pipe)
+    if request.negative_prompt and not takes_negative_prompt(pipe):
+        what = "draws classes and" if draws_classes(pipe) else "draws from text, but"
+        raise ValueError(f"{type(pipe).__name__} {what} takes no negative_prompt")
+    if draws_classes(pipe):
+        class_ids(pipe, [request.prompt])
+        check_null_class(pipe, 1.0 if guidance is None else guidance)
     width, height = request.width, request.height
     if width is None or height is None:
         own_width, own_height = default_size(pipe)
@@ -58,16 +58,37 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
     return replace(request, width=width, height=height, method=method, preset=preset, guidance=guidance), found
 
 
-def own_guidance(pipe: Any, model: str) -> float:
-    """The guidance scale of a model by name: what an embedded one recommends, or what its pipeline takes for itself.
+def own_guidance(pipe: Any, model: str = "") -> float | None:
+    """The guidance scale of a model that is given none; it belongs to the model.
 
-    7.5 for Stable Diffusion and wherever the pipeline is not one of diffusers' DiT and PixArt.
+    Args:
+        pipe: any pipeline.
+        model: the name it was loaded by.
+
+    Returns:
+        What the card of an embedded model recommends, what a `SiTPipeline` was saved with, else the default of the
+        pipeline's own call (7.5 for Stable Diffusion, 5 for SDXL, 4 for DiT). 1, which is none, for a model of classes
+        without a null class. None where the default is no number: the pipeline then decides by itself.
     """
+    if draws_classes(pipe) and why_unguided(pipe) is not None:
+        return 1.0
     if model in EMBEDDED:
         return EMBEDDED[model].guidance
-    if isinstance(pipe, DiTPipeline | PixArtAlphaPipeline | PixArtSigmaPipeline):
-        return float(inspect.signature(pipe.__call__).parameters["guidance_scale"].default)
-    return DEFAULT_GUIDANCE
+    if isinstance(pipe, SiTPipeline):
+        return pipe.own_guidance
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return float(parameter.default) if parameter and isinstance(parameter.default, int | float) else None
+
+
+def guidance_for(pipe: Any, given: float | None, model: str = "") -> float | None:
+    """The guidance scale to draw with: the one given, or `own_guidance`; at least 1 for a SiT, where 1 is none."""
+    guidance = own_guidance(pipe, model) if given is None else given
+    return guidance if guidance is None or not isinstance(pipe, SiTPipeline) else max(guidance, 1.0)
+
+
+def takes_negative_prompt(pipe: Any) -> bool:
+    """Whether a pipeline can be called with one."""
+    return "negative_prompt" in inspect.signature(pipe.__call__).parameters
 
 
 def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], None] | None = None) -> Iterator[Picture]:
@@ -79,29 +100,48 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
         pipe: on the device it is to run on.
         request: what to draw.
         on_step: called after every sampling step, `request.steps` times a picture.
+
+    Raises:
+        NotFinite: a picture came out NaN or infinite; nothing is drawn after it.
     """
-    arguments = call_arguments(pipe, request)
-    draw: Any = pipe
+    subject, settings = _subject(pipe, request), _settings(pipe, request)
     for seed in range(request.seed, request.seed + request.num_images):
         begin = time.perf_counter()
-        with _telling(pipe, request.steps, on_step) as callback:
-            image = draw(**arguments, **callback, generator=torch.Generator().manual_seed(seed)).images[0]
+        with _reporting(pipe, request.steps, on_step) as callback:
+            batch = draw_batch(pipe, [subject], [seed], settings | callback)
+        if not batch.finite[0]:
+            raise NotFinite(pipe, seed)
+        (image,) = to_pictures(batch.images)
         seconds = time.perf_counter() - begin
-        yield Picture(image, seed, seconds, _record(pipe, request, seed))
+        record = _record(pipe, request, seed) | {"blanked": batch.blanked[0]}
+        yield Picture(image, seed, seconds, record, batch.blanked[0])
 
 
 def call_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, Any]:
-    """What a pipeline is called with for a request that went through `prepare`, but for its generator."""
-    subject: dict[str, Any] = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    if draws_classes(pipe):
-        subject = {"class_labels": class_ids(pipe, [request.prompt])}
-    steps = {"num_inference_steps": request.steps, "guidance_scale": request.guidance}
-    return subject | steps | size_arguments(pipe, request.width, request.height)
+    """The arguments of a pipeline for a request that went through `prepare`, except the generator."""
+    subject = _subject(pipe, request)
+    key = {"class_labels": [subject]} if draws_classes(pipe) else {"prompt": subject}
+    return key | _settings(pipe, request)
+
+
+def _subject(pipe: Any, request: Request) -> str | int:
+    """The prompt, or the id of the class."""
+    return class_ids(pipe, [request.prompt])[0] if draws_classes(pipe) else request.prompt
+
+
+def _settings(pipe: Any, request: Request) -> dict[str, Any]:
+    """All other arguments; what the request leaves open is not passed on, since a pipeline may treat it differently."""
+    found: dict[str, Any] = {"num_inference_steps": request.steps}
+    if request.guidance is not None:
+        found["guidance_scale"] = request.guidance
+    if request.negative_prompt is not None and takes_negative_prompt(pipe):
+        found["negative_prompt"] = request.negative_prompt
+    return found | size_arguments(pipe, request.width, request.height)
 
 
 def _check_draws_from_text(pipe: Any) -> None:
     accepted = inspect.signature(pipe.__call__).parameters
-    needed = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "generator")
+    needed = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "generator")
     missing = [name for name in needed if name not in accepted]
     if missing or "image" in accepted or not hasattr(pipe, "vae_scale_factor"):
         what = "takes a picture as input" if "image" in accepted else f"takes no {', '.join(missing) or 'size'}"
@@ -109,33 +149,33 @@ def _check_draws_from_text(pipe: Any) -> None:
 
 
 @contextmanager
-def _telling(pipe: Any, steps: int, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
+def _reporting(pipe: Any, steps: int, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
     """Within, `on_step` is called after every step: by the argument of the pipeline that is given, or by a hook."""
     if on_step is None:
         yield {}
         return
-    tell = _teller(pipe, steps, on_step)
+    report = _counter(pipe, steps, on_step)
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-        yield {"callback_on_step_end": lambda *_: tell() or {}}
+        yield {"callback_on_step_end": lambda *_: report() or {}}
     else:
-        with denoiser_of(pipe).register_forward_hook(lambda *_: tell()):
+        with denoiser_of(pipe).register_forward_hook(lambda *_: report()):
             yield {}
 
 
-def _teller(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[], None]:
+def _counter(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[], None]:
     """To be called after every call of the denoiser: calls `on_step` after the last one of every step.
 
-    A scheduler of order 2 takes two calls a step, but for the last one; PNDM takes one call more than there are steps.
+    A scheduler of order 2 makes two calls per step except the last; PNDM makes one call more than there are steps.
     """
-    calls, told = count(1), count(1)
+    calls, reported = count(1), count(1)
 
-    def tell() -> None:
+    def report() -> None:
         call = next(calls)
         whole = call % pipe.scheduler.order == 0 or call == len(pipe.scheduler.timesteps)
-        if whole and next(told) <= steps:
+        if whole and next(reported) <= steps:
             on_step()
 
-    return tell
+    return report
 
 
 def _record(pipe: Any, request: Request, seed: int) -> dict[str, Any]:

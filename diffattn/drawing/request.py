@@ -4,10 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
+
+from diffattn.files import write_whole
 
 EXACT = "none"
 """The method that leaves the pipeline unpatched."""
@@ -20,11 +23,17 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. Everything but `model` and the size is checked here, and raises `ValueError`."""
+    """What to draw.
+
+    None means not given, and the pipeline is then called without that argument or with its own default.
+
+    Raises:
+        ValueError: a value out of range. The model and the size are checked by `prepare`, which knows the pipeline.
+    """
 
     model: str  # as it was asked for; written into the record
     prompt: str  # may be empty; for a DiT or SiT the name or id of a class
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # "" is one too: SDXL draws another picture with it than with none
     method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: the one that fits the model
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
@@ -35,6 +44,7 @@ class Request:
     height: int | None = None
     num_images: int = 1  # image i has the seed `seed + i`
     seed: int = 0
+    variant: str | None = None  # of the weights, as `load_pipeline` was given it; written into the record
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
@@ -54,13 +64,13 @@ class Picture:
     seed: int
     seconds: float
     record: Mapping[str, Any]  # all it takes to draw it again
+    blanked: bool = False  # made black by the pipeline's safety checker
 
     def save(self, path: Path) -> None:
-        """Write a PNG that carries the record; makes the folder."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write a PNG that carries the record, and create its folder."""
         text = PngImagePlugin.PngInfo()
         text.add_text(PNG_KEY, json.dumps(self.record))  # JSON escapes what a tEXt chunk cannot hold
-        self.image.save(path, pnginfo=text)
+        write_whole(path, partial(self.image.save, format="PNG", pnginfo=text))
 
 
 def record_of(path: Path) -> dict[str, Any]:

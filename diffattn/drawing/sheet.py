@@ -1,11 +1,36 @@
-"""Sheets of pictures with labelled rows and columns."""
+"""Sheets of pictures with labelled rows and columns, and differences made strong enough to be seen."""
 
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 GAP = 8  # pixels between pictures
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+FACTORS = (1, 2, 5, 10, 20, 50, 100)
+"""What differences are multiplied by; round, so that they can be read off a sheet."""
+
+CLIPPED = 0.005  # share of the values that may be cut off at white
+
+
+def amplified(a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    """The absolute difference of pictures, brightened until it can be seen.
+
+    Args:
+        a, b: pictures [B, c, H, W] in 0..1; all get the same factor, so that they compare with each other.
+
+    Returns:
+        The difference times the factor in 0..1, and the factor: the largest of `FACTORS` that cuts off no more than
+        `CLIPPED` of the values; 1 for identical pictures.
+    """
+    difference = (a - b).abs()
+    count = difference.numel()
+    high = difference.flatten().kthvalue(max(1, round(count * (1 - CLIPPED)))).values.item()
+    high = high or difference.max().item()  # where nearly all of it is 0
+    factor = max((f for f in FACTORS if f * high <= 1), default=1) if high else 1
+    return (factor * difference).clamp(max=1), factor
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:

@@ -11,7 +11,7 @@ MIN_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines refuse other sizes, wh
 
 
 def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str, int]:
-    """What a pipeline is called with for a size, None for its own; a `DiTPipeline` draws no other and is told nothing.
+    """The size arguments of a pipeline's call; None for its own size. A `DiTPipeline` draws no other and takes none.
 
     Raises:
         ValueError: another size for a `DiTPipeline`.
@@ -48,8 +48,13 @@ def pixels_per_latent(pipe: Any) -> int:
 
 
 def default_size(pipe: Any) -> tuple[int, int]:
-    """Width and height in pixels the denoiser was trained for."""
+    """Width and height in pixels that the denoiser was trained for, which a pipeline draws if it is given no size.
+
+    Raises:
+        ValueError: neither the denoiser nor the pipeline names a size.
+    """
     size = getattr(getattr(denoiser_of(pipe), "config", None), "sample_size", None)
+    size = getattr(pipe, "default_sample_size", None) if size is None else size
     if size is None:
         raise ValueError(f"{type(pipe).__name__} has no size of its own; give width and height")
     rows, columns = (size, size) if isinstance(size, int) else size

@@ -1,22 +1,25 @@
-"""Pictures drawn for an evaluation: number i has the prompt or class i modulo their number, and the seed SEED + i."""
+"""Pictures drawn for an evaluation: picture i has prompt or class i modulo their number, and the seed SEED + i."""
 
 import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+from diffattn.drawing.batch import Batch, NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, num_classes
+from diffattn.drawing.draw import guidance_for
 from diffattn.drawing.sizes import size_arguments
 from diffattn.evaluation.picture_set import Progress, no_progress
 from diffattn.evaluation.run_folder import RunFolder
-from diffattn.metrics.features import as_uint8
+from diffattn.files import write_whole
 from diffattn.metrics.paired import LatentTrace
 from diffattn.patching.patch import patch
 
@@ -25,10 +28,14 @@ EXACT = "unaccelerated"
 LATENTS = "latents"
 """Folders of a run."""
 
+CHECKS = {PICTURES: "checks", EXACT: "unaccelerated checks"}
+"""Folders with "blanked" and "finite" [b] of every chunk of pictures, see `Batch`; a picture that is not finite has no
+file."""
+
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """How pictures are drawn.
+    """How pictures are drawn. What is None is not passed on to the pipeline.
 
     Raises:
         ValueError: fewer than 2 pictures, or another value out of range.
@@ -37,12 +44,12 @@ class DrawConfig:
     num_pictures: int = 1000
     prompts: Sequence[str] | None = None  # for a DiT or SiT classes, by name or number; None there: all in turn
     steps: int = 25
-    guidance: float = 7.5
+    guidance: float | None = None  # None: the pipeline's own
     width: int | None = None  # pixels; None: the model's own
     height: int | None = None
     seed: int = 0
     batch: int = 1  # pictures of one call of the pipeline
-    call: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the pipeline
+    call: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the pipeline: negative_prompt, …
 
     def __post_init__(self) -> None:
         if self.num_pictures < 2:
@@ -52,14 +59,19 @@ class DrawConfig:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63 - self.num_pictures:
             raise ValueError(f"seed must be at least 0 and below 2^63, got {self.seed}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
         if self.prompts is not None and not self.prompts:
             raise ValueError("there are no prompts")
 
 
+def with_own_guidance(pipe: Any, config: DrawConfig) -> DrawConfig:
+    """The same with the guidance that the pipeline draws with, see `guidance_for`."""
+    return replace(config, guidance=guidance_for(pipe, config.guidance))
+
+
 def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
-    """What is drawn in turn: prompts, or class ids.
+    """The prompts or class ids that are drawn in turn.
 
     Raises:
         ValueError: a pipeline that needs prompts and has none; an unknown class; guidance that it cannot give.
@@ -68,12 +80,17 @@ def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
         if config.prompts is None:
             raise ValueError(f"{type(pipe).__name__} draws from text and needs prompts (--prompts FILE)")
         return list(config.prompts)
-    check_null_class(pipe, config.guidance)
+    check_null_class(pipe, guidance_for(pipe, config.guidance) or 1.0)
     return list(range(num_classes(pipe))) if config.prompts is None else class_ids(pipe, config.prompts)
 
 
+def picture_name(number: int) -> str:
+    """The file of picture `number`, counted from 0."""
+    return f"{number:07d}.png"
+
+
 def accelerated(pipe: Any, acceleration: Mapping[str, Any] | None) -> AbstractContextManager[Any]:
-    """Within, the pipeline is patched with these arguments of `diffattn.patch`; None leaves it as it is."""
+    """Within, the pipeline is patched with these arguments of `diffattn.patch`; None leaves it unchanged."""
     return nullcontext() if acceleration is None else patch(pipe, **acceleration)
 
 
@@ -89,6 +106,8 @@ def draw_set(
 ) -> None:
     """Draw this process's share of what is missing as PNG files in the run's folder, and wait for all processes.
 
+    Pictures that a safety checker blanked, and those that came out NaN or infinite, are noted in `CHECKS`.
+
     Args:
         pipe: on its device.
         config: what to draw.
@@ -100,7 +119,7 @@ def draw_set(
         progress: see `Progress`.
 
     Raises:
-        ValueError: pictures with NaN or infinite values, their seeds named; pictures of another size; see `subjects`.
+        ValueError: pictures of another size; see `subjects`.
     """
     todo = subjects(pipe, config)
     for kind in (PICTURES, EXACT):
@@ -113,10 +132,10 @@ def draw_set(
             chunk = _Chunk(pipe, config, run, what, start, size)
             traces = []
             if paired and not chunk.is_drawn(number, EXACT, LATENTS):
-                traces.append(chunk.draw(EXACT))
+                traces.append(chunk.draw(number, EXACT))
             if traces or not chunk.is_drawn(number, PICTURES):
                 with accelerated(pipe, inner):
-                    traces.append(chunk.draw(PICTURES))
+                    traces.append(chunk.draw(number, PICTURES))
             if len(traces) == 2:
                 run.write(LATENTS, number, _errors(*traces))
             advance()
@@ -135,44 +154,42 @@ class _Chunk:
     size: tuple[int, int] | None
 
     def is_drawn(self, number: int, kind: str, tensors: str | None = None) -> bool:
-        there = tensors is None or self.run.chunk(tensors, number).exists()
-        return there and all(path.exists() for path in self.paths(kind))
+        files = [self.run.chunk(folder, number) for folder in (CHECKS[kind], tensors) if folder is not None]
+        if not all(file.exists() for file in files):
+            return False
+        finite = load_file(files[0])["finite"].tolist()
+        return all(path.exists() for path, there in zip(self.paths(kind), finite, strict=True) if there)
 
     def paths(self, kind: str) -> list[Path]:
-        return [self.run.path / kind / f"{self.start + i:07d}.png" for i in range(len(self.what))]
+        return [self.run.path / kind / picture_name(self.start + i) for i in range(len(self.what))]
 
-    def draw(self, kind: str) -> LatentTrace:
+    def draw(self, number: int, kind: str) -> LatentTrace:
         """Draw and save; the latents after every step."""
         trace, seeds = LatentTrace(), [self.config.seed + self.start + i for i in range(len(self.what))]
-        images = _draw(self.pipe, self.config, list(self.what), seeds, trace)
-        if self.size not in (None, (found := (images.shape[2], images.shape[3]))):
+        batch = _draw(self.pipe, self.config, list(self.what), seeds, trace)
+        if self.size not in (None, (found := (batch.images.shape[2], batch.images.shape[3]))) and any(batch.finite):
             raise ValueError(f"the pipeline draws {_pixels(found)} pixels, and what its pictures are compared with has "
                              f"{_pixels(self.size)}; bring both to one size (--size)")  # fmt: skip
-        for picture, path in zip(images.cpu(), self.paths(kind), strict=True):
-            fresh = path.with_name(f".{path.name}.new")
-            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(fresh, "PNG")
-            fresh.replace(path)
+        for i, path in enumerate(self.paths(kind)):
+            if batch.finite[i]:
+                (picture,) = to_pictures(batch.images[i : i + 1])
+                write_whole(path, partial(picture.convert("RGB").save, format="PNG"))
+        checks = {"blanked": torch.tensor(batch.blanked), "finite": torch.tensor(batch.finite)}
+        self.run.write(CHECKS[kind], number, checks)
         return trace
 
 
-def _draw(pipe: Any, config: DrawConfig, what: list[Any], seeds: list[int], trace: LatentTrace) -> Tensor:
-    key = "class_labels" if draws_classes(pipe) else "prompt"
-    given: dict[str, Any] = {**size_arguments(pipe, config.width, config.height)}
+def _draw(pipe: Any, config: DrawConfig, what: list[Any], seeds: list[int], trace: LatentTrace) -> Batch:
+    given: dict[str, Any] = {"num_inference_steps": config.steps, **size_arguments(pipe, config.width, config.height)}
+    if (guidance := guidance_for(pipe, config.guidance)) is not None:
+        given["guidance_scale"] = guidance
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
         given["callback_on_step_end"] = trace
-    output: Any = pipe(
-        **{key: what},
-        num_inference_steps=config.steps,
-        guidance_scale=config.guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-        **given,
-        **config.call,
-    )
     try:
-        return as_uint8(output.images.float())
-    except ValueError as error:
-        raise ValueError(f"seeds {seeds[0]} to {seeds[-1]}: {error}") from None
+        return draw_batch(pipe, what, seeds, given | dict(config.call))
+    except NotFinite:  # all of them
+        none = (False,) * len(seeds)
+        return Batch(torch.full((len(seeds), 3, 1, 1), torch.nan), tuple(seeds), none, none)
 
 
 def _errors(exact: LatentTrace, trace: LatentTrace) -> dict[str, Tensor]:

@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from diffattn.data.matching import Matching
 from diffattn.drawing.classes import draws_classes
-from diffattn.evaluation.draw_set import EXACT, LATENTS, PICTURES, DrawConfig, accelerated, draw_set, subjects
+from diffattn.evaluation.draw_set import (
+    EXACT,
+    LATENTS,
+    PICTURES,
+    DrawConfig,
+    accelerated,
+    draw_set,
+    picture_name,
+    subjects,
+    with_own_guidance,
+)
 from diffattn.evaluation.identity import Setup, describe_patch, device_label, identity, protocol_of, subject_name
+from diffattn.evaluation.left_out import LeftOut, drawn_pictures
 from diffattn.evaluation.picture_set import PictureSet, Progress, no_progress, open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
@@ -38,7 +50,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured, and how pictures are read."""
+    """What to measure, and how to read pictures."""
 
     extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
     extractor_weights: str | Path | None = None
@@ -49,7 +61,7 @@ class EvaluateConfig:
     prompts: Sequence[str] | None = (
         None  # of pictures from files, for the CLIP score; picture i has i modulo their number
     )
-    limit: int | None = None  # pictures from files: the first so many
+    limit: int | None = None  # pictures from files: so many, the first ones of every folder in natural order
     seed: int = 0  # of the draws of KID and FID∞
     device: str | torch.device = "cpu"  # for pictures from files
 
@@ -67,36 +79,42 @@ def evaluate(
     npz: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> QualityResult:
-    """Score pictures, or what a pipeline draws. Run again in the same folder, it goes on where it was interrupted.
+    """Score pictures, or what a pipeline draws. Called again with the same folder it resumes an interrupted run.
 
     Under `accelerate launch` or torchrun the processes share the work, and the folder, which all of them must see;
-    the result is the same as with one. All of them return it.
+    the result is the same as with one process, and all of them return it.
+
+    Drawn pictures that a safety checker blanked, and those that hold NaN or infinite values, are counted in a warning
+    and left out of every score; `details["blanked"]` and `details["not_finite"]` list their seeds.
 
     Args:
         subject: a pipeline on its device, patched or not; or pictures: a folder, a zip, or an ADM `.npz`.
-        reference: see `open_reference`. With it: FID, KID, FID∞, precision, recall, sFID, as far as they can be had
-            (the others, and why, in `details["left_out"]`). Without it there is no extractor.
+        reference: see `open_reference`. With it: FID, KID, FID∞, precision, recall, sFID, as far as pictures and
+            reference allow (the others are in `details["left_out"]`, with the reason). Without it no extractor is used.
         folder: for pictures, features and `result.json`.
         config: see `EvaluateConfig`.
         draw: what a pipeline draws.
         acceleration: arguments of `diffattn.patch` for a pipeline; None: as it is.
         paired: True compares with what the pipeline draws from the same seeds without the acceleration. A path: with
-            these pictures, in order. Either: PSNR, PSNR of the foreground, SSIM, LPIPS; and, of a pipeline's pair, the
-            relative error of the latents.
+            these pictures, paired by name, number or order, see `match`. Either: PSNR, PSNR of the foreground, SSIM,
+            LPIPS; and, of a pipeline's pair, the relative error of the latents.
         name: what the result calls the subject.
         npz: also write the pictures, and the class numbers of a SiT's, to this ADM file.
         progress: see `Progress`.
 
     Returns:
-        The result, also in `result.json`. Its protocol holds all that the figures depend on but the subject.
+        The result, also in `result.json`. Its protocol holds everything that the figures depend on, except the subject.
 
     Raises:
-        ValueError: fewer than 2 pictures; unreadable ones without `skip_bad`; pictures, reference and pairs of several
-            sizes; NaN in pictures or features; nothing to measure; a folder with a run under another protocol; as
-            `load_extractor`, `ClipScore`, `Lpips` and `diffattn.patch`.
+        ValueError: fewer than 2 pictures, or fewer than 2 that are neither blanked nor NaN; unreadable ones without
+            `skip_bad`; pictures, reference and pairs of several sizes; NaN in features, scores or the reference;
+            nothing to measure; a folder that holds a run under another protocol; as `load_extractor`, `ClipScore`,
+            `Lpips` and `diffattn.patch`.
     """
     config, draw = config or EvaluateConfig(), draw or DrawConfig()
     is_pipeline = isinstance(subject, DiffusionPipeline)
+    if is_pipeline:
+        draw = with_own_guidance(subject, draw)
     if reference is None and not paired and config.clip is None:
         raise ValueError("there is nothing to measure: give a reference, a CLIP model, or paired")
     if acceleration is not None and not is_pipeline:
@@ -125,6 +143,8 @@ class _Job:
         self.progress = progress if self.among.is_main else no_progress
         self.pictures = None if isinstance(subject, DiffusionPipeline) else self._open(subject)
         self.exact = None if isinstance(paired, bool) else self._open(paired)
+        self.left_out: LeftOut | None = None  # of what a pipeline draws
+        self.matching: Matching | None = None
         self.prompts = self._prompts()
         self.clip = ClipScore(config.clip, self.device) if config.clip is not None else None
         self.lpips = Lpips(config.lpips_weights, self.device) if config.lpips_weights is not None else None
@@ -151,6 +171,7 @@ class _Job:
                 reference, extractor, side=config.side, skip_bad=config.skip_bad, progress=self.progress
             )
         self._check_sizes(source)
+        self._pair()
         with accelerated(self.pipe, self.acceleration):  # refused before anything is written
             how = describe_patch(self.pipe)
         setup = self._setup(source, extractor, how)
@@ -194,32 +215,44 @@ class _Job:
 
     def _check_sizes(self, source: Source | None) -> None:
         """Of what is there before anything is drawn; `draw_set` checks the first pictures that it draws."""
-        mine, truth = self.pictures, source and source.pictures
-        for a, what, b in ((mine, "the reference", truth), (mine, "the pairs", self.exact),
-                           (truth, "the pairs", self.exact)):  # fmt: skip
-            if a is None or b is None or a.size == b.size:
-                continue
-            raise ValueError(f"the pictures of {a.name!r} have {a.size[1]}x{a.size[0]} pixels, {what} "
-                             f"{b.size[1]}x{b.size[0]}; bring both to one size (--size)")  # fmt: skip
+        side, name = self.config.side, "the drawn pictures"
+        mine = None if side is None else (side, side)
+        if self.pictures is not None:
+            name, mine = f"the pictures of {self.pictures.name!r}", self.pictures.size
+        truth, exact = source and source.size, None if self.exact is None else self.exact.size
+        of_reference = f"the pictures of {source.name!r}" if source else ""
+        for what, a, other, b in ((name, mine, "the reference", truth), (name, mine, "the pairs", exact),
+                                  (of_reference, truth, "the pairs", exact)):  # fmt: skip
+            if a is not None and b is not None and a != b:
+                raise ValueError(
+                    f"{what} have {a[1]}x{a[0]} pixels, {other} {b[1]}x{b[0]}; bring both to one size (--size)"
+                )
+
+    def _pair(self) -> None:
+        """Bring the pictures to pair with into the order of those that are scored."""
         if self.exact is None:
             return
-        rows = tuple(range(self.draw.num_pictures)) if mine is None else mine.rows
-        if len(rows) != len(self.exact):
-            raise ValueError(f"pairs need as many pictures on both sides, got {len(rows)} and {len(self.exact)}")
-        if rows != self.exact.rows:
-            raise ValueError("other pictures are left out on the one side than on the other: they do not pair")
+        names, rows, places = [picture_name(i) for i in range(self.draw.num_pictures)], None, True
+        if self.pictures is not None:
+            names, rows, places = self.pictures.listed, self.pictures.rows, self.pictures.places
+        self.exact, self.matching = self.exact.partners_of(names, rows or range(len(names)), places)
 
     def _draw(self, run: RunFolder, source: Source | None) -> None:
         """The pipeline's pictures, and those without acceleration."""
         fixed = self.config.side is not None  # what is drawn is brought to this size
-        sizes = [x.size for x in (source and source.pictures, self.exact) if x is not None]
+        sizes = [x.size for x in (source, self.exact) if x is not None and x.size is not None]
         draw_set(
             self.pipe, self.draw, run, self.acceleration, paired=self.paired is True,
             size=None if fixed or not sizes else sizes[0], progress=self.progress,
         )  # fmt: skip
-        self.pictures = open_pictures(run.path / PICTURES, side=self.config.side, progress=self.progress)
+        self.left_out = left_out = LeftOut.of(run, self.draw, self.paired is True)
+        if run.among.is_main:
+            left_out.warn()
+        self.pictures = drawn_pictures(run, PICTURES, left_out, self.config.side, self.progress)
         if self.paired is True:
-            self.exact = open_pictures(run.path / EXACT, side=self.config.side, progress=self.progress)
+            self.exact = drawn_pictures(run, EXACT, left_out, self.config.side, self.progress)
+        elif self.exact is not None:
+            self.exact = self.exact.without(left_out.rows)
 
     def _scores(
         self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None
@@ -229,6 +262,8 @@ class _Job:
         assert mine is not None
         scores: dict[str, float] = {}
         details: dict[str, Any] = {"pictures_hash": mine.hash, "skipped": list(mine.skipped)}
+        if self.left_out is not None:
+            details |= self.left_out.details()
         options: dict[str, Any] = {"size": f"{mine.size[1]}x{mine.size[0]}"}
         if source is not None and extractor is not None:
             against, spatial = source.measured(extractor, run, progress)
@@ -245,8 +280,11 @@ class _Job:
             found = in_chunks(run, "pairs", len(mine), measure_pairs(mine, self.exact, self.lpips), progress)
             more, details["pairs"] = pair_scores(found)
             scores |= more
+        if self.matching is not None:
+            details["matched"] = str(self.matching)
         if self.paired is True:
             errors = run.gather(LATENTS, self.draw.num_pictures, self.draw.batch)["error"]
-            more, told = latent_scores(errors)
-            scores, details = scores | more, details | told
+            assert self.left_out is not None
+            more, by_step = latent_scores(errors if errors.ndim < 2 else errors[self.left_out.kept])
+            scores, details = scores | more, details | by_step
         return scores, details, options

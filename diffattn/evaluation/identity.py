@@ -1,4 +1,4 @@
-"""What an evaluation was: the protocol of its figures, and what a run must agree with to be gone on with."""
+"""The protocol of an evaluation's figures, and what must match for a run to be resumed."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ DRAWN = ("num_pictures", "steps", "guidance", "width", "height", "seed", "batch"
 
 @dataclass(frozen=True)
 class Setup:
-    """One evaluation as its parts stand before the work."""
+    """The parts of one evaluation before any work is done."""
 
     pipe: Any  # None for pictures from files
     draw: DrawConfig
@@ -45,7 +45,7 @@ class Setup:
 
 
 def protocol_of(setup: Setup, pictures: PictureSet, options: Mapping[str, Any]) -> Protocol:
-    """The protocol of the pictures' figures, with these further options."""
+    """The protocol of the pictures' figures, with further options."""
     source, extractor, pipe, draw = setup.source, setup.extractor, setup.pipe, setup.draw
     drawn: dict[str, Any] = {"sampler": "pictures from files", "steps": None, "guidance": None, "seeds": None}
     if pipe is not None:
@@ -69,7 +69,7 @@ def protocol_of(setup: Setup, pictures: PictureSet, options: Mapping[str, Any]) 
 
 
 def identity(setup: Setup, seed: int) -> dict[str, Any]:
-    """What makes a run the same run, as JSON types.
+    """Everything that must match for a run to be resumed, as JSON types.
 
     Args:
         setup: the evaluation.
@@ -83,6 +83,7 @@ def identity(setup: Setup, seed: int) -> dict[str, Any]:
     pipe = setup.pipe
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     return found | {
+        "left_out": "blanked and not finite",  # before, such pictures were scored
         "draw": {name: getattr(setup.draw, name) for name in DRAWN},
         "acceleration": setup.patch,
         "num_mediators": getattr(denoiser, "num_mediators", None),
@@ -99,16 +100,16 @@ def device_label(device: torch.device) -> str:
 
 
 def subject_name(setup: Setup) -> str:
-    """A pipeline and what it is accelerated with."""
+    """The name of a pipeline with its acceleration."""
     how = _patch_of(setup.pipe) or "unaccelerated"
-    return f"{type(setup.pipe).__name__}, {how if setup.acceleration is None else _told(setup.acceleration)}"
+    return f"{type(setup.pipe).__name__}, {how if setup.acceleration is None else _as_json(setup.acceleration)}"
 
 
 def describe_patch(pipe: Any) -> dict[str, Any] | None:
-    """All of a pipeline's patch that pictures depend on, as JSON types; None for a pipeline without one, or for None.
+    """Everything in a pipeline's patch that pictures depend on, as JSON types; None without a patch or a pipeline.
 
-    The options are those in force, defaults included: a preset, a recipe and what was given beside it come to the same
-    as the same options given one by one. The thresholds say which layers then run.
+    The options are those in effect, defaults included: the same options match whether they come from a preset, from a
+    recipe or one by one. The thresholds decide which layers then run.
     """
     found = _find(pipe)
     if found is None:
@@ -117,19 +118,19 @@ def describe_patch(pipe: Any) -> dict[str, Any] | None:
     of_layers = {plan.method: plan.methods} if plan.by_layer is None else plan.by_layer.methods
     methods: Any = {name: [m and asdict(cast(Any, m)) for m in phases] for name, phases in of_layers.items()}
     schedule: Any = plan.schedule
-    told = schedule.to_dict() if hasattr(schedule, "to_dict") else _public(schedule)
+    described = schedule.to_dict() if hasattr(schedule, "to_dict") else _public(schedule)
     layers = [layer.name for layer in found.report().layers if layer.left_alone is None]
     thresholds = load_thresholds()
-    return json.loads(_told({"methods": methods, "schedule": told, "layers": layers, "thresholds": thresholds}))
+    return json.loads(_as_json({"methods": methods, "schedule": described, "layers": layers, "thresholds": thresholds}))
 
 
 def all_versions() -> dict[str, str]:
-    """Of what scores depend on."""
+    """Versions of everything that scores depend on."""
     return versions() | {"torchmetrics": version("torchmetrics")}
 
 
 def _options(setup: Setup) -> dict[str, Any]:
-    """What the figures depend on besides the fields of `Protocol`."""
+    """Everything the figures depend on that is not a field of `Protocol`."""
     found: dict[str, Any] = {}
     if setup.side is not None:
         found["fit"] = f"centre square, bicubic to {setup.side}"
@@ -147,7 +148,7 @@ def _options(setup: Setup) -> dict[str, Any]:
 
 
 def _patch_of(pipe: Any) -> str | None:
-    """The patch that a pipeline carries, in words."""
+    """A pipeline's patch, in words."""
     found = _find(pipe)
     return found and f"{found.plan.method} {found.plan.preset or ''} {dict(found.plan.options) or ''}".strip()
 
@@ -160,26 +161,26 @@ def _find(pipe: Any) -> Patch | None:
 
 
 def _public(schedule: Any) -> dict[str, Any]:
-    """A schedule of the user's own, without its state."""
+    """A user-defined schedule, without its state."""
     return {"kind": type(schedule).__name__} | {k: v for k, v in vars(schedule).items() if not k.startswith("_")}
 
 
 def _scheduler_of(pipe: Any) -> str:
     """A digest of how the scheduler is configured: spacing, Karras sigmas, shift, ..."""
-    return _digest(_told({key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}))
+    return _digest(_as_json({key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}))
 
 
-def _told(options: Mapping[str, Any]) -> str:
+def _as_json(options: Mapping[str, Any]) -> str:
     return json.dumps(dict(options), sort_keys=True, default=_plain)
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, without an address in memory."""
+    """A value that JSON cannot represent, without its address in memory."""
     return value.to_dict() if hasattr(value, "to_dict") else getattr(value, "__name__", str(value))
 
 
 def _value(value: Any) -> str:
-    """A further argument of the pipeline, by its content."""
+    """A further argument of the pipeline, identified by its content."""
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"

@@ -3,10 +3,10 @@
 Shapes: N pictures of height H and width W.
 """
 
+import copy
 import hashlib
-import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -14,9 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffattn.data import decoding
+from diffattn.data.decoding import left_out, open_picture, pixels_of, square
 from diffattn.data.files import Files, open_files
-from diffattn.data.layouts import few, is_picture
+from diffattn.data.layouts import picture_rows
+from diffattn.data.matching import Matching, match
+from diffattn.data.naming import few
+from diffattn.data.opening import warn_of_left_out
+from diffattn.data.order import natural_key, stratified
 from diffattn.metrics.adm import read_pictures
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -34,8 +38,10 @@ class PictureSet:
 
     Attributes:
         name: for people.
-        names: of the pictures, in their order.
-        rows: where each stands among all, the unreadable ones too.
+        listed: names of all pictures, those that are not taken too, in their order.
+        names: of the pictures that are taken, in their order.
+        rows: where each of them stands in `listed`.
+        places: whether the names only say where a picture stands, as in an array.
         size: (H, W) in pixels.
         hash: sha256 of sizes and values of all pictures, as `Reference.of` has it.
         skipped: names of the unreadable pictures that were left out.
@@ -49,7 +55,10 @@ class PictureSet:
         *,
         side: int | None = None,
         limit: int | None = None,
+        spread: bool = False,
+        places: bool = False,
         skip_bad: bool = False,
+        leave_out: Collection[int] = (),
         progress: Progress = no_progress,
     ) -> None:
         """Reads every picture once, to find the unreadable ones, the size and the hash.
@@ -59,8 +68,11 @@ class PictureSet:
             names: of the pictures.
             read: index in `names` -> uint8 [3, H, W]; raises `OSError` or `ValueError` for an unreadable picture.
             side: bring every picture to this size: cropped around the centre to a square, resized bicubically.
-            limit: the first so many readable pictures only.
+            limit: take only so many readable pictures. Every folder has its share, of which the first are taken.
+            spread: take that share from all over the folder.
+            places: see above.
             skip_bad: leave unreadable pictures out, with a warning that counts and names them.
+            leave_out: indices in `names` that are not read.
             progress: see `Progress`.
 
         Raises:
@@ -71,30 +83,91 @@ class PictureSet:
             raise ValueError(f"size must be 1 pixel or more, got {side}")
         if limit is not None and limit < 2:
             raise ValueError(f"the number of pictures must be 2 or more, got {limit}")
-        self.name, self._read, self._side = name, read, side
-        good, self._shapes, self._digest = [], {}, hashlib.sha256()
-        bad: dict[str, str] = {}
-        with progress(f"reading {name}", len(names) if limit is None else limit) as advance:
-            for index, label in enumerate(names):
-                if limit is not None and len(good) == limit:
-                    break
-                try:
-                    self._note(self._fitted(index), label)
-                    good.append(index)
-                except (OSError, ValueError) as error:
-                    bad[label] = str(error)
-                advance()
-        self.rows, self.names = tuple(good), tuple(names[i] for i in good)
-        self.skipped, self.hash = tuple(bad), self._digest.hexdigest()
-        self._check(bad, len(names), skip_bad, limit)
+        self.name, self.listed, self.places = name, tuple(names), places
+        self._read, self._side, self._limit, self._skip_bad = read, side, limit, skip_bad
+        self._take([row for row in range(len(names)) if row not in leave_out], spread, progress)
+        if len(self) < max(2, limit or 2):
+            raise ValueError(f"{max(2, limit or 2)} pictures or more are needed, {name!r} has {len(self)}")
+        if len(self._shapes) > 1:
+            sizes = ", ".join(f"{w}x{h} ({label!r})" for (h, w), label in list(self._shapes.items())[:3])
+            raise ValueError(f"pictures in {self.name!r} have several sizes: {sizes}; bring them to one with size")
         self.size = next(iter(self._shapes))
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def without(self, positions: Collection[int]) -> "PictureSet":
+        """The same pictures but for those at these positions, counted from 0; the hash stays that of all."""
+        found = copy.copy(self)
+        kept = [i for i in range(len(self)) if i not in positions]
+        found.rows, found.names = (tuple(values[i] for i in kept) for values in (self.rows, self.names))
+        return found
+
     def batch(self, start: int, stop: int) -> Tensor:
         """Pictures `start` to `stop`, uint8 [stop - start, 3, H, W]."""
         return torch.stack([self._fitted(row) for row in self.rows[start:stop]])
+
+    def partners_of(self, names: Sequence[str], rows: Sequence[int], places: bool) -> tuple["PictureSet", Matching]:
+        """The partners of the pictures of another set, in their order, and how they were found, see `match`.
+
+        Args:
+            names: all of the other set.
+            rows: those of them that are taken.
+            places: whether these names only say where a picture stands.
+
+        Raises:
+            ValueError: the sets do not pair, or pictures are left out on one side only; the message names pictures.
+        """
+        matching = match(names, self.listed, places or self.places)
+        wanted = [matching.partners[row] for row in rows]
+        found = copy.copy(self)
+        if set(wanted) != set(self.rows) and self._limit is not None:
+            found._limit = None
+            found._take(sorted(wanted), False, no_progress)
+        if one_side := set(wanted) ^ set(found.rows):
+            names = few([self.listed[row] for row in sorted(one_side)])
+            raise ValueError(f"pictures are left out on one side only, in {self.name!r} {names}: they do not pair")
+        found.rows, found.names = tuple(wanted), tuple(self.listed[row] for row in wanted)
+        if wanted != sorted(wanted):
+            found.hash = hashlib.sha256(f"{found.hash} {wanted}".encode()).hexdigest()
+        return found, matching
+
+    def _take(self, rows: Sequence[int], spread: bool, progress: Progress) -> None:
+        """Read these rows, or so many of them as the limit says, and note what is there."""
+        bad: dict[int, str] = {}
+        while True:
+            left = [row for row in rows if row not in bad]
+            if self._limit is not None:
+                picked = stratified([self.listed[row] for row in left], self._limit, spread)
+                left = [left[i] for i in picked]
+            worse = self._read_all(left, progress)
+            bad |= worse
+            if not worse or self._limit is None or not self._skip_bad:
+                break  # else others take the place of the unreadable ones
+        self.rows = tuple(row for row in left if row not in bad)
+        self.names, self.skipped = tuple(self.listed[row] for row in self.rows), tuple(self.listed[row] for row in bad)
+        self.hash = self._digest.hexdigest()
+        if bad:
+            count = f"{len(bad)} of {len(self.listed)} pictures in {self.name!r} cannot be read"
+            if not self._skip_bad:
+                first = next(iter(bad.values()))
+                raise ValueError(
+                    f"{count}: {few(self.skipped)} (the first: {first}); leave them out with skip_bad (--skip-bad)"
+                )
+            warnings.warn(f"{count} and are left out: {few(self.skipped)}", stacklevel=4)
+
+    def _read_all(self, rows: Sequence[int], progress: Progress) -> dict[int, str]:
+        """Shapes and digest of these pictures; the rows of the unreadable ones, each with the reason."""
+        bad: dict[int, str] = {}
+        self._shapes, self._digest = {}, hashlib.sha256()
+        with progress(f"reading {self.name}", len(rows)) as advance:
+            for row in rows:
+                try:
+                    self._note(self._fitted(row), self.listed[row])
+                except (OSError, ValueError) as error:
+                    bad[row] = str(error)
+                advance()
+        return bad
 
     def _fitted(self, index: int) -> Tensor:
         picture = self._read(index)
@@ -105,66 +178,50 @@ class PictureSet:
         self._digest.update(str(tuple(picture.shape)).encode())
         self._digest.update(picture.contiguous().numpy().tobytes())
 
-    def _check(self, bad: dict[str, str], total: int, skip_bad: bool, limit: int | None) -> None:
-        if bad:
-            count = f"{len(bad)} of {total} pictures in {self.name!r} cannot be read"
-            if not skip_bad:
-                raise ValueError(f"{count}: {few(tuple(bad))} (the first: {next(iter(bad.values()))}); leave them out "
-                                 "with skip_bad (--skip-bad)")  # fmt: skip
-            warnings.warn(f"{count} and are left out: {few(tuple(bad))}", stacklevel=4)
-        if len(self) < max(2, limit or 2):
-            raise ValueError(f"{max(2, limit or 2)} pictures or more are needed, {self.name!r} has {len(self)}")
-        if len(self._shapes) > 1:
-            sizes = ", ".join(f"{w}x{h} ({label!r})" for (h, w), label in list(self._shapes.items())[:3])
-            raise ValueError(f"pictures in {self.name!r} have several sizes: {sizes}; bring them to one with size")
-
 
 def open_pictures(
     source: str | Path,
     *,
     side: int | None = None,
     limit: int | None = None,
+    spread: bool = False,
     skip_bad: bool = False,
     progress: Progress = no_progress,
 ) -> PictureSet:
-    """The pictures of a folder or zip (any layout; hidden files left out), or of an ADM `.npz`, ordered by name.
+    """The pictures of a folder or zip, or of an ADM `.npz`.
+
+    Of a folder or zip all files count that Pillow can open, in any layout, hidden ones left out. They come in natural
+    order: "2.png" precedes "10.png". Files that may be pictures, of another kind, are left out with a warning that
+    counts and names them. Each file is there once, whatever links lead to it.
 
     Args and raises: as `PictureSet`; `ValueError` also for a source that is none of these.
     """
     path = Path(source)
-    if path.suffix == ".npz":
+    npz = path.suffix.lower() == ".npz"
+    if npz:
         pictures = read_pictures(path)
         names = [f"arr_0[{i}]" for i in range(len(pictures))]
         read: Callable[[int], Tensor] = pictures.__getitem__
     else:
         files = open_files(path)
-        rows = [row for row, name in enumerate(files.names) if is_picture(name)]
-        if not rows:
-            raise ValueError(f"no pictures in {str(path)!r}")
+        rows = sorted(picture_rows(files), key=lambda row: natural_key(files.names[row]))
         names = [files.names[row] for row in rows]
         read = _reader(files, rows)
-    return PictureSet(path.name, names, read, side=side, limit=limit, skip_bad=skip_bad, progress=progress)
+        warn_of_left_out(str(path), left_out(files.names))
+    return PictureSet(
+        path.name, names, read, side=side, limit=limit, spread=spread, places=npz, skip_bad=skip_bad, progress=progress
+    )
 
 
 def fit(picture: Tensor, side: int) -> Tensor:
     """uint8 [3, H, W] -> [3, side, side]: the centre square, resized with PIL's bicubic filter (antialiased)."""
     if picture.shape[1:] == (side, side):
         return picture
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
-    return decoding.decode(buffer.getvalue(), side)
+    return pixels_of(square(Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()), side))
 
 
 def _reader(files: Files, rows: Sequence[int]) -> Callable[[int], Tensor]:
     def read(index: int) -> Tensor:
-        data = files.read(rows[index])
-        try:
-            with Image.open(io.BytesIO(data)) as file:
-                image = decoding._rgb(file)
-        except Exception as error:  # damaged files make the decoders raise nearly anything
-            raise ValueError(str(error) or type(error).__name__) from error
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+        return pixels_of(open_picture(files.read(rows[index])))
 
     return read

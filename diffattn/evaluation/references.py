@@ -32,8 +32,10 @@ class Source:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(H, W) of the pictures, None if they are not there."""
-        return None if self.pictures is None else self.pictures.size
+        """(H, W) of the pictures that it is, or was, made from; None if unknown."""
+        if self.pictures is not None:
+            return self.pictures.size
+        return None if self.stored is None else self.stored.size
 
     @property
     def count(self) -> int | None:
@@ -83,10 +85,11 @@ def open_reference(
     if isinstance(source, Reference):
         return _stored(source, extractor)
     path = Path(source)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return _stored(Reference.load(path), extractor)
-    held = _arrays(path) if path.suffix == ".npz" else set()
-    has_pictures, has_statistics = "arr_0" in held or path.suffix != ".npz", {"mu", "sigma"} <= held
+    npz = path.suffix.lower() == ".npz"
+    held = _arrays(path) if npz else set()
+    has_pictures, has_statistics = "arr_0" in held or not npz, {"mu", "sigma"} <= held
     pictures = None
     if has_pictures or not has_statistics:
         pictures = open_pictures(path, side=side, skip_bad=skip_bad, progress=progress)
@@ -122,7 +125,7 @@ def _of_pictures(
 ) -> tuple[Reference, Statistics | None]:
     """From the values of `measure_features`."""
     labels = (pictures.name, pictures.hash, extractor.name, extractor.hash, extractor.resize)
-    reference = Reference(*labels, Statistics.of(found["pooled"]), found["pooled"])
+    reference = Reference(*labels, Statistics.of(found["pooled"]), found["pooled"], pictures.size)
     return reference, Statistics.of(found["spatial"]) if "spatial" in found else None
 
 

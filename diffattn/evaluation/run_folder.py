@@ -1,7 +1,7 @@
 """The folder of an evaluation: its protocol, what is done so far, and which process does what.
 
-Work is cut into fixed chunks; process r of W takes the chunks r, r + W, … and writes each at once. So a killed run goes
-on where it stopped, and several processes that share the folder come to the same result as one.
+Work is cut into fixed chunks; process r of W takes the chunks r, r + W, … and writes each file whole. A killed run can
+therefore be resumed, and several processes that share the folder arrive at the same result as one.
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffattn.files import read_json, write_json
+from diffattn.files import read_json, write_json, write_whole
 
 RUN = "run.json"
 DONE = ("*/[0-9]*.png", "*/[0-9]*.safetensors")
@@ -23,7 +23,7 @@ DONE = ("*/[0-9]*.png", "*/[0-9]*.safetensors")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all."""
+    """This process's place among all."""
 
     rank: int = 0
     count: int = 1
@@ -31,17 +31,17 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes results."""
+        """Whether this is the process that writes results."""
         return self.rank == 0
 
 
 def processes(device: torch.device) -> tuple[Processes, torch.device]:
-    """Those of `accelerate launch` or torchrun, and the device of this one; a single one otherwise."""
+    """The processes of `accelerate launch` or torchrun, a single one otherwise; and the device of this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Processes(), device
     from accelerate import PartialState
 
-    # Whoever is done waits for the others, however long they take: shares are as uneven as an interrupt left them.
+    # A process that is done waits for the others however long they take: an interrupt leaves uneven shares.
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
     place = device if state.device is None else state.device
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone), place
@@ -56,7 +56,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, protocol: Mapping[str, Any], among: Processes) -> None:
-        """Takes up the run in the folder, or begins one where nothing is done yet.
+        """Resume the run in the folder, or begin one where nothing is done yet.
 
         Raises:
             ValueError: the folder holds a run under another protocol; all fields that differ are named.
@@ -75,7 +75,7 @@ class RunFolder:
         among.wait()
 
     def _is_begun(self) -> bool:
-        """Whether there is anything to lose."""
+        """Whether the folder holds results that another run would overwrite."""
         return (self.path / RUN).exists() and any(next(self.path.glob(kind), None) for kind in DONE)
 
     def mine(self, total: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -88,14 +88,11 @@ class RunFolder:
         return self.path / kind / f"{number:06d}.safetensors"
 
     def write(self, kind: str, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a chunk at once."""
-        path = self.chunk(kind, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        save_file({name: x.contiguous() for name, x in tensors.items()}, fresh)
-        fresh.replace(path)
+        """Write a chunk, see `write_whole`."""
+        whole = {name: x.contiguous() for name, x in tensors.items()}
+        write_whole(self.chunk(kind, number), lambda part: save_file(whole, part))
 
     def gather(self, kind: str, total: int, size: int) -> dict[str, Tensor]:
-        """All chunks, joined in their order."""
+        """All chunks, joined in order."""
         chunks = [load_file(self.chunk(kind, number)) for number in range(-(-total // size))]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

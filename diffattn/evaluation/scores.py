@@ -1,4 +1,4 @@
-"""From pictures to scores, chunk by chunk through the folder of a run, so that each step is shared and resumable.
+"""From pictures to scores, in chunks kept in the run's folder, so that every step can be shared and resumed.
 
 Shapes: N pictures in all, b in a chunk; d pooled features, s spatial ones.
 """
@@ -10,14 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from diffattn.evaluation.picture_set import PictureSet, Progress
+from diffattn.evaluation.quality import scorers
 from diffattn.evaluation.run_folder import RunFolder
 from diffattn.metrics.clip_score import ClipScore
 from diffattn.metrics.extractors import FeatureExtractor
-from diffattn.metrics.fid import fid, fid_infinity, frechet_distance
-from diffattn.metrics.kid import kid
 from diffattn.metrics.lpips import Lpips
 from diffattn.metrics.paired import SSIM_WINDOW, foreground_psnr, mean_of_known, psnr, ssim
-from diffattn.metrics.precision_recall import precision_recall
 from diffattn.metrics.reference import Reference, Statistics
 from diffattn.metrics.sfid import both_features
 
@@ -28,7 +26,7 @@ Measure = Callable[[int, int], Mapping[str, Tensor]]
 
 
 def in_chunks(run: RunFolder, kind: str, total: int, measure: Measure, progress: Progress) -> dict[str, Tensor]:
-    """Values of all pictures: measures this process's share of what is missing, waits for all, and gathers."""
+    """Measure this process's share of what is missing, wait for the others, and gather the values of all pictures."""
     shares = list(run.mine(total, CHUNK))
     with progress(kind, len(shares)) as advance:
         for number, start, stop in shares:
@@ -91,39 +89,23 @@ def set_scores(
     Raises:
         ValueError: from `fid`.
     """
-    pooled, left_out = found["pooled"], {}
-    scores, options = {"fid": fid(pooled, reference)}, {"metric_seed": seed}
-
-    def with_kid() -> None:
-        distance = kid(pooled, reference, seed=seed)
-        scores.update(kid=distance.mean, kid_std=distance.std)
-        options.update(kid_subsets=distance.subsets, kid_subset_size=distance.subset_size)
-
-    def with_precision() -> None:
-        scores["precision"], scores["recall"] = precision_recall(pooled, reference)
-        options["neighbours"] = 3
-
-    def with_infinity() -> None:
-        scores["fid_infinity"] = fid_infinity(pooled, reference, seed=seed)
-
-    def with_spatial() -> None:
-        if "spatial" not in found or spatial is None:
-            raise ValueError(f"the {'reference' if 'spatial' in found else 'extractor'} has no spatial features")
-        scores["sfid"] = frechet_distance(Statistics.of(found["spatial"]), spatial)
-
-    rest = {"kid": with_kid, "precision": with_precision, "fid_infinity": with_infinity, "sfid": with_spatial}
-    for name, add in rest.items():
+    scores, options, left_out = dict[str, float](), dict[str, Any](), dict[str, str]()
+    for name, score in scorers(found["pooled"], reference, spatial=(found.get("spatial"), spatial), seed=seed).items():
         try:
-            add()
+            more, used = score()
         except ValueError as error:
+            if name == "fid":
+                raise
             left_out[name] = str(error)
+        else:
+            scores, options = scores | more, options | used
     return scores, options, left_out
 
 
 def pair_scores(found: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
     """Means over the pairs, and spread and least for the details.
 
-    An infinite PSNR (an identical pair) or none at all (no foreground) counts for no mean; "pairs" says how many did.
+    An infinite PSNR (an identical pair) or none at all (no foreground) enters no mean; "pairs" counts those that do.
     """
     scores, details = {}, {}
     for name, values in found.items():
@@ -142,9 +124,9 @@ def pair_scores(found: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str
 
 
 def latent_scores(errors: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
-    """From the relative errors [N, steps] of the latents: that after the last step, and the mean of every step.
+    """Mean relative error [N, steps] of the latents after the last step, and after every step.
 
-    Nothing from errors [0], of a pipeline that does not call back after its steps.
+    Empty for errors [0], of a pipeline without a callback after its steps.
     """
     if errors.ndim != 2:
         return {}, {}

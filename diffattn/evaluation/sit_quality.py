@@ -1,19 +1,20 @@
-"""Quality of a SiT for every number of mediators: FID, KID, precision and recall, and whether the class is right.
+"""Quality of a SiT: FID, KID, precision and recall, and whether the class is right.
 
-All numbers draw the same seeds and classes, so that nothing but the attention differs.
+Picture i has the same seed and class whatever the attention, so that nothing else differs between two subjects.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffattn.drawing.batch import NotFinite, draw_batch
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.metrics.classifier import Classifier
 from diffattn.metrics.extractors import FeatureExtractor
-from diffattn.metrics.features import features_of
+from diffattn.metrics.features import as_uint8, features_of
 from diffattn.metrics.reference import Reference
 from diffattn.sampling import SiTPipeline
 
@@ -41,22 +42,28 @@ class Drawing:
 
 
 def draw_classes(
-    pipe: SiTPipeline, drawing: Drawing, on_batch: Callable[[int], None] | None = None
+    pipe: SiTPipeline,
+    drawing: Drawing,
+    on_batch: Callable[[int], None] | None = None,
+    chosen: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures [b, 3, H, W] uint8 and their classes [b], batch by batch."""
+    """Pictures [b, 3, H, W] uint8 and their classes [b], batch by batch; only those `chosen`, if it is given.
+
+    Raises:
+        NotFinite: a picture came out NaN or infinite.
+    """
     classes = pipe.transformer.config["num_classes"]
-    for start in range(0, drawing.samples, drawing.batch):
-        indices = range(start, min(start + drawing.batch, drawing.samples))
-        output: Any = pipe(
-            [i % classes for i in indices],
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            generator=[torch.Generator().manual_seed(drawing.seed + i) for i in indices],
-            output_type="pt",
-        )
+    settings = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
+    among = range(drawing.samples) if chosen is None else chosen
+    for start in range(0, len(among), drawing.batch):
+        indices = among[start : start + drawing.batch]
+        labels = [i % classes for i in indices]
+        batch = draw_batch(pipe, labels, [drawing.seed + i for i in indices], settings)
+        if not all(batch.finite):
+            raise NotFinite(pipe, batch.seeds[batch.finite.index(False)])
         if on_batch is not None:
             on_batch(len(indices))
-        yield (output.images.float() * 255).round().to(torch.uint8), torch.tensor([i % classes for i in indices])
+        yield as_uint8(batch.images), torch.tensor(labels)
 
 
 def sit_quality(
@@ -73,16 +80,12 @@ def sit_quality(
     of pictures that it takes for the class they were drawn for.
 
     Raises:
-        ValueError: see `features_of`, `quality` and `Protocol.of`.
+        ValueError: a picture that is NaN or infinite; see `features_of`, `quality` and `Protocol.of`.
     """
     drawn = list(draw_classes(pipe, drawing, on_batch))
     features = features_of((images for images, _ in drawn), extractor)
-    scores, options = quality(features, reference)
     classes = torch.cat([y for _, y in drawn])
-    model = extractor.model
-    if isinstance(model, Classifier) and model.config["num_classes"] == pipe.transformer.config["num_classes"]:
-        guesses = model.head(features.to(extractor.device)).argmax(1).cpu()
-        scores["accuracy"] = (guesses == classes).float().mean().item()
+    scores, options = scores_of(features, classes, pipe.transformer.config["num_classes"], reference, extractor)
     protocol = Protocol.of(
         drawing.samples, reference, extractor, sampler=type(pipe.scheduler).__name__, steps=drawing.steps,
         guidance=drawing.guidance, seeds=f"{drawing.seed}..{drawing.seed + drawing.samples - 1}",
@@ -91,22 +94,13 @@ def sit_quality(
     return QualityResult(subject, protocol, scores)
 
 
-def quality_per_number(
-    pipe: SiTPipeline,
-    drawing: Drawing,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    numbers: Sequence[int] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Scores by number of mediators ("n=4"), or of "softmax" for a model without any; the model's own is put back."""
-    model = pipe.transformer
-    before, found = model.num_mediators, {}
-    try:
-        for n in numbers or model.mediators or (0,):
-            if n:
-                model.set_num_mediators(n)
-            subject = f"n={n}" if n else "softmax"
-            found[subject] = dict(sit_quality(pipe, drawing, reference, extractor, subject).scores)
-    finally:
-        model.num_mediators = before
-    return found
+def scores_of(
+    features: Tensor, classes: Tensor, num_classes: int, reference: Reference, extractor: FeatureExtractor
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Scores of features [N, d] of pictures drawn for classes [N], and the options of the scores, see `quality`."""
+    scores, options = quality(features, reference)
+    model = extractor.model
+    if isinstance(model, Classifier) and model.config["num_classes"] == num_classes:
+        guesses = model.head(features.to(extractor.device)).argmax(1).cpu()
+        scores["accuracy"] = (guesses == classes).float().mean().item()
+    return scores, options

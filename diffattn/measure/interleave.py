@@ -1,6 +1,6 @@
 """Honest timing: variants take turns, round after round, and every ratio compares times of one round.
 
-Machines drift and neighbours make noise; what is measured within one round meets the same conditions.
+Machines drift and neighbours make noise, but the times within one round are taken under the same conditions.
 """
 
 import time
@@ -103,7 +103,7 @@ def interleave(
 ) -> Timings:
     """Time every variant once per round, in an order that rotates from round to round.
 
-    An interrupt loses the round under way and nothing else: `on_round` has seen all that were finished.
+    An interrupt loses only the current round: `on_round` has been called with all finished ones.
 
     Args:
         variants: name -> what to time, called without arguments.
@@ -112,9 +112,9 @@ def interleave(
         device: where the work runs; the clock waits for it.
         reference: the variant that ratios refer to; default the first.
         around: makes a context, entered before and left after every call of the named variant, not timed.
-        finished: rounds of an earlier measurement to go on from.
+        finished: rounds of an earlier measurement to continue.
         deadline: no round begins that would end after this time (`time.monotonic`), the first one excepted.
-        on_round: called after every round with all that is there so far.
+        on_round: called after every round with all rounds so far.
 
     Raises:
         ValueError: no variants, an unknown reference, fewer than one round, or rounds of other variants.
@@ -132,9 +132,8 @@ def interleave(
         began = time.monotonic()
         if deadline is not None and done and began + longest > deadline:
             break
-        shift = len(done) % len(names)
         seconds: dict[str, float] = {}
-        for name in names[shift:] + names[:shift]:
+        for name in rotated(names, len(done)):
             seconds[name], peak = _timed(variants[name], around(name), device)
             if peak is not None:
                 peaks[name] = max(peak, peaks.get(name, 0.0))
@@ -143,6 +142,17 @@ def interleave(
         if on_round is not None:
             on_round(Timings(str(reference), tuple(done), dict(peaks)))
     return Timings(str(reference), tuple(done), peaks)
+
+
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """The order of round `number`, counted from 0: every name comes first in turn, so that none profits from its place.
+
+    Args:
+        names: of the variants, at least one.
+        number: of the round.
+    """
+    shift = number % len(names)
+    return [*names[shift:], *names[:shift]]
 
 
 def _timed(
@@ -162,7 +172,7 @@ def _timed(
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)

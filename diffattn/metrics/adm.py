@@ -6,12 +6,12 @@ Shapes: N pictures, H, W pixels, d features.
 import hashlib
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffattn.files import write_whole
 from diffattn.metrics.features import as_uint8
 from diffattn.metrics.reference import Reference, Statistics
 
@@ -27,21 +27,23 @@ def read_statistics(
 
     Args:
         path: an `.npz` file.
-        extractor, extractor_hash, resize, count: what the file does not say: what it was made with, and from how many
+        extractor, extractor_hash, resize, count: the file does not record what it was made with, nor from how many
             pictures.
 
     Raises:
-        ValueError: not such a file; the message names it and what it holds.
+        ValueError: a file of another kind; the message names it and what it holds.
     """
     mean, cov = (torch.from_numpy(array.astype(np.float64)) for array in _read(path, "mu", "sigma"))
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise ValueError(
             f"{str(path)!r}: mu must be [d] and sigma [d, d], got {list(mean.shape)} and {list(cov.shape)}"
         )
-    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
-        raise ValueError(f"{str(path)!r} holds values that are NaN or infinite")
+    try:
+        statistics = Statistics(mean, cov, count)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} (mu is the mean, sigma the covariance): {error}") from None
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, Statistics(mean, cov, count))
+    return Reference(Path(path).stem, digest, extractor, extractor_hash, resize, statistics)
 
 
 def write_statistics(path: str | Path, statistics: Statistics, spatial: Statistics | None = None) -> None:
@@ -56,7 +58,7 @@ def read_pictures(path: str | Path) -> Tensor:
     """Pictures `arr_0` [N, H, W, 3] as uint8 [N, 3, H, W].
 
     Raises:
-        ValueError: not such a file; the message names it and what it holds.
+        ValueError: a file of another kind; the message names it and what it holds.
     """
     (pictures,) = _read(path, "arr_0")
     if pictures.ndim != 4 or pictures.shape[3] != 3 or pictures.dtype != np.uint8:
@@ -88,14 +90,16 @@ def _read(path: str | Path, *names: str) -> list[np.ndarray]:
             return [file[name] for name in names]
     except KeyError as error:
         raise ValueError(f"{str(path)!r} is of another layout: {error.args[0]}") from None
-    except (OSError, ValueError, AttributeError, TypeError, BadZipFile) as error:
-        raise ValueError(f"{str(path)!r} is not a readable .npz file: {error}") from error
+    except Exception as error:  # damaged zips and arrays make numpy raise nearly anything
+        reason = str(error) or type(error).__name__
+        if "pickle" in reason:  # numpy's message says how to load it all the same
+            reason = "Object arrays and other pickled content are never loaded, since that can run code"
+        raise ValueError(f"{str(path)!r} is not a readable .npz file: {reason}") from error
 
 
 def _write(path: str | Path, **arrays: Any) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        np.savez(file, **arrays)
-    fresh.replace(path)
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # to a path without its ending numpy adds ".npz"
+            np.savez(file, **arrays)
+
+    write_whole(Path(path), write)

@@ -44,10 +44,10 @@ class ClipScore:
 
         Args:
             images: uint8 [B, 3, h, w].
-            prompts: one per picture; cut where the model's text ends.
+            prompts: one per picture; truncated to the model's maximum length.
 
         Raises:
-            ValueError: another number of prompts than pictures.
+            ValueError: another number of prompts than pictures; a model that gives NaN or infinite values.
         """
         if len(images) != len(prompts):
             raise ValueError(f"there must be as many prompts as pictures, got {len(prompts)} and {len(images)}")
@@ -59,4 +59,6 @@ class ClipScore:
         with torch.inference_mode():
             output = self.model(**inputs.to(self.model.device))
             cosines = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
+        if not torch.isfinite(cosines).all():
+            raise ValueError(f"the CLIP model of {self.name!r} gave values that are NaN or infinite: check its weights")
         return (100 * cosines).clamp(min=0).cpu().clone()

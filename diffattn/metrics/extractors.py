@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features, by name. Figures of two extractors never compare.
+"""Networks that turn pictures into features, by name. Figures from two different extractors are never comparable.
 
 Shapes: B pictures of height h and width w, S side of the pictures inside the network, d features.
 """
@@ -34,15 +34,15 @@ DINOV2_SIDE = 224  # what DINOv2 is evaluated at; its configuration names the si
 class FeatureExtractor(nn.Module):
     """`extractor(images)`: uint8 pictures [B, 3, h, w] of any size -> features [B, d].
 
-    Fits where torchmetrics takes a feature extractor. Frozen, and always in evaluation mode.
+    Accepted wherever torchmetrics takes a feature extractor. Frozen, and always in evaluation mode.
 
     Attributes:
         name: its key in `EXTRACTORS`.
         hash: sha256 of the weights.
         num_features: d.
         input_size: S.
-        resize: how pictures get to S×S.
-        domain: the only pictures its features mean something for; None for pictures of any kind.
+        resize: how pictures are resized to S×S.
+        domain: the only kind of pictures its features are meaningful for; None: any.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class FeatureExtractor(nn.Module):
         return next(self.model.parameters()).device
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
-        """Stays in evaluation mode, whatever its owner does."""
+        """Stay in evaluation mode, whatever the mode of the owner."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class FeatureExtractor(nn.Module):
         return self.embed(images)
 
     def embed(self, images: Tensor) -> Tensor:
-        """What a kind of extractor does with checked pictures."""
+        """Features [B, d] of pictures that `forward` has checked; every kind of extractor has its own."""
         raise NotImplementedError
 
 
@@ -117,18 +117,18 @@ class VisionExtractor(FeatureExtractor):
 
 
 def load_extractor(name: str, source: str | Path | None = None, device: str | torch.device = "cpu") -> FeatureExtractor:
-    """An extractor by name.
+    """Load an extractor by name.
 
     Args:
-        name: "cifar-classifier" or "emoji-classifier" (come with the package, each for its own pictures only),
+        name: "cifar-classifier" or "emoji-classifier" (shipped, each for its own kind of pictures only),
             "inception" (needs torch-fidelity), "dinov2" or "clip".
-        source: where the weights are, instead of the usual place. A folder for the classifiers; a file for Inception,
+        source: where the weights are, if not in the usual place. A folder for the classifiers; a file for Inception,
             which is downloaded otherwise; a folder or hub id for DINOv2 and CLIP, by default "facebook/dinov2-base" and
             "openai/clip-vit-base-patch32".
         device: where to work.
 
     Raises:
-        ValueError: an unknown name, or weights that are not there or cannot be read; the message says how to get them.
+        ValueError: an unknown name, or weights that are missing or cannot be read; the message says how to get them.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"unknown extractor {name!r}; choose from {', '.join(EXTRACTORS)}")

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from diffattn.metrics.reference import Reference, Statistics, check_features
 
+ROUNDING = 1e-5  # of the largest eigenvalue: how far below 0 the least may be, of statistics stored in float32
+
 
 def fid(features: Tensor, reference: Reference | Statistics | Tensor) -> float:
     """Fréchet inception distance (Heusel et al. 2017, eq. 6) of generated pictures. Lower is better, 0 the least.
@@ -20,17 +22,20 @@ def fid(features: Tensor, reference: Reference | Statistics | Tensor) -> float:
         reference: what they are measured against; a tensor is features [M, d].
 
     Raises:
-        ValueError: fewer than 2 pictures on either side, values that are NaN or infinite, unequal d.
+        ValueError: fewer than 2 pictures on either side, values that are NaN or infinite, unequal d, a reference whose
+            covariance has negative eigenvalues.
     """
-    return frechet_distance(Statistics.of(features), _statistics(reference))
+    target = _statistics(reference)
+    return _distance(Statistics.of(features), target, _root(target.cov))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) in float64.
 
     Raises:
-        ValueError: unequal d.
+        ValueError: unequal d; a covariance with negative eigenvalues, which is none: the distance would come out as 0.
     """
+    _check_eigenvalues(torch.linalg.eigvalsh(a.cov))
     return _distance(a, b, _root(b.cov))
 
 
@@ -83,4 +88,15 @@ def _distance(a: Statistics, b: Statistics, root_b: Tensor) -> float:
 def _root(cov: Tensor) -> Tensor:
     """Symmetric square root; rounding may have made the smallest eigenvalues negative."""
     values, vectors = torch.linalg.eigh(cov)
+    _check_eigenvalues(values)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _check_eigenvalues(values: Tensor) -> None:
+    """Raise `ValueError` for eigenvalues of a covariance that are negative beyond rounding."""
+    least, most = values.min().item(), values.abs().max().item()
+    if least < -ROUNDING * most:
+        raise ValueError(
+            f"the covariance has eigenvalues from {least:.3g} to {values.max().item():.3g}: that of any pictures has "
+            "none below 0, so these statistics are damaged"
+        )

@@ -59,7 +59,7 @@ class Lpips:
         """LPIPS [B] on the CPU, 0 if identical, of pictures [B, 3, H, W] in 0..1.
 
         Raises:
-            ValueError: unequal shapes, or pictures of fewer than 31 pixels a side.
+            ValueError: unequal shapes; pictures of fewer than 31 pixels a side; a network that gives NaN.
         """
         if a.shape != b.shape or a.ndim != 4 or min(a.shape[2:]) < MIN_SIDE:
             raise ValueError(f"LPIPS needs pairs of pictures [B, 3, H, W] of {MIN_SIDE} pixels a side or more, "
@@ -67,7 +67,10 @@ class Lpips:
         with torch.inference_mode():
             pairs = zip(self.heads, self._stages(a), self._stages(b), strict=True)
             found = sum((head * (x - y).square()).sum(dim=1).mean(dim=(1, 2)) for head, x, y in pairs)
-        return torch.as_tensor(found).float().cpu().clone()
+        distances = torch.as_tensor(found).float().cpu().clone()
+        if not torch.isfinite(distances).all():
+            raise ValueError("the LPIPS network gave values that are NaN or infinite: check its weights")
+        return distances
 
     def _stages(self, x: Tensor) -> list[Tensor]:
         """Features after every rectifier, of unit length along the channels."""

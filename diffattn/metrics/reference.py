@@ -1,4 +1,4 @@
-"""The pictures that generated ones are measured against, as features and their moments.
+"""The pictures that generated ones are compared with, as features and their moments.
 
 Shapes: N pictures, d features, H, W pixels.
 """
@@ -13,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffattn.files import write_whole
 from diffattn.metrics.extractors import FeatureExtractor
 from diffattn.metrics.features import as_uint8, features_of
 
+ASYMMETRY = 1e-5  # of the largest entry: what rounding to float32 leaves between opposite entries of a covariance
 LABELS = ("name", "hash", "extractor", "extractor_hash", "resize")
 
 
@@ -36,11 +38,28 @@ def check_features(features: Tensor, least: int = 2) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean [d] and unbiased covariance [d, d] of features, float64."""
+    """Mean [d] and unbiased covariance [d, d] of features, float64.
+
+    Raises:
+        ValueError: other shapes, values that are NaN or infinite, or a covariance that is not symmetric. That it has no
+            negative eigenvalues either is checked where its eigenvalues are taken, see `frechet_distance`.
+    """
 
     mean: Tensor
     cov: Tensor
     count: int | None  # N, None if unknown
+
+    def __post_init__(self) -> None:
+        mean, cov = self.mean, self.cov
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not len(mean):
+            raise ValueError(f"the mean must be [d] and the covariance [d, d], got {list(mean.shape)} and "
+                             f"{list(cov.shape)}")  # fmt: skip
+        for name, values in (("mean", mean), ("covariance", cov)):
+            if not torch.isfinite(values).all():
+                raise ValueError(f"the {name} holds values that are NaN or infinite")
+        off = (cov - cov.T).abs().max().item()
+        if off > ASYMMETRY * cov.abs().max().item():
+            raise ValueError(f"the covariance is not symmetric: opposite entries differ by up to {off:.3g}")
 
     @classmethod
     def of(cls, features: Tensor) -> "Statistics":
@@ -64,6 +83,7 @@ class Reference:
     resize: str
     statistics: Statistics
     features: Tensor | None = None  # [N, d] float32; KID, precision and recall need it, FID does not
+    size: tuple[int, int] | None = None  # (H, W) of the pictures; None: unknown, or of several sizes
 
     @classmethod
     def of(
@@ -79,27 +99,26 @@ class Reference:
         features = features_of(hashed, extractor, batch_size, on_batch)
         statistics = Statistics.of(features)
         digest = hashed.digest.hexdigest()
-        return cls(name, digest, extractor.name, extractor.hash, extractor.resize, statistics, features)
+        size = next(iter(hashed.sizes)) if len(hashed.sizes) == 1 else None
+        return cls(name, digest, extractor.name, extractor.hash, extractor.resize, statistics, features, size)
 
     def save(self, path: str | Path, features: bool = True) -> None:
-        """Write a safetensors file at once; `features=False` keeps mean and covariance only."""
-        path = Path(path)
+        """Write a safetensors file, see `write_whole`; `features=False` keeps mean and covariance only."""
         tensors = {"mean": self.statistics.mean, "cov": self.statistics.cov}
         if features and self.features is not None:
             tensors["features"] = self.features
         labels = {label: getattr(self, label) for label in LABELS} | {"count": str(self.statistics.count or "")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        save_file({key: x.contiguous() for key, x in tensors.items()}, fresh, labels)
-        fresh.chmod(0o644)
-        fresh.replace(path)
+        if self.size is not None:
+            labels["size"] = "{}x{}".format(*self.size)
+        whole = {key: x.contiguous() for key, x in tensors.items()}
+        write_whole(Path(path), lambda part: save_file(whole, part, labels))
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
-        """What `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: not such a file; the message names it.
+            ValueError: not such a file, or values that are NaN or infinite; the message names it.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -108,21 +127,31 @@ class Reference:
             count = int(labels["count"]) if labels["count"] else None
             statistics = Statistics(tensors["mean"], tensors["cov"], count)
             name, digest, *extractor = (labels[label] for label in LABELS)
-            return cls(name, digest, extractor[0], extractor[1], extractor[2], statistics, tensors.get("features"))
-        except (OSError, SafetensorError, KeyError) as error:
+            features = check_features(tensors["features"]).float() if "features" in tensors else None
+            size = _size(labels["size"]) if "size" in labels else None
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not a reference saved by diffattn: {error}") from error
+        return cls(name, digest, extractor[0], extractor[1], extractor[2], statistics, features, size)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "HxW" -> (H, W)"""
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 class _Hashed:
-    """Chunks of pictures as they pass, and the sha256 of all of them, however they were cut into chunks."""
+    """Passes chunks of pictures on, and takes the sha256 of all of them, however they are cut into chunks."""
 
     def __init__(self, images: Iterable[Tensor]) -> None:
         self.images = images
         self.digest = hashlib.sha256()
+        self.sizes: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Iterator[Tensor]:
         for chunk in map(as_uint8, self.images):
             for picture in chunk.cpu():
+                self.sizes.add((picture.shape[1], picture.shape[2]))
                 self.digest.update(str(tuple(picture.shape)).encode())
                 self.digest.update(picture.contiguous().numpy().tobytes())
             yield chunk

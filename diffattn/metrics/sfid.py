@@ -62,7 +62,11 @@ def both_features(extractor: FeatureExtractor, images: Tensor) -> tuple[Tensor, 
 
 
 def read_spatial_statistics(path: str | Path) -> Statistics | None:
-    """`mu_s` and `sigma_s` of an ADM `.npz`; None if it has none, or is no such file."""
+    """`mu_s` and `sigma_s` of an ADM `.npz`; None if it has none, or is no such file.
+
+    Raises:
+        ValueError: as `Statistics`; the message names the file.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             if not {"mu_s", "sigma_s"} <= set(file.files):
@@ -70,4 +74,7 @@ def read_spatial_statistics(path: str | Path) -> Statistics | None:
             mean, cov = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu_s", "sigma_s"))
     except (OSError, ValueError):
         return None
-    return Statistics(mean, cov, None)
+    try:
+        return Statistics(mean, cov, None)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} (mu_s is the mean, sigma_s the covariance): {error}") from None

@@ -4,6 +4,7 @@ Shapes: N = h·w tokens on a grid (h, w), n mediators.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from diffattn.functional import mediator_side
 from diffattn.models.attention import ATTENTION
@@ -14,7 +15,7 @@ SIZES = {
     "L": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16},
     "XL": {"hidden_size": 1152, "num_layers": 28, "num_heads": 16},
 }
-PRESETS: Mapping[str, dict[str, int]] = {
+PRESETS: Mapping[str, dict[str, Any]] = {
     f"{name}/{patch}": {**size, "patch_size": patch} for name, size in SIZES.items() for patch in (2, 4, 8)
 }
 """The published sizes, "S/2" to "XL/8": `DiT(**PRESETS["S/2"])`."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diffattn.files import read_text
+from diffattn.files import decode_text, read_text
 from diffattn.methods import METHODS
 from diffattn.methods.base import AttentionMethod
 from diffattn.schedules import EXACT, MAX_PHASES, NoiseSchedule
@@ -43,7 +43,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if isinstance(recipe, str | Path):
         try:
-            recipe = read_text(Path(recipe).read_text(encoding="utf-8"))
+            recipe = read_text(decode_text(Path(recipe).read_bytes()))
         except (OSError, ValueError) as error:
             raise ValueError(f"recipe {str(recipe)!r} is not a readable JSON file: {error}") from None
     if not isinstance(recipe, Mapping):

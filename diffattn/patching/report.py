@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from diffattn.tables import text_table
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -74,15 +76,13 @@ class Report:
 
     def __str__(self) -> str:
         head = ("layer", "level", "tokens", "method", "accelerated", "exact", "why exact")
-        rows = [head, *(_row(layer) for layer in self.layers if layer.left_alone is None)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows = [_row(layer) for layer in self.layers if layer.left_alone is None]
         preset = f", preset {self.preset}" if self.preset else ""
         state = " (removed)" if self.removed else ""
         return "\n".join(
             [
                 f"{self.model}: {self.method}{preset}{state}",
-                *lines,
+                text_table(head, rows, drop_empty=False),
                 f"{self.layers_patched} layers patched, {self.layers_accelerated} ran accelerated; "
                 f"{self.calls_accelerated} calls accelerated, {self.calls_passed_through} exact; "
                 f"{self.runs} runs, {self.calls} denoiser calls",

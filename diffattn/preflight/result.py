@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from diffattn.machine import where
 from diffattn.measure.interleave import Spread
-from diffattn.measure.tables import text_table
+from diffattn.tables import text_table
 
 MIN_SHARE = 0.1
 

@@ -1,4 +1,8 @@
-"""Class names and ids of a pipeline."""
+"""Class names and ids of a pipeline.
+
+One rule holds wherever a class is named, in Python, on the command line and on the page: a whole number (int) is an id;
+text is a name if some class has it, and an id if it consists of digits and no class has it as a name.
+"""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -7,6 +11,9 @@ from typing import Any
 
 SHOWN = 20
 """More names than this are not listed in an error."""
+
+
+MAX_DIGITS = 20  # of an id in text
 
 
 class ClassNames:
@@ -32,14 +39,20 @@ class ClassNames:
 
     @property
     def labels(self) -> dict[str, int]:
-        """Name -> id, in the order of the names, without names that several classes share."""
+        """Name -> id in ascending order of the names, without names that several classes share."""
         return {name: ids[0] for name, ids in sorted(self._ids.items()) if len(ids) == 1}
 
     def ids(self, labels: Any) -> list[int]:
         """Class ids of an id, a name, or a list of both.
 
+        Args:
+            labels: an int is an id. Text is a name, or several names of one class with commas between them; digits that
+                are no name are an id. A name wins: where the classes are called "0", "1", "10", "2", the text "2" is
+                the last of them, with the id 3, and the int 2 is the class "10".
+
         Raises:
-            ValueError: no label at all; an unknown or ambiguous name; an id out of range.
+            ValueError: no label at all; an unknown or ambiguous name; an id out of range; digits that are no name where
+                all names are digits.
             TypeError: something that is neither id nor name.
         """
         found = [self._id(label) for label in (labels if _is_list(labels) else [labels])]
@@ -53,17 +66,42 @@ class ClassNames:
         try:
             found = index(label)
         except TypeError:
-            raise TypeError(f"a class label is an id (int) or a name (str), got {label!r}") from None
+            found = None
+        if found is None or isinstance(label, bool):
+            raise TypeError(f"a class label is an id (int) or a name (str), got {label!r}")
         self._check_id(found)
         return found
 
     def _id_of_name(self, name: str) -> int:
-        ids = self._ids.get(name.strip(), [])
+        text = name.strip()
+        ids = self._ids.get(text) or self._common_ids(text)
+        if len(ids) == 1:
+            return ids[0]
         if len(ids) > 1:
-            raise ValueError(f"the class name {name!r} stands for several ids: {ids}; give the id")
-        if not ids:
-            raise ValueError(f"unknown class name {name!r}; {self._known(name)}, or an id from {self._range}")
-        return ids[0]
+            raise ValueError(f"the class name {name!r} stands for several ids: {ids}; give the id, or another name")
+        if _is_number(text):
+            return self._id_of_digits(text)
+        raise ValueError(f"unknown class name {name!r}; {self._known(name)}, or an id from {self._range}")
+
+    def _common_ids(self, text: str) -> list[int]:
+        """The classes that have all the names in a text such as "Tinca tinca, tench"."""
+        parts = [part.strip() for part in text.split(",")]
+        if len(parts) < 2 or not all(parts):
+            return []
+        return sorted(set.intersection(*(set(self._ids.get(part, ())) for part in parts)))
+
+    def _id_of_digits(self, digits: str) -> int:
+        """The id in digits that are no name."""
+        bare = digits.lstrip("0") or "0"
+        if len(bare) > MAX_DIGITS or int(bare) >= self.num_classes:
+            raise ValueError(f"class ids are from {self._range}, got {digits[: 2 * MAX_DIGITS]}; {self._known(digits)}")
+        if self._ids and all(map(_is_number, self._ids)):
+            called = (self.id2label or {}).get(int(bare), "")
+            raise ValueError(
+                f"{digits!r} is ambiguous: the classes have numbers as names, and none is called {digits!r}; as an id "
+                f"it would be the class {called!r}; {self._known(digits)}"
+            )
+        return int(bare)
 
     def _known(self, name: str) -> str:
         names = sorted(self._ids)
@@ -83,6 +121,10 @@ class ClassNames:
 
 def _is_list(labels: Any) -> bool:
     """Lists, tuples, ranges, and tensors or arrays with a dimension."""
-    if isinstance(labels, str):
+    if isinstance(labels, str | bytes):
         return False
     return isinstance(labels, Sequence) or getattr(labels, "ndim", 0) > 0
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()

@@ -66,9 +66,12 @@ class SiTPipeline(DiffusionPipeline):
             `EulerMaruyamaScheduler` for the SDE.
         vae: decodes the latents; None: the transformer draws pixels from -1 to 1.
         id2label: class id -> its names, separated by commas.
+        guidance_scale: the model's own, which a call without one takes; it is saved with the pipeline. None: 1, no
+            guidance.
 
     Raises:
-        ValueError: the transformer predicts noise, or was trained on another path than the SDE's; an id out of range.
+        ValueError: the transformer predicts noise, or was trained on another path than the SDE's; an id out of range;
+            guidance below 0, or other than 1 for a transformer without a null class.
         TypeError: a scheduler that does not sample velocity models.
     """
 
@@ -82,13 +85,16 @@ class SiTPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler | EulerMaruyamaScheduler,
         vae: AutoencoderKL | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         check_velocity_model(transformer)
         check_scheduler(scheduler, transformer)
+        if guidance_scale is not None:
+            check_guidance(transformer.config, guidance_scale, None)
         self.class_names = ClassNames(id2label, transformer.config["num_classes"])
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=self.class_names.id2label)
+        self.register_to_config(id2label=self.class_names.id2label, guidance_scale=guidance_scale)
         self.image_processor = VaeImageProcessor()
         self._guidance_scale = 1.0
         self._guidance_channels: int | None = None
@@ -129,6 +135,12 @@ class SiTPipeline(DiffusionPipeline):
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def own_guidance(self) -> float:
+        """The guidance scale of a call that names none: what the model was saved with, else 1."""
+        saved = self.config.get("guidance_scale")
+        return 1.0 if saved is None else float(saved)
+
+    @property
     def guidance_scale(self) -> float:
         """Of the run under way."""
         return self._guidance_scale
@@ -153,7 +165,7 @@ class SiTPipeline(DiffusionPipeline):
         self,
         class_labels: Labels,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         guidance_channels: int | None = None,
         num_images_per_label: int = 1,
         height: int | None = None,
@@ -169,9 +181,9 @@ class SiTPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels: a class id or name, or a list of them.
+            class_labels: a class id (int) or name (str), or a list of them; see `ClassNames.ids`.
             num_inference_steps: N steps on a uniform grid. Heun evaluates the transformer 2N - 1 times, the others N.
-            guidance_scale: w of v = v_null + w·(v_class - v_null); 1 is no guidance.
+            guidance_scale: w of v = v_null + w·(v_class - v_null); 1 is no guidance; None: see `own_guidance`.
             guidance_channels: guide only the first so many channels, the official samplers 3 of 4; None: all.
             num_images_per_label: of each label, side by side.
             height, width: in pixels, multiples of the patch size times the VAE's factor; None: as trained.
@@ -181,7 +193,7 @@ class SiTPipeline(DiffusionPipeline):
             return_dict: False for a tuple (images,), or (images, trace).
             return_trace: also return what a patch did in every call.
             callback_on_step_end: called as f(pipe, step, timestep, tensors) after every evaluation; it may return
-                other tensors to go on with.
+                other tensors to continue with.
             callback_on_step_end_tensor_inputs: names of the tensors it is given; there is "latents".
 
         Returns:
@@ -194,6 +206,7 @@ class SiTPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler, self.transformer)
         check_at_least_1("num_inference_steps", num_inference_steps)
         check_at_least_1("num_images_per_label", num_images_per_label)
+        guidance_scale = self.own_guidance if guidance_scale is None else guidance_scale
         check_guidance(self.transformer.config, guidance_scale, guidance_channels)
         check_output_type(self.transformer.config, output_type, self.vae is not None)
         check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)

@@ -2,9 +2,11 @@
 
 A checkpoint is a folder `step-00001000` with safetensors and JSON, written under a temporary name, flushed to disk,
 marked complete and renamed. Whatever is not complete is never read, and goes when the next save begins. Old
-checkpoints are removed only when a new one is in place, and lose their name first.
+checkpoints are removed only when a new one is in place, and lose their name first. The state holds a SHA-256 of every
+file of tensors, so that bytes that a disk lost later are noticed.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -22,6 +24,7 @@ from torch import Tensor
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
+CHECKSUMS = "checksums"  # of the state: file of tensors -> SHA-256
 TENSORS = ("model", "ema", "optimizer", "random")
 """Each is a file of tensors by name."""
 
@@ -51,8 +54,9 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[s
     try:
         temporary.mkdir()
         for name in TENSORS:
-            _write_tensors(temporary / f"{name}.safetensors", tensors.get(name, {}))
-        _write(temporary / STATE, json.dumps(state, indent=1).encode())
+            _write_tensors(temporary / _file(name), tensors.get(name, {}))
+        sums = {_file(name): checksum(temporary / _file(name)) for name in TENSORS}
+        _write(temporary / STATE, json.dumps({**state, CHECKSUMS: sums}, indent=1).encode())
         _write(temporary / COMPLETE, b"")
         _flush(temporary)
         replaced = [_put_aside(final)] if final.exists() else []
@@ -81,15 +85,30 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The tensors and the state of a checkpoint.
 
     Raises:
-        ValueError: it is not a complete checkpoint, or cannot be read.
+        ValueError: it is not a complete checkpoint, cannot be read, or a file of tensors has changed since it was
+            written.
     """
     if not (folder / COMPLETE).is_file():
         raise ValueError(f"{str(folder)!r} is not a complete checkpoint")
     try:
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
-        return tensors, json.loads((folder / STATE).read_text())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {str(folder)!r} cannot be read: {error}") from None
+        state = json.loads((folder / STATE).read_text())
+        sums = state.pop(CHECKSUMS, {})  # not in checkpoints of earlier versions
+        damaged = [file for file, expected in sums.items() if checksum(folder / file) != expected]
+        if damaged:
+            raise ValueError(f"the bytes of {', '.join(damaged)} have changed since they were written")
+        return {name: load_file(folder / _file(name)) for name in TENSORS}, state
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {str(folder)!r} is damaged and cannot be read: {error}") from None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file(name: str) -> str:
+    return f"{name}.safetensors"
 
 
 def random_states() -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 What stands later wins: defaults, preset, file, `section.field=value` settings.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -12,6 +13,7 @@ from typing import Any, Self, get_args, get_origin
 
 import yaml
 
+from diffattn.files import decode_text
 from diffattn.models.config import PATHS, check_one_of
 from diffattn.models.config import PRESETS as MODEL_PRESETS
 from diffattn.training.ranges import check_ranges
@@ -67,6 +69,17 @@ class ObjectiveConfig:
     distill_weight: float = 1.0  # of the relative error of each mediator layer against the teacher's
     bins: int = 10  # of t, for the loss per bin
 
+    def warnings(self) -> list[str]:
+        """What a user should know before such a run."""
+        if self.label_dropout == 0:
+            return [
+                "objective.label_dropout=0 trains no null class: the model will draw without guidance "
+                "(guidance_scale=1) only"
+            ]
+        if self.label_dropout == 1:
+            return ["objective.label_dropout=1 trains no class but the null class: the model will not know its labels"]
+        return []
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -100,12 +113,13 @@ class RunConfig:
     keep: int = 2  # checkpoints
     sample_every: int = 10_000  # 0 for never
     sample_steps: int = 50
-    guidance: float = 4.0  # of the sample grids
+    guidance: float = 4.0  # of the sample grids, and the default of the exported pipeline; 1 without a null class
     eval_every: int = 0  # steps; quality for every number of mediators, 0 for never
     eval_samples: int = 1_000
     extractor: str = "cifar-classifier"  # feature extractor of the evaluation
     max_bad_steps: int = 10  # consecutive non-finite steps after which training stops
     trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate; those not installed are left out
+    timeout_minutes: float = 30.0  # that a process waits for the others before the run is given up
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,22 @@ class TrainConfig:
         """As JSON can hold it."""
         return json.loads(json.dumps(asdict(self)))
 
+    def fingerprint(self) -> str:
+        """A short hash of everything that all processes of a run must have alike; their paths may differ."""
+        values = self.to_dict()
+        shared = {
+            f"{s}.{name}": v
+            for s, fields in values.items()
+            for name, v in fields.items()
+            if f"{s}.{name}" not in PATH_FIELDS
+        }
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def own_guidance(self) -> float:
+        """The guidance scale of the sample grids and of the exported pipeline; 1 without a null class."""
+        return self.run.guidance if self.objective.label_dropout else 1.0
+
     def model_arguments(self) -> dict[str, Any]:
         """The arguments of `DiT` that this configuration sets; those the data decide are not among them."""
         names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
@@ -186,11 +216,20 @@ class TrainConfig:
         return given | (dict(MODEL_PRESETS[self.model.size]) if self.model.size else {})
 
 
+PATH_FIELDS = frozenset(
+    {
+        "data.source", "data.vae", "data.cache", "data.num_workers", "data.in_memory", "model.start",
+        "objective.distill", "run.out",
+    }
+)  # fmt: skip
+"""Fields in which the machines of one run may differ: where the same things are, and how they are read."""
+
 FREE_TO_CHANGE = frozenset(
     {
         "data.source", "data.cache", "data.in_memory", "data.num_workers", "run.out", "run.steps", "run.log_every",
         "run.save_every", "run.keep", "run.sample_every", "run.sample_steps", "run.guidance", "run.eval_every",
         "run.eval_samples", "run.extractor", "run.trackers", "run.max_bad_steps", "run.compile",
+        "run.timeout_minutes",
         "run.gradient_checkpointing", "optim.accumulation", "objective.bins", "model.start",
     }
 )  # fmt: skip
@@ -222,8 +261,8 @@ def _merge(values: dict[str, dict[str, Any]], more: Mapping[str, Mapping[str, An
 
 def _read_file(file: str | Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(Path(file).read_text())  # JSON is YAML too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(decode_text(Path(file).read_bytes()))  # JSON is YAML too
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{str(file)!r} is not a readable JSON or YAML file: {error}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(file)!r} must hold sections such as data and model, got {content!r}")

@@ -25,6 +25,25 @@ def freeze_backbone(model: DiT) -> None:
         parameter.requires_grad_(any(part in name for part in MEDIATOR_PARTS))
 
 
+def check_frozen(new: Sequence[str]) -> None:
+    """Raise `ValueError` if weights that `freeze_backbone` does not train did not come from a trained model.
+
+    Args:
+        new: the parameters that `model.start` did not decide.
+    """
+    untrained = [name for name in new if not any(part in name for part in MEDIATOR_PARTS)]
+    if untrained == ["y_embedder.embedding_table.weight"]:
+        raise ValueError(
+            "model.freeze_backbone: model.start has no null class, and a frozen one would never be trained; "
+            "set objective.label_dropout=0"
+        )
+    if untrained:
+        raise ValueError(
+            f"model.freeze_backbone: {len(untrained)} parameters of the backbone, such as {untrained[0]}, would keep "
+            "their random values; give a trained model as model.start"
+        )
+
+
 class Distillation:
     """Relative error of each mediator layer's output against the teacher's softmax on the same input.
 

@@ -1,84 +1,122 @@
 """What a run says: a line, and figures for the trackers, every so many steps."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from diffattn.training.loop import Progress, Trainer
+from diffattn.training.objective import LossBins
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # optimizer steps, skipped ones included
+    skipped: int = 0  # because the loss or its gradient was not finite
+    seconds: float = 0.0  # of training, all runs together
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What the log needs to know of a step."""
+
+    loss: Tensor  # mean over this process's samples, on the device
+    norm: Tensor  # of the gradient over all processes
+    lr: float
 
 
 class StepLog:
     """Collects losses on the device and reads them when a line is due.
 
+    Nothing that is written here is worth a run: a tracker that fails (TensorBoard on a full disk) is reported once
+    and left out from then on.
+
     Args:
         accelerator: whose trackers and processes are used.
         every: steps between lines.
+        steps: of the whole run.
+        batch: samples of a step, over all processes.
         say: prints a line, on the main process.
     """
 
-    def __init__(self, accelerator: Any, every: int, say: Callable[[str], None]) -> None:
+    def __init__(self, accelerator: Any, every: int, steps: int, batch: int, say: Callable[[str], None]) -> None:
         self.accelerator = accelerator
-        self.every = every
+        self.every, self.steps, self.batch = every, steps, batch
         self._say = say
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
+        self._done: list[StepDone] = []
 
     def say(self, line: str) -> None:
         if self.accelerator.is_main_process:
-            self._say(line)
+            with suppress(OSError):  # standard output may be a file on a full disk, or a pipe that was closed
+                self._say(line)
 
-    def begin(self, progress: "Progress") -> None:
-        """The run begins, or goes on, from here."""
+    def begin(self, progress: Progress) -> None:
+        """The run begins, or resumes, from here."""
         self._mark = (progress.step, progress.seconds)
 
     @contextmanager
-    def timed(self, progress: "Progress") -> Iterator[None]:
+    def timed(self, progress: Progress) -> Iterator[None]:
         """The time of a step counts as training."""
         start = time.monotonic()
         yield
         progress.seconds += time.monotonic() - start
 
-    def add(self, trainer: "Trainer", loss: Tensor, norm: Tensor) -> None:
-        """A step is done."""
-        self._losses.append(loss)
-        self._norms.append(norm)
-        if trainer.progress.step % self.every == 0:
-            self.flush(trainer)
+    def add(self, done: StepDone, progress: Progress, bins: LossBins) -> None:
+        """A step is done; `progress` counts it. Every process must call it."""
+        self._done.append(done)
+        if progress.step % self.every == 0:
+            self.flush(progress, bins)
 
-    def flush(self, trainer: "Trainer") -> None:
+    def flush(self, progress: Progress, bins: LossBins) -> None:
         """Say and track what has been collected. Every process must call it."""
-        if not self._losses:
+        if not self._done:
             return
-        figures = self._figures(trainer)
-        self._losses, self._norms = [], []
-        self._mark = (trainer.progress.step, trainer.progress.seconds)
-        self.accelerator.log(figures, step=trainer.progress.step)
-        left = (trainer.config.run.steps - trainer.progress.step) * figures["seconds_per_step"]
-        skipped = f", {trainer.progress.skipped} steps skipped" if trainer.progress.skipped else ""
+        figures = self._figures(progress, bins)
+        self._done = []
+        self._mark = (progress.step, progress.seconds)
+        self.track(figures, progress.step)
+        left = (self.steps - progress.step) * figures["seconds_per_step"]
+        skipped = f", {progress.skipped} steps skipped" if progress.skipped else ""
         self.say(
-            f"step {trainer.progress.step}/{trainer.config.run.steps}  loss {figures['loss']:.4f}  "
+            f"step {progress.step}/{self.steps}  loss {figures['loss']:.4f}  "
             f"gradient {figures['gradient_norm']:.2f}  lr {figures['lr']:.1e}  "
             f"{figures['samples_per_second']:.1f} img/s  {_duration(left)} left{skipped}"
         )
 
-    def _figures(self, trainer: "Trainer") -> dict[str, float]:
-        loss = self.accelerator.reduce(torch.stack(self._losses).mean(), "mean")
-        bins = self.accelerator.reduce(trainer.bins.sums, "sum")
-        steps = trainer.progress.step - self._mark[0]
-        seconds = max(trainer.progress.seconds - self._mark[1], 1e-9)
+    def track(self, figures: Mapping[str, float], step: int) -> None:
+        """Hand figures to the trackers."""
+        self._each_tracker(lambda tracker: tracker.log(dict(figures), step=step))
+
+    def finish(self) -> None:
+        """Close the trackers."""
+        self._each_tracker(lambda tracker: tracker.finish())
+
+    def _each_tracker(self, action: Callable[[Any], None]) -> None:
+        for tracker in list(self.accelerator.trackers):
+            try:
+                action(tracker)
+            except Exception as error:  # a tracker may raise what its library likes
+                self.accelerator.trackers.remove(tracker)
+                self.say(f"{tracker.name} failed and is left out from here on: {error}")
+
+    def _figures(self, progress: Progress, bins: LossBins) -> dict[str, float]:
+        loss = self.accelerator.reduce(torch.stack([done.loss for done in self._done]).mean(), "mean")
+        sums = self.accelerator.reduce(bins.sums, "sum")
+        steps = progress.step - self._mark[0]
+        seconds = max(progress.seconds - self._mark[1], 1e-9)
         return {
             "loss": float(loss),
-            "gradient_norm": float(torch.stack(self._norms).float().mean()),
-            "lr": trainer.optimizer.param_groups[0]["lr"],
-            "samples_per_second": steps * trainer.config.optim.batch / seconds,
+            "gradient_norm": float(torch.stack([done.norm for done in self._done]).float().mean()),
+            "lr": self._done[-1].lr,
+            "samples_per_second": steps * self.batch / seconds,
             "seconds_per_step": seconds / max(steps, 1),
-            "skipped_steps": float(trainer.progress.skipped),
-            **trainer.bins.read(bins),
+            "skipped_steps": float(progress.skipped),
+            **bins.read(sums),
         }
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -23,17 +22,11 @@ from diffattn.training import checkpoints, state
 from diffattn.training.batches import Batches
 from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
 from diffattn.training.distill import Distillation
-from diffattn.training.log import StepLog
+from diffattn.training.log import Progress, StepDone, StepLog
 from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    step: int = 0  # optimizer steps, skipped ones included
-    skipped: int = 0  # because the loss or its gradient was not finite
-    seconds: float = 0.0  # of training, all runs together
+from diffattn.training.processes import agree, asked_to_stop, on_main
+from diffattn.training.resume import HINT, Saved, without_null_class
+from diffattn.training.signals import Stopped, StopRequest
 
 
 class NonFiniteLoss(RuntimeError):
@@ -60,7 +53,10 @@ class Trainer:
         batches: of this process.
         accelerator: of accelerate; decides processes, device and precision.
         distillation: from a softmax teacher, or None.
-        on_step: called after every step with the trainer, on every process; sample grids and evaluation hang here.
+        on_step: called after every step with the trainer and the log, on every process; sample grids and evaluation
+            hang here.
+        progress: of the run so far.
+        stop: is set when a signal asks the run to stop.
     """
 
     config: TrainConfig
@@ -68,8 +64,9 @@ class Trainer:
     batches: Batches
     accelerator: Accelerator
     distillation: Distillation | None = None
-    on_step: Callable[["Trainer"], None] | None = None
+    on_step: Callable[["Trainer", StepLog], None] | None = None
     progress: Progress = field(default_factory=Progress)
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         self.loss_of = VelocityLoss(self.config.objective, self.model.config["num_classes"])
@@ -98,33 +95,41 @@ class Trainer:
 
     # --- resume and save ---
 
-    def resume(self) -> bool:
-        """Go on from the latest complete checkpoint, if there is one.
+    def resume(self, saved: Saved) -> None:
+        """Continue from a checkpoint.
 
         Raises:
-            ValueError: it was made with other classes, or another configuration; the message names what differs.
+            ValueError: it was made with other classes, pictures or another configuration; the message names what
+                differs.
         """
-        folder = checkpoints.latest(self.root)
-        if folder is None:
-            return False
-        tensors, saved = checkpoints.load(folder)
-        if "classes" in saved:  # not in checkpoints of earlier versions
-            check_classes(self.batches.dataset.class_names, saved["classes"])
-        old = TrainConfig.from_dict(saved["config"])
-        differing = differing_fields(old, self.config)
-        if saved["data"] != self.batches.fingerprint:
+        if "classes" in saved.state:  # not in checkpoints of earlier versions
+            check_classes(self.batches.dataset.class_names, saved.state["classes"])
+        differing = differing_fields(TrainConfig.from_dict(saved.state["config"]), self.config)
+        if saved.state["data"] != self.batches.fingerprint:
             differing.append("the pictures (another data.source, or changed files)")
         if differing:
-            raise ValueError(f"{folder} was made with another configuration: {'; '.join(differing)}")
+            raise ValueError(f"{saved.folder} was made with another configuration: {'; '.join(differing)}")
+        tensors = saved.tensors
+        if not self.model.config["null_class"]:
+            tensors = without_null_class(tensors, self.model.config["num_classes"])
         state.restore(self.model, self.ema, self.optimizer.optimizer, tensors)
-        self.ema.optimization_step = saved["ema_step"]
-        checkpoints.restore_random_states(tensors["random"])
-        self.progress = Progress(**saved["progress"])
+        self.ema.optimization_step = saved.state["ema_step"]
+        checkpoints.restore_random_states(saved.tensors["random"])
+        self.progress = Progress(**saved.state["progress"])
         self.saved_step = self.progress.step
-        return True
+
+    def check_processes(self) -> None:
+        """Compare step and weights over all processes, every one of which must call it.
+
+        Raises:
+            ValueError: they differ; on every process.
+        """
+        if self.accelerator.num_processes > 1:
+            weights = state.digest(self.model)[:12]
+            agree(self.accelerator, {"the step": self.progress.step, "the weights": weights}, HINT)
 
     def save(self) -> None:
-        """Write a checkpoint. Every process must call it; the first one writes.
+        """Write a checkpoint. Every process must call it; the main one writes.
 
         Raises:
             OSError: it could not be written; on every process.
@@ -136,23 +141,16 @@ class Trainer:
             "optimizer": state.optimizer_tensors(self.optimizer.optimizer, self.model, keep=writes),
             "random": checkpoints.random_states(),
         }
-        failure: list[OSError | None] = [None]
-        if writes:
-            rest = {
-                "config": self.config.to_dict(),
-                "data": self.batches.fingerprint,
-                "classes": list(self.batches.dataset.class_names),
-                "progress": vars(self.progress),
-                "ema_step": self.ema.optimization_step,
-            }
-            try:
-                checkpoints.save(self.root, self.progress.step, tensors, rest, self.config.run.keep)
-            except OSError as error:
-                failure[0] = error
-        broadcast_object_list(failure)  # nobody goes on before the first process is done
-        if failure[0] is not None:
-            raise failure[0]
-        self.saved_step = self.progress.step
+        rest = {
+            "config": self.config.to_dict(),
+            "data": self.batches.fingerprint,
+            "classes": list(self.batches.dataset.class_names),
+            "progress": vars(self.progress),
+            "ema_step": self.ema.optimization_step,
+        }
+        step, keep = self.progress.step, self.config.run.keep
+        on_main(self.accelerator, lambda: checkpoints.save(self.root, step, tensors, rest, keep))
+        self.saved_step = step
 
     # --- steps ---
 
@@ -162,6 +160,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: after `run.max_bad_steps` bad steps in a row.
             OSError: the last checkpoint could not be written; a failure before is logged and tried again.
+            Stopped: by a signal, once the steps done are in a checkpoint.
         """
         self.wrapped.train()
         run = self.config.run
@@ -172,17 +171,38 @@ class Trainer:
             with log.timed(self.progress):
                 loss, norm = self.step(x, y)
             self.progress.step += 1
-            log.add(self, loss, norm)
+            log.add(StepDone(loss, norm, self.optimizer.param_groups[0]["lr"]), self.progress, self.bins)
             if self.on_step is not None:
-                self.on_step(self)
+                self.on_step(self, log)
+            if signal := asked_to_stop(self.accelerator, self.stop):
+                self._stop(signal)
             if self.progress.step % run.save_every == 0 and self.progress.step < run.steps:
-                try:
-                    self.save()
-                except OSError as error:
-                    log.say(f"checkpoint at step {self.progress.step} not written: {error}; the last one stays")
-        log.flush(self)
+                self._try_to_save(log)
+        log.flush(self.progress, self.bins)
         if self.saved_step != self.progress.step:
             self.save()
+
+    def _try_to_save(self, log: StepLog) -> None:
+        """A checkpoint on the way; training outlives its failure."""
+        try:
+            self.save()
+        except OSError as error:
+            log.say(f"checkpoint at step {self.progress.step} not written: {error}; {self._what_is_there()}")
+
+    def _what_is_there(self) -> str:
+        return "there is no checkpoint yet" if self.saved_step is None else f"that of step {self.saved_step} stays"
+
+    def _stop(self, signal: int) -> None:
+        """Save what is done and raise `Stopped`."""
+        step = self.progress.step
+        try:
+            if self.saved_step != step:
+                self.save()
+        except OSError as error:
+            lost = f"at step {step}, whose checkpoint could not be written: {error}; {self._what_is_there()}"
+            raise Stopped(signal, lost) from None
+        folder = checkpoints.folder_of(self.root, step)
+        raise Stopped(signal, f"at step {step}; checkpoint saved to {folder}, the same command resumes there")
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step on this process's samples; mean unweighted loss and gradient norm, on the device.

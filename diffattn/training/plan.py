@@ -16,20 +16,40 @@ OPTIMIZER_BYTES = 4 * (1 + 1 + 2 + 1)
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """How a run is spread, and its precision."""
+
+    processes: int = 1
+    device: str = "cpu"
+    sharded: bool = False  # FSDP2; else every process holds the whole model
+    precision: str = "fp32"  # of the matrix products; weights and their averages are fp32
+
+    def __str__(self) -> str:
+        if self.processes == 1:
+            how = "not distributed"
+        else:
+            how = "model sharded over them (FSDP2)" if self.sharded else "model replicated on each (DDP)"
+        return f"{self.processes} on {self.device}, {how}, precision {self.precision}"
+
+
+@dataclass(frozen=True)
 class TrainPlan:
     """Figures of a run."""
 
     parameters: int
     gflops: dict[str, float]  # number of mediators, or "softmax" -> one forward pass of one sample
-    weight_gib: float  # weights, gradients, optimizer, average
+    weight_gib: float  # weights, gradients, optimizer, average of one process
     activation_gib: float  # of the samples that one process holds at once
     steps: int
     batch: int
     batch_per_process: int
     epochs: float | None
+    hardware: Hardware = Hardware()
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """As JSON; the hardware's fields stand beside the others."""
+        figures = dict(vars(self))
+        return figures | vars(figures.pop("hardware"))
 
     def lines(self) -> list[str]:
         """For people."""
@@ -38,6 +58,7 @@ class TrainPlan:
         return [
             f"parameters        {self.parameters / 1e6:.2f} M",
             f"GFLOPs per image  {per_n} (one forward pass, multiply-adds x 2, by number of mediators)",
+            f"processes         {self.hardware}",
             f"memory            {self.weight_gib:.2f} GiB weights, gradients, optimizer, average "
             f"+ about {self.activation_gib:.2f} GiB activations",
             f"steps             {self.steps}{epochs}",
@@ -46,7 +67,7 @@ class TrainPlan:
 
 
 def make_plan(
-    config: TrainConfig, arguments: dict[str, Any], samples: int | None = None, processes: int = 1
+    config: TrainConfig, arguments: dict[str, Any], samples: int | None = None, hardware: Hardware | None = None
 ) -> TrainPlan:
     """Count parameters, floating-point operations and bytes on the meta device: nothing is computed.
 
@@ -54,23 +75,26 @@ def make_plan(
         config: the run.
         arguments: of the `DiT`.
         samples: pictures in the data, if known.
-        processes: that share a batch.
+        hardware: that shares a batch; None: one process on the CPU, in the configuration's precision.
     """
+    hardware = hardware or Hardware(precision=config.run.precision.replace("auto", "fp32"))
     with torch.device("meta"):
         model = DiT(**arguments)
-    micro = max(config.optim.batch // processes // config.optim.accumulation, 1)
+    micro = max(config.optim.batch // hardware.processes // config.optim.accumulation, 1)
     numbers = model.mediators or (None,)
     trained = sum(p.numel() for p in model.parameters())
-    item_bytes = 2 if config.run.precision == "bf16" else 4
+    item_bytes = 2 if hardware.precision == "bf16" else 4
+    holders = hardware.processes if hardware.sharded else 1
     return TrainPlan(
         parameters=trained,
         gflops={"softmax" if n is None else str(n): forward_gflops(model, n) for n in numbers},
-        weight_gib=trained * OPTIMIZER_BYTES / 2**30,
+        weight_gib=trained * OPTIMIZER_BYTES / holders / 2**30,
         activation_gib=micro * _saved_bytes(model) * item_bytes / 4 / 2**30,
         steps=config.run.steps,
         batch=config.optim.batch,
         batch_per_process=micro,
         epochs=None if samples is None else config.run.steps * config.optim.batch / samples,
+        hardware=hardware,
     )
 
 

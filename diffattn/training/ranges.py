@@ -15,7 +15,7 @@ AT_LEAST: Mapping[str, float] = {
 }  # fmt: skip
 """Field -> the least that it may be. Precision and recall of the evaluation need 4 pictures."""
 
-POSITIVE = ("model.mlp_ratio", "objective.logit_std", "objective.min_snr")
+POSITIVE = ("model.mlp_ratio", "objective.logit_std", "objective.min_snr", "run.timeout_minutes")
 SHARES = ("objective.label_dropout", "optim.ema", "optim.final_lr")
 """Fields from 0 to 1."""
 

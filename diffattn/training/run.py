@@ -1,49 +1,86 @@
 """One training run, from its configuration to the exported pipeline."""
 
-import json
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from diffattn.data.classes import check_classes
 from diffattn.data.datasets import in_memory
+from diffattn.files import write_json
 from diffattn.models import DiT
-from diffattn.training import checkpoints, state
+from diffattn.training import state
 from diffattn.training.batches import Batches
-from diffattn.training.distill import Distillation, freeze_backbone
-from diffattn.training.latents import cache_latents
+from diffattn.training.distill import Distillation, check_frozen, freeze_backbone
+from diffattn.training.encode import Encoding, vae_hash
+from diffattn.training.latents import cache_together
+from diffattn.training.lock import locked
 from diffattn.training.log import StepLog
 from diffattn.training.loop import Trainer
+from diffattn.training.processes import agree, on_main
+from diffattn.training.resume import agreed_checkpoint
 from diffattn.training.samples import pipeline_of
 from diffattn.training.setup import Say, Setup
-from diffattn.training.start import class_names_of, load_backbone, make_model
+from diffattn.training.signals import Stopped, StopRequest, listening
+from diffattn.training.start import class_names_of, load_backbone, make_model, weights_hash
 from diffattn.training.watch import Watcher
 
 CONFIG_FILE = "config.json"
+SAME = "start all processes with the same command, on the same data and files"
 
 
 def train(setup: Setup) -> Path:
-    """Train, or go on where a killed run stopped; the folder of the exported pipeline.
+    """Train, or resume where an earlier run of the same configuration stopped; the folder of the exported pipeline.
 
     Raises:
-        ValueError: the run's folder has checkpoints of another configuration.
+        ValueError: the run's folder is in use, has checkpoints of another configuration or a damaged one, or the
+            processes do not agree, see `agreed_checkpoint`.
+        Stopped: by a signal, once the steps done are in a checkpoint.
         NonFiniteLoss, OSError: see `Trainer.train`.
     """
+    out = Path(setup.config.run.out)
+    with ExitStack() as held:
+        stop = held.enter_context(listening())
+        on_main(setup.accelerator, lambda: held.enter_context(locked(out, setup.say)))
+        trainer = _trainer(setup, stop)
+        trainer.check_processes()
+        _announce(setup, trainer)
+        _write_config(setup)
+        run = setup.config.run
+        log = StepLog(setup.accelerator, run.log_every, run.steps, setup.config.optim.batch, setup.say)
+        _start_trackers(setup)
+        try:
+            trainer.train(log)
+        finally:
+            log.finish()
+        return export(setup, trainer)
+
+
+def _trainer(setup: Setup, stop: StopRequest) -> Trainer:
+    """Data, model and optimizer, at the step where the run begins or resumes."""
     config, accelerator, say = setup.config, setup.accelerator, setup.say
-    out = Path(config.run.out)
-    examples = prepared(setup)
+    _check_inputs(setup)
+    saved = agreed_checkpoint(Path(config.run.out) / "checkpoints", accelerator)
+    examples = prepared(setup, stop)
     torch.manual_seed(config.run.seed)
-    resuming = checkpoints.latest(out / "checkpoints") is not None
-    if config.model.start and not resuming and (names := class_names_of(config.model.start)):
+    start = config.model.start if saved is None else None
+    if start and (names := class_names_of(start)):
         check_classes(setup.dataset.class_names, names)
-    model, new = make_model(setup.arguments, None if resuming else config.model.start, accelerator.device)
-    if config.model.start and not resuming:
-        say(f"weights from {config.model.start}; {len(new)} of the parameters are new")
+    if start and accelerator.num_processes > 1:
+        agree(accelerator, {"the weights of model.start": weights_hash(start)}, SAME)
+    model, new = make_model(setup.arguments, start, accelerator.device)
+    if start:
+        say(f"weights from {start}; {len(new)} of the parameters are new")
     if config.model.freeze_backbone:
         freeze_backbone(model)
+        if saved is None:
+            check_frozen(new)
     if config.run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     batches = Batches(
@@ -51,22 +88,49 @@ def train(setup: Setup) -> Path:
         world_size=accelerator.num_processes, flip=config.data.flip, num_workers=config.data.num_workers,
         device=accelerator.device,
     )  # fmt: skip
-    trainer = Trainer(config, model, batches, accelerator, teacher_of(setup, model), Watcher(setup))
-    if trainer.resume():
-        say(f"going on at step {trainer.progress.step}")
-    processes = accelerator.num_processes
-    say(
-        f"batch {config.optim.batch} in all, {config.optim.batch // processes} per process; {processes} on "
-        f"{accelerator.device.type}, precision {'fp32' if accelerator.mixed_precision == 'no' else 'bf16'}"
-    )
-    if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    accelerator.init_trackers("diffattn")
-    trainer.train(StepLog(accelerator, config.run.log_every, say))
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    return export(setup, trainer)
+    teacher, watcher = teacher_of(setup, model), Watcher(setup, stop)
+    trainer = Trainer(config, model, batches, accelerator, teacher, watcher, stop=stop)
+    if saved is not None:
+        trainer.resume(saved)
+    return trainer
+
+
+def _check_inputs(setup: Setup) -> None:
+    """Raise `ValueError` on every process if they were given different configurations, pictures or weights."""
+    config = setup.config
+    if setup.accelerator.num_processes == 1:
+        return
+    values = {
+        "the configuration": config.fingerprint(),
+        "the pictures": setup.dataset.fingerprint,
+        "the classes": ", ".join(setup.dataset.class_names)[:200],
+        "data.vae": None if setup.vae is None else vae_hash(setup.vae)[:12],
+        "objective.distill": weights_hash(config.objective.distill),
+    }
+    agree(setup.accelerator, values, SAME)
+
+
+def _announce(setup: Setup, trainer: Trainer) -> None:
+    batch, hardware = setup.config.optim.batch, setup.plan.hardware
+    if trainer.saved_step is not None:
+        setup.say(f"resuming at step {trainer.progress.step}")
+    setup.say(f"batch {batch} in all, {batch // hardware.processes} per process; {hardware}")
+
+
+def _write_config(setup: Setup) -> None:
+    """For people; checkpoints hold the configuration, too, so a run does not depend on it."""
+    if setup.accelerator.is_main_process:
+        try:
+            write_json(Path(setup.config.run.out) / CONFIG_FILE, setup.config.to_dict())
+        except OSError as error:
+            setup.say(f"{CONFIG_FILE} not written: {error}")
+
+
+def _start_trackers(setup: Setup) -> None:
+    try:
+        setup.accelerator.init_trackers("diffattn")
+    except Exception as error:  # a tracker may raise what its library likes
+        setup.say(f"no figures are tracked: {error}")
 
 
 def finish() -> None:
@@ -75,17 +139,19 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
-def prepared(setup: Setup) -> Any:
+def prepared(setup: Setup, stop: StopRequest) -> Any:
     """The data in the form the loop takes them: decoded in memory, or as cached latents."""
-    data, accelerator = setup.config.data, setup.accelerator
+    data = setup.config.data
     if setup.vae is None:
         return in_memory(setup.dataset, telling(setup.say, "decoded")) if data.in_memory else setup.dataset
     folder = Path(data.cache or Path(setup.config.run.out) / "latents")
-    with accelerator.main_process_first():
-        return cache_latents(
-            setup.dataset, setup.vae.to(accelerator.device), folder, device=accelerator.device,
-            num_workers=data.num_workers, progress=telling(setup.say, "encoded"),
-        )  # fmt: skip
+    encoding = Encoding(
+        setup.dataset, setup.vae, folder, device=setup.accelerator.device, num_workers=data.num_workers
+    )  # fmt: skip
+    try:
+        return cache_together(encoding, setup.accelerator, stop, telling(setup.say, "encoded"))
+    except Stopped as error:
+        raise Stopped(error.signal, "while latents were encoded; the same command encodes the rest") from None
 
 
 def telling(say: Say, what: str, seconds: float = 5.0) -> Callable[[int, int], None]:
@@ -110,13 +176,32 @@ def teacher_of(setup: Setup, model: DiT) -> Distillation | None:
 
 
 def export(setup: Setup, trainer: Trainer) -> Path:
-    """The averaged weights as a `SiTPipeline` folder, `pipeline` in the run's folder."""
+    """The averaged weights as a `SiTPipeline` folder, `pipeline` in the run's folder; replaced at once.
+
+    Raises:
+        OSError: it could not be written; on every process. The checkpoint stays, so the same command exports again.
+    """
     folder = Path(setup.config.run.out) / "pipeline"
     weights = state.ema_tensors(trainer.ema, trainer.model)
-    if setup.accelerator.is_main_process:
-        averaged = DiT(**setup.arguments)
-        averaged.load_state_dict(weights)
-        pipeline_of(averaged.eval(), setup.dataset.class_names, setup.vae).save_pretrained(folder)
-        setup.say(f"pipeline written to {folder}")
-    setup.accelerator.wait_for_everyone()
+    on_main(setup.accelerator, lambda: _write_pipeline(setup, weights, folder))
+    setup.say(f"pipeline written to {folder}")
     return folder
+
+
+def _write_pipeline(setup: Setup, weights: dict[str, Tensor], folder: Path) -> None:
+    averaged = DiT(**setup.arguments)
+    averaged.load_state_dict(weights)
+    pipe = pipeline_of(averaged.eval(), setup.dataset.class_names, setup.vae, setup.config.own_guidance)
+    fresh, old = folder.with_name(".pipeline-writing"), folder.with_name(".pipeline-old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        pipe.save_pretrained(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"the pipeline could not be written to {str(folder)!r}: {error}") from error
+    finally:
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)

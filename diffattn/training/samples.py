@@ -1,6 +1,7 @@
 """Pictures of a model under training: a grid of classes for every number of mediators."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,61 +9,64 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from diffattn.files import write_whole
 from diffattn.models import DiT
 from diffattn.sampling import SiTPipeline
 
 
-def pipeline_of(model: DiT, class_names: Sequence[str], vae: AutoencoderKL | None = None) -> SiTPipeline:
-    """A pipeline around a model, with the ODE's Euler steps."""
+def pipeline_of(
+    model: DiT, class_names: Sequence[str], vae: AutoencoderKL | None = None, guidance: float | None = None
+) -> SiTPipeline:
+    """A pipeline around a model, with the ODE's Euler steps and its default guidance scale."""
     pipe = SiTPipeline(
         transformer=model,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1),
         vae=vae,
         id2label=dict(enumerate(class_names)),
+        guidance_scale=guidance,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def sample_grid(
-    pipe: SiTPipeline,
-    classes: Sequence[int],
-    rows: int,
-    steps: int,
-    guidance: float,
-    seed: int = 0,
-) -> Image.Image:
+@dataclass(frozen=True)
+class Grid:
     """A grid with a column per class and `rows` seeds per number of mediators; equal seeds stand below each other.
 
     Args:
-        pipe: around the model; its number of mediators is put back.
         classes: class ids, one column each.
         rows: seeds.
         steps: of the sampler.
         guidance: scale; 1 is none.
         seed: of the first row; the next rows have the next seeds.
     """
-    model: DiT = pipe.transformer
-    before = model.num_mediators
-    draw: Any = pipe
-    lines: list[list[Image.Image]] = []
-    try:
-        for number in model.mediators or (None,):
+
+    classes: Sequence[int]
+    rows: int
+    steps: int
+    guidance: float
+    seed: int = 0
+
+    def lines(self, model: DiT) -> list[tuple[int | None, int]]:
+        """Number of mediators (None without any) and seed of every line of pictures."""
+        return [(n, self.seed + row) for n in model.mediators or (None,) for row in range(self.rows)]
+
+    def draw(self, pipe: SiTPipeline, number: int | None, seed: int) -> list[Image.Image]:
+        """One line of pictures; the model's number of mediators is put back."""
+        model: DiT = pipe.transformer
+        before = model.num_mediators
+        call: Any = pipe
+        try:
             if number is not None:
                 model.set_num_mediators(number)
-            for row in range(rows):
-                generators = [torch.Generator().manual_seed(seed + row) for _ in classes]
-                lines.append(
-                    draw(
-                        list(classes),
-                        num_inference_steps=steps,
-                        guidance_scale=guidance,
-                        generator=generators,
-                    ).images
-                )
-    finally:
-        model.num_mediators = before
-    return tile(lines)
+            return call(
+                list(self.classes),
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance,
+                generator=[torch.Generator().manual_seed(seed) for _ in self.classes],
+            ).images
+        finally:
+            model.num_mediators = before
 
 
 def tile(lines: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
@@ -77,8 +81,7 @@ def tile(lines: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 
 
 def save_grid(image: Image.Image, folder: Path, step: int) -> Path:
-    """As `step-00001000.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """As `step-00001000.png`; raises `OSError` if it cannot be written."""
     path = folder / f"step-{step:08d}.png"
-    image.save(path)
+    write_whole(path, lambda part: image.save(part, "PNG"))
     return path

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from diffattn.data import check_balance, open_dataset
 from diffattn.models.convert import check_loaded
+from diffattn.training.accelerator import hardware_of, make_accelerator
 from diffattn.training.config import TrainConfig
 from diffattn.training.plan import TrainPlan, make_plan
 
@@ -34,7 +33,8 @@ def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup
     """Open the data, decide the model, count the cost. Nothing is written.
 
     Raises:
-        ValueError: see `TrainConfig`, `open_dataset`, `open_vae`, `DiT`; a batch that does not divide.
+        ValueError: see `TrainConfig`, `make_accelerator`, `open_dataset`, `open_vae`, `DiT`; a batch that does not
+            divide.
     """
     accelerator = make_accelerator(config, device)
     say = say if accelerator.is_main_process else lambda line: None
@@ -45,7 +45,7 @@ def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup
         raise ValueError("data.source must name the pictures: a folder, a zip, or a Hugging Face dataset")
     data = config.data
     dataset = open_dataset(data.source, data.size, split=data.split, label=data.label, skip_bad=data.skip_bad)
-    for line in check_balance(dataset).lines():
+    for line in (*check_balance(dataset).lines(), *dataset.lines()):
         say(line)
     vae = None if data.vae is None else open_vae(data.vae)
     shape = dataset.shape if vae is None else latent_shape(vae, data.size)
@@ -53,26 +53,12 @@ def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup
         "in_channels": shape[0],
         "sample_size": shape[1],
         "num_classes": len(dataset.class_names),
+        "null_class": config.objective.label_dropout > 0,
     }
-    plan = make_plan(config, arguments, len(dataset), processes)
+    for line in config.objective.warnings():
+        say(line)
+    plan = make_plan(config, arguments, len(dataset), hardware_of(accelerator))
     return Setup(config, accelerator, dataset, vae, arguments, plan, say)
-
-
-def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
-    """accelerate's, for a device ("auto", "cpu" or whatever it finds) and precision."""
-    trackers = [name for name in config.run.trackers if name != "tensorboard" or find_spec("tensorboard")]
-    precision = config.run.precision
-    if precision == "auto":
-        precision = (
-            "bf16" if device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-        )
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=device == "cpu",
-        log_with=trackers or None,  # type: ignore[arg-type]
-        project_dir=config.run.out,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # biases of other n
-    )
 
 
 def open_vae(source: str) -> AutoencoderKL:

@@ -1,5 +1,6 @@
 """What a model begins with: nothing, or the weights of another one that it can make sense of."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,9 @@ from diffattn.models.convert import check_names, check_shapes
 
 GRID_AXIS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 """The position biases that follow the grid -> the axis of its rows or columns."""
+
+CLASS_TABLE = "y_embedder.embedding_table.weight"
+"""One row per class, and a last one for the null class where there is one."""
 
 UNSEEN = ("num_heads", "norm_eps", "frequency_shift", "prediction", "time_direction")
 """What weights fit whatever it is, and mean something else by: it must be the same in a model and in its start."""
@@ -40,6 +44,18 @@ def load_backbone(source: str | Path, num_heads: int) -> DiT:
         f"{str(source)!r} is neither a folder with a DiT nor an official .safetensors file; "
         "`diffattn convert` makes one of them from a .pt file"
     )
+
+
+def weights_hash(source: str | Path | None) -> str | None:
+    """A short SHA-256 of the weights that `load_backbone` would read, wherever they lie; None for no source."""
+    if source is None:
+        return None
+    path, found = Path(source), hashlib.sha256()
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    for file in [path] if path.is_file() else sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:12]
 
 
 def class_names_of(source: str | Path) -> list[str]:
@@ -82,10 +98,25 @@ def start_from(model: DiT, source: DiT) -> list[str]:
             new += [k for k in own if k.startswith(prefix) and _is_mediators(k)]
     own = model.state_dict()
     given |= {name: own[name] for name in new}
+    new += _fit_null_class(model, source, own, given)
     check_names(own, given)
     check_shapes(own, given)
     model.load_state_dict(given)
     return new
+
+
+def _fit_null_class(model: DiT, source: DiT, own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
+    """Drop or add the row of the null class in `given`; the parameters that `source` did not decide alone."""
+    classes, theirs = model.config["num_classes"], source.config["num_classes"]
+    if CLASS_TABLE not in given or model.config["null_class"] == source.config["null_class"]:
+        return []
+    if classes != theirs:
+        raise ValueError(f"the start has {theirs} classes, the data {classes}")
+    if not model.config["null_class"]:
+        given[CLASS_TABLE] = given[CLASS_TABLE][:-1]
+        return []
+    given[CLASS_TABLE] = torch.cat([given[CLASS_TABLE], own[CLASS_TABLE][-1:]])
+    return [CLASS_TABLE]
 
 
 def _check_unseen(model: DiT, source: DiT) -> None:

@@ -1,5 +1,6 @@
 """The state of a run by names and whole tensors, whether the model is sharded or not."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,6 +19,16 @@ def _put(target: Tensor, value: Tensor) -> None:
     if isinstance(target, DTensor):
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     target.copy_(value)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of names and whole weights, one at a time on the CPU; every process must ask."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        value = whole(tensor).detach().cpu().contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def model_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:

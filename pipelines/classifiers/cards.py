@@ -32,10 +32,13 @@ Inception's where no weights can be downloaded. Figures made with it compare wit
 and mean nothing for other pictures.
 
 ```python
+import torch
+
 from diffattn.metrics.classifier import Classifier
 
 model = Classifier.from_pretrained("diffattn/assets/cifar-classifier").eval()
-model.features(pictures)  # [B, 3, H, W] in -1..1 -> [B, {num_features}]
+pictures = torch.ones(2, 3, 32, 32)  # [B, 3, H, W] in -1..1
+features = model.features(pictures)  # [B, {num_features}]
 ```
 
 ## Figures
@@ -72,10 +75,13 @@ Its {num_features} pooled features stand in for Inception's where no weights can
 compare with each other, never with Inception's, and mean nothing for other pictures.
 
 ```python
+import torch
+
 from diffattn.metrics.classifier import Classifier
 
 model = Classifier.from_pretrained("diffattn/assets/emoji-classifier").eval()
-model.features(pictures)  # [B, 3, H, W] in -1..1, on white -> [B, {num_features}]
+pictures = torch.ones(2, 3, 48, 48)  # [B, 3, H, W] in -1..1, on white
+features = model.features(pictures)  # [B, {num_features}]
 ```
 
 ## Figures

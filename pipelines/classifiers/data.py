@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from diffattn.data.decoding import open_picture
+from diffattn.data.indexes import rows_of_jsonl
+from diffattn.files import decode_text, read_text, write_whole
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,9 @@ def load(path: Path, size: int, column: str, cache: Path) -> Labelled:
                     file.get_tensor("images"), file.get_tensor("labels"), tuple(json.loads(file.metadata()["names"]))
                 )
     data = _decode_all(path, size, column)
-    cache.mkdir(parents=True, exist_ok=True)
-    fresh = stored.with_suffix(".new")
-    save_file(
-        {"images": data.images, "labels": data.labels}, fresh, {"made_from": mark, "names": json.dumps(data.names)}
-    )
-    fresh.replace(stored)
+    tensors = {"images": data.images, "labels": data.labels}
+    labels = {"made_from": mark, "names": json.dumps(data.names)}
+    write_whole(stored, lambda part: save_file(tensors, part, labels))
     return data
 
 
@@ -89,19 +89,18 @@ def _decode_all(path: Path, size: int, column: str) -> Labelled:
 def _rows(archive: zipfile.ZipFile, column: str) -> Iterator[tuple[tuple[str, int], str]]:
     """((file, class number), class name) of every picture."""
     if "dataset.json" in archive.namelist():
-        for file, number in json.loads(archive.read("dataset.json"))["labels"]:
+        for file, number in read_text(decode_text(archive.read("dataset.json")))["labels"]:
             yield (file, number), file.split("/")[0]
         return
     numbers: dict[str, int] = {}
-    for line in archive.read("metadata.jsonl").decode().splitlines():
-        row = json.loads(line)
+    for row in rows_of_jsonl(decode_text(archive.read("metadata.jsonl"))):
         yield (row["file_name"], numbers.setdefault(row[column], len(numbers))), row[column]
 
 
 def _decode(archive: zipfile.ZipFile, file: str, size: int) -> np.ndarray:
     try:
-        picture = Image.open(io.BytesIO(archive.read(file))).convert("RGB")
-    except OSError as error:
+        picture = open_picture(archive.read(file))
+    except ValueError as error:
         raise ValueError(f"{archive.filename} holds a picture that cannot be read: {file}: {error}") from None
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.LANCZOS)

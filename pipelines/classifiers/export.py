@@ -24,7 +24,8 @@ def export(model: Classifier, folder: Path) -> Classifier:
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
-    copy.deepcopy(model).cpu().half().to(memory_format=torch.contiguous_format).save_pretrained(fresh)
+    half: Any = copy.deepcopy(model).cpu().half()  # diffusers hides the signature of `to`
+    half.to(memory_format=torch.contiguous_format).save_pretrained(fresh)
     for path in fresh.rglob("*.safetensors"):
         path.chmod(0o644)  # written readable by their owner only
     if folder.exists():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from diffattn.data.decoding import open_picture
+from diffattn.data.indexes import rows_of_jsonl
+from diffattn.files import decode_text
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ def load_pictures(path: Path, size: int) -> Pictures:
     """All pictures of the zip as RGB on white, resized to `size`×`size`."""
     images, names = [], []
     with zipfile.ZipFile(path) as archive:
-        for line in archive.read("metadata.jsonl").decode().splitlines():
-            row = json.loads(line)
-            images.append(_decode(archive.read(row["file_name"]), size))
+        for row in rows_of_jsonl(decode_text(archive.read("metadata.jsonl"))):
+            images.append(_decode(archive, row["file_name"], size))
             names.append(row["text"])
     if not names:
         raise ValueError(f"{path} holds no pictures: its metadata.jsonl is empty")
     return Pictures(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), names)
 
 
-def _decode(data: bytes, size: int) -> np.ndarray:
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
+def _decode(archive: zipfile.ZipFile, file: str, size: int) -> np.ndarray:
+    try:
+        picture = open_picture(archive.read(file))
+    except ValueError as error:
+        raise ValueError(f"{archive.filename} holds a picture that cannot be read: {file}: {error}") from None
     return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
 
 

@@ -31,7 +31,7 @@ def build_unet(channels: tuple[int, ...], heads: tuple[int, ...], text_width: in
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=heads,  # diffusers' name; it is the number of heads
+        attention_head_dim=heads,  # type: ignore[arg-type]  # diffusers' name; it is the number of heads
         cross_attention_dim=text_width,
         norm_num_groups=16,
     )
@@ -72,9 +72,10 @@ def denoiser_loss(
         x0, prompt = latents[index], ids[index]
         prompt = torch.where(torch.rand(batch, 1, generator=rng) < drop, empty, prompt)
         noise = torch.randn(x0.shape, generator=rng)
-        t = sample_timesteps(batch, scheduler.config.num_train_timesteps, rng, stage.towards_noise)
-        x = scheduler.add_noise(x0, noise, t).to(device).contiguous(memory_format=torch.channels_last)
-        target = scheduler.get_velocity(x0, noise, t).to(device)
+        t = sample_timesteps(batch, scheduler.config["num_train_timesteps"], rng, stage.towards_noise)
+        x = scheduler.add_noise(x0, noise, t)  # type: ignore[arg-type]
+        x = x.to(device).contiguous(memory_format=torch.channels_last)
+        target = scheduler.get_velocity(x0, noise, t).to(device)  # type: ignore[arg-type]
         with autocast(device, dtype):
             v = model(x, t.to(device), prompt.to(device))
         return F.mse_loss(v.float(), target)

@@ -39,10 +39,8 @@ def draw(
     for i in range(0, len(prompts), batch):
         part = prompts[i : i + batch]
         rngs = [torch.Generator().manual_seed(seed) for _ in part]
-        pictures = pipe(
-            part, num_inference_steps=steps, guidance_scale=guidance, generator=rngs, output_type="pt"
-        ).images
-        parts.append((pictures.cpu().float() * 255).round().to(torch.uint8))
+        drawn: Any = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=rngs, output_type="pt")
+        parts.append((drawn.images.cpu().float() * 255).round().to(torch.uint8))
     return torch.cat(parts)
 
 

@@ -44,9 +44,9 @@ def _pipeline(
         text_encoder=copy.deepcopy(model.text).cpu().half(),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
+        scheduler=build_scheduler(),  # type: ignore[arg-type]
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
 

@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from training_loop import LoopConfig, Losses, Progress, Show, Trainee
 from training_loop import train as train_loop
 
+M = TypeVar("M", bound=nn.Module)
 StageLoss = Callable[[nn.Module, int, torch.Generator], Tensor]
 
 
@@ -40,13 +42,13 @@ class Curves:
 
 def train(
     name: str,
-    model: nn.Module,
+    model: M,
     loss_of: StageLoss,
     curves: Curves,
     cfg: LoopConfig,
     checkpoint: Path,
     show: Show | None = None,
-) -> tuple[nn.Module, Progress]:
+) -> tuple[M, Progress]:
     """Train until the budget is spent, going on from `checkpoint` if it exists. → (EMA model, progress)"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=curves.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     ema = copy.deepcopy(model).requires_grad_(False)

@@ -37,14 +37,19 @@ class Preset:
     stages: tuple[Stage, ...]
     vae_held_out: int | None = None  # every n-th picture is kept from the autoencoder; None: none
 
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a preset needs one stage or more for the denoiser, got none")
+
     def scaled(self, minutes: float) -> Preset:
         """The same shares of another total budget.
 
         Raises:
             ValueError: budgets in samples, or no minutes.
         """
-        spent = [budget.minutes for budget in (self.vae_budget, *(s.budget for s in self.stages))]
-        if None in spent:
+        budgets = [self.vae_budget, *(s.budget for s in self.stages)]
+        spent = [budget.minutes for budget in budgets if budget.minutes is not None]
+        if len(spent) < len(budgets):
             raise ValueError("this preset has budgets in samples, which minutes cannot scale; --steps tries it out")
         factor = minutes / sum(spent)
         vae, *rest = (Budget(minutes=part * factor) for part in spent)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
-from training_loop import Budget, LoopConfig, Progress, Show, atomic_save
+from training_loop import Budget, LoopConfig, Progress, Show
 from transformers import CLIPTokenizer
+
+from diffattn.files import write_whole
 
 from .data import Pictures, held_out_of_vae
 from .denoiser import Denoiser, build_unet, denoiser_loss
@@ -22,6 +26,7 @@ from .start import Start
 from .text import build_text_encoder, build_tokenizer, tokenize
 from .vae import VaeTrainer, build_vae, decoder_loss, encode, freeze_encoder, normalise, vae_loss
 
+M = TypeVar("M", bound=nn.Module)
 DECODER = "decoder.pt"  # checkpoint of an autoencoder of which only the decoder is trained
 
 
@@ -48,8 +53,8 @@ class Job:
             show_every=60 * self.show_minutes, save_every=60 * self.save_minutes,
         )  # fmt: skip
 
-    def place(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, memory_format=torch.channels_last)
+    def place(self, module: M) -> M:
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def train_all(job: Job, pictures: Pictures, trained: list[int]) -> None:
@@ -79,7 +84,7 @@ def cached_latents(job: Job, vae: AutoencoderKL, pictures: Pictures, latent: int
     """Latents of every picture [N, 4, latent, latent], as the autoencoder gives them."""
     path = job.work / f"latents-{latent}-of-{len(pictures)}.pt"
     if not path.exists():
-        atomic_save(encode(vae, pictures.images, 8 * latent, job.device)[0], path)
+        write_whole(path, partial(torch.save, encode(vae, pictures.images, 8 * latent, job.device)[0]))
     return torch.load(path, weights_only=True)
 
 
@@ -111,7 +116,7 @@ def train_denoiser(job: Job, vae: AutoencoderKL, pictures: Pictures) -> Progress
     latents = stage_latents(job, vae, pictures)
     vae.save_pretrained(job.work / "vae")  # these two so that a checkpoint of the denoiser can be exported
     tokenizer.save_pretrained(job.work / "tokenizer")
-    model = build_denoiser(job, tokenizer)
+    model, progress = build_denoiser(job, tokenizer), Progress()
     for stage in job.preset.stages:
         cfg = job.loop(stage.budget, stage.batch)
         curves = Curves(stage.lr, final_lr=stage.final_lr, ema=stage.ema, final_ema=stage.final_ema)
@@ -120,7 +125,7 @@ def train_denoiser(job: Job, vae: AutoencoderKL, pictures: Pictures) -> Progress
         path = job.work / unet_file(stage)
         model, progress = train(f"unet {stage.latent}", model, loss, curves, cfg, path, show)
         model.requires_grad_(True)
-    show(model, progress)
+    _shower(job, vae, tokenizer, job.preset.stages[-1], pictures)(model, progress)
     return progress
 
 
@@ -128,6 +133,7 @@ def _shower(job: Job, vae: AutoencoderKL, tokenizer: CLIPTokenizer, stage: Stage
     """Export the EMA weights and draw a few trained names."""
 
     def show(ema: nn.Module, progress: Progress) -> None:
+        assert isinstance(ema, Denoiser)
         export(ema, vae, tokenizer, job.out, stage.latent)
         pipe = StableDiffusionPipeline.from_pretrained(job.out).to(job.device)
         index = list(range(0, len(subset), max(len(subset) // 16, 1)))[:16]

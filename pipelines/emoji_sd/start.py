@@ -30,10 +30,10 @@ def load_start(folder: Path, preset: Preset) -> Start:
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
     start = Start(pipe.unet.float(), pipe.text_encoder.float(), pipe.tokenizer, pipe.vae.float())
     for what, found, wanted in (
-        ("UNet channels", tuple(start.unet.config.block_out_channels), preset.unet_channels),
+        ("UNet channels", tuple(start.unet.config["block_out_channels"]), preset.unet_channels),
         ("text width", start.text.config.hidden_size, preset.text_width),
-        ("autoencoder channels", tuple(start.vae.config.block_out_channels), preset.vae_channels),
-        ("autoencoder layers", start.vae.config.layers_per_block, preset.vae_layers),
+        ("autoencoder channels", tuple(start.vae.config["block_out_channels"]), preset.vae_channels),
+        ("autoencoder layers", start.vae.config["layers_per_block"], preset.vae_layers),
     ):
         if found != wanted:
             raise ValueError(f"{folder} does not fit the preset: {what} {found} instead of {wanted}")

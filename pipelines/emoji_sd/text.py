@@ -20,7 +20,8 @@ def build_tokenizer(names: list[str], vocab_size: int) -> CLIPTokenizer:
     merges = learn_merges(names, alphabet, vocab_size - len(base) - 2)
     vocab = {token: i for i, token in enumerate([*base, *dict.fromkeys(a + b for a, b in merges), BOS, EOS])}
     return CLIPTokenizer(
-        vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS,
+        vocab=vocab, merges=merges,  # type: ignore[arg-type]
+        bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS,
         model_max_length=MAX_LENGTH,
     )  # fmt: skip
 
@@ -48,9 +49,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLI
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
         max_position_embeddings=MAX_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
+        eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
+        pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
     )
     return CLIPTextModel(config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,9 @@ from .precision import autocast
 def build_vae(channels: tuple[int, ...], layers: int, size: int) -> AutoencoderKL:
     levels = len(channels)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # type: ignore[arg-type]
+        block_out_channels=channels,  # type: ignore[arg-type]
         layers_per_block=layers,
         latent_channels=4,
         norm_num_groups=8,
@@ -35,7 +36,7 @@ class VaeTrainer(nn.Module):
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
-        self.readout = nn.Conv2d(vae.config.latent_channels, 3, 1)
+        self.readout = nn.Conv2d(vae.config["latent_channels"], 3, 1)
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def vae_loss(
 ) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
     """Loss of one step of `pixels` pixels: crop sizes take turns, so group norms see details and whole pictures."""
 
-    def loss_of(model: nn.Module, step: int, rng: torch.Generator) -> Tensor:
+    def loss_of(model: Any, step: int, rng: torch.Generator) -> Tensor:
         size = sizes[step % len(sizes)]
         batch = max(pixels // size**2, 1)
         images = pictures.images[batch_indices(step, batch, len(pictures), seed)]
@@ -94,6 +95,7 @@ def freeze_encoder(vae: AutoencoderKL) -> None:
     """Every latent stays what it was, and with it all that was trained on latents: only the way back is trained."""
     vae.requires_grad_(False)
     for part in (vae.post_quant_conv, vae.decoder):
+        assert part is not None
         part.requires_grad_(True)
 
 
@@ -111,7 +113,7 @@ def decoder_loss(
     `sizes` takes turns up to whole pictures: group norms average over what they are given.
     """
 
-    def loss_of(vae: nn.Module, step: int, rng: torch.Generator) -> Tensor:
+    def loss_of(vae: Any, step: int, rng: torch.Generator) -> Tensor:
         size = sizes[step % len(sizes)]
         index = batch_indices(step, max(pixels // size**2, 1), len(pictures), seed)
         z, x = crop_pairs(latents[index], pictures.images[index], size, rng)
@@ -159,7 +161,7 @@ def encode(vae: AutoencoderKL, images: Tensor, size: int, device: str, batch: in
     """uint8 [N, 3, S, S] → posterior mean and std, both [N, 4, size/8, size/8], before scaling."""
     means, stds = [], []
     for part in images.split(batch):
-        posterior = vae.encode(shrink(to_float(part.to(device)), size)).latent_dist
+        posterior = vae.encode(shrink(to_float(part.to(device)), size)).latent_dist  # type: ignore[union-attr]
         means.append(posterior.mean.cpu())
         stds.append(posterior.std.cpu())
     return torch.cat(means), torch.cat(stds)
@@ -170,7 +172,7 @@ def decode(vae: AutoencoderKL, latents: Tensor, device: str, batch: int = 16) ->
     """Unscaled latents → uint8 [N, 3, 8h, 8w]."""
     parts = []
     for z in latents.split(batch):
-        y = vae.decode(z.to(device)).sample.clamp(-1, 1)
+        y = vae.decode(z.to(device)).sample.clamp(-1, 1)  # type: ignore[union-attr,arg-type]
         parts.append(((y + 1) * 127.5).round().to("cpu", torch.uint8))
     return torch.cat(parts)
 
@@ -182,7 +184,8 @@ def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     Every latent channel then weighs the same in the denoiser's loss, and `scaling_factor` is 1.
     """
     mean, std = mean.to(vae.device), std.to(vae.device)
-    moments, back = vae.quant_conv, vae.post_quant_conv  # 8 → 8 channels (mean, log variance), 4 → 4
+    moments: Any = vae.quant_conv  # 8 → 8 channels (mean, log variance)
+    back: Any = vae.post_quant_conv  # 4 → 4
     scale = torch.cat([1 / std, torch.ones_like(std)])
     shift = torch.cat([-mean / std, -2 * std.log()])
     moments.weight.mul_(scale[:, None, None, None])

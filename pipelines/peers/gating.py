@@ -43,7 +43,7 @@ def tgate(pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
             yield gated
         finally:
             tgate_utils.tgate_processor = own
-            del pipe.tgate
+            del pipe.tgate  # type: ignore[attr-defined]
 
 
 def _asking(own: Any) -> Any:
@@ -57,6 +57,6 @@ def _asking(own: Any) -> Any:
         out = attn.processor(attn, hidden_states, attention_mask=options["attention_mask"])
         if not options["sa_cache"]:
             return out, None
-        return out, out if options["keep_shape"] else sum(out.chunk(2)) / 2
+        return out, out if options["keep_shape"] else sum(out.chunk(2)) / 2  # type: ignore[return-value]
 
     return processor

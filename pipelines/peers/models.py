@@ -13,7 +13,7 @@ LOOP = {"sampler": "DDIMScheduler", "guidance": 7.5}
 def random_pipeline(model: BenchmarkModel, device: torch.device, dtype: torch.dtype) -> Any:
     """A pipeline that draws latents from embeddings."""
     unet = build_unet(model, device, dtype)
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
     absent: dict[str, Any] = dict(vae=None, text_encoder=None, tokenizer=None)

@@ -82,7 +82,7 @@ def _quality(entry: Entry) -> list[tuple[str, ...]]:
     head = ("variant", "time ratio (IQR)", f"foreground PSNR, dB ({both}; {n} pictures each)", "PSNR, dB", "SSIM",
             "latent error", "KID × 10³ ± std", "FID", "layers accelerated")  # fmt: skip
     best = front({SDPA: (1.0, inf), **quality_points(entry)})
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     names = sorted(entry["pictures"], key=lambda name: -_median(entry, name))
     for name in names:
         pictures = entry["pictures"][name]
@@ -107,7 +107,7 @@ def _speed(entry: Entry) -> list[tuple[str, ...]]:
         "layers accelerated",
         "peak MiB",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name in sorted(names_in(entry["rounds"]), key=lambda name: -_median(entry, name)):
         spread, time = ratio(entry["rounds"], name), seconds(entry["rounds"], name)
         assert spread is not None

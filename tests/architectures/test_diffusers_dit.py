@@ -17,7 +17,7 @@ from diffattn.noise_level import discrete, dit_alphas_cumprod
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.preflight.run import preflight
 
-ALWAYS: dict[str, Any] = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0, "schedule": {0.0: {}}}
+ALWAYS: Any = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0, "schedule": {0.0: {}}}
 MODELS = {"dit": tiny_transformers.dit, "pixart": tiny_transformers.pixart}
 
 

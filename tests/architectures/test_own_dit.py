@@ -25,7 +25,7 @@ from diffattn.noise_level import dit_alphas_cumprod
 from diffattn.patching.patch import find_patch
 from diffattn.sampling import EulerMaruyamaScheduler, SiTPipeline
 
-AGENTS: dict[str, Any] = dict(method="agent", num_agents=6, agent_ratio=None, min_tokens=0, schedule={0.0: {}})
+AGENTS: Any = dict(method="agent", num_agents=6, agent_ratio=None, min_tokens=0, schedule={0.0: {}})
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mediator": ("mediator", dict(method="mediator", num_mediators=9)),
     "mediator by level": ("mediator", dict(method="mediator")),
@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 BY_LEVEL = {0.7: {"num_mediators": 4}, 0.3: {"num_mediators": 16}, 0.0: {"num_mediators": 64}}
 BY_CHANGE = LatentChangeSchedule([{"num_mediators": n} for n in (4, 16, 64)], [0.99, 0.8], first=2)
-BATCHED = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
+BATCHED: Any = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
 
 
 @pytest.fixture(params=VARIANTS)
@@ -64,7 +64,7 @@ def pipeline(scheduler: Any = None, **overrides: Any) -> SiTPipeline:
 
 def draw(pipe: SiTPipeline, labels: Any = (1, 3), seed: int = 0, **more: Any) -> Any:
     seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
-    arguments = dict(num_inference_steps=12, output_type="latent", return_trace=True)
+    arguments: Any = dict(num_inference_steps=12, output_type="latent", return_trace=True)
     return pipe(list(labels), generator=seeds, **(arguments | more))
 
 
@@ -269,7 +269,7 @@ def test_a_run_that_begins_exact_and_ends_otherwise_does_not_warn() -> None:
     ],
     ids=str,
 )
-def test_bad_input_is_refused_and_leaves_no_trace(options: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused_and_leaves_no_trace(options: Any, message: str) -> None:
     model = tiny_dit()
     before = anatomy(model)
     with pytest.raises(ValueError, match=message):
@@ -299,7 +299,7 @@ def test_a_processor_of_others_is_left_alone_and_one_that_displaces_ours_is_noti
         def __call__(self, layer: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, grid: Any, n: int) -> Tensor:
             return 2 * layer.attend(q, k, v, grid, n)
 
-    model = tiny_dit()
+    model: Any = tiny_dit()
     model.blocks[0].attn.set_processor(Doubling())
     doubled = steps(model)
     handle = diffattn.patch(model, "mediator", num_mediators=4)
@@ -312,7 +312,7 @@ def test_a_processor_of_others_is_left_alone_and_one_that_displaces_ours_is_noti
 
 
 def test_our_processor_that_comes_back_after_removal_is_the_layer_itself() -> None:
-    model = tiny_dit()
+    model: Any = tiny_dit()
     original = steps(model)
     handle = diffattn.patch(model, "mediator", num_mediators=4)
     patched, ours = steps(model), model.blocks[0].attn.processor

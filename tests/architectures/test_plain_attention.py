@@ -43,7 +43,8 @@ class PlainAttention(AttentionMethod):
 
 def layer(**flags: Any) -> Attention:
     torch.manual_seed(0)
-    attn = Attention(**({"query_dim": 16, "heads": 2, "dim_head": 8} | flags)).eval()
+    options: dict[str, Any] = {"query_dim": 16, "heads": 2, "dim_head": 8} | flags
+    attn = Attention(**options).eval()
     for parameter in attn.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return attn
@@ -139,7 +140,7 @@ def test_fused_projections(bias: bool) -> None:
     attn = layer(bias=bias)
     with torch.no_grad():
         attn.fuse_projections(fuse=True)
-    attn.set_processor(FusedAttnProcessor2_0())
+    attn.set_processor(FusedAttnProcessor2_0())  # type: ignore[arg-type]
     expected, out, _ = both(attn, torch.randn(2, 24, 16))
     torch.testing.assert_close(out, expected)
 
@@ -179,7 +180,7 @@ def test_levels_heads_and_kinds_of_layers_are_read_off_the_model(sdxl: bool) -> 
     assert set(specs) == {name.removesuffix(".processor") for name in unet.attn_processors}
     assert {s.level for s in specs.values()} == ({1, 2} if sdxl else {0, 1})
     for name, spec in specs.items():
-        module = unet.get_submodule(name)
+        module: Any = unet.get_submodule(name)
         assert spec.is_cross_attention == name.endswith("attn2")
         assert (spec.num_heads, spec.head_dim) == (module.heads, module.to_q.out_features // module.heads)
         assert not spec.upcast
@@ -187,11 +188,11 @@ def test_levels_heads_and_kinds_of_layers_are_read_off_the_model(sdxl: bool) -> 
     for name in specs:
         if name.endswith("attn1"):
             unet.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: seen.__setitem__(name, args[0].shape[1])
+                lambda module, args, name=name: seen.__setitem__(name, args[0].shape[1])  # type: ignore[arg-type]
             )
     more = {"added_cond_kwargs": {"text_embeds": torch.randn(1, 32), "time_ids": torch.zeros(1, 6)}} if sdxl else {}
     with torch.no_grad():
-        unet(torch.randn(1, 4, 32, 32), 1, torch.randn(1, 2, unet.config.cross_attention_dim), **more)
+        unet(torch.randn(1, 4, 32, 32), 1, torch.randn(1, 2, unet.config["cross_attention_dim"]), **more)
     assert {name: 1024 // 4 ** specs[name].level for name in seen} == seen
 
 

@@ -12,8 +12,9 @@ from diffattn.benchmarks.attention_report import plot, style_of, table
 from diffattn.benchmarks.plots import COLOURS, style_of_number
 from diffattn.benchmarks.variants import FLOOR, SDPA, TOME, VARIANTS, LeftOut, apply_variant
 from diffattn.cli.bench import app
-from diffattn.measure.tables import conditions, rounds_of, text_table, timing_cells
+from diffattn.measure.tables import conditions, rounds_of, timing_cells
 from diffattn.measure.unets import MODELS, build_unet, make_inputs
+from diffattn.tables import text_table
 
 CONFIG = BenchmarkConfig(models=("tiny",), sizes=(64, 128), rounds=2, min_tokens=0, device="cpu")
 
@@ -217,6 +218,7 @@ def test_text_tables():
     text = text_table(("name", "seconds", "never used"), [("a", "1", ""), ("longer", "20", "")])
     assert text.splitlines() == ["name    seconds", "a       1", "longer  20"]
     assert text_table(("name", "x"), []) == ""
+    assert text_table(("name", "x"), [("a", "")], drop_empty=False) == "name  x\na"
     with pytest.raises(ValueError, match="a row has 1 cells, the head 2"):
         text_table(("name", "x"), [("a",)])
 

@@ -105,7 +105,9 @@ def test_a_training_step_needs_about_the_memory_that_was_foreseen():
     s = Subject(MODEL, "tiny", 256, (4, 64), 2, CPU, torch.float32)
     weights = memory_needed(s, training=False) / MIB
     foreseen = memory_needed(s, training=True) / MIB - weights
-    assert 0.5 * foreseen < peak_mib(s.step("64", True), CPU) < 1.5 * foreseen
+    held = peak_mib(s.step("64", True), CPU)
+    assert held is not None
+    assert 0.5 * foreseen < held < 1.5 * foreseen
 
 
 def test_peak_memory_is_the_most_that_was_held_at_once():
@@ -123,7 +125,7 @@ def test_peak_memory_is_the_most_that_was_held_at_once():
 def test_peak_memory_of_training_has_the_gradients():
     s = subject(BLOCK)
     gradients = 4 * sum(p.numel() for p in s.exact.parameters()) / MIB
-    forward, training = (peak_mib(s.step(SOFTMAX, mode), CPU) for mode in (False, True))
+    forward, training = (peak_mib(s.step(SOFTMAX, mode), CPU) or 0.0 for mode in (False, True))
     assert training > forward + gradients
 
 

@@ -109,7 +109,7 @@ BAD = {
     "agents as a word": ("generate --prompt x --model {}/sd --option num_agents=many", "num_agents"),
     "steps": ("generate --prompt x --model {}/sd --steps 0", "1 or more"),
     "steps of no scheduler": ("generate --prompt x --model {}/sd --steps 1001", "1001"),
-    "no null class": ("generate --prompt 1 --model {}/sit", "null class"),
+    "no null class": ("generate --prompt 1 --guidance 4 --model {}/sit", "null class"),
     "images": ("generate --prompt x --model {}/sd --num-images 0", "1 or more"),
     "seed": ("generate --prompt x --model {}/sd --seed -1", "seed"),
     "guidance": ("generate --prompt x --model {}/sd --guidance nan", "guidance"),

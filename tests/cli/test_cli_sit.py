@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_a_model_trained_on_another_path_says_so(pictures, tmp_path) -> None:
     done = call("train", *SMALL, "objective.path=gvp", "run.steps=1", "--data", pictures, "--out", tmp_path,
                 "--device", "cpu")  # fmt: skip
     assert done.exit_code == 0, done.output
-    pipe = SiTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe: Any = SiTPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.scheduler = EulerMaruyamaScheduler()
     with pytest.raises(ValueError, match="path is 'linear', but the transformer was trained on 'gvp'"):
         pipe("cat", num_inference_steps=2)

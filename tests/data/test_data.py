@@ -163,7 +163,7 @@ def test_a_dataset_json_without_labels(store: Store) -> None:
 )
 def test_a_dataset_json_that_does_not_fit_is_refused(store: Store, change: Content, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_dataset(store(edm({"a.png": 0, "b.png": 1}) | change), 8)
+        open_dataset(store({**edm({"a.png": 0, "b.png": 1}), **change}), 8)
 
 
 def test_a_label_column_needs_metadata(store: Store) -> None:

@@ -46,8 +46,8 @@ def pixart() -> Any:
     """Of 256 pixels, one of the sizes that the pipeline knows: 32x32 latents."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8,
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8,  # type: ignore[arg-type]
     )  # fmt: skip
     found = tiny_transformers.pixart_pipeline(vae.eval(), sample_size=32)
     found.set_progress_bar_config(disable=True)
@@ -122,9 +122,10 @@ def test_guidance_needs_the_null_class_that_the_pipeline_takes() -> None:
     few = tiny_transformers.dit_pipeline(tiny.vae(), num_embeds_ada_norm=10)
     few.set_progress_bar_config(disable=True)
     few.labels.clear()
-    with pytest.raises(ValueError, match=r"class 1000, which a model of 10 classes .* at most 1, got 4.0"):
-        prepare(few, request("3"))
-    assert len(draw(few, request("3", guidance=1.0))) == 1
+    with pytest.raises(ValueError, match=r"class 1000, which a model of 10 classes .* at most 1, got 4"):
+        prepare(few, request("3", guidance=4.0))
+    assert prepare(few, request("3", method="none", options={}))[0].guidance == 1
+    assert len(draw(few, request("3"))) == 1
 
 
 def test_guidance_is_the_pipelines_own(dit: Any, pixart: Any) -> None:
@@ -229,7 +230,7 @@ def test_a_preview_of_a_dit_follows_the_class_and_not_its_absence(dit: Any) -> N
     def look(model: Any, args: Any, kwargs: Any, output: Any) -> None:
         given.append((args[0], kwargs["timestep"], output.sample))
 
-    twin = DiTPipeline(**dit.components)
+    twin: Any = DiTPipeline(**dit.components)
     twin.set_progress_bar_config(disable=True)
     twin.scheduler = DDIMScheduler.from_config(dit.scheduler.config, set_alpha_to_one=True)
     with twin.transformer.register_forward_hook(look, with_kwargs=True):

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffattn.drawing.sheet import comparison_sheet
+from diffattn.drawing.sheet import amplified, comparison_sheet
 
 
 def block(color: str, size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -47,3 +48,23 @@ def test_bad_sheets() -> None:
         comparison_sheet([("row", [block("red"), block("red", (8, 8))])], ["one", "two"])
     with pytest.raises(ValueError, match="one size"):
         comparison_sheet([], [])
+
+
+@pytest.mark.parametrize(("most", "factor"), [(0.0, 1), (0.009, 100), (0.019, 50), (0.09, 10), (0.6, 1), (1.0, 1)])
+def test_a_difference_is_amplified_by_a_round_factor(most: float, factor: int) -> None:
+    a = torch.full((2, 3, 8, 8), most)
+    a[:, :, :4] /= 2
+    shown, found = amplified(a, torch.zeros_like(a))
+    assert found == factor
+    torch.testing.assert_close(shown, factor * a)
+    torch.testing.assert_close(amplified(torch.zeros_like(a), a)[0], shown)
+
+
+def test_a_few_large_differences_do_not_keep_the_rest_dark() -> None:
+    a = torch.full((1, 3, 64, 64), 0.01)
+    a[0, 0, 0, :20] = 1
+    shown, factor = amplified(a, torch.zeros_like(a))
+    assert (factor, shown.max().item()) == (100, 1)
+    alone = torch.zeros_like(a)
+    alone[0, 0, 0, 0] = 0.19
+    assert amplified(alone, torch.zeros_like(a))[1] == 5

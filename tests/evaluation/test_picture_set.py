@@ -1,6 +1,7 @@
 """Picture sets from folders, zips and `.npz`: order, size, hash, and what is refused."""
 
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,3 +97,57 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     assert found[0].unique().tolist() == [100]
     assert found[1].unique().tolist() == [255]
     assert as_uint8(found).dtype == torch.uint8
+
+
+def test_the_order_is_natural_and_the_first_are_of_every_folder(tmp_path: Path) -> None:
+    place = folder(tmp_path / "f", {f"{i}.png": png(i) for i in range(12)})
+    found = open_pictures(place)
+    assert found.names == tuple(f"{i}.png" for i in range(12))
+    padded = folder(tmp_path / "g", {f"{i:05d}.png": png(i) for i in range(12)})
+    assert (
+        open_pictures(padded).hash
+        == open_pictures(packed(tmp_path / "z.zip", {f"{i}.png": png(i) for i in range(12)})).hash
+    )
+    assert open_pictures(place, limit=3).names == ("0.png", "1.png", "2.png")
+    classes = folder(tmp_path / "c", {f"{c}/{i}.png": png(i) for c in "abc" for i in range(12)})
+    assert open_pictures(classes, limit=6).names == tuple(f"{c}/{i}.png" for c in "abc" for i in range(2))
+    spread = open_pictures(classes, limit=6, spread=True).names
+    assert [name[0] for name in spread] == list("aabbcc")
+    assert spread == open_pictures(classes, limit=6, spread=True).names
+    assert spread != open_pictures(classes, limit=6).names
+
+
+def test_another_picture_takes_the_place_of_an_unreadable_one(tmp_path: Path) -> None:
+    content = {f"{c}/{i}.png": png(i) for c in "ab" for i in range(4)}
+    place = folder(tmp_path / "f", content | {"a/0.png": b"broken"})
+    for spread in (False, True):
+        with pytest.warns(UserWarning, match="1 of 8 pictures"):
+            found = open_pictures(place, limit=7, spread=spread, skip_bad=True)
+        assert found.names == tuple(content)[1:]
+    with pytest.warns(UserWarning, match="1 of 8 pictures"):
+        assert open_pictures(place, limit=4, skip_bad=True).names == ("a/1.png", "a/2.png", "b/0.png", "b/1.png")
+
+
+def test_a_folder_that_links_to_itself_has_each_picture_once(tmp_path: Path) -> None:
+    place = folder(tmp_path / "f", FOUR)
+    (place / "b/up").symlink_to("..")
+    assert len(open_pictures(place)) == 4
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (tmp_path / "ran").touch, ()
+
+    (tmp_path / "raw.npz").write_bytes(pickle.dumps(Bomb()))
+    np.savez(tmp_path / "inside.npz", arr_0=np.array([Bomb()], dtype=object))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name, message in (
+        ("raw", "never loaded"),
+        ("inside", "never loaded"),
+        ("empty", "is not a readable .npz file"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}.npz' .*{message}") as found:
+            open_pictures(tmp_path / f"{name}.npz")
+        assert "allow_pickle" not in str(found.value)
+    assert not (tmp_path / "ran").exists()

@@ -249,5 +249,5 @@ def test_fp32_logits_where_the_layer_asks_for_them_in_fp16(
     q, k, v = (rand(1, 2, 64, 8, seed=s).to(dtype) for s in range(3))
     call = LayerCall(x=rand(1, 64, 16), grid=(8, 8))
     out = AgentAttention(agents="pool", num_agents=4, agent_ratio=None, min_tokens=0).build(layer)(q, k, v, call)
-    wide = [x.to(works_in) for x in (q, k, v)]
-    assert torch.equal(out, agent_attention(*wide, pool_tokens(wide[0], (8, 8), 4)).to(dtype))
+    q, k, v = (x.to(works_in) for x in (q, k, v))
+    assert torch.equal(out, agent_attention(q, k, v, pool_tokens(q, (8, 8), 4)).to(dtype))

@@ -166,8 +166,8 @@ def test_biases_take_the_shape_of_any_grid_and_mirror_each_other(
     b = biases(2, side**2, own_h, own_w)
     gather = gather_bias(b["an"], b["ah"], b["aw"], (h, w))
     assert gather.shape == (2, side**2, h * w)
-    turned = (x.permute(0, 1, 3, 4, 2) for x in (b["ah"], b["aw"]))  # [1, H, n, h, 1] -> [1, H, h, 1, n]
-    torch.testing.assert_close(spread_bias(b["an"], *turned, (h, w)), gather.transpose(1, 2))
+    ha, wa = (x.permute(0, 1, 3, 4, 2) for x in (b["ah"], b["aw"]))  # [1, H, n, h, 1] -> [1, H, h, 1, n]
+    torch.testing.assert_close(spread_bias(b["an"], ha, wa, (h, w)), gather.transpose(1, 2))
 
 
 @given(h=sides, w=sides)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from diffattn.measure.interleave import Spread, Timings, interleave
+from diffattn.measure.interleave import Spread, Timings, interleave, rotated
 
 
 def recorder(calls, names="abc"):
@@ -21,6 +21,11 @@ def test_every_round_runs_each_variant_once_in_rotating_order():
     assert len(timings.rounds) == 4
     assert all(list(r) == ["a", "b", "c"] for r in timings.rounds)
     assert timings.reference == "a"
+
+
+def test_every_variant_comes_first_in_turn():
+    orders = [rotated(("a", "b", "c"), number) for number in range(4)]
+    assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
 def test_contexts_surround_every_call():

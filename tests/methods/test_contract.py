@@ -61,7 +61,7 @@ VARIANTS: dict[str, Variant] = {
     ),
 }  # fmt: skip
 CASES = [(name, kind) for name, variant in VARIANTS.items() for kind in variant.kinds]
-BATCHED = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
+BATCHED: Any = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
 
 Make = Callable[[str], DiffusionPipeline]
 Patch = Callable[..., diffattn.Patch]
@@ -97,7 +97,8 @@ def patched_sd(request: pytest.FixtureRequest) -> Patch:
 
 def patch_with(variant: Variant) -> Patch:
     def patch(target: Any, **overrides: Any) -> diffattn.Patch:
-        return diffattn.patch(target, variant.method, **(dict(variant.options) | overrides))
+        options: dict[str, Any] = dict(variant.options) | overrides
+        return diffattn.patch(target, variant.method, **options)
 
     return patch
 
@@ -117,7 +118,7 @@ def processors(model: nn.Module) -> list[Any]:
 
 def anatomy(pipe: DiffusionPipeline, attention: bool = True) -> dict[str, Any]:
     """Everything of the denoisers that a patch could have changed; without what it must change while it is there."""
-    seen: dict[str, Any] = {}
+    seen: dict[Any, Any] = {}
     for part, network in denoisers(pipe).items():
         seen[part] = tuple(network.state_dict())
         for name, module in network.named_modules():

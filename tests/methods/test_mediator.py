@@ -94,6 +94,6 @@ def test_presets_fit_every_model_and_grow_as_the_noise_falls(preset: Any) -> Non
     phases = diffattn.NoiseSchedule(preset.schedule).phases
     for learned in ((4, 16, 64), (16,), (1, 256)):
         methods = [MediatorAttention(**(options or {})).fit([layer(*learned)]) for options in phases]
-        numbers = [m.num_mediators for m in methods]
+        numbers: list[Any] = [m.num_mediators for m in methods]
         assert set(numbers) <= set(learned)
         assert numbers == sorted(numbers)

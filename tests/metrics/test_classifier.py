@@ -1,6 +1,7 @@
 """`diffattn.metrics.classifier`: shapes, resizing, files, and what it refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 from diffattn.metrics.classifier import Classifier
 
-TINY = {"num_classes": 3, "input_size": 16, "widths": (4, 6, 8), "stem_filters": 5}
+TINY: Any = {"num_classes": 3, "input_size": 16, "widths": (4, 6, 8), "stem_filters": 5}
 
 
 @pytest.fixture

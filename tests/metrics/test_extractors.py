@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from diffattn.metrics.extractors import EXTRACTORS, FeatureExtractor, load_extra
 from diffattn.metrics.features import as_uint8, features_of
 from diffattn.metrics.fid import fid
 
-LAYERS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+LAYERS: Any = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,9 @@ def test_dinov2_gives_the_class_token_of_normalised_pictures(folders: dict[str, 
 
 def test_the_hash_follows_the_weights(folders: dict[str, Path]) -> None:
     one, other = (load_extractor("cifar-classifier", folders["cifar-classifier"]) for _ in range(2))
+    changed: Any = other.model
     assert one.hash == other.hash == weights_hash(other.model)
-    other.model.head.bias.data[0] += 1e-3
+    changed.head.bias.data[0] += 1e-3
     assert weights_hash(other.model) != one.hash
 
 
@@ -132,7 +134,7 @@ def test_pictures_that_are_none(extractor: FeatureExtractor, images: torch.Tenso
 
 
 def test_no_pictures_and_broken_weights(folders: dict[str, Path]) -> None:
-    extractor = load_extractor("cifar-classifier", folders["cifar-classifier"])
+    extractor: Any = load_extractor("cifar-classifier", folders["cifar-classifier"])
     with pytest.raises(ValueError, match="no pictures"):
         features_of([], extractor)
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
@@ -176,7 +178,7 @@ def test_inception_without_torch_fidelity() -> None:
 
 @pytest.mark.skipif(not HAS_FIDELITY, reason="needs torch-fidelity")
 def test_inception_from_a_file(tmp_path: Path) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # type: ignore[import-not-found]
 
     class Fresh(FeatureExtractorInceptionV3):
         def load_state_dict(self, *args: object, **kwargs: object) -> None:

@@ -118,6 +118,42 @@ def test_features_that_cannot_be_measured(metric) -> None:
         metric(ONE[0], TWO)
 
 
+EYE = torch.eye(4).double()
+DAMAGED = {
+    "negative definite": (-EYE, "eigenvalues from -1 to -1"),
+    "indefinite": (torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1])).double(), "eigenvalues from -0.1 to 1"),
+    "asymmetric": (EYE + torch.tensor([[0.0, 0.5, 0, 0]] + [[0.0] * 4] * 3).double(), "not symmetric.*up to 0.5"),
+    "NaN": (EYE * torch.nan, "covariance holds values that are NaN"),
+    "infinite": (EYE * torch.inf, "covariance holds values that are NaN or infinite"),
+    "not square": (EYE[:3], r"\[d, d\], got \[4\] and \[3, 4\]"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_covariance_that_is_none_is_refused(kind: str, tmp_path: Path) -> None:
+    cov, message = DAMAGED[kind]
+    features, sound = normal(20, 4), Statistics.of(normal(20, 4))
+    for distance in (
+        lambda bad: fid(features, bad),
+        lambda bad: fid_infinity(features, bad),
+        lambda bad: frechet_distance(sound, bad),
+        lambda bad: frechet_distance(bad, sound),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distance(Statistics(torch.zeros(4).double(), cov, None))
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(4), sigma=cov.numpy())
+    with pytest.raises(ValueError, match=message):
+        fid(features, adm.read_statistics(tmp_path / "bad.npz"))
+
+
+def test_statistics_stored_in_float32_are_sound() -> None:
+    few = normal(40, 64)  # a singular covariance: rounding makes some of its eigenvalues negative
+    exact = Statistics.of(few)
+    rounded = Statistics(exact.mean.float().double(), exact.cov.float().double(), 40)
+    assert torch.linalg.eigvalsh(rounded.cov).min() < 0
+    assert fid(normal(50, 64), rounded) == pytest.approx(fid(normal(50, 64), exact), rel=1e-3)
+
+
 def test_fid_infinity_needs_more_pictures_than_features() -> None:
     with pytest.raises(ValueError, match="15 sizes need 31 pictures or more, got 30"):
         fid_infinity(ONE[:30], TWO)
@@ -224,6 +260,7 @@ def test_a_reference_knows_its_pictures_however_they_are_cut(extractor: OfflineE
     assert whole.hash != Reference.of("noise", [x.flip(0)], extractor).hash
     assert whole.statistics.count == 12
     torch.testing.assert_close(whole.features, features_of([x], extractor))
+    assert parts.features is not None
     assert fid(parts.features, whole) == pytest.approx(0, abs=1e-6)
 
 
@@ -234,6 +271,8 @@ def test_a_reference_survives_its_file(extractor: OfflineExtractor, tmp_path: Pa
     for label in ("name", "hash", "extractor", "extractor_hash", "resize"):
         assert getattr(found, label) == getattr(made, label)
     assert torch.equal(found.statistics.cov, made.statistics.cov)
+    assert found.features is not None
+    assert made.features is not None
     assert torch.equal(found.features, made.features)
     assert found.statistics.count == 12
     made.save(tmp_path / "small.safetensors", features=False)

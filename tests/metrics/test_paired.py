@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_latent_relative_error_of_a_scaled_copy() -> None:
 
 
 def test_latents_are_recorded_through_a_pipeline(tmp_path: Path) -> None:
-    pipe = tiny.pipeline("sd", tmp_path)
+    pipe: Any = tiny.pipeline("sd", tmp_path)
     exact, patched = LatentTrace(), LatentTrace()
     arguments = dict(prompt=["a", "b"], output_type="latent")
     final = pipe(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0),

@@ -110,7 +110,7 @@ def test_statistics_of_adm(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="needs torch-fidelity")
 def test_inception_gives_what_adm_takes(tmp_path: Path) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # type: ignore[import-not-found]
 
     class Fresh(FeatureExtractorInceptionV3):
         def load_state_dict(self, *args: object, **kwargs: object) -> None:

@@ -39,7 +39,8 @@ def diffusers_dit(**overrides: Any) -> DiTTransformer2DModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
-        first, *others = model.transformer_blocks
+        blocks: Any = model.transformer_blocks
+        first, *others = blocks
         for block in others:
             block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
     return model
@@ -269,7 +270,7 @@ def test_diffusers_models_of_another_kind_are_refused(config: dict[str, Any], me
 
 
 def test_embedders_that_differ_between_blocks_are_refused() -> None:
-    theirs = diffusers_dit()
+    theirs: Any = diffusers_dit()
     with torch.no_grad():
         theirs.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight += 1
     with pytest.raises(ValueError, match=r"transformer_blocks.1.norm1.emb.class_embedder.* differs from the copy"):

@@ -104,6 +104,7 @@ def test_qk_norm_makes_the_output_indifferent_to_the_scale_of_queries(attention:
     model = tiny_dit(attention=attention, qk_norm=True)
     before = run(model, *inputs())
     with torch.no_grad():
+        block: Any
         for block in model.blocks:
             block.attn.qkv.weight[:24] *= 3
             block.attn.qkv.bias[:24] *= 3
@@ -207,6 +208,7 @@ def test_tokens_are_row_major_and_patches_find_their_place_again() -> None:
     """With every block the identity, an output patch depends on its input patch alone."""
     model = tiny_dit(attention="softmax")
     with torch.no_grad():
+        block: Any
         for block in model.blocks:
             block.adaLN_modulation[1].weight.zero_()
             block.adaLN_modulation[1].bias.zero_()
@@ -248,7 +250,7 @@ def test_autocast_stays_near_fp32_and_bfloat16_weights_run(attention: str) -> No
     with torch.autocast("cpu", torch.bfloat16):
         mixed = run(model, x, t, y)
     assert (mixed.float() - exact).norm() < 0.05 * exact.norm()
-    half = run(model.to(torch.bfloat16), x.bfloat16(), t, y)
+    half = run(model.to(torch.bfloat16), x.bfloat16(), t, y)  # type: ignore[arg-type]
     assert half.dtype == torch.bfloat16
     assert (half.float() - exact).norm() < 0.1 * exact.norm()
 

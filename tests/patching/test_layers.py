@@ -56,7 +56,7 @@ def by_hand(attn: Any, x: Tensor, grid: tuple[int, int], mask: Tensor | None = N
     return out / attn.rescale_output_factor
 
 
-def captured(unet: nn.Module, **more: Any) -> list[tuple[Any, Tensor, Tensor]]:
+def captured(unet: Any, **more: Any) -> list[tuple[Any, Tensor, Tensor]]:
     """(layer, its input, its output) of every self-attention layer in one call of a UNet."""
     seen: list[tuple[Any, Tensor, Tensor]] = []
 
@@ -99,7 +99,7 @@ def test_layers_on_feature_maps_with_norm_residual_and_rescaling_compute_the_for
         attention_head_dim=8,
         mid_block_scale_factor=2**0.5,
     )
-    attention = [m for m in unet.modules() if hasattr(m, "set_processor") and not m.is_cross_attention]
+    attention: list[Any] = [m for m in unet.modules() if hasattr(m, "set_processor") and not m.is_cross_attention]
     assert sum(m.group_norm is not None and m.residual_connection for m in attention) == 6
     check_by_hand(unet, layers=7)
 
@@ -191,7 +191,7 @@ def test_half_precision_is_near_full(agents: str, dtype: torch.dtype) -> None:
     exact = call(unet)
     with diffattn.patch(unet, agents=agents, **ALWAYS):
         full = call(unet)
-        unet.to(dtype)
+        unet.to(dtype)  # type: ignore[arg-type]
         half = call(unet)
     assert half.dtype == dtype
     assert (half - full).abs().mean() < 0.5 * (exact - full).abs().mean() + 0.02

@@ -140,7 +140,7 @@ def test_layers_of_controlnets_are_named_and_counted(make_pipeline: Make) -> Non
 
 
 def test_several_controlnets_are_all_patched(make_pipeline: Make) -> None:
-    pipe = make_pipeline("controlnet")
+    pipe: Any = make_pipeline("controlnet")
     nets = diffusers.MultiControlNetModel([pipe.controlnet, tiny.controlnet()])
     pipe = type(pipe)(**(pipe.components | {"controlnet": nets}), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -349,7 +349,8 @@ def test_a_recipe_as_a_mapping_or_a_file_is_what_it_says(pipe: DiffusionPipeline
 def test_arguments_beside_a_recipe_win(pipe: DiffusionPipeline) -> None:
     with diffattn.patch(pipe, recipe=RECIPE, layers=lambda layer: layer.level == 0, num_agents=9) as handle:
         assert {x.level for x in handle.report().layers if x.left_alone is None} == {0}
-        assert [m.num_agents for m in handle.plan.methods] == [3, 9]
+        methods: Any = handle.plan.methods
+        assert [m.num_agents for m in methods] == [3, 9]
 
 
 def test_a_file_that_is_not_json_is_refused(pipe: DiffusionPipeline, tmp_path: Path) -> None:
@@ -363,6 +364,7 @@ def test_a_file_that_is_not_json_is_refused(pipe: DiffusionPipeline, tmp_path: P
 def test_every_preset_runs(make_pipeline: Make, preset: str, kind: str) -> None:
     pipe = make_pipeline(kind)
     original = tiny.run(pipe)
-    handle = diffattn.patch(pipe, preset=preset, min_tokens=0, **({"num_agents": 6} if preset != "paper" else {}))
+    fewer: Any = {"num_agents": 6} if preset != "paper" else {}
+    handle = diffattn.patch(pipe, preset=preset, min_tokens=0, **fewer)
     assert not torch.allclose(tiny.run(pipe), original, atol=1e-4)
     assert handle.report().layers_accelerated > 0

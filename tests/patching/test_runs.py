@@ -1,6 +1,7 @@
 """Whole runs of patched pipelines: schedulers, threads, any options."""
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class EveryOther:
     def start(self, batch: int) -> None:
         self.batch, self.calls = batch, 0
 
-    def observe(self, latents: Tensor, noise_levels: list[float]) -> None:
+    def observe(self, latents: Tensor, noise_levels: Sequence[float]) -> None:
         self.calls += 1
         self.seen.append((self.batch, latents.shape, list(noise_levels), self.phase()))
 
@@ -146,7 +147,7 @@ def test_two_threads_on_one_patched_denoiser_do_not_mix() -> None:
     assert handle.report().calls_accelerated == 2 * calls
 
 
-def test_two_threads_with_a_pipeline_each_around_one_patched_denoiser_do_not_mix(pipe: DiffusionPipeline) -> None:
+def test_two_threads_with_a_pipeline_each_around_one_patched_denoiser_do_not_mix(pipe: Any) -> None:
     handle = diffattn.patch(pipe, **FEW)
     other = type(pipe)(**(pipe.components | {"scheduler": tiny.scheduler()}), requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)

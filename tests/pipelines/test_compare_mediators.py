@@ -37,7 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).save(root / "pictures" / name / f"{i}.png")
     for kind in ("softmax", "mediator"):
         options = {"data.source": str(root / "pictures"), "run.out": str(root / kind)}
-        train(set_up(TrainConfig.read(settings=[*SMALL, f"model.attention={kind}"], options=options), "cpu", str))
+        config = TrainConfig.read(settings=[*SMALL, f"model.attention={kind}"], options=options)
+        train(set_up(config, "cpu", lambda line: None))
     schedule = {"kind": "latent_change", "entries": [{"num_mediators": 1}, {"num_mediators": 4}], "thresholds": [1.5],
                 "first": 1}  # fmt: skip
     (root / "recipe.json").write_text(json.dumps({"method": "mediator", "schedule": schedule, "protocol": {}}))

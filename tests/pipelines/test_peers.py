@@ -91,7 +91,9 @@ def test_tgate_asks_the_processors_of_agents_and_only_those(pipe):
         alone = latents(draw)
     with apply("agent+tgate", pipe, SETTING) as draw:
         latents(draw)
-        report = find_patch(pipe).report()
+        handle = find_patch(pipe)
+        assert handle is not None
+        report = handle.report()
     accelerated = [layer for layer in report.layers if layer.accelerated]
     assert {layer.level for layer in accelerated} == {0}  # level 1 has as many tokens as there are agents
     with diffattn.patch(pipe, min_tokens=10**9), warnings.catch_warnings():  # every layer passes through

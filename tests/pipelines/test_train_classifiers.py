@@ -5,6 +5,7 @@ import json
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_the_export_is_an_extractor_with_figures_and_a_card(trained: Path) -> No
     assert "--train train.zip --test test.zip --steps 6" in card
     assert "{" not in card.split("```")[0]
     assert load_file(trained / "diffusion_pytorch_model.safetensors")["head.weight"].dtype == torch.float16
-    extractor = load_extractor("cifar-classifier", trained)
+    extractor: Any = load_extractor("cifar-classifier", trained)
     assert extractor.domain == "CIFAR-10"
     assert list(extractor.model.config["class_names"]) == ["colour0", "colour1", "colour2"]
     assert extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, figures["num_features"])

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from emoji_sd.denoiser import sample_timesteps  # noqa: E402
 from emoji_sd.evaluate import best_guidance, closeness, hit_rate, nearest  # noqa: E402
 from emoji_sd.loop import Curves  # noqa: E402
 from emoji_sd.precision import training_dtype  # noqa: E402
+from emoji_sd.presets import PRESETS  # noqa: E402
 from emoji_sd.text import EOS, MAX_LENGTH, build_tokenizer, tokenize  # noqa: E402
 from emoji_sd.vae import build_vae, encode, normalise  # noqa: E402
 from train_emoji_sd import app  # noqa: E402
@@ -74,7 +77,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_export_is_a_plain_pipeline(trained: Path) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(trained)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(trained)
     pipe.set_progress_bar_config(disable=True)
     assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {torch.float32}
     assert load_file(trained / "unet" / "diffusion_pytorch_model.safetensors").popitem()[1].dtype == torch.float16
@@ -232,6 +235,11 @@ def test_data(data: Path) -> None:
     assert held_out_of_vae(3, None) == ([0, 1, 2], [])
 
 
+def test_a_preset_without_a_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match="one stage or more"):
+        replace(PRESETS["tiny"], stages=())
+
+
 def test_measures(data: Path) -> None:
     images = load_pictures(data, 64).images
     assert hit_rate(nearest(images, images), list(range(8))) == 100
@@ -242,7 +250,7 @@ def test_measures(data: Path) -> None:
     whole, inside = closeness(drawn, real)
     assert whole.item() == pytest.approx(-10 * math.log10(0.04 / 64), abs=1e-3)
     assert inside.item() == pytest.approx(-10 * math.log10(0.04 / 16), abs=1e-3)
-    row = lambda *values: dict(  # noqa: E731
+    row: Any = lambda *values: dict(  # noqa: E731
         zip(("guidance", "nearest_among_trained_percent", "psnr_to_real_db_median"), values, strict=True)
     )
     assert best_guidance([row(1.5, 90.0, 19.0), row(2.0, 95.0, 17.0), row(2.5, 95.0, 18.0)]) == 2.5
@@ -254,12 +262,12 @@ def test_tokenizer_takes_any_text() -> None:
     assert tokenizer.tokenize("Face") == ["face</w>"]
     ids = tokenize(tokenizer, ["", "日本 ☂", "face " * 99])
     assert ids.shape == (3, MAX_LENGTH)
-    assert tokenizer.convert_ids_to_tokens(ids[0])[1:] == [EOS] * (MAX_LENGTH - 1)
+    assert tokenizer.convert_ids_to_tokens(ids[0].tolist())[1:] == [EOS] * (MAX_LENGTH - 1)
     assert tokenizer.decode(ids[1], skip_special_tokens=True) == "日本 ☂"
 
 
 def test_normalising_the_latents_leaves_the_pictures_alone() -> None:
-    vae = build_vae((8, 8), 1, 16).eval()
+    vae: Any = build_vae((8, 8), 1, 16).eval()
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = vae.encode(x).latent_dist

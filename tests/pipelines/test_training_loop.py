@@ -52,6 +52,8 @@ def test_a_run_asked_to_stop_saves_and_a_resumed_one_equals_an_uninterrupted_one
     assert (again.progress.step, again.progress.samples) == (4, 8)
     train("half", again, loss_of, CFG, tmp_path / "half.pt")
     for one, two in ((whole.model, again.model), (whole.ema, again.ema)):
+        assert one is not None
+        assert two is not None
         for key, value in one.state_dict().items():
             assert torch.equal(value, two.state_dict()[key])
     assert again.progress.samples == whole.progress.samples == 20

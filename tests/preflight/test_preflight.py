@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -66,12 +67,13 @@ def test_every_self_attention_layer_of_a_unet_is_found(pipe):
     assert (found.height, found.width, found.batch, found.rounds) == (32, 32, 2, 2)
     assert (found.method, found.preset, found.device, found.dtype) == ("agent", "balanced", "cpu", "float32")
     assert found.seconds.median > 0
+    assert found.peak_mib is not None
     assert found.peak_mib > 0
     assert found.weights_mib == pytest.approx(sum(p.numel() for p in pipe.unet.parameters()) * 4 / 2**20)
 
 
 def test_shares_are_shares(pipe):
-    found = preflight(pipe, rounds=3)
+    found: Any = preflight(pipe, rounds=3)
     assert found.rounds == 3
     for layer in found.layers:
         for low, high in ((layer.core_share, layer.share), (layer.share, found.share)):
@@ -184,10 +186,10 @@ def test_the_timer_adds_up_projections_and_calls():
 
 
 def test_gflops_of_a_layer_are_those_of_its_formula():
-    unet = tiny.unet()
+    unet: Any = tiny.unet()
     names = self_attention_of(unet)
     args, kwargs = make_denoiser_inputs(unet, 16, 16, batch=3)
-    counted = count_layer_gflops(unet, names, args, kwargs)
+    counted: Any = count_layer_gflops(unet, names, args, kwargs)
     for name in names:
         channels = unet.get_submodule(name).to_q.in_features
         tokens = {16: 256, 32: 64}[channels]
@@ -265,7 +267,7 @@ def spread(median, width=0.01):
     return Spread(median, median - width, median + width)
 
 
-def made(why_exact=None, covered_share=0.4, ratio=0.7):
+def made(why_exact=None, covered_share=0.4, ratio: float | None = 0.7):
     layer = LayerTime("a", 0, 4096, spread(0.5), spread(0.5), spread(0.4), 1.5, why_exact)
     return Preflight(
         model="UNet2DConditionModel", height=512, width=512, batch=2, device="cpu", dtype="float32", method="agent",
@@ -361,7 +363,7 @@ def test_bad_options(pipe, options, message):
 
 
 def test_a_model_without_self_attention():
-    plain = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None)
+    plain: Any = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None)
     with pytest.raises(ValueError, match="nothing to patch in UNet2DConditionModel: it has no self-attention layer"):
         preflight(tiny.unet(**plain))
 
@@ -370,7 +372,7 @@ def test_other_models():
     with pytest.raises(TypeError, match="Linear is not supported; supported: UNet2DConditionModel"):
         preflight(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected a diffusers pipeline"):
-        preflight("emoji-sd")
+        preflight("emoji-sd")  # type: ignore[arg-type]
 
 
 def test_a_patched_or_compiled_model_is_refused(pipe):
@@ -381,7 +383,7 @@ def test_a_patched_or_compiled_model_is_refused(pipe):
     with pytest.raises(ValueError, match="is compiled"):
         preflight(compiled)
     with pytest.raises(ValueError, match="is compiled"):
-        preflight(torch.compile(tiny.unet()))
+        preflight(torch.compile(tiny.unet()))  # type: ignore[arg-type]
 
 
 def test_unknown_conditions_need_inputs_which_may_be_given():

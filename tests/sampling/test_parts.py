@@ -24,7 +24,7 @@ def tiny_vae() -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
 
 
-def draw(pipe: SiTPipeline, **options: Any) -> Tensor:
+def draw(pipe: Any, **options: Any) -> Tensor:
     return pipe([0, 1], generator=torch.Generator().manual_seed(0), **DRAW | options).images
 
 

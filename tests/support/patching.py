@@ -11,8 +11,8 @@ import diffattn
 from support import tiny
 
 Make = Callable[[str], DiffusionPipeline]
-FEW: dict[str, Any] = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0}
-ALWAYS: dict[str, Any] = FEW | {"schedule": {0.0: {}}}
+FEW: Any = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0}
+ALWAYS: Any = FEW | {"schedule": {0.0: {}}}
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 

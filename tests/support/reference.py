@@ -20,7 +20,7 @@ class Case:
     name: str
     params: dict[str, Any]
     tensors: dict[str, Tensor]
-    tolerance: dict[str, float]
+    tolerance: dict[str, Any]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -36,8 +36,8 @@ def official(case: Case) -> DiT:
     return DiT.from_official(weights(case), num_heads=case.params["model"]["num_heads"])
 
 
-def tiny_pipeline(scheduler: Any = None, vae: Any = None, **overrides: Any) -> SiTPipeline:
-    """Random weights, 16x16 latents, 5 classes; without a VAE unless one is given."""
+def tiny_pipeline(scheduler: Any = None, vae: Any = None, **overrides: Any) -> Any:
+    """A `SiTPipeline` of random weights, 16x16 latents, 5 classes; without a VAE unless one is given."""
     pipe = SiTPipeline(tiny_dit(**overrides), scheduler or FlowMatchEulerDiscreteScheduler(), vae, NAMES)
     pipe.set_progress_bar_config(disable=True)
     return pipe

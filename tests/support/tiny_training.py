@@ -37,7 +37,9 @@ def run(pictures: Path, out: Path, *settings: str, said: list[str] | None = None
 
 def last(out: Path) -> tuple[dict, dict]:
     """Tensors and state of the latest checkpoint."""
-    return checkpoints.load(checkpoints.latest(out / "checkpoints"))
+    folder = checkpoints.latest(out / "checkpoints")
+    assert folder is not None
+    return checkpoints.load(folder)
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -39,24 +39,25 @@ def dit(**overrides: Any) -> DiTTransformer2DModel:
 def pixart(**overrides: Any) -> PixArtTransformer2DModel:
     """64 tokens of 16x16 latents in two blocks, each with self-attention and cross-attention to the text."""
     torch.manual_seed(0)
-    config = SHAPE | {"cross_attention_dim": WIDTH, "caption_channels": WIDTH} | overrides
+    config: dict[str, Any] = SHAPE | {"cross_attention_dim": WIDTH, "caption_channels": WIDTH} | overrides
     return PixArtTransformer2DModel(**config).eval()
 
 
 def dit_pipeline(vae: AutoencoderKL, **overrides: Any) -> DiTPipeline:
-    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    scheduler: Any = DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     return DiTPipeline(dit(**overrides), vae, scheduler, id2label=LABELS)
 
 
 def pixart_pipeline(vae: AutoencoderKL, sigma: bool = False, **overrides: Any) -> Any:
     torch.manual_seed(0)
+    scheduler: Any = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
     words = T5Config(vocab_size=128, d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2)
     return (PixArtSigmaPipeline if sigma else PixArtAlphaPipeline)(
         tokenizer=tokenizer(),
         text_encoder=T5EncoderModel(words).eval(),
         vae=vae,
         transformer=pixart(**overrides),
-        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+        scheduler=scheduler,
     )
 
 

@@ -90,7 +90,9 @@ def test_killed_at_any_moment_the_latest_is_whole(tmp_path) -> None:
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        tensors, state = checkpoints.load(checkpoints.latest(tmp_path))
+        folder = checkpoints.latest(tmp_path)
+        assert folder is not None
+        tensors, state = checkpoints.load(folder)
         for part in ("model", "ema"):
             assert torch.equal(tensors[part]["w"], torch.full((200_000,), float(state["step"])))
 

@@ -12,6 +12,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from support.tiny_training import TINY, assert_same, last, make_pictures, run
 
+from diffattn.training.accelerator import make_accelerator
+from diffattn.training.config import TrainConfig
+
 FSDP2 = Path(__file__).parents[2] / "pipelines/accelerate/fsdp2.yaml"
 
 SETUP = """
@@ -51,21 +54,17 @@ finish()
 """
 
 SHARDED = """
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from torch.nn.modules.module import register_module_forward_pre_hook
 from diffattn.models.layers import DiTBlock, TimestepEmbedder
 def run(name, *more):
     setup = prepared(name, *more)
-    state = setup.accelerator.state  # accelerate does the next three lines on GPUs only
-    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
-    if state.mixed_precision != "no":
-        state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
     assert setup.accelerator.is_fsdp2
     train(setup)
-run("whole", "optim.accumulation=2")
-run("resumed", "optim.accumulation=2", "run.steps=5")
-run("resumed", "optim.accumulation=2")
+fp32 = ["optim.accumulation=2", "run.precision=fp32"]
+run("whole", *fp32)
+run("resumed", *fp32, "run.steps=5")
+run("resumed", *fp32)
 seen = set()
 def look(module, inputs):
     if isinstance(module, (DiTBlock, TimestepEmbedder)):
@@ -105,7 +104,7 @@ def assert_learned_alike(one: Path, other: Path) -> None:
 
 def test_two_processes_resume_bit_for_bit_and_learn_what_one_does(pictures, tmp_path) -> None:
     said = launched(REPLICATED, pictures, tmp_path)
-    assert "going on at step 5" in said
+    assert "resuming at step 5" in said
     assert "4 in all, 2 per process; 2 on cpu" in said
     assert_same(tmp_path / "whole", tmp_path / "resumed")
     run(pictures, tmp_path / "one")
@@ -123,6 +122,36 @@ def test_a_checkpoint_that_cannot_be_written_fails_on_every_process_and_none_han
     assert last(tmp_path / "run")[1]["progress"]["step"] == 8
 
 
+def test_the_dry_run_prints_the_parallelism_and_precision_that_the_launcher_asks_for(pictures, tmp_path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "2"]
+    program = [str(FSDP2.parents[1] / "train.py"), "--data", str(pictures), "--device", "cpu", "--dry-run", *TINY]
+    done = subprocess.run([*launch, *program, f"run.out={tmp_path}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes         2 on cpu, model sharded over them (FSDP2), precision bf16" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision 'fp16'"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", r"set optim\.accumulation=4"),
+    ],
+)
+def test_what_training_does_not_have_is_refused(pictures, monkeypatch, variable, value, message) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(TrainConfig.read(settings=TINY), "cpu")
+
+
+def test_sharding_of_the_first_kind_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="fsdp_version 1; training shards with fsdp_version: 2 only"):
+        make_accelerator(TrainConfig.read(settings=TINY), "cpu")
+
+
 def test_a_sharded_model_trains_resumes_and_is_exported(pictures, tmp_path) -> None:
     """With the shipped configuration of FSDP2, as accelerate's launcher reads it."""
     options, *_ = _validate_launch_command(
@@ -130,7 +159,7 @@ def test_a_sharded_model_trains_resumes_and_is_exported(pictures, tmp_path) -> N
     )
     environment = {k: v for k, v in prepare_multi_gpu_env(options).items() if "FSDP" in k}
     said = launched(SHARDED, pictures, tmp_path, environment)
-    assert "going on at step 5" in said
+    assert "resuming at step 5" in said
     assert_same(tmp_path / "whole", tmp_path / "resumed")
     run(pictures, tmp_path / "one")
     assert_learned_alike(tmp_path / "one", tmp_path / "whole")

@@ -28,6 +28,6 @@ def test_a_killed_process_goes_on_and_equals_the_uninterrupted_run(tmp_path) -> 
     steps = last(out)[1]["progress"]["step"] + 4
     said: list[str] = []
     run(pictures, out, f"run.steps={steps}", said=said)
-    assert f"going on at step {steps - 4}" in said
+    assert f"resuming at step {steps - 4}" in said
     run(pictures, tmp_path / "whole", f"run.steps={steps}")
     assert_same(tmp_path / "whole", out)

@@ -4,6 +4,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,9 @@ def make_vae(seed: int = 0) -> AutoencoderKL:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoencoderKL(
-            block_out_channels=(4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 8),  # type: ignore[arg-type]
+            down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+            up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
             norm_num_groups=2,
             latent_channels=2,
             sample_size=16,
@@ -76,7 +77,7 @@ def test_latents_are_what_the_autoencoder_gives(
         assert (moments.dtype, moments.shape, label) == (torch.float16, (2, 4, 8, 8), dataset[i][1])
         x = dataset[i][0].float() / 127.5 - 1
         for side, picture in zip(moments, (x, x.flip(-1)), strict=True):
-            found = vae.encode(picture[None]).latent_dist
+            found = vae.encode(picture[None]).latent_dist  # type: ignore[union-attr]
             torch.testing.assert_close(side[None].float(), torch.cat([found.mean, found.std], 1), rtol=1e-3, atol=1e-4)
 
 
@@ -139,7 +140,8 @@ def test_latents_are_the_same_for_any_number_of_processes_and_workers_and_from_a
 ) -> None:
     whole = take(4, Batches(latents, 6, seed=1))
     parts = [take(4, Batches(latents, 6, seed=1, rank=rank, world_size=3)) for rank in range(3)]
-    assert same([tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*parts, strict=True)], whole)
+    together: Any = [tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*parts, strict=True)]
+    assert same(together, whole)
     assert same(take(2, Batches(latents, 6, seed=1, num_workers=1), start=2), whole[2:])
 
 
@@ -210,7 +212,7 @@ def test_a_folder_that_is_no_cache_is_refused(
 
 
 def test_latents_that_are_not_finite_are_refused(dataset: ImageDataset, tmp_path: Path) -> None:
-    broken = make_vae()
+    broken: Any = make_vae()
     nn.init.constant_(broken.quant_conv.bias, float("nan"))
     with pytest.raises(ValueError, match="not finite in float16 for picture 0 and 6 more; if its own dtype"):
         cache_latents(dataset, broken, tmp_path / "cache")

@@ -75,7 +75,7 @@ def test_the_path_and_the_weights_change_what_is_learned(pictures, tmp_path, set
     assert losses(said)[-1] < 0.8 * losses(said)[0]
     said.clear()
     run(pictures, tmp_path / "changed", *long, setting, "run.steps=121", said=said)
-    assert "going on at step 120" in said
+    assert "resuming at step 120" in said
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
         run(pictures, tmp_path / "changed", *long, "run.steps=122")
 

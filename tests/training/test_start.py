@@ -1,5 +1,7 @@
 """Starting points and distillation: what a model takes over from another one."""
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +13,7 @@ from diffattn.training.config import TrainConfig
 from diffattn.training.distill import Distillation, freeze_backbone
 from diffattn.training.start import load_backbone, make_model, start_from
 
-SMALL = dict(sample_size=8, patch_size=2, in_channels=2, hidden_size=16, num_layers=2, num_heads=2, num_classes=3)
+SMALL: Any = dict(sample_size=8, patch_size=2, in_channels=2, hidden_size=16, num_layers=2, num_heads=2, num_classes=3)
 
 
 def lively(model: DiT, seed: int = 0) -> DiT:
@@ -153,7 +155,7 @@ def test_unreadable_sources(tmp_path) -> None:
 
 def test_distillation_teaches_the_mediators_and_nothing_else() -> None:
     teacher = lively(DiT(**SMALL))
-    student = DiT(**SMALL, attention="mediator", mediators=(4,))
+    student: Any = DiT(**SMALL, attention="mediator", mediators=(4,))
     start_from(student, teacher)
     freeze_backbone(student)
     distillation = Distillation(student, teacher)

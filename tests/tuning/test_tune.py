@@ -24,7 +24,7 @@ from diffattn.tuning.tune import Tuned, workload
 PROMPTS = ["a cat", "two dogs", "red"]
 FEW = {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}
 CANDIDATES = [("agent", FEW | {"agents": kind, "num_agents": n}) for kind in ("landmarks", "pool") for n in (4, 16)]
-SMALL: dict[str, Any] = dict(candidates=CANDIDATES, steps=4, bands=2, cost="flops", guidance=3.0)
+SMALL: Any = dict(candidates=CANDIDATES, steps=4, bands=2, cost="flops", guidance=3.0)
 
 
 # The order in which exactness is given up.
@@ -184,7 +184,7 @@ def test_a_least_speed_up_is_reached_at_the_first_rung_that_does(pipe: Diffusion
 
 def test_what_is_promised_is_measured_once_more(pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured times scatter, and the search stops where they happened to be good."""
-    times = {"now": iter(())}
+    times: dict[str, Any] = {"now": iter(())}
     monkeypatch.setattr(Search, "speedup", lambda search, recipe: next(times["now"]))
     times["now"] = iter([2.0, 1.6, 1.6, 1.6, 1.6, 1.4, 1.45, 1.52])  # all cheap; the search; again, and one rung on
     found = diffattn.tune(pipe, PROMPTS[:1], min_speedup=1.5, checks=4, **SMALL)

@@ -1,4 +1,4 @@
-"""What the web page does, without the page: who may ask for what, one job at a time, its progress, Stop."""
+"""The work behind the web page, without the page: limits, one job at a time, progress, Stop."""
 
 from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
 from diffattn.app.jobs.compare import Comparison, Variant
@@ -8,6 +8,7 @@ from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.watch import Progress, Stopped
 from diffattn.app.jobs.worker import Drawn, Worker
+from diffattn.drawing.batch import NotFinite
 
 __all__ = [
     "AUTOMATIC",
@@ -16,6 +17,7 @@ __all__ = [
     "Limits",
     "Measurement",
     "Models",
+    "NotFinite",
     "Progress",
     "Run",
     "RunTrace",

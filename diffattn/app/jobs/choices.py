@@ -1,4 +1,4 @@
-"""The models and accelerations to choose from, and the refusal of all others."""
+"""The models and accelerations that a visitor may choose; all others are refused."""
 
 import json
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ AUTOMATIC = "automatic"
 """The acceleration that is the model's own default method, balanced."""
 
 RECIPE = "recipe"
-"""What a comparison calls the variant of a recipe's file."""
+"""Name of the variant in a comparison that comes from a recipe file."""
 
 MAX_DEPTH = 2  # folders between the models' folder and a model, itself included
 
 
 def accelerations() -> list[str]:
-    """What may be asked for: "automatic", "none", and every "method/preset"."""
+    """The allowed values: "automatic", "none", and every "method/preset"."""
     return [AUTOMATIC, EXACT, *(f"{name}/{preset}" for name, kind in METHODS.items() for preset in kind.presets)]
 
 
 def method_and_preset(acceleration: object) -> tuple[str | None, str | None]:
-    """`Request`'s method and preset of one of `accelerations`; others raise `ValueError`."""
+    """Method and preset of a `Request` for one of `accelerations`; raises `ValueError` for anything else."""
     if acceleration not in accelerations():
         raise ValueError(f"unknown acceleration {str(acceleration)[:60]!r}; allowed: {', '.join(accelerations())}")
     if acceleration == AUTOMATIC:
@@ -37,7 +37,7 @@ def method_and_preset(acceleration: object) -> tuple[str | None, str | None]:
 
 @dataclass(frozen=True)
 class Description:
-    """What the files of a model say, without loading it."""
+    """What a model's files say about it, without loading it."""
 
     what: str
     size: tuple[int, int] | None = None  # width, height in pixels it was trained for
@@ -47,9 +47,9 @@ class Description:
 
 @dataclass(frozen=True)
 class Models:
-    """The models that may be asked for: embedded ones, those below `folder`, and ids on the hub.
+    """The models that a visitor may use: embedded ones, those below `folder`, and hub ids.
 
-    Without the hub nothing is downloaded, so only the extractors that come with the package may be asked for.
+    Without the hub nothing is downloaded, so only the extractors that ship with the package are available.
     """
 
     folder: Path | None = None
@@ -66,7 +66,7 @@ class Models:
         return embedded_models() + sorted(set(self._local()) - set(embedded_models()))
 
     def source(self, name: object) -> str:
-        """What `load_pipeline` is to load for a name.
+        """The argument of `load_pipeline` for a name.
 
         Raises:
             ValueError: neither embedded, nor below the folder, nor an id on the hub.
@@ -91,11 +91,11 @@ class Models:
         return folder if (folder / INDEX).is_file() else None
 
     def is_local(self, name: object) -> bool:
-        """Whether a name is that of a model below the folder; raises as `source`."""
+        """Whether a name belongs to a model below the folder; raises as `source`."""
         return self.source(name) != name
 
     def extractors(self) -> list[str]:
-        """The extractors that may be asked for."""
+        """The extractors that a visitor may choose."""
         return [name for name in EXTRACTORS if self.hub or (embedded_folder(name) / "config.json").is_file()]
 
     def describe(self, name: object) -> Description:
@@ -108,12 +108,12 @@ class Models:
         return Description(
             what=known.what if known else f"a {index.get('_class_name', 'pipeline')}",
             size=_size(folder),
-            guidance=known.guidance if known else None,
+            guidance=known.guidance if known else _number(index.get("guidance_scale")),
             classes=tuple(str(label) for label in (index.get("id2label") or {}).values()),
         )
 
     def _local(self) -> dict[str, Path]:
-        """Path in the folder -> the folder of a model, links that lead out of it excluded."""
+        """Path in the folder -> the folder of a model; links that lead outside are excluded."""
         found: dict[str, Path] = {}
         for depth in range(1, MAX_DEPTH + 1) if self._root else ():
             assert self._root is not None
@@ -133,6 +133,10 @@ def _size(folder: Path) -> tuple[int, int] | None:
     rows, columns = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(stages) - 1)
     return columns * factor, rows * factor
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _json(path: Path) -> Mapping[str, Any]:

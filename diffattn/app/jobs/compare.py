@@ -17,7 +17,8 @@ from diffattn.app.jobs.watch import Watch, noisy_input
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.measure.flops import count_gflops
-from diffattn.metrics.paired import psnr, ssim
+from diffattn.measure.interleave import rotated
+from diffattn.metrics.paired import SSIM_WINDOW, psnr, ssim
 from diffattn.patching.patch import Patch
 from diffattn.patching.report import Report
 from diffattn.schedules import NoiseSchedule
@@ -39,9 +40,14 @@ class Variant:
     gflops: float | None  # of all denoiser calls of a picture; a multiply-add counts two; None: not counted
     peak_mib: float | None  # most memory allocated on a CUDA device, None elsewhere
     psnr: float | None  # dB, mean over the pictures that differ; None for "none"; infinite if none does
-    ssim: float | None
+    ssim: float | None  # of both: pictures that a safety checker blanked are left out, None if all are
     report: Report | None
     trace: RunTrace
+
+    @property
+    def blanked(self) -> int:
+        """Pictures that the model's safety checker made black."""
+        return sum(picture.blanked for picture in self.pictures)
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,13 @@ class Comparison:
     variants: tuple[Variant, ...]
 
     def speedup(self, variant: Variant) -> float:
-        """Of the median times."""
+        """Ratio of the median times, unpatched over the variant."""
         return self.variants[0].seconds / variant.seconds
 
 
 @dataclass
 class Collected:
-    """What came of one way to draw so far."""
+    """The results of one variant so far."""
 
     request: Request
     pictures: list[Picture] = field(default_factory=list)
@@ -69,7 +75,7 @@ class Collected:
 
 
 def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch) -> Comparison:
-    """Draw the pictures of a request unpatched and with every acceleration, in an order that rotates.
+    """Draw the pictures of a request unpatched and with every acceleration, in a rotating order.
 
     Args:
         pipe: on the device it is to run on; it is left unpatched.
@@ -82,11 +88,9 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
     for name in order:
         warm_up(pipe, collected[name].request, watch)
     for i in range(request.num_images):
-        for j in range(len(order)):
-            name = order[(i + j) % len(order)]
+        for j, name in enumerate(rotated(order, i)):
             draw(pipe, collected[name], request.seed + i, watch, name, i * len(order) + j, total)
-    reference = torch.cat([pixels(picture.image) for picture in collected[EXACT].pictures])
-    found = tuple(_summary(name, one, reference) for name, one in collected.items())
+    found = tuple(_summary(name, one, collected[EXACT].pictures) for name, one in collected.items())
     return Comparison(request, found)
 
 
@@ -98,12 +102,12 @@ def _variant(request: Request, name: str) -> Collected:
 
 
 def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:
-    """Two steps: the first run of a kind takes longer, and does not count."""
+    """Run two steps that do not count: the first run of a variant takes longer."""
     draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, None)
 
 
 def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int | None) -> None:
-    """One picture more; the model is patched before and restored after it."""
+    """Draw one more picture; the model is patched before it and restored afterwards."""
     ready, patch = prepare(pipe, replace(one.request, seed=seed, num_images=1))
     on_cuda = pipe.device.type == "cuda"
     try:
@@ -126,10 +130,10 @@ def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done
 
 @torch.no_grad()
 def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
-    """Of all calls of a picture: one call of every phase is repeated and counted.
+    """Operations of all denoiser calls of a picture: one call of every phase is repeated and counted.
 
-    None where that takes too long, or where a call alone is in another phase than in its run, as the noise level does
-    not tell it.
+    None where that takes too long, or where the phase does not follow from the noise level, so that a call repeated
+    alone would run in another phase.
     """
     if patch and not isinstance(patch.plan.schedule, NoiseSchedule):
         return None
@@ -144,18 +148,22 @@ def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
     return sum(of_phase[phase] for phase in phases)
 
 
-def _summary(name: str, one: Collected, reference: Tensor) -> Variant:
-    own = torch.cat([pixels(picture.image) for picture in one.pictures])
-    exact, small = name == EXACT, min(own.shape[2:]) < 11
+def _summary(name: str, one: Collected, exact: Sequence[Picture]) -> Variant:
     assert one.trace is not None
+    both = [pair for pair in zip(one.pictures, exact, strict=True) if not (pair[0].blanked or pair[1].blanked)]
+    db = alike = None
+    if name != EXACT and both:
+        own, reference = (torch.cat([pixels(picture.image) for picture in side]) for side in zip(*both, strict=True))
+        db = _mean_of_finite(psnr(own, reference))
+        alike = float(ssim(own, reference).mean()) if min(own.shape[2:]) >= SSIM_WINDOW else None
     return Variant(
         name=name,
         pictures=tuple(one.pictures),
         seconds=statistics.median(picture.seconds for picture in one.pictures),
         gflops=one.gflops,
         peak_mib=max(one.peaks, default=None),
-        psnr=None if exact else _mean_of_finite(psnr(own, reference)),
-        ssim=None if exact or small else float(ssim(own, reference).mean()),
+        psnr=db,
+        ssim=alike,
         report=one.report,
         trace=one.trace,
     )

@@ -1,4 +1,4 @@
-"""Which runs a visitor has: those stored with the models, and the latest own ones."""
+"""The runs that a visitor sees: those stored with the models, and their own latest ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,24 +9,24 @@ MOST = 12  # own runs that are kept; the oldest go first
 
 
 def keep(kept: Sequence[Mapping[str, Any]], new: Sequence[Run]) -> list[dict[str, Any]]:
-    """Own runs as JSON types with new ones added, each title once, the latest `MOST`."""
+    """A visitor's runs, as JSON types, with new ones added: each title once, the latest `MOST`."""
     return list(_every(kept, new).values())[-MOST:]
 
 
 def not_kept(kept: Sequence[Mapping[str, Any]], new: Sequence[Run]) -> int:
-    """How many runs `keep` drops, older and new ones."""
+    """How many runs `keep` drops."""
     return max(len(_every(kept, new)) - MOST, 0)
 
 
 def runs_to_show(stored: Sequence[Run], kept: Sequence[Mapping[str, Any]]) -> list[Run]:
-    """Stored runs, then own ones that are not among them."""
+    """The stored runs, then the visitor's own that are not among them."""
     titles = {run.title for run in stored}
     own = [Run.from_dict(run) for run in kept]
     return [*stored, *(run for run in own if run.title not in titles)]
 
 
 def _every(kept: Sequence[Mapping[str, Any]], new: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Title -> run, the older ones first; a new run takes the place of an older one of its title, at the end."""
+    """Title -> run, the older ones first; a new run replaces an older one of the same title and moves to the end."""
     titles = {run.title for run in new}
     older = {run["title"]: dict(run) for run in kept if run["title"] not in titles}
     return older | {run.title: run.to_dict() for run in new}

@@ -1,4 +1,4 @@
-"""How much one job may ask for. Everything a stranger sends is checked here, whatever the page allows."""
+"""Limits of one job. All untrusted input is checked here, whatever the page itself allows."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from diffattn.app.jobs.choices import AUTOMATIC, RECIPE, accelerations, method_a
 from diffattn.app.jobs.naming import naming
 from diffattn.app.jobs.quality_run import Measurement
 from diffattn.drawing.request import MAX_SEED, Request
+from diffattn.files import split_lines
 from diffattn.metrics.extractors import EXTRACTORS
 from diffattn.patching.recipe import read_recipe
 
@@ -43,7 +44,7 @@ class Limits:
         model: str,
         prompt: object,
         *,
-        negative_prompt: object = "",
+        negative_prompt: object = None,
         acceleration: object = "automatic",
         recipe: object = None,
         steps: object = 25,
@@ -53,10 +54,11 @@ class Limits:
         seed: object = 0,
         num_images: object = 1,
     ) -> Request:
-        """The request for values of any type.
+        """Turn untrusted values into a `Request`.
 
         Args:
-            model, prompt, negative_prompt, steps, seed, num_images: as in `Request`.
+            model, prompt, steps, seed, num_images: as in `Request`.
+            negative_prompt: None or an empty box: none is given.
             acceleration: see `choices.accelerations`; a recipe goes before it.
             recipe: a file of `diffattn.patch(recipe=...)`, or what it holds; None: without.
             guidance, width, height: None for the model's own.
@@ -69,7 +71,7 @@ class Limits:
         found = Request(
             model=model,
             prompt=self._text("prompt", prompt),
-            negative_prompt=self._text("negative prompt", negative_prompt),
+            negative_prompt=None if negative_prompt in (None, "") else self._text("negative prompt", negative_prompt),
             method=method,
             preset=preset,
             recipe=None if recipe is None else _recipe(recipe),
@@ -99,7 +101,7 @@ class Limits:
         steps: object = 20, guidance: object = None, prompts: object = "", extractor: object = AUTOMATIC,
         against: object = AUTOMATIC, seed: object = 0,
     ) -> Measurement:  # fmt: skip
-        """The measurement for values of any type.
+        """Turn untrusted values into a `Measurement`.
 
         Args:
             models: list of names, as `Models.source` takes them; that they exist is not checked here.
@@ -135,7 +137,7 @@ class Limits:
         return found
 
     def check_size(self, width: int, height: int) -> None:
-        """Raise `ValueError` for a picture that is too large, whoever chose its size: it may be the model's own."""
+        """Raise `ValueError` for a picture above the limit, even where the size is the model's own."""
         for name, pixels in (("width", width), ("height", height)):
             if pixels > self.side:
                 raise ValueError(f"{name} {pixels} is above the limit of {self.side} pixels; give a smaller {name}")
@@ -145,13 +147,13 @@ class Limits:
         if pictures * steps > self.calls:
             raise ValueError(
                 f"{pictures} pictures of {steps} steps are {pictures * steps} steps in all, at most {self.calls} are "
-                "allowed in one job; take fewer steps, pictures or accelerations"
+                "allowed in one job; use fewer steps, pictures or accelerations"
             )
 
     def _lines(self, prompts: object) -> tuple[str, ...]:
         if not isinstance(prompts, str) or len(prompts) > self.prompts * self.prompt:
             raise ValueError("prompts must be text, one prompt a line")
-        found = tuple(self._text("prompt", line.strip()) for line in prompts.splitlines() if line.strip())
+        found = tuple(self._text("prompt", line.strip()) for line in split_lines(prompts) if line.strip())
         if len(found) > self.prompts:
             raise ValueError(f"at most {self.prompts} prompts, got {len(found)}")
         return found
@@ -165,7 +167,7 @@ class Limits:
 
 
 def _recipe(given: Any) -> Mapping[str, Any]:
-    """As `read_recipe`, but that a file is told by its name alone."""
+    """As `read_recipe`, but errors name a file without its folder."""
     if not isinstance(given, str | Path):
         return read_recipe(given)
     with naming(given, Path(given).name):

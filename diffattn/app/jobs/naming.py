@@ -1,4 +1,4 @@
-"""Errors that reach visitors say names, and not where on the server things are."""
+"""Errors shown to visitors give names, never paths on the server."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @contextmanager
 def naming(place: str | Path, name: str) -> Iterator[None]:
-    """Within, a `ValueError` that says a place on the server is raised with a name instead."""
+    """Within, a `ValueError` whose message holds a path on the server is raised with a name in its place."""
     try:
         yield
     except ValueError as error:

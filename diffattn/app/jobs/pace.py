@@ -1,4 +1,4 @@
-"""How fast a model draws here, learned from what it drew."""
+"""How fast a model draws on this machine, learned from the pictures it has drawn."""
 
 from diffattn.drawing.request import EXACT, Request
 
@@ -8,8 +8,8 @@ PIXELS = 256 * 256
 class Pace:
     """Seconds of one step of 256x256 pixels, per model.
 
-    The latest exact picture says it; an accelerated one only until there is an exact one. So an estimate holds for
-    exact attention, and acceleration stays below it.
+    Taken from the latest exact picture, or from an accelerated one until there is an exact one. An estimate is
+    therefore one for exact attention, and accelerated runs take less.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Pace:
         self._accelerated: dict[str, float] = {}
 
     def learn(self, request: Request, seconds: float) -> None:
-        """From a whole picture, since the device has been waited for at its end.
+        """Learn from a whole picture; the device has been waited for at its end.
 
         Args:
             request: one that went through `prepare`.
@@ -29,6 +29,6 @@ class Pace:
         known[request.model] = seconds / request.steps * PIXELS / (request.width * request.height)
 
     def seconds(self, model: str, pixels: int, steps: int) -> float | None:
-        """Estimate for `steps` steps of so many pixels; None before the model drew anything."""
+        """Estimate for `steps` steps of so many pixels; None until the model has drawn something."""
         pace = self._exact.get(model, self._accelerated.get(model))
         return None if pace is None else pace * pixels / PIXELS * steps

@@ -17,7 +17,7 @@ SIDE = 256  # pixels of the longer side of a preview
 
 
 class Preview:
-    """Clean latents [1, c, h, w] -> a small picture.
+    """Maps clean latents [1, c, h, w] to a small picture.
 
     Args:
         weights: of the map, [c + 1, 3]; None where latents are pixels from -1 to 1.
@@ -28,7 +28,7 @@ class Preview:
 
     @classmethod
     def of(cls, pipe: Any) -> Self | None:
-        """The least-squares map over smooth random pictures that the VAE encodes; None if it cannot be had.
+        """The least-squares map over smooth random pictures that the VAE encodes; None where there is none.
 
         Some VAEs overflow in half precision: their latents are infinite or NaN. Others have no distribution of latents.
         """

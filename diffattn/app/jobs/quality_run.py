@@ -1,4 +1,4 @@
-"""Runs that measured speed and quality: what was asked for, what was found, their file, and which of them compare."""
+"""Measurements of speed and quality: requests, results, their file, and which results can be compared."""
 
 import csv
 import io
@@ -17,10 +17,10 @@ from diffattn.measure.interleave import Spread
 
 FORMAT = "diffattn speed and quality 1"
 RUNS_FILE = "speed_quality.json"
-"""In a model's folder: runs to show before anybody measured."""
+"""Name of the file in a model's folder with runs to show before anything is measured."""
 
 REFERENCE_FILE = "reference.safetensors"
-"""In a model's folder: what its pictures are measured against, see `Reference.save`."""
+"""Name of the file in a model's folder that its pictures are measured against, see `Reference.save`."""
 
 MAX_RUNS = 100  # in one file
 MAX_FIGURE = 1e12  # of either sign
@@ -47,7 +47,7 @@ class Measurement:
 
     @property
     def num_variants(self) -> int:
-        """Of one model, exact attention included."""
+        """Variants of one model, exact attention included."""
         return 1 + len(self.accelerations) + len(self.numbers)
 
 
@@ -67,7 +67,7 @@ class Line:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave; raises `ValueError` for anything else."""
+        """The inverse of `to_dict`; raises `ValueError` for anything else."""
         seconds = data["seconds"]
         low, high = seconds["iqr"]
         times = Spread(_finite(seconds["median"]), _finite(low), _finite(high))
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def where(self) -> str:
-        """What did the work."""
+        """The machine that did the work, in words."""
         return str(where(dict(self.machine)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Run:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """What `to_dict` gave.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: anything else.
@@ -130,7 +130,7 @@ class Run:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """Runs of a file of `save_runs`.
+    """The runs in a file written by `save_runs`.
 
     Raises:
         ValueError: not such a file; the message says what is wrong with it.
@@ -166,7 +166,7 @@ def runs_as_csv(runs: Sequence[Run]) -> str:
 
 
 def comparable(runs: Sequence[Run], by_time: bool) -> list[list[Run]]:
-    """Runs in groups within which figures compare: one protocol, and one machine if their times are compared."""
+    """Group runs whose figures can be compared: one protocol, and one machine if times are compared."""
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
@@ -180,19 +180,19 @@ def comparable(runs: Sequence[Run], by_time: bool) -> list[list[Run]]:
 
 
 def why_apart(run: Run, other: Run) -> str:
-    """In words, what keeps the figures of two runs from being compared; empty if nothing does."""
+    """Why the figures of two runs cannot be compared, in words; empty if they can."""
     found = run.lines[0].quality.protocol.differences(other.lines[0].quality.protocol)
     names = [name.replace("_", " ") for name in found]
     return ", ".join(names + (["machine"] if run.where != other.where else []))
 
 
 def _finite(value: Any) -> float:
-    """A figure that charts can hold."""
+    """Check that a figure is one that charts can show."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_FIGURE:
         raise ValueError(f"a figure must be a number of at most {MAX_FIGURE:g}, got {reprlib.repr(value)}")
     return float(value)
 
 
 def _no_formula(cell: Any) -> Any:
-    """Text that a spreadsheet would run is marked as text."""
+    """Mark text that a spreadsheet would run as a formula."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

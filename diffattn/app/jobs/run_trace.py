@@ -1,4 +1,4 @@
-"""What one run did at every step: mediators or agents, change of the latents, which layers ran accelerated."""
+"""A record of every step of one run: mediators or agents, change of the latents, which layers ran accelerated."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,7 @@ class RunTrace:
 
     @property
     def switches(self) -> list[int]:
-        """Calls at which the number changes."""
+        """The calls at which the number of mediators or agents changes."""
         pairs = enumerate(zip(self.numbers, self.numbers[1:], strict=False), start=1)
         return [call for call, (before, now) in pairs if before != now]
 
@@ -51,7 +51,7 @@ class Recorder:
         self._numbers: dict[int, int | None] = {}  # of the phases so far
 
     def finished(self) -> RunTrace:
-        """The trace with all changes so far, which waits for their device."""
+        """The trace with all changes of the latents so far; waits for their device."""
         known = len(self.trace.changes)
         fresh = [x for x in self._changes[known:] if x is not None]
         values = iter(torch.stack(fresh).tolist() if fresh else ())
@@ -59,7 +59,7 @@ class Recorder:
         return self.trace
 
     def record(self, change: Tensor | None, seconds: float) -> None:
-        """One call is done.
+        """Add a call that is done.
 
         Args:
             change: of the latents, a scalar on the device; it is not read before `finished`.
@@ -79,7 +79,7 @@ class Recorder:
         return {name: self.patch.accelerated(name) for name in self.trace.layers} if self.patch else {}
 
     def _number(self, phase: Any) -> int | None:
-        """What `_number_of` gives, asked once a phase."""
+        """`_number_of`, computed once per phase."""
         if self.patch is None or not isinstance(phase, int):
             return None
         if phase not in self._numbers:

@@ -1,4 +1,4 @@
-"""The Python code that draws a picture again."""
+"""Python code that draws a picture again."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,11 @@ from diffattn.patching.recipe import is_tuned
 
 FOR_PEOPLE = ("protocol", "promised", "verified")  # keys of a recipe that do nothing
 MODELS_DIR = "MODELS_DIR"
-"""Stands for the folder of models, whose place is nobody's business."""
+"""Placeholder for the folder of models, whose path is not disclosed."""
 
 
 def snippet(
     request: Request,
-    draws_classes: bool = False,
     *,
     dit_labels: Sequence[int] | None = None,
     local: bool = False,
@@ -27,9 +26,8 @@ def snippet(
 
     Args:
         request: what was drawn.
-        draws_classes: the prompt is the name, or the id, of a class.
         dit_labels: the class ids for a `DiTPipeline`, which takes no names and no size.
-        local: the model is one below the folder of models; whoever runs the code fills that folder in.
+        local: the model is one below the folder of models; the code then has a placeholder for that folder.
         dtype, device: what drew it.
     """
     imports, load = _load(request.model, local, dtype)
@@ -44,21 +42,22 @@ def snippet(
         named = is_tuned(kept) or "method" in kept  # by the recipe
         method = "" if named else f", {request.method!r}"
         lines.append(f"diffattn.patch(pipe{method}{preset}{recipe}{options})")
-    subject = repr(int(request.prompt) if draws_classes and request.prompt.isdecimal() else request.prompt)
-    if request.negative_prompt:
+    subject = repr(request.prompt)  # of a class too: a name, or an id in digits
+    if request.negative_prompt is not None:
         subject += f", negative_prompt={request.negative_prompt!r}"
     size = f"width={request.width}, height={request.height}, "
     if dit_labels is not None:
         subject, size = repr(list(dit_labels)), ""
+    guidance = "" if request.guidance is None else f"guidance_scale={request.guidance}, "
     call = (
-        f"pipe({subject}, num_inference_steps={request.steps}, guidance_scale={request.guidance}, "
+        f"pipe({subject}, num_inference_steps={request.steps}, {guidance}"
         f"{size}generator=torch.Generator().manual_seed({request.seed}))"
     )
     return "\n".join([*lines, f"image = {call}.images[0]"]) + "\n"
 
 
 def _load(model: str, local: bool, dtype: torch.dtype) -> tuple[list[str], str]:
-    """Lines that import what loads the model, and what loads it."""
+    """The imports that loading the model needs, and the expression that loads it."""
     precision = "" if dtype == torch.float32 else f", torch.{dtype_name(dtype)}"
     if model in embedded_models():
         return [], f"diffattn.load_demo({model!r}{precision})"

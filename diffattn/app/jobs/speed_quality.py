@@ -18,7 +18,7 @@ from diffattn.drawing.classes import draws_classes, num_classes
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.machine import describe_machine
-from diffattn.measure.interleave import Timings
+from diffattn.measure.interleave import Timings, rotated
 from diffattn.methods import METHODS
 from diffattn.metrics.extractors import FeatureExtractor, load_extractor
 from diffattn.metrics.features import features_of
@@ -27,12 +27,13 @@ from diffattn.patching.default_method import default_method
 
 EXTRACTOR_OF = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
 OTHERWISE = "dinov2"
+LEAST = 4  # pictures, for precision and recall of 3 neighbours
 CHUNK = 16  # pictures of the reference that are drawn before their features are taken
 
 
 @dataclass
 class _Job:
-    """One model of a measurement, under way."""
+    """The measurement of one model, in progress."""
 
     pipe: Any
     asked: Measurement
@@ -43,7 +44,7 @@ class _Job:
     done: int = 0
 
     def draw(self, one: Collected, index: int, what: str) -> Picture:
-        """Picture `index`: its prompt and seed."""
+        """Draw picture `index`, with its prompt and seed."""
         one.request = replace(one.request, prompt=self.prompts[index % len(self.prompts)])
         draw(self.pipe, one, self.asked.seed + index, self.watch, what, self.done, self.total)
         self.done += 1
@@ -51,7 +52,7 @@ class _Job:
 
 
 def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: MakeWatch) -> Run:
-    """One model: N pictures of every variant, timed one by one, and their scores.
+    """Measure one model: N pictures of every variant, each timed, and their scores.
 
     Without a stored reference the pictures are measured against N exact ones of other seeds (seed + N and up): then
     FID and KID say how far acceleration moves what the model draws, and exact attention shows how far chance does.
@@ -86,7 +87,7 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
 
 
 def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
-    """The classes of a model that draws them; of others the prompts of stored runs, `ValueError` if there are none."""
+    """The classes of a model that draws classes, else the prompts of its stored runs; `ValueError` if it has none."""
     if draws_classes(pipe):
         return tuple(map(str, range(num_classes(pipe))))
     found = stored_runs(folder)
@@ -96,13 +97,13 @@ def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
 
 
 def stored_runs(folder: Path | None) -> list[Run]:
-    """Runs that lie beside a model; raises `ValueError` if their file is damaged."""
+    """The runs stored beside a model; raises `ValueError` if their file is damaged."""
     path = folder / RUNS_FILE if folder else None
     return read_runs(path) if path and path.is_file() else []
 
 
 def stored_reference(folder: Path | None, extractor: FeatureExtractor, against: str) -> Reference | None:
-    """What lies beside a model, None if nothing made with this extractor does or exact pictures are asked for."""
+    """The reference stored beside a model; None if none was made with this extractor, or exact pictures are wanted."""
     found = _reference_of(folder) if against == AUTOMATIC else None
     return found if found and found.extractor_hash == extractor.hash else None
 
@@ -126,14 +127,14 @@ def extractor_for(name: str, chosen: str, models: Models) -> str:
 
 
 def has_reference(name: str, asked: Measurement, models: Models) -> bool:
-    """Whether a stored reference spares drawing one, as far as names tell; raises as `extractor_for`."""
+    """Whether there is a stored reference, so that none has to be drawn, going by names; raises as `extractor_for`."""
     extractor = extractor_for(name, asked.extractor, models)
     reference = _reference_of(models.place(name)) if asked.against == AUTOMATIC else None
     return reference is not None and reference.extractor == extractor
 
 
 def _reference_of(folder: Path | None) -> Reference | None:
-    """What lies beside a model; raises `ValueError` if it is damaged."""
+    """The reference stored beside a model, if any; raises `ValueError` if it is damaged."""
     path = folder / REFERENCE_FILE if folder else None
     if path is None or not path.is_file():
         return None
@@ -160,7 +161,9 @@ def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -
 
     def pictures() -> Iterator[Tensor]:
         for index in range(begin, begin + count):
-            yield _uint8(job.draw(exact, index, "reference"))
+            picture = job.draw(exact, index, "reference")
+            if not picture.blanked:
+                yield _uint8(picture)
 
     return Reference.of(f"exact pictures of {job.request.model}, {seeds}", pictures(), extractor, CHUNK)
 
@@ -168,17 +171,23 @@ def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -
 def _draw_all(
     job: _Job, variants: dict[str, Collected], extractor: FeatureExtractor
 ) -> tuple[dict[str, Tensor], Timings]:
-    """Features [N, d] of every variant, and the seconds of every picture; the order rotates."""
+    """Features [N, d] of every variant without its blanked pictures, and the seconds of every picture, in turns."""
     order, rounds = list(variants), list[dict[str, float]]()
     features: dict[str, list[Tensor]] = {label: [] for label in variants}
     for i in range(job.asked.samples):
         seconds = dict[str, float]()
-        for j in range(len(order)):
-            label = order[(i + j) % len(order)]
+        for label in rotated(order, i):
             picture = job.draw(variants[label], i, label)
             seconds[label] = picture.seconds
-            features[label].append(features_of([_uint8(picture)], extractor))
+            if not picture.blanked:
+                features[label].append(features_of([_uint8(picture)], extractor))
         rounds.append(seconds)
+    for label, found in features.items():
+        if len(found) < LEAST:
+            raise ValueError(
+                f"the model's safety checker blanked {job.asked.samples - len(found)} of {job.asked.samples} pictures "
+                f"of {label}: at least {LEAST} are needed; choose other prompts"
+            )
     return {label: torch.cat(found) for label, found in features.items()}, Timings(EXACT, tuple(rounds))
 
 
@@ -188,16 +197,16 @@ def _line(
 ) -> Line:  # fmt: skip
     scores, options = quality(features, reference)
     asked, drawn = job.asked, one.request
-    assert drawn.guidance is not None
     assert drawn.width is not None
     assert drawn.height is not None
     size = {"width": drawn.width, "height": drawn.height, "prompts_crc32": zlib.crc32("\n".join(job.prompts).encode())}
     protocol = Protocol.of(
-        asked.samples, reference, extractor, sampler=type(job.pipe.scheduler).__name__, steps=asked.steps,
+        len(features), reference, extractor, sampler=type(job.pipe.scheduler).__name__, steps=asked.steps,
         guidance=drawn.guidance, seeds=f"{asked.seed}..{asked.seed + asked.samples - 1}", dtype=job.pipe.dtype,
         device=job.pipe.device.type, options=options | size,
     )  # fmt: skip
-    result = QualityResult(f"{job.request.model} {label}", protocol, scores)
+    blanked = asked.samples - len(features)
+    result = QualityResult(f"{job.request.model} {label}", protocol, scores, {"blanked": blanked} if blanked else {})
     return Line(label, result, timings.seconds(label), timings.speedup(label), one.gflops)
 
 

@@ -1,4 +1,4 @@
-"""Who has which jobs, waiting or running, and how each is stopped."""
+"""The jobs of every visitor, waiting or running, and how each is stopped."""
 
 import threading
 from collections.abc import Hashable
@@ -18,12 +18,13 @@ class Stops:
         self._all_stopped = False
 
     def add(self, session: Hashable) -> threading.Event:
-        """A job more, stopped already after `stop_all`; raises `ValueError` if the session has as many as it may."""
+        """Add a job, stopped already after `stop_all`; raises `ValueError` if the session has reached its limit."""
         with self._lock:
             own = self._events.get(session, set())
             if len(own) >= self.most:
                 raise ValueError(
-                    f"{len(own)} jobs of yours run or wait already, at most {self.most} may: stop them, or let one end"
+                    f"you already have {len(own)} jobs running or queued (limit {self.most}): stop them, or wait for "
+                    "one to finish"
                 )
             stop = threading.Event()
             if self._all_stopped:
@@ -32,7 +33,7 @@ class Stops:
         return stop
 
     def discard(self, session: Hashable, stop: threading.Event) -> None:
-        """A job is over."""
+        """Remove a job that is over."""
         with self._lock:
             left = self._events.get(session, set()) - {stop}
             if left:
@@ -41,7 +42,7 @@ class Stops:
                 self._events.pop(session, None)
 
     def stop(self, session: Hashable) -> bool:
-        """Set the events of a session; whether there were any."""
+        """Set the events of a session. → whether there were any"""
         with self._lock:
             found = self._events.get(session, set())
         for event in found:
@@ -54,7 +55,7 @@ class Stops:
             return bool(self._events.get(session))
 
     def stop_all(self) -> None:
-        """Set the events of everybody, those to come included."""
+        """Set the events of all sessions, and of every job added later."""
         with self._lock:
             self._all_stopped = True
             found = [event for events in self._events.values() for event in events]

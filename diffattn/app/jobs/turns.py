@@ -1,4 +1,4 @@
-"""Jobs wait in one line, whoever asks, and can leave it."""
+"""One queue for the jobs of all visitors, which a waiting job can leave."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ REPEAT_SECONDS = 5.0  # a waiting job says so again, so that it is noticed when 
 
 
 class Turns:
-    """Lets one job in at a time, in the order in which they came."""
+    """Lets one job run at a time, in order of arrival."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._line: list[object] = []  # the first has its turn
 
     def __len__(self) -> int:
-        """Jobs that have their turn or wait for it."""
+        """The number of jobs running or waiting."""
         return len(self._line)
 
     @contextmanager
@@ -25,8 +25,8 @@ class Turns:
         """Wait, then hold the turn.
 
         Args:
-            stop: leave the line once it is set; `wake` makes that be noticed at once.
-            waiting: told how many jobs come before this one, as often as that changes.
+            stop: leave the queue once it is set; call `wake` for that to be noticed immediately.
+            waiting: called with the number of jobs ahead whenever it changes.
 
         Raises:
             Stopped: left before its turn.
@@ -48,11 +48,11 @@ class Turns:
                 self._changed.notify_all()
 
     def wake(self) -> None:
-        """Have waiting jobs look whether they are to leave."""
+        """Make waiting jobs check whether they have been stopped."""
         with self._changed:
             self._changed.notify_all()
 
     def wait_for_none(self, timeout: float) -> bool:
-        """Wait until no job has its turn or waits for it; False after `timeout` seconds."""
+        """Wait until no job is running or waiting; False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._line, timeout)

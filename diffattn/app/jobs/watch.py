@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is."""
+    """How far a job has got."""
 
     step: int  # calls of the denoiser of this picture
     steps: int
@@ -52,9 +52,9 @@ class Watch:
         emit: takes the events.
         preview: makes their sketches; None: they have none.
         done: pictures of the job before this run.
-        pictures: of the job in all; None: this run warms up, and how long the job takes is not told.
+        pictures: of the job in all; None: this run is a warm-up, and no time left is given.
         what: the events say about the run.
-        learn: told of every whole picture, see `drawn`: its request and its seconds.
+        learn: called with the request and the seconds of every whole picture, see `drawn`.
 
     Raises:
         Stopped: out of the denoiser, before its next call, once `stop` is set.
@@ -86,20 +86,20 @@ class Watch:
         self.begin_picture()
 
     def begin_picture(self) -> None:
-        """The next call belongs to another picture, which begins now."""
+        """Begin another picture, to which the next call belongs."""
         self._last = time.perf_counter()
         self.recorder = Recorder(self.what, self.patch)
         self._state: Tensor | None = None
 
     def drawn(self, picture: Picture) -> None:
-        """The picture under way is whole."""
+        """Note that the current picture is complete."""
         self.done += 1
         if self.learn is not None:
             self.learn(self.request, picture.seconds)
 
     @property
     def trace(self) -> RunTrace:
-        """Of the picture under way, or the last."""
+        """The trace of the current picture, or of the last one."""
         return self.recorder.finished()
 
     def __enter__(self) -> Self:
@@ -155,7 +155,7 @@ class Watch:
         return max(len(self.pipe.scheduler.timesteps), self._num_calls())
 
     def _change(self, x: Tensor) -> Tensor | None:
-        """mean |x_k - x_{k-1}| of the conditional half, left on its device: to read it would be to wait for it."""
+        """mean |x_k - x_{k-1}| of the conditional half, left on its device, since reading it would wait for it."""
         before, self._state = self._state, x[-1].detach().float().clone()
         return None if before is None else (self._state - before).abs().mean()
 

@@ -1,4 +1,4 @@
-"""One job at a time on one model at a time."""
+"""Runs one job at a time on one model at a time."""
 
 import gc
 import logging
@@ -27,7 +27,7 @@ from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measur
 from diffattn.app.jobs.stops import Stops
 from diffattn.app.jobs.turns import Turns
 from diffattn.app.jobs.watch import Progress, Stopped, Watch
-from diffattn.drawing.classes import class_ids, draws_classes
+from diffattn.drawing.classes import class_ids
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
 from diffattn.drawing.request import Picture, Request
@@ -56,7 +56,7 @@ Emit = Callable[[Any], None]
 
 
 class Worker:
-    """Loads one model at a time and runs one job at a time, whoever asks; knows nothing of the page.
+    """Loads one model at a time and runs one job at a time, for all visitors; independent of the page.
 
     Args:
         models: those that may be asked for.
@@ -76,7 +76,7 @@ class Worker:
         self._loaded: tuple[str, Any, Preview | None] | None = None
 
     def generate(self, session: str, request: Request) -> Iterator[Progress | Drawn]:
-        """Draw; progress after every step, and what is there after every picture.
+        """Draw; yields progress after every step, and all pictures so far after every picture.
 
         Raises:
             Stopped: by `stop`.
@@ -100,7 +100,7 @@ class Worker:
         return self._stream(session, work)
 
     def measure(self, session: str, asked: Measurement) -> Iterator[Progress | Run]:
-        """Speed and quality, one `Run` per model as soon as it is done; raises as `generate` and `measure`."""
+        """Measure speed and quality; yields one `Run` per model when it is done. Raises as `generate` and `measure`."""
         for name in asked.models:
             extractor_for(name, asked.extractor, self.models)  # before anything is loaded
 
@@ -111,13 +111,13 @@ class Worker:
         return self._stream(session, work)
 
     def stop(self, session: str) -> bool:
-        """Stop the jobs of a session: the running one within one step, waiting ones at once; whether there were any."""
+        """Stop the jobs of a session: the running one within one step, waiting ones immediately. → whether any were"""
         found = self._stops.stop(session)
         self._turns.wake()
         return found
 
     def ended(self, session: str, timeout: float) -> bool:
-        """Whether all jobs of a session end within so many seconds."""
+        """Wait for the jobs of a session to end; False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._stops.has_jobs(session):
             if time.monotonic() > deadline:
@@ -140,7 +140,7 @@ class Worker:
         return self._turns.wait_for_none(timeout)
 
     def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
-        """Estimate for a job without acceleration, see `Pace`; None before the model drew anything.
+        """Estimate for a job without acceleration, see `Pace`; None until the model has drawn something.
 
         Args:
             request: what is drawn.
@@ -158,7 +158,7 @@ class Worker:
         return self._pace.seconds(request.model, width * height, request.steps * count)
 
     def stored_runs(self) -> list[Run]:
-        """Speed and quality that lie beside the models; a damaged file is left out, with a line in the log."""
+        """The measurements stored beside the models; a damaged file is skipped, with a line in the log."""
         found: list[Run] = []
         for name in self.models.names():
             try:
@@ -171,7 +171,7 @@ class Worker:
         """Estimate for a measurement; None before each of its models has drawn a picture.
 
         Raises:
-            ValueError: as `seconds_for`; an extractor that may not be asked for.
+            ValueError: as `seconds_for`; an extractor that is not available here.
         """
         found = 0.0
         for name in asked.models:
@@ -184,7 +184,7 @@ class Worker:
         return found
 
     def warm_up(self, name: str) -> None:
-        """Load a model and run two steps, so that the first job begins at once and its time is known."""
+        """Load a model and run two steps, so that the first job starts immediately and its time is known."""
         nobody = object()  # no visitor can name it, to stop it
         try:
             request = self.limits.request(name, "0", steps=min(2, self.limits.steps), acceleration="none")
@@ -213,13 +213,13 @@ class Worker:
     def _drawn(
         self, pipe: Any, request: Request, pictures: Sequence[Picture], patch: Patch | None, trace: RunTrace
     ) -> Drawn:
-        classes, local = draws_classes(pipe), self.models.is_local(request.model)
+        local = self.models.is_local(request.model)
         ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
-        code = snippet(request, classes, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
+        code = snippet(request, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
         return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
 
     def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> Run:
-        """One model. When it returns, nothing here holds that model while the next one is loaded."""
+        """Measure one model; no reference to it is kept, so that it is gone while the next one is loaded."""
         pipe, _ = self._model(name, emit)
 
         def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
@@ -228,14 +228,14 @@ class Worker:
         return measure(pipe, name, asked, self.models, watch)
 
     def _watch(self, pipe: Any, ready: Request, *args: Any) -> Watch:
-        """Of a request that went through `prepare`, which filled in the size; the rest as `Watch` takes it."""
+        """A `Watch` for a request from `prepare`, which filled in the size; the rest as `Watch` takes it."""
         assert ready.width is not None
         assert ready.height is not None
         self.limits.check_size(ready.width, ready.height)
         return Watch(pipe, ready, *args, learn=self._pace.learn)
 
     def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
-        """The model of a name, loaded if another was."""
+        """The model of this name, which replaces one of another name."""
         source = self.models.source(name)
         if self._loaded is None or self._loaded[0] != source:
             emit(Progress(0, 0, 0, 0, None, what=f"loading {name}"))
@@ -253,10 +253,10 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _stream(self, session: Hashable, work: Callable[[Emit, threading.Event], None]) -> Iterator[Any]:
-        """What `work` emits, from a thread of its own.
+        """Yield what `work` emits, which runs in a thread of its own.
 
-        Closing the iterator stops the work within one step and does not wait for it, since whoever closes may have
-        others to serve; the next job waits for its turn.
+        Closing the iterator stops the work within one step without waiting for it, since the caller may have others to
+        serve; the next job waits for its turn.
         """
         found: queue.Queue[Any] = queue.Queue()
         stop, done = self._stops.add(session), object()
@@ -274,11 +274,11 @@ class Worker:
 
         try:
             threading.Thread(target=run, name="diffattn-job", daemon=True).start()
-            told = -REFRESH_SECONDS
-            while (event := _latest(found, told + REFRESH_SECONDS)) is not done:
+            sent = -REFRESH_SECONDS
+            while (event := _latest(found, sent + REFRESH_SECONDS)) is not done:
                 if isinstance(event, BaseException):
                     raise event
-                told = time.monotonic()
+                sent = time.monotonic()
                 yield event
         finally:
             stop.set()
@@ -302,7 +302,7 @@ def _latest(found: "queue.Queue[Any]", due: float) -> Any:
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """PNG files with their records; makes the folder."""
+    """Write PNG files with their records, and create the folder. → their paths"""
     paths = []
     for picture in pictures:
         way = "-".join(filter(None, (picture.record["method"], picture.record["preset"])))

@@ -50,7 +50,7 @@ CACHE_SECONDS = 3600  # pictures are deleted from the server after so long
 
 
 def build(worker: Worker, files: Files) -> gr.Blocks:
-    """The page over a worker; every action is a named endpoint too."""
+    """The page for a worker; every action is a named endpoint too."""
     with gr.Blocks(
         title="diffattn", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 4, CACHE_SECONDS), fill_width=True
     ) as page:
@@ -81,7 +81,7 @@ def launch(
     warm_up: str | None = "emoji-sd",
     open_browser: bool = False,
 ) -> tuple[gr.Blocks, str]:
-    """Serve the page, on this machine alone unless told otherwise.
+    """Serve the page, by default to this machine only.
 
     Args:
         worker: what runs the jobs.
@@ -90,7 +90,7 @@ def launch(
         share: a public link through gradio's servers.
         auth: name and password; needed with `share` and with a host other than loopback.
         wait: until interrupted.
-        warm_up: a model to load at once.
+        warm_up: a model to load right away.
         open_browser: show the page.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A visitor's measured runs, kept in the browser: they are there again after a reload."""
+"""A visitor's measured runs, kept in the browser: they survive a reload."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def stored_in_browser() -> gr.BrowserState:
 
 
 def checked(found: Any) -> list[Run]:
-    """The latest runs among what a browser sent, which may be anything; what is no run is dropped."""
+    """The latest runs among what a browser sent, which may be anything; anything else is dropped."""
     runs: dict[str, Run] = {}
     for data in found[-MOST:] if isinstance(found, list) else ():
         try:

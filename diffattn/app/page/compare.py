@@ -12,8 +12,8 @@ from diffattn.app.jobs.worker import save_pictures
 from diffattn.app.page.files import Files
 from diffattn.app.page.generate import stopper
 from diffattn.app.page.inputs import Inputs, inputs, request_of
-from diffattn.app.page.shared import JOB, QUICK, UNCOUNTED, note, progress_html, table, told
-from diffattn.app.page.time_line import Told, keep_told, time_of_drawing
+from diffattn.app.page.shared import JOB, QUICK, UNCOUNTED, note, progress_html, table, with_toasts
+from diffattn.app.page.time_line import Estimate, keep_estimated, time_of_drawing
 
 HEAD = (
     "acceleration",
@@ -26,6 +26,7 @@ HEAD = (
     "layers",
 )
 
+BLANKED = "{} pictures were blanked by the model's safety checker; their pairs count for neither PSNR nor SSIM."
 UNMEASURED = "Peak memory is measured on CUDA devices only."
 
 
@@ -50,7 +51,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
                 report = gr.HTML()
             pairs = gr.State({})
 
-    @told
+    @with_toasts
     def run(
         prompt: str, model: str, accelerations: list[str], steps: float, guidance: float | None, width: float | None,
         height: float | None, seed: float, num_images: float, negative_prompt: str, recipe: str | None,
@@ -90,12 +91,12 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
 
 
 def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown, run: Any) -> None:
-    """Keep the estimate of the time up to date, for pictures drawn by every variant."""
+    """Keep the time estimate up to date, for pictures drawn by every variant."""
 
-    def tell(
+    def estimate(
         model: str, steps: float, width: float | None, height: float | None, num_images: float, chosen: list[str],
         recipe: str | None,
-    ) -> Told:  # fmt: skip
+    ) -> Estimate:  # fmt: skip
         try:
             variants = 1 + len(worker.limits.variants_of(chosen, recipe is not None))
         except ValueError as error:
@@ -103,7 +104,7 @@ def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown
         return time_of_drawing(worker, model, steps, width, height, num_images, variants)
 
     counted = [found.model, found.steps, found.width, found.height, found.num_images, found.acceleration, found.recipe]
-    keep_told(page, time, tell, counted, run, api_visibility="private")
+    keep_estimated(page, time, estimate, counted, run, api_visibility="private")
 
 
 def _pairs(comparison: Comparison, files: Files) -> dict[str, tuple[str, str]]:
@@ -129,7 +130,9 @@ def _figures(comparison: Comparison) -> str:
     count = comparison.request.num_images
     what = "one picture each: times of single pictures vary, draw more for a firm figure"
     below = what if count == 1 else f"median of {count} pictures, drawn in turns"
-    missing = [UNMEASURED] * (comparison.variants[0].peak_mib is None)
+    blanked = sum(v.blanked for v in comparison.variants)
+    missing = [BLANKED.format(blanked)] * bool(blanked)
+    missing += [UNMEASURED] * (comparison.variants[0].peak_mib is None)
     missing += [UNCOUNTED] * any(v.gflops is None for v in comparison.variants)
     return table(HEAD, rows) + "".join(map(note, [f"Times: {below}.", *missing]))
 

@@ -1,4 +1,4 @@
-"""The files that visitors look at and download, and their end."""
+"""The files that visitors see and download, and their deletion."""
 
 import secrets
 import shutil
@@ -25,19 +25,19 @@ class Files:
         self._seconds = seconds
 
     def subfolder(self) -> Path:
-        """The place of a new subfolder, of a random name, for what is to be deleted together; it is not made yet."""
+        """Path of a new subfolder with a random name, for files to be deleted together; it is not created yet."""
         self._sweep()
         return self._own / secrets.token_hex(16)
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        """Of the server: what is left is deleted at its end."""
+        """Lifespan of the server: what is left is deleted at its end."""
         yield
         self._sweep()
         shutil.rmtree(self._own, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Old subfolders of this page, and of others, which may have ended without doing so themselves."""
+        """Delete old subfolders of this page, and of others that ended without doing so themselves."""
         oldest = time.time() - self._seconds
         for place in self._pages.glob("*/*"):
             with suppress(OSError):  # another page was faster

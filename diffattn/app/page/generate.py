@@ -9,7 +9,7 @@ from diffattn.app.jobs import Drawn, Progress, Stopped, Worker
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.app.page.files import Files
 from diffattn.app.page.inputs import describe_model, inputs, request_of, wire_model, wire_time
-from diffattn.app.page.shared import JOB, QUICK, duration, note, progress_html, told
+from diffattn.app.page.shared import JOB, QUICK, duration, note, progress_html, with_toasts
 
 SOON = 1.0  # seconds in which a job of a small model ends: nothing needs to be said meanwhile
 
@@ -35,7 +35,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
             saved = gr.File(label="PNG files, each with its record inside", file_count="multiple", interactive=False)
             code = gr.Code(label="The same in Python", language="python", interactive=False, wrap_lines=True)
 
-    @told
+    @with_toasts
     def draw(
         prompt: str, model: str, acceleration: str, steps: float, guidance: float | None, width: float | None,
         height: float | None, seed: float, num_images: float, negative_prompt: str, recipe: str | None,
@@ -70,7 +70,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
 
 
 def stopper(worker: Worker) -> Any:
-    """The handler of Stop: the jobs of the visitor who presses it. What they say last, when they have ended, stays."""
+    """The handler of Stop, for the jobs of the visitor who presses it. Their own last message stays."""
 
     def halt(request: gr.Request) -> Any:
         session = _session(request)
@@ -100,4 +100,6 @@ def _summary(drawn: Drawn) -> str:
     which = f"{done} of {total} pictures" if total > 1 else "Done"
     method = drawn.request.method if drawn.report else "exact attention"
     ran = f": {drawn.report.layers_accelerated} layers ran accelerated" if drawn.report else ""
-    return f"{which} in {duration(seconds) if seconds >= 10 else f'{seconds:.1f} s'} with {method}{ran}"
+    blanked = sum(picture.blanked for picture in drawn.pictures)
+    black = f"; {blanked} of {done} blanked by the model's safety checker" if blanked else ""
+    return f"{which} in {duration(seconds) if seconds >= 10 else f'{seconds:.1f} s'} with {method}{ran}{black}"

@@ -1,4 +1,4 @@
-"""The inputs of a request, the same under Generate and Compare."""
+"""The inputs of a request, shared by Generate and Compare."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import gradio as gr
 
 from diffattn.app.jobs import AUTOMATIC, Worker, accelerations
 from diffattn.app.page.shared import QUICK, given_or_own, toast, whole_numbers
-from diffattn.app.page.time_line import Told, keep_told, time_of_drawing
+from diffattn.app.page.time_line import Estimate, keep_estimated, time_of_drawing
 
 OWN = "the model's own"
 RANDOM = "Math.floor(Math.random() * 2 ** 31)"
@@ -32,11 +32,11 @@ class Inputs:
     keep_seed: gr.Checkbox | None  # not sent
 
     def all(self) -> list[Any]:
-        """Those that are sent."""
+        """The components whose values are sent."""
         return list(vars(self).values())[:-1]
 
     def renew_seed(self, run: Any) -> None:
-        """After the event `run`, another seed for the next one, unless it is to be kept."""
+        """After the event `run`, choose another seed for the next one, unless it is to be kept."""
         js = f"(keep, seed) => keep ? seed : {RANDOM}"
         run.then(None, [self.keep_seed, self.seed], self.seed, js=js, api_visibility="private")
 
@@ -120,10 +120,10 @@ def wire_model(worker: Worker, found: Inputs, about: gr.Markdown) -> None:
 
 
 def wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown, run: Any) -> None:
-    """Keep the estimate of the time up to date, for pictures each drawn once."""
+    """Keep the time estimate up to date, for pictures that are each drawn once."""
 
-    def tell(model: str, steps: float, width: float | None, height: float | None, num_images: float) -> Told:
+    def estimate(model: str, steps: float, width: float | None, height: float | None, num_images: float) -> Estimate:
         return time_of_drawing(worker, model, steps, width, height, num_images)
 
     counted = [found.model, found.steps, found.width, found.height, found.num_images]
-    keep_told(page, time, tell, counted, run, api_name="estimate")
+    keep_estimated(page, time, estimate, counted, run, api_name="estimate")

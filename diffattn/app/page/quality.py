@@ -25,10 +25,10 @@ from diffattn.app.page.shared import (
     note,
     progress_html,
     toast,
-    told,
     whole_numbers,
+    with_toasts,
 )
-from diffattn.app.page.time_line import Told, keep_told
+from diffattn.app.page.time_line import Estimate, keep_estimated
 
 INTRO = (
     "N pictures of every acceleration, of the same prompts and seeds and drawn in turns, give the time of one picture "
@@ -58,10 +58,10 @@ class _Inputs:
 
 @dataclass
 class _Visitor:
-    """What a visitor has before them.
+    """What a visitor sees.
 
-    One object of theirs, changed in place by all that they do: so the run of a measurement joins what is there when it
-    ends, and not what was there when it began.
+    One object per visitor, changed in place by everything they do: so a measurement's run joins what is there when it
+    ends, rather than what was there when it began.
     """
 
     ticked: list[str]  # titles of the runs shown
@@ -69,13 +69,81 @@ class _Visitor:
     kept: list[dict[str, Any]] = field(default_factory=list)  # their own runs, as JSON types
 
     def choose(self, ticked: list[str], axis: str) -> None:
-        """As the page has them now."""
+        """Take over what the page shows now."""
         self.ticked, self.axis = ticked, axis
+
+
+@dataclass
+class _Parts:
+    """What the handlers read and write."""
+
+    found: _Inputs
+    go: gr.Button
+    halt: gr.Button
+    time: gr.Markdown
+    stage: gr.HTML
+    shown: gr.CheckboxGroup  # titles of the runs to show
+    horizontal: gr.Radio
+    figures: gr.HTML
+    saved: gr.File
+    load: gr.File
+    own: gr.State  # a `_Visitor`
+
+    @property
+    def now(self) -> list[Any]:
+        """What the visitor has ticked, in the order in which `_Visitor.choose` takes it, after the visitor."""
+        return [self.own, self.shown, self.horizontal]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What changes when runs are added, in the order of `_Shelf.added`."""
+        return [self.own, self.shown, self.figures, self.saved]
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """The runs stored with the models, beside which a visitor's own ones are shown."""
+
+    stored: Sequence[Run]
+    files: Files
+
+    def shown_now(self, visitor: _Visitor) -> tuple[str, list[str] | None]:
+        """Charts and files of the runs that are ticked."""
+        chosen = [run for run in runs_to_show(self.stored, visitor.kept) if run.title in visitor.ticked]
+        return results(chosen, visitor.axis), _save(chosen, self.files.subfolder()) if chosen else None
+
+    def added(self, visitor: _Visitor, new: Sequence[Run]) -> tuple[Any, ...]:
+        """What the visitor has with new runs, the boxes to tick, charts and files."""
+        visitor.kept = keep(visitor.kept, new)
+        every = [run.title for run in runs_to_show(self.stored, visitor.kept)]
+        visitor.ticked = [name for name in every if name in (*visitor.ticked, *(run.title for run in new))]
+        return visitor, gr.CheckboxGroup(every, value=visitor.ticked), *self.shown_now(visitor)
 
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState) -> None:
     """Lay it out; the visitor's runs are kept in the browser too."""
-    stored = worker.stored_runs()
+    shelf = _Shelf(worker.stored_runs(), files)
+    parts = _lay_out(worker, shelf.stored)
+    done = _wire_measuring(worker, parts, shelf)
+    loaded = _wire_runs(parts, shelf)
+
+    def restore(found: Any, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
+        visitor.choose(labels, axis)
+        runs = checked(found)
+        return shelf.added(visitor, runs) if runs else (gr.skip(),) * 4
+
+    hidden: dict[str, Any] = {"api_visibility": "private"} | QUICK
+    page.load(restore, [stored_in_browser, *parts.now], parts.outputs, **hidden)
+    for event in (done, loaded):
+        event.then(lambda visitor: visitor.kept, parts.own, stored_in_browser, **hidden)
+
+    def estimate(*given: Any) -> Estimate:
+        return _estimate(worker, given)
+
+    keep_estimated(page, parts.time, estimate, parts.found.all(), done, api_name="estimate_measure")
+
+
+def _lay_out(worker: Worker, stored: Sequence[Run]) -> _Parts:
     gr.Markdown(INTRO)
     with gr.Row(elem_classes="diffattn-split"):
         with gr.Column(scale=2, min_width=280):
@@ -85,7 +153,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
                 go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
                 halt = gr.Button("Stop", variant="stop", elem_id="stop-measure")
             time = gr.Markdown("", elem_id="measure-time")
-            stage = gr.HTML(note("Earlier runs are below; yours come beside them."), elem_id="measure-stage")
+            stage = gr.HTML(note("Earlier runs are below; yours appear beside them."), elem_id="measure-stage")
     labels = [run.title for run in stored]
     shown = gr.CheckboxGroup(labels, value=labels, label="Runs shown", elem_id="runs")
     horizontal = gr.Radio([TIME, WORK], value=TIME, label="Horizontal axis")
@@ -94,19 +162,13 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
         saved = gr.File(label="The runs shown, as JSON and CSV", file_count="multiple", interactive=False)
         load = gr.File(label="Add runs from a JSON file", file_types=[".json"], file_count="single", type="filepath")
     own = gr.State(_Visitor(labels, TIME))
+    return _Parts(found, go, halt, time, stage, shown, horizontal, figures, saved, load, own)
 
-    def shown_now(visitor: _Visitor) -> tuple[str, list[str] | None]:
-        chosen = [run for run in runs_to_show(stored, visitor.kept) if run.title in visitor.ticked]
-        return results(chosen, visitor.axis), _save(chosen, files.subfolder()) if chosen else None
 
-    def added(visitor: _Visitor, new: Sequence[Run]) -> tuple[Any, ...]:
-        """What the visitor has with new runs, the boxes to tick, charts and files."""
-        visitor.kept = keep(visitor.kept, new)
-        every = [run.title for run in runs_to_show(stored, visitor.kept)]
-        visitor.ticked = [name for name in every if name in (*visitor.ticked, *(run.title for run in new))]
-        return visitor, gr.CheckboxGroup(every, value=visitor.ticked), *shown_now(visitor)
+def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
+    """The buttons that measure and stop; returns the event that ends a measurement."""
 
-    @told
+    @with_toasts
     def run(
         models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
         guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: _Visitor,
@@ -121,21 +183,26 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
                 if isinstance(event, Progress):
                     yield progress_html(event), *blank
                 elif isinstance(event, Run):
-                    yield note(f"Done: {event.title}."), *added(visitor, [event])
+                    yield note(_summary(event)), *shelf.added(visitor, [event])
         except Stopped:
-            yield note("Stopped: the run that was under way is dropped."), *blank
+            yield note("Stopped: the run under way is dropped."), *blank
 
-    outputs = [own, shown, figures, saved]
-    done = go.click(run, [*found.all(), own, shown, horizontal], [stage, *outputs], api_name="measure", **JOB)
-    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+    given, outputs = [*parts.found.all(), *parts.now], [parts.stage, *parts.outputs]
+    done = parts.go.click(run, given, outputs, api_name="measure", **JOB)
+    parts.halt.click(stopper(worker), None, parts.stage, api_visibility="private", **QUICK)
+    return done
+
+
+def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
+    """The boxes that choose runs, and runs from a file; returns the event that ends their loading."""
 
     def show_runs(labels: list[str], axis: str, visitor: _Visitor) -> tuple[Any, ...]:
         visitor.choose(labels, axis)
-        return shown_now(visitor)
+        return shelf.shown_now(visitor)
 
     gr.on(
-        [shown.input, horizontal.input], show_runs, [shown, horizontal, own], [figures, saved],
-        api_name="show_runs", **QUICK,
+        [parts.shown.input, parts.horizontal.input], show_runs, [parts.shown, parts.horizontal, parts.own],
+        [parts.figures, parts.saved], api_name="show_runs", **QUICK,
     )  # fmt: skip
 
     def load_runs(path: str | None, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
@@ -147,26 +214,18 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
         except ValueError as error:
             raise toast(error) from None
         lost = not_kept(visitor.kept, new)
-        said = note(f"Not kept: {lost} of the runs, the oldest; at most {MOST} are.") if lost else ""
-        visitor, boxes, charts, made = added(visitor, new)
+        said = note(f"The {lost} oldest runs are not kept: the limit is {MOST}.") if lost else ""
+        visitor, boxes, charts, made = shelf.added(visitor, new)
         return visitor, boxes, said + charts, made
 
-    loaded = load.upload(load_runs, [load, own, shown, horizontal], outputs, api_name="load_runs", **QUICK)
+    return parts.load.upload(load_runs, [parts.load, *parts.now], parts.outputs, api_name="load_runs", **QUICK)
 
-    def restore(found: Any, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
-        visitor.choose(labels, axis)
-        runs = checked(found)
-        return added(visitor, runs) if runs else (gr.skip(),) * 4
 
-    hidden: dict[str, Any] = {"api_visibility": "private"} | QUICK
-    page.load(restore, [stored_in_browser, own, shown, horizontal], outputs, **hidden)
-    for event in (done, loaded):
-        event.then(lambda visitor: visitor.kept, own, stored_in_browser, **hidden)
-
-    def tell(*given: Any) -> Told:
-        return _estimate(worker, given)
-
-    keep_told(page, time, tell, found.all(), done, api_name="estimate_measure")
+def _summary(run: Run) -> str:
+    blanked = {line.acceleration: line.quality.details.get("blanked", 0) for line in run.lines}
+    which = ", ".join(f"{count} of {name}" for name, count in blanked.items() if count)
+    black = f" Pictures blanked by the model's safety checker are left out: {which}." if which else ""
+    return f"Done: {run.title}.{black}"
 
 
 def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
@@ -213,7 +272,7 @@ def _asked(worker: Worker, given: Sequence[Any]) -> Any:
     return asked
 
 
-def _estimate(worker: Worker, given: Sequence[Any]) -> Told:
+def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
     try:
         asked = _asked(worker, given)
         seconds = worker.seconds_to_measure(asked)

@@ -22,7 +22,7 @@ Bar = tuple[float, float, float]  # value, low, high
 
 
 def results(runs: Sequence[Run], horizontal: str) -> str:
-    """Charts and tables; runs whose figures do not compare stand apart, and it says why."""
+    """Charts and tables; runs whose figures cannot be compared stand apart, with the reason."""
     if not runs:
         return note("No run is chosen: tick one above, or measure.")
     groups = comparable(runs, by_time=horizontal == TIME)

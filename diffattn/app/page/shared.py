@@ -1,4 +1,4 @@
-"""What the tabs share: errors as toasts, progress, tables, sliders."""
+"""Shared by the tabs: errors as toasts, progress, tables, sliders."""
 
 import base64
 import io
@@ -12,17 +12,17 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffattn.app.jobs import Progress
+from diffattn.app.jobs import NotFinite, Progress
 from diffattn.app.jobs.compare import MAX_COUNTED_TOKENS
 
 log = logging.getLogger("diffattn.app.page")
 
 WAITING = 64
-"""Jobs that may wait."""
+"""The most jobs that may wait."""
 
 JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": WAITING, "show_progress": "minimal"}
-"""Of every event that runs a model. One runs at a time across all tabs and visitors: `Worker` has them wait in line,
-rather than Gradio's queue, so that Stop reaches those that wait and they can say how many come before them."""
+"""Arguments of every event that runs a model. One runs at a time across all tabs and visitors. They wait in the queue
+of `Worker` rather than Gradio's, so that Stop reaches waiting jobs and they can show how many are ahead of them."""
 
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
@@ -34,10 +34,10 @@ UNCOUNTED = (
 )
 
 
-def told(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """A generator whose errors become toasts: bad input in its own words, a bug without its traceback.
+def with_toasts(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """Turn the errors of a generator into toasts: bad input in its own words, a bug without its traceback.
 
-    The first of its outputs shows how far it is; there the error stays to be read when the toast is gone.
+    Its first output shows progress; there the error stays readable after the toast is gone.
     """
 
     @wraps(function)
@@ -57,9 +57,9 @@ def told(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., I
 
 
 def toast(error: Exception) -> gr.Error:
-    """What to tell of an error; one that is not about the input goes to the log with its traceback.
+    """The toast for an error; one that is not about the input also goes to the log, with its traceback.
 
-    A ValueError or TypeError is told as being about the input. What is raised while a pipeline draws may as well be a
+    A ValueError or TypeError counts as being about the input. What is raised while a pipeline draws may as well be a
     bug, so `Watch` has it in the log too.
     """
     title, message = _words(error)
@@ -70,6 +70,8 @@ def toast(error: Exception) -> gr.Error:
 
 def _words(error: Exception) -> tuple[str, str]:
     """Title and message."""
+    if isinstance(error, NotFinite):
+        return "The model failed", str(error)
     if isinstance(error, ValueError | TypeError):
         return "Please change this", str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

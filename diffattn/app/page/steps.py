@@ -1,4 +1,4 @@
-"""The tab that shows what the time steps of a visitor's latest runs did."""
+"""The tab that shows the time steps of a visitor's latest runs."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How the page looks, and its one keyboard shortcut. Fonts are the system's: nothing is fetched from elsewhere."""
+"""The look of the page, and its one keyboard shortcut. It uses system fonts and fetches nothing from elsewhere."""
 
 import gradio as gr
 

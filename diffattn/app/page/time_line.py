@@ -11,27 +11,32 @@ from diffattn.app.page.shared import QUICK, duration, given_or_own
 
 REPEAT_SECONDS = 5
 
-Told = tuple[str, bool]  # the line; whether it says a time
+Estimate = tuple[str, bool]  # the line; whether it gives a time
 
 
-def keep_told(
-    page: gr.Blocks, line: gr.Markdown, tell: Callable[..., Told], counted: Sequence[Any], run: Any, **endpoint: Any
+def keep_estimated(
+    page: gr.Blocks,
+    line: gr.Markdown,
+    estimate: Callable[..., Estimate],
+    counted: Sequence[Any],
+    run: Any,
+    **endpoint: Any,
 ) -> None:
-    """Have `line` say what `tell` makes of the inputs `counted`.
+    """Keep `line` showing what `estimate` returns for the inputs `counted`.
 
-    It does so at the start, after every change of them and after the event `run`, from which a pace is learned; and
-    every few seconds as long as no time is known, since the first model may be warming up.
+    It is updated at the start, after every change of the inputs and after the event `run`, which teaches the pace; and
+    every few seconds while no time is known, since the first model may be warming up.
 
     Args:
         endpoint: `api_name` and `api_visibility` of the endpoint.
     """
 
-    @wraps(tell)
+    @wraps(estimate)
     def text(*given: Any) -> str:
-        return tell(*given)[0]
+        return estimate(*given)[0]
 
     def again(*given: Any) -> tuple[str, gr.Timer]:
-        words, known = tell(*given)
+        words, known = estimate(*given)
         return words, gr.Timer(active=not known)
 
     inputs: list[Any] = list(counted)
@@ -46,8 +51,8 @@ def keep_told(
 
 def time_of_drawing(
     worker: Worker, model: Any, steps: Any, width: Any, height: Any, pictures: Any, variants: int = 1
-) -> Told:
-    """How long a job would take that draws every picture `variants` times, or what is wrong with it."""
+) -> Estimate:
+    """The time of a job that draws every picture `variants` times, or what is wrong with its inputs."""
     try:
         worker.models.source(model)
         request = worker.limits.request(

@@ -141,7 +141,7 @@ def test_the_code_shown_draws_the_same_picture(
     options = {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}
     recipe = {"method": "agent", "options": options, "schedule": {"0.5": {}, "0": "exact"}, "protocol": {}}
     chosen = {"recipe": recipe} if how == "recipe" else {"acceleration": how}
-    drawn = list(worker.generate("a", web.ask(worker, seed=3, **chosen)))[-1]
+    drawn: Any = list(worker.generate("a", web.ask(worker, seed=3, **chosen)))[-1]
     monkeypatch.chdir(folder.parent)
     check_the_code(drawn, folder)
 
@@ -152,7 +152,7 @@ def test_the_code_shown_has_the_dtype_and_device(
     folder: Path, model: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(Models(folder), device=device, dtype="bfloat16")
-    drawn = list(worker.generate("a", web.ask(worker, model=model, prompt="1")))[-1]
+    drawn: Any = list(worker.generate("a", web.ask(worker, model=model, prompt="1")))[-1]
     monkeypatch.chdir(folder.parent)
     check_the_code(drawn, folder)
     assert "torch.bfloat16" in drawn.code
@@ -165,7 +165,7 @@ def test_the_code_shown_for_an_embedded_model_needs_no_folder(monkeypatch: pytes
     name = next(iter(worker.models.names()), None)
     if name is None:
         pytest.skip("no embedded model is installed")
-    drawn = list(worker.generate("a", web.ask(worker, model=name, steps=1)))[-1]
+    drawn: Any = list(worker.generate("a", web.ask(worker, model=name, steps=1)))[-1]
     monkeypatch.chdir(tmp_path)
     check_the_code(drawn, tmp_path)
 
@@ -192,10 +192,10 @@ def test_the_preview_looks_like_the_picture() -> None:
     if "emoji-sd" not in Models().names():
         pytest.skip("the embedded model is not installed")
     worker = Worker(device="cpu")
-    events = list(worker.generate("a", worker.limits.request("emoji-sd", "T-Rex", steps=1, acceleration="none")))
+    events: Any = list(worker.generate("a", worker.limits.request("emoji-sd", "T-Rex", steps=1, acceleration="none")))
     sketch = next(event.preview for event in events if isinstance(event, Progress) and event.preview)
-    pair = [np.asarray(x.resize((32, 32)), np.float32).ravel() for x in (sketch, events[-1].pictures[0].image)]
-    assert np.corrcoef(*pair)[0, 1] > 0.9
+    a, b = (np.asarray(x.resize((32, 32)), np.float32).ravel() for x in (sketch, events[-1].pictures[0].image))
+    assert np.corrcoef(a, b)[0, 1] > 0.9
 
 
 def test_a_vae_that_overflows_has_no_preview_but_pictures(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_vae_that_overflows_has_no_preview_but_pictures(tmp_path: Path) -> Non
 
 
 def test_a_vae_without_a_distribution_has_no_preview() -> None:
-    blocks = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8))
+    blocks: dict[str, Any] = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8))
     vae = AutoencoderTiny(num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks)
     assert Preview.of(SimpleNamespace(vae=vae)) is None
 
@@ -226,14 +226,14 @@ def test_a_picture_begins_when_the_one_before_is_whole(worker: Worker, monkeypat
 
     monkeypatch.setattr("diffattn.app.jobs.watch.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(vae, "decode", decode_slowly)
-    drawn = list(worker.generate("a", web.ask(worker, num_images=2)))[-1]
+    drawn: Any = list(worker.generate("a", web.ask(worker, num_images=2)))[-1]
     assert now == [200]
     assert drawn.trace.seconds == [0, 0]
 
 
 def test_a_run_is_followed_without_copies_of_its_trace(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Patch, "trace", None)
-    drawn = list(worker.generate("a", web.ask(worker, acceleration="agent/fast")))[-1]
+    drawn: Any = list(worker.generate("a", web.ask(worker, acceleration="agent/fast")))[-1]
     assert drawn.trace.numbers == [16, 16]
     assert None not in drawn.trace.noise_levels
 
@@ -278,7 +278,7 @@ def test_the_mean_psnr_is_of_the_pictures_that_differ(
     worker: Worker, monkeypatch: pytest.MonkeyPatch, of_pairs: tuple[float, ...], mean: float
 ) -> None:
     monkeypatch.setattr("diffattn.app.jobs.compare.psnr", lambda a, b: torch.tensor(of_pairs))
-    found = list(worker.compare("a", web.ask(worker, num_images=3), ["agent/fast"]))[-1]
+    found: Any = list(worker.compare("a", web.ask(worker, num_images=3), ["agent/fast"]))[-1]
     assert found.variants[1].psnr == mean
 
 
@@ -287,7 +287,8 @@ def test_operations_are_not_counted_where_the_change_of_the_latents_decides(work
     entries = [{"num_mediators": 4}, {"num_mediators": 16}]
     schedule = {"kind": "latent_change", "entries": entries, "thresholds": [0.9], "first": 1, "per_sample": per_sample}
     asked = web.ask(worker, model="sit", prompt="1", steps=6, recipe={"method": "mediator", "schedule": schedule})
-    exact, switched = list(worker.compare("a", asked, ["recipe"]))[-1].variants
+    found: Any = list(worker.compare("a", asked, ["recipe"]))[-1]
+    exact, switched = found.variants
     assert exact.gflops is not None
     assert switched.gflops is None
 

@@ -154,7 +154,7 @@ def test_the_pace_is_that_of_steps_whatever_calls_they_take(folder: Path) -> Non
     list(worker.generate("a", web.ask(worker)))
     pipe = web.loaded(worker)
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    drawn = list(worker.generate("a", web.ask(worker, steps=6)))[-1]
+    drawn: Any = list(worker.generate("a", web.ask(worker, steps=6)))[-1]
     assert len(drawn.trace.seconds) == 11
     assert worker.seconds_for(web.ask(worker, steps=6)) == pytest.approx(drawn.pictures[0].seconds)
 

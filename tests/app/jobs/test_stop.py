@@ -51,6 +51,7 @@ def test_stop_ends_a_run_within_one_step_and_leaves_the_model_clean(worker: Work
     before, steps = web.traces_of_patching(web.loaded(worker)), []
 
     def run() -> None:
+        event: Any
         for event in worker.generate("a", web.ask(worker, steps=400, acceleration="agent/fast")):
             steps.append(event.step)
             if event.step and len(steps) < 4:
@@ -109,7 +110,7 @@ def test_a_session_has_ended_when_the_step_under_way_has(worker: Worker) -> None
 def test_an_iterator_that_is_closed_stops_its_job(worker: Worker) -> None:
     list(worker.generate("a", web.ask(worker)))
     with SecondStep(web.loaded(worker)) as second_step:
-        events = worker.generate("a", web.ask(worker, steps=400))
+        events: Any = worker.generate("a", web.ask(worker, steps=400))
         wait_for_a_step(events)
         assert second_step.under_way.wait(20)
         events.close()
@@ -124,14 +125,14 @@ def test_an_iterator_that_is_closed_stops_its_job(worker: Worker) -> None:
 
 
 def test_closing_does_not_wait_for_a_step_and_the_next_job_still_runs_alone(worker: Worker) -> None:
-    alone = list(worker.generate("a", web.ask(worker)))[-1]
+    alone: Any = list(worker.generate("a", web.ask(worker)))[-1]
     with SecondStep(web.loaded(worker)) as second_step:
-        first = worker.generate("a", web.ask(worker, steps=400, acceleration="agent/fast"))
+        first: Any = worker.generate("a", web.ask(worker, steps=400, acceleration="agent/fast"))
         wait_for_a_step(first)
         assert second_step.under_way.wait(20)
         first.close()
         assert not second_step.go_on.is_set()
-        second = worker.generate("b", web.ask(worker))
+        second: Any = worker.generate("b", web.ask(worker))
         assert next(second).ahead == 1  # the step of the first still runs
         second_step.go_on.set()
         drawn = list(second)[-1]
@@ -149,7 +150,7 @@ def test_a_closed_worker_has_stopped_every_job_and_waited_for_the_step(worker: W
         first = worker.generate("a", web.ask(worker, steps=400))
         wait_for_a_step(first)
         assert second_step.under_way.wait(20)
-        second = worker.generate("b", web.ask(worker))
+        second: Any = worker.generate("b", web.ask(worker))
         assert next(second).ahead == 1
         assert not worker.close(timeout=0.05)  # the step is under way
         second_step.go_on.set()
@@ -209,14 +210,15 @@ def test_a_session_has_a_few_jobs_at_a_time(worker: Worker) -> None:
     worker = Worker(worker.models, replace(worker.limits, jobs=2), "cpu")
     list(worker.generate("a", web.ask(worker)))
     with SecondStep(web.loaded(worker)) as second_step:
-        running, waiting, other = (worker.generate(name, web.ask(worker)) for name in "aab")
+        jobs: list[Any] = [worker.generate(name, web.ask(worker)) for name in "aab"]
+        running, waiting, other = jobs
         wait_for_a_step(running)
         assert next(waiting).ahead == 1
-        with pytest.raises(ValueError, match="2 jobs of yours run or wait already, at most 2 may"):
+        with pytest.raises(ValueError, match=r"you already have 2 jobs running or queued \(limit 2\)"):
             next(worker.generate("a", web.ask(worker)))
         assert next(other).ahead == 2
         second_step.go_on.set()
-        for events in (running, waiting, other, worker.generate("a", web.ask(worker))):
+        for events in (*jobs, worker.generate("a", web.ask(worker))):
             assert isinstance(list(events)[-1], Drawn)
 
 
@@ -254,7 +256,8 @@ def test_a_job_that_comes_after_all_were_stopped_is_stopped_too() -> None:
 
 def test_jobs_of_several_visitors_run_one_after_the_other(worker: Worker) -> None:
     asked = web.ask(worker, steps=4, acceleration="none")
-    alone = np.asarray(list(worker.generate("x", asked))[-1].pictures[0].image)
+    drawn: Any = list(worker.generate("x", asked))[-1]
+    alone = np.asarray(drawn.pictures[0].image)
     pictures: dict[str, Any] = {}
     calls: list[threading.Thread] = []  # of the denoiser: the jobs that made them
 
@@ -275,7 +278,7 @@ def test_jobs_of_several_visitors_run_one_after_the_other(worker: Worker) -> Non
 
 
 def test_jobs_wait_in_line_and_can_leave_it(worker: Worker) -> None:
-    running = worker.generate("one", web.ask(worker, steps=400, num_images=4))
+    running: Any = worker.generate("one", web.ask(worker, steps=400, num_images=4))
     wait_for_a_step(running)
     ahead: dict[str, list[int]] = {"two": [], "three": []}
 

@@ -3,6 +3,7 @@
 # ruff: noqa: E402, the page needs Gradio, the browser Playwright
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from support import web
@@ -53,7 +54,7 @@ def test_the_time_counts_exact_attention_every_acceleration_and_the_recipe(visit
     set_number(page, "Pictures", 2)
     says(page, "#compare-time", "for 6 pictures")
     page.get_by_role("button", name="More settings").filter(visible=True).click()
-    recipe = {"name": "recipe.json", "mimeType": "application/json", "buffer": b'{"method": "agent"}'}
+    recipe: Any = {"name": "recipe.json", "mimeType": "application/json", "buffer": b'{"method": "agent"}'}
     page.locator("input[type=file]:visible, [role=tabpanel]:visible input[type=file]").first.set_input_files([recipe])
     says(page, "#compare-time", "for 8 pictures")
 

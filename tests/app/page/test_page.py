@@ -47,12 +47,12 @@ def draw(client: Client, **changes: Any) -> Any:
     return client.predict(**(settings() | changes), api_name="/generate")
 
 
-def settings() -> dict[str, Any]:
+def settings() -> Any:
     return dict(prompt="a cat", model="one", acceleration="none", steps=2, guidance=None, width=None, height=None,
                 seed=0, num_images=1, negative_prompt="", recipe=None)  # fmt: skip
 
 
-def compare_settings() -> dict[str, Any]:
+def compare_settings() -> Any:
     found = settings()
     del found["acceleration"]
     return found | {"accelerations": ["agent/fast", "agent/balanced"], "width": 64, "height": 64}
@@ -73,7 +73,8 @@ def test_the_page_begins_within_its_limits(worker: Worker, tmp_path: Path, most:
 
 
 def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
-    found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    described: Any = client.view_api(return_format="dict", print_info=False)
+    found = described["named_endpoints"]
     assert set(found) == {
         "/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate",
         "/measure", "/show_runs", "/load_runs", "/estimate_measure",

@@ -42,7 +42,7 @@ def client(address: str) -> Client:
     return Client(address, verbose=False)
 
 
-def settings() -> dict[str, Any]:
+def settings() -> Any:
     return dict(
         models=["sit"], accelerations=["mediator/fast"], numbers="4", samples=8, steps=2, guidance=None, prompts="",
         extractor="cifar-classifier", against="automatic", seed=0, labels=[], axis=AXIS,
@@ -93,10 +93,10 @@ def test_runs_of_a_file_that_are_not_kept_are_counted(client: Client, tmp_path: 
     (run,) = read_runs(Path(files[0]))
     many = [replace(run, title=str(i)) for i in range(MOST + 2)]
     save_runs([*many, many[-1]], tmp_path / "many.json")
-    given = dict(path=handle_file(str(tmp_path / "many.json")), labels=[], axis=AXIS)
+    given: Any = dict(path=handle_file(str(tmp_path / "many.json")), labels=[], axis=AXIS)
     boxes, results, _ = client.predict(**given, api_name="/load_runs")
     assert boxes["value"] == [one.title for one in many[2:]]
-    assert f"Not kept: 3 of the runs, the oldest; at most {MOST} are." in results  # and the measured one
+    assert f"The 3 oldest runs are not kept: the limit is {MOST}." in results  # and the measured one
 
 
 def test_what_is_not_counted_and_what_has_no_error_bar_is_said(client: Client) -> None:

@@ -1,0 +1,187 @@
+"""Which folder of a data set holds the class folders: below wrappers such as `images`, and in one of the splits."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from diffattn.data.decoding import may_be_picture
+from diffattn.data.files import Files
+from diffattn.data.indexes import INDEXES
+from diffattn.data.naming import few
+
+SPLITS = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""Folder names that stand for a part of the data, and the name of that part."""
+
+CONTAINERS = frozenset(
+    ("data", "dataset", "image", "images", "img", "imgs", "jpegimages", "jpg", "photos", "pictures", "png", "raw")
+)
+"""Folder names that say what kind of files lie inside, and hardly of which class they are."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the classes of a data set are."""
+
+    base: str = ""
+    """The folder, with a slash at its end, that holds the class folders or the pictures; empty for the whole."""
+    around: tuple[str, ...] = ("",)
+    """It and the folders around it, from the inside out: an index in any of them counts."""
+    inner: frozenset[str] | None = None
+    """Where each class folder has splits inside: the names of the one that was chosen."""
+    unused: tuple[str, ...] = ()
+    """Folders with pictures that lie beside the splits."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is of this part of the data."""
+        if not name.startswith(self.base):
+            return False
+        return self.inner is None or name.removeprefix(self.base).split("/")[1:2] in [[part] for part in self.inner]
+
+
+@dataclass
+class _Level:
+    """What one folder holds."""
+
+    loose: list[str] = field(default_factory=list)
+    """Pictures that lie in it directly."""
+    inside: dict[str, set[str]] = field(default_factory=dict)
+    """Folder with pictures -> the folders with pictures in it; "" stands for pictures that lie in it directly."""
+
+    @classmethod
+    def of(cls, pictures: Iterable[str], base: str) -> "_Level":
+        found = cls()
+        for name in pictures:
+            if name.startswith(base):
+                top, *rest = name.removeprefix(base).split("/")
+                if not rest:
+                    found.loose.append(name)
+                else:
+                    found.inside.setdefault(top, set()).add(rest[0] if len(rest) > 1 else "")
+        return found
+
+    def nested(self, folder: str) -> bool:
+        """Whether all pictures of a folder lie in folders of its own."""
+        return "" not in self.inside[folder]
+
+
+def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
+    """Find the class folders by what is in the folders.
+
+    Args:
+        files: of the data set.
+        pictures: those of their names that are pictures.
+        split: the part to take, where the pictures lie in parts: a name of `SPLITS`, or of any folder of folders.
+
+    Raises:
+        ValueError: no such split, or folders that can be read in two ways; the message says how to choose.
+    """
+    known, base, around, unused, chosen = set(files.names), "", [""], [], False
+    while True:
+        level = _Level.of(pictures, base)
+        if level.loose:
+            break
+        indexed = any(base + index in known for index in INDEXES)
+        if indexed and not all(name.lower() in SPLITS for name in level.inside):
+            break
+        top = None if chosen else _split(level, files.where, split)
+        if top is not None:
+            chosen = True
+            part = SPLITS.get(top.lower(), "")
+            unused += [f"{base}{name}/" for name in level.inside if SPLITS.get(name.lower(), part) == part]
+            unused.remove(f"{base}{top}/")
+        elif not indexed:
+            top = _wrapper(level, files, base, known)
+        if top is None:
+            break
+        base += f"{top}/"
+        around.insert(0, base)
+    inner = None if chosen else _splits_in_classes(level, files.where, split)
+    if split != "train" and not chosen and inner is None:
+        raise ValueError(f"{files.where!r} has no splits, so split must be 'train', which is everything; got {split!r}")
+    return Place(base, tuple(around), inner, tuple(unused))
+
+
+def _split(level: _Level, where: str, split: str) -> str | None:
+    """The folder of a split, if the folders of this level are splits."""
+    tops = sorted(level.inside)
+    if split in tops and split.lower() not in SPLITS and level.nested(split):
+        return split
+    splits = [top for top in tops if top.lower() in SPLITS]
+    others = [top for top in tops if top not in splits]
+    if not splits or (others and not _are_splits(level, where, splits, others)):
+        return None
+    wanted = SPLITS.get(split.lower(), split)
+    found = [top for top in splits if top == split] or [top for top in splits if SPLITS[top.lower()] == wanted]
+    if not found:
+        raise ValueError(f"no split {split!r} in {where!r}; there are: {', '.join(splits)}")
+    if len(found) > 1:
+        raise ValueError(f"split {split!r} may be {few(found)} in {where!r}; give the name of the folder")
+    return found[0]
+
+
+def _are_splits(level: _Level, where: str, splits: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether folders with the names of splits are such, although there are others beside them."""
+    parts = {SPLITS[top.lower()] for top in splits}
+    nested = [level.nested(top) for top in splits]
+    if not any(nested) and len(parts) == 1:
+        return False  # a class that is called like a split
+    classes = set().union(*(level.inside[top] for top in splits))
+    shared = any(classes & level.inside[top] for top in others)
+    if all(nested) and (len(parts) > 1 or shared):
+        return True
+    raise ValueError(
+        f"the folders of {where!r} can be read in two ways: {few(splits)} as splits, or as classes beside "
+        f"{few(others)}; name the folder of the pictures to train on as the source, or rename it"
+    )
+
+
+def _wrapper(level: _Level, files: Files, base: str, known: Collection[str]) -> str | None:
+    """The one folder around everything, if there is one and its own folders are the classes."""
+    tops = sorted(level.inside)
+    around = [top for top in tops if level.nested(top) and top.lower() in CONTAINERS]
+    if len(tops) > 1 and around:
+        inside = sorted(level.inside[around[0]])
+        raise ValueError(
+            f"the folders of {files.where!r} can be read in two ways: the classes may be {few(tops)}, or in "
+            f"{base + around[0]!r} {few(inside)}; name the folder that holds the class folders as the source"
+        )
+    if len(tops) != 1:
+        return None
+    top = tops[0]
+    if any(f"{base}{top}/{index}" in known for index in INDEXES):
+        return top
+    if level.inside[top] == {""}:
+        return None
+    if not level.nested(top):
+        raise ValueError(
+            f"{base + top!r} in {files.where!r} can be read in two ways: it holds pictures, and folders with pictures "
+            f"({few(sorted(level.inside[top] - {''}))}); move the pictures into class folders"
+        )
+    return top if around or not _empty_classes(files, base, top) else None
+
+
+def _empty_classes(files: Files, base: str, top: str) -> bool:
+    """Whether beside a folder there are others that may be classes: empty ones, or with pictures of other kinds."""
+    folders = (name.removeprefix(base) for name in files.folders if name.startswith(base))
+    for other in {name for name in folders if name and "/" not in name and name != top}:
+        held = [name for name in files.names if name.startswith(f"{base}{other}/")]
+        if not held or any(map(may_be_picture, held)):
+            return True
+    return False
+
+
+def _splits_in_classes(level: _Level, where: str, split: str) -> frozenset[str] | None:
+    """The folders of the split where each class folder holds splits, as in `cat/train`; None if they do not."""
+    inside = set().union(*level.inside.values())
+    parts = {SPLITS.get(name.lower()) for name in inside}
+    if level.loose or len(parts) < 2 or None in parts:
+        return None
+    wanted = SPLITS.get(split.lower(), split)
+    found = frozenset(name for name in inside if SPLITS[name.lower()] == wanted)
+    if not found:
+        raise ValueError(
+            f"no split {split!r} in the class folders of {where!r}; there are: {', '.join(sorted(inside))}"
+        )
+    return found

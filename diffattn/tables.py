@@ -1,0 +1,25 @@
+"""Tables of text, for reports in a terminal."""
+
+from collections.abc import Sequence
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, drop_empty: bool = True) -> str:
+    """Columns as wide as their widest cell, two spaces apart.
+
+    Args:
+        head: names of the columns.
+        rows: cells, as many in each row as there are columns.
+        drop_empty: leave out columns without a single entry.
+
+    Raises:
+        ValueError: a row of another length than the head.
+    """
+    for row in rows:
+        if len(row) != len(head):
+            raise ValueError(f"a row has {len(row)} cells, the head {len(head)}: {list(row)}")
+    used = [i for i in range(len(head)) if not drop_empty or any(row[i] for row in rows)]
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in used]
+    return "\n".join(
+        "  ".join(line[i].ljust(width) for i, width in zip(used, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,60 @@
+"""One training per run folder."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from diffattn.files import read_json, write_json
+from diffattn.training.setup import Say
+
+LOCK, OWNER = ".lock", ".running.json"
+
+
+@contextmanager
+def locked(folder: Path, say: Say) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be.
+
+    The operating system lets go of the lock when its process ends, however it ends, so a killed run blocks nobody.
+
+    Args:
+        folder: of the run.
+        say: told when the file system of the folder has no locks; the run is then on its own.
+
+    Raises:
+        ValueError: another training holds it; the message names its process, machine and start.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"run.out={str(folder)!r} is in use by another training, {_owner(folder)}; "
+            "stop that one, wait for it, or choose another run.out"
+        ) from None
+    except NotImplementedError:
+        say(f"{folder} is on a file system without locks; make sure that no other training uses it")
+        yield
+        return
+    try:
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        with suppress(OSError):  # a full disk: it is only for the message
+            write_json(folder / OWNER, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        yield
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    try:
+        found = read_json(folder / OWNER)
+        return f"process {found['pid']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError):
+        return "which has not written down who it is"
