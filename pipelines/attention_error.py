@@ -97,10 +97,18 @@ def measure(run: Run, noise: Sequence[float]) -> list[dict[str, Any]]:
         for candidate in candidates():
             rows.append({
                 "layer": name, "step": step, "noise_level": noise[step], "tokens": tokens, "logit_std": logits,
-                "family": candidate.family, "cost": candidate.cost(tokens, dim) / (2 * tokens**2),
+                "family": candidate.family,
+                "cost": candidate.cost(tokens, dim) / (2 * tokens**2) + candidate.exact_heads(layer),
                 "error": relative_error(candidate.run(layer), true),
             })  # fmt: skip
-    return rows
+    return _with_mean_cost(rows, [c.family for c in candidates() if c.family.startswith("InLine where")])
+
+
+def _with_mean_cost(rows: list[dict[str, Any]], families: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of families whose cost depends on what they see with their mean cost, and their own as "own_cost"."""
+    means = {family: fmean(row["cost"] for row in rows if row["family"] == family) for family in families}
+    return [row | {"cost": means[row["family"]], "own_cost": row["cost"]} if row["family"] in means else row
+            for row in rows]  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -13,8 +13,10 @@ from diffattn.architectures.dit_time import read_dit_time
 from diffattn.architectures.run_state import DenoiserCall
 from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.models import DiT
-from diffattn.models.attention import ATTENTION, AttentionLayer, MediatorAttention
+from diffattn.models.attention import name_of
+from diffattn.models.attention_layer import Attention, AttentionLayer
 from diffattn.models.config import token_grid
+from diffattn.models.mediator import MediatorAttention
 from diffattn.noise_level import NoiseLevels, Reading, values_of
 
 STEPS_TO_COME = 64
@@ -33,7 +35,7 @@ class SiTArchitecture:
 
     def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
         for name, module in model.named_modules():
-            if hasattr(module, "set_processor"):
+            if isinstance(module, Attention) or hasattr(module, "set_processor"):
                 yield _spec(name, module), module
 
     def why_unsupported(self, module: nn.Module) -> str | None:
@@ -130,12 +132,12 @@ def _dit(model: nn.Module) -> DiT:
 
 def _spec(name: str, module: nn.Module) -> LayerSpec:
     if not isinstance(module, AttentionLayer):
-        return LayerSpec(name, level=0, num_heads=1, head_dim=0, kind=type(module).__name__)
+        return LayerSpec(name, level=0, num_heads=1, head_dim=0, kind=name_of(module))
     return LayerSpec(
         name=name,
         level=0,
         num_heads=module.num_heads,
         head_dim=module.qkv.in_features // module.num_heads,
-        kind=next((kind for kind, layer in ATTENTION.items() if type(module) is layer), type(module).__name__),
+        kind=name_of(module),
         mediators=module.mediators if isinstance(module, MediatorAttention) else (),
     )

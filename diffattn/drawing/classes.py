@@ -13,12 +13,12 @@ NULL_CLASS = 1000
 
 
 def draws_classes(pipe: Any) -> bool:
-    """Whether a pipeline draws classes, and not what a text says."""
+    """Whether a pipeline draws classes, rather than what a text describes."""
     return isinstance(pipe, SiTPipeline | DiTPipeline)
 
 
 def num_classes(pipe: Any) -> int:
-    """Of a pipeline that draws classes."""
+    """The number of classes of a pipeline that draws classes."""
     config = pipe.transformer.config
     return int(config["num_classes"] if isinstance(pipe, SiTPipeline) else config["num_embeds_ada_norm"])
 
@@ -33,7 +33,7 @@ def class_ids(pipe: Any, words: Sequence[int | str]) -> list[int]:
 
 
 def class_names(pipe: Any) -> ClassNames:
-    """Of a pipeline that draws classes: of a `DiTPipeline`, ImageNet's, with all their synonyms."""
+    """The names of the classes of a pipeline that draws classes; those of ImageNet have several names each."""
     if isinstance(pipe, SiTPipeline):
         return pipe.class_names
     names: dict[int, list[str]] = {}

@@ -125,7 +125,11 @@ def _from_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Diffu
         raise ValueError(f"{str(folder)!r} is {why}; give a folder in diffusers' layout with safetensors weights")
     parts = _parts(folder)
     _refuse_pickles(folder, parts)
-    variant = choose_variant(str(folder), variants_in(_files_in(folder), parts), variant)
+    files = _files_in(folder)
+    variant = choose_variant(str(folder), variants_in(files, parts), variant)
+    bare = [f for f in files if "." not in f.rpartition("/")[2] and f.partition("/")[0] in parts]
+    if variant is not None and bare:  # which diffusers takes for a name with a variant in it
+        raise ValueError(f"variants cannot be read beside {bare[0]!r}, a name without a dot; remove it from {folder}")
     try:
         return _from_pretrained(folder, dtype, variant)
     except BROKEN as error:

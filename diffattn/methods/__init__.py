@@ -4,10 +4,12 @@ from collections.abc import Iterable
 
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import SOFTMAX, AttentionMethod, LayerSpec
+from diffattn.methods.inline import InLineAttention
 from diffattn.methods.mediator import MediatorAttention
 
 METHODS: dict[str, type[AttentionMethod]] = {
     AgentAttention.name: AgentAttention,
+    InLineAttention.name: InLineAttention,
     MediatorAttention.name: MediatorAttention,
 }
 

@@ -1,6 +1,6 @@
-"""Everything a training run can be told, with defaults, presets, files and command-line settings.
+"""All settings of a training run: defaults, presets, files and command-line settings.
 
-What stands later wins: defaults, preset, file, `section.field=value` settings.
+Later ones win, in the order defaults, preset, file, `section.field=value` settings.
 """
 
 import hashlib
@@ -45,14 +45,16 @@ class ModelConfig:
     num_layers: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
-    attention: str | tuple[str, ...] = "mediator"  # for all layers, or one name per layer
+    attention: str | tuple[str, ...] = "mediator"  # for all layers, or one name per layer; `diffattn info` lists them
+    attention_options: dict[str, Any] | None = None  # of one attention, such as {focused_linear: {power: 4}}
+    steps: tuple[tuple[int, ...], ...] | None = None  # progressive width: [[width, depth], …], see `models.steps`
     mediators: tuple[int, ...] = (4, 16, 64)  # trained together; each step draws one of them
     qk_norm: bool = False
     learn_sigma: bool = False
     norm_eps: float = 1e-6  # of the norm before each MLP
     frequency_shift: float = 0.0  # of the time frequencies: 0 official, 1 diffusers
     start: str | None = None  # weights to begin from: our folder, or an official .safetensors
-    freeze_backbone: bool = False  # train mediator parameters only
+    freeze_backbone: bool = False  # train only what the layers have beside a softmax layer's weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class ObjectiveConfig:
     label_dropout: float = 0.1  # share of samples trained without class, which guidance needs
     min_snr: float | None = None  # γ of min-SNR weighting (Hang et al., ICCV 2023); None weights all times alike
     distill: str | None = None  # softmax teacher, our folder or an official .safetensors
-    distill_weight: float = 1.0  # of the relative error of each mediator layer against the teacher's
+    distill_weight: float = 1.0  # of the relative error of each layer that learns another attention
     bins: int = 10  # of t, for the loss per bin
 
     def warnings(self) -> list[str]:
@@ -211,7 +213,7 @@ class TrainConfig:
     def model_arguments(self) -> dict[str, Any]:
         """The arguments of `DiT` that this configuration sets; those the data decide are not among them."""
         names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
-                 "qk_norm", "learn_sigma", "norm_eps", "frequency_shift")  # fmt: skip
+                 "attention_options", "steps", "qk_norm", "learn_sigma", "norm_eps", "frequency_shift")  # fmt: skip
         given = {name: getattr(self.model, name) for name in names} | {"path": self.objective.path}
         return given | (dict(MODEL_PRESETS[self.model.size]) if self.model.size else {})
 
@@ -238,13 +240,13 @@ FREE_TO_CHANGE = frozenset(
 
 def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     """ "section.field: old value -> new value" of every difference that a resumed run must not have."""
-    found = []
+    differing = []
     for section, values in old.to_dict().items():
         for name, value in values.items():
             other = new.to_dict()[section][name]
             if value != other and f"{section}.{name}" not in FREE_TO_CHANGE:
-                found.append(f"{section}.{name}: {value!r} -> {other!r}")
-    return found
+                differing.append(f"{section}.{name}: {value!r} -> {other!r}")
+    return differing
 
 
 def _known(what: str, given: Iterable[str], allowed: list[str]) -> None:
@@ -302,6 +304,9 @@ def _as(value: Any, kind: Any) -> Any:
         inner = get_args(kind)
         if items is not None and (inner[-1] is Ellipsis or len(items) == len(inner)):
             return tuple(_as(item, inner[0]) for item in items)
+    elif get_origin(kind) is dict:
+        if isinstance(value, Mapping):
+            return {str(name): item for name, item in value.items()}
     elif kind is float and not isinstance(value, bool):
         return float(value)  # YAML reads 1e-4 as text
     elif type(value) is kind:
@@ -325,6 +330,16 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
                   "betas": (0.9, 0.99), "weight_decay": 0.01},
         "objective": {"time": "logit_normal"},
         "run": {"steps": 4_000, "save_every": 200, "sample_every": 2_000, "guidance": 1.5, "log_every": 50},
+    },
+    "cifar-linear-cpu": {  # to compare attentions: 256 tokens, minutes each in bf16 on two CPU cores
+        "data": {"size": 32},
+        "model": {"patch_size": 2, "hidden_size": 128, "num_layers": 6, "num_heads": 4, "mediators": (16,),
+                  "attention": "inline"},
+        "optim": {"batch": 64, "lr": 1.5e-3, "schedule": "cosine", "final_lr": 0.02, "warmup": 100, "ema": 0.998,
+                  "betas": (0.9, 0.99), "weight_decay": 0.01},
+        "objective": {"time": "logit_normal"},
+        "run": {"steps": 2_000, "save_every": 200, "sample_every": 0, "guidance": 1.5, "log_every": 50,
+                "precision": "bf16"},
     },
     "sit-256": {  # the paper's setting: latents of 256 x 256 pictures, SiT-S/2, 400,000 steps
         "data": {"size": 256, "vae": "stabilityai/sd-vae-ft-ema", "in_memory": False},

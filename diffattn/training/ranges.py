@@ -1,4 +1,4 @@
-"""What the numbers of a training run may be: everything that can be told before the data are opened."""
+"""Ranges of the settings of a training run: all that can be checked before the data are opened."""
 
 import math
 from collections.abc import Mapping

@@ -23,9 +23,8 @@ def trained(folder: Path, *settings: str) -> tuple[Path, str]:
     folder.mkdir()
     (folder / "pictures").mkdir()
     pictures = make_pictures(folder / "pictures")
-    done = call(
-        "train", *TINY, "run.steps=2", *settings, "--data", pictures, "--out", folder / "run", "--device", "cpu"
-    )
+    where = ("--data", pictures, "--out", folder / "run", "--device", "cpu")
+    done = call("train", *TINY, "run.steps=2", *settings, *where)
     assert done.exit_code == 0, done.output
     return folder / "run/pipeline", done.stdout
 

@@ -1,5 +1,6 @@
 """Variants of a saved pipeline's weights: which there are, which is loaded, and what a refusal says is on disk."""
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ UNET, TEXT, VAE = "unet/diffusion_pytorch_model", "text_encoder/model", "vae/dif
         ([f"{UNET}.fp16-00001-of-00002.safetensors", f"{UNET}.fp16-00002-of-00002.safetensors"], {"unet": ["fp16"]}),
         ([f"{UNET}-00001-of-00002.fp16.safetensors", f"{UNET}.safetensors.fp16.index.json"], {"unet": ["fp16"]}),
         ([f"{UNET}.non_ema.safetensors", f"{TEXT}.bf16.safetensors"], {"unet": ["non_ema"], "text_encoder": ["bf16"]}),
-        ([f"{UNET}.fp16.bin", f"{UNET}.bin", "v1.safetensors", "unet/adapter.safetensors", "a/b/model.safetensors"], {}),
+        ([f"{UNET}.fp16.bin", f"{UNET}.bin", "v.safetensors", "unet/lora.safetensors", "a/b/model.safetensors"], {}),
         (["unet/config.json", "tokenizer/vocab.json"], {}),
     ],
 )  # fmt: skip
@@ -122,6 +123,24 @@ def test_a_folder_with_one_variant_alone(asked: str | None, shards: bool, pipe: 
     folder = save("fp16", shards)
     assert any("fp16-00001-of" in file.name for file in folder.rglob("*.safetensors")) == shards
     assert same(load_pipeline(str(folder), variant=asked), pipe)
+
+
+def test_shards_named_the_former_way(pipe: DiffusionPipeline, save: Save) -> None:
+    folder = save("fp16", shards=True)
+    former = (r"\.fp16(-\d{5}-of-\d{5})\.safetensors", r"\1.fp16.safetensors")
+    for index in (folder / "unet").glob("*.index.fp16.json"):
+        index.write_text(re.sub(*former, index.read_text()))
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.rename(file.with_name(re.sub(*former, file.name)))
+    assert all(file.name.endswith(".fp16.safetensors") for file in (folder / "unet").glob("*.safetensors"))
+    assert same(load_pipeline(str(folder)), pipe)
+
+
+def test_a_file_without_an_ending_beside_a_variant(pipe: DiffusionPipeline, save: Save) -> None:
+    folder = save("fp16")
+    (folder / "unet" / "LICENSE").write_text("do what you want")
+    with pytest.raises(ValueError, match=r"variants cannot be read beside 'unet/LICENSE', a name without a dot"):
+        load_pipeline(str(folder))
 
 
 def test_a_single_component_with_a_variant(pipe: DiffusionPipeline, save: Save) -> None:

@@ -55,6 +55,10 @@ VARIANTS: dict[str, Variant] = {
     "agent pool": AgentVariant(options=FEW | {"agents": "pool"}),
     "agent landmarks": AgentVariant(options=FEW | {"agents": "landmarks"}),
     "agent merge": AgentVariant(options=FEW | {"agents": "merge", "merge_ratio": 0.4}),
+    "inline": Variant(
+        "inline", {"max_head_error": float("inf"), "min_tokens": 0}, {"max_head_error": 0.02},
+        ({"max_head_error": float("inf")}, {"max_head_error": 0.02}),
+    ),
     "mediator": Variant(
         "mediator", {"num_mediators": 4}, {"num_mediators": 16}, ({"num_mediators": 4}, {"num_mediators": 25}),
         kinds=("sit-mediators",),
@@ -64,7 +68,17 @@ CASES = [(name, kind) for name, variant in VARIANTS.items() for kind in variant.
 BATCHED: Any = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
 
 Make = Callable[[str], DiffusionPipeline]
-Patch = Callable[..., diffattn.Patch]
+
+
+class Patch:
+    """`diffattn.patch` with the options of one variant."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+
+    def __call__(self, target: Any, **overrides: Any) -> diffattn.Patch:
+        options: dict[str, Any] = dict(self.variant.options) | overrides
+        return diffattn.patch(target, self.variant.method, **options)
 
 
 @pytest.fixture(params=CASES, ids=" on ".join)
@@ -74,33 +88,19 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 @pytest.fixture
-def variant(case: tuple[str, str]) -> Variant:
-    return VARIANTS[case[0]]
-
-
-@pytest.fixture
 def pipe(case: tuple[str, str], make_pipeline: Make) -> DiffusionPipeline:
     return make_pipeline(case[1])
 
 
 @pytest.fixture
-def patched(variant: Variant) -> Patch:
-    """`diffattn.patch` with the options of one variant."""
-    return patch_with(variant)
+def patched(case: tuple[str, str]) -> Patch:
+    return Patch(VARIANTS[case[0]])
 
 
 @pytest.fixture(params=[name for name, variant in VARIANTS.items() if "sd" in variant.kinds])
 def patched_sd(request: pytest.FixtureRequest) -> Patch:
-    """Likewise, of the variants for Stable Diffusion."""
-    return patch_with(VARIANTS[request.param])
-
-
-def patch_with(variant: Variant) -> Patch:
-    def patch(target: Any, **overrides: Any) -> diffattn.Patch:
-        options: dict[str, Any] = dict(variant.options) | overrides
-        return diffattn.patch(target, variant.method, **options)
-
-    return patch
+    """Of the variants for Stable Diffusion."""
+    return Patch(VARIANTS[request.param])
 
 
 def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -251,15 +251,13 @@ def test_an_exception_inside_a_with_block_passes_and_restores(pipe: DiffusionPip
     assert anatomy(pipe) == before
 
 
-def test_pipelines_patched_differently_are_independent(
-    pipe: DiffusionPipeline, patched: Patch, variant: Variant
-) -> None:
+def test_pipelines_patched_differently_are_independent(pipe: DiffusionPipeline, patched: Patch) -> None:
     original = tiny.run(pipe)
     other = copy.deepcopy(pipe)
     patched(pipe)
     accelerated = tiny.run(pipe)
     assert torch.equal(tiny.run(other), original)
-    patched(other, **variant.other)
+    patched(other, **patched.variant.other)
     assert torch.equal(tiny.run(pipe), accelerated)
     assert not torch.equal(tiny.run(other), accelerated)
     diffattn.unpatch(pipe)
@@ -304,12 +302,12 @@ def test_a_deep_copy_outlives_the_original(pipe: DiffusionPipeline, patched: Pat
 
 def test_a_deep_copy_reads_its_own_scheduler(make_pipeline: Make, patched_sd: Patch) -> None:
     pipe = make_pipeline("sd")
-    patched_sd(pipe, schedule=AgentVariant().schedule)
+    patched_sd(pipe, schedule=patched_sd.variant.schedule)
     twin = copy.deepcopy(pipe)
     twin.scheduler = EDMEulerScheduler()  # its time steps, a quarter of log σ, would all be data to the other
     other = make_pipeline("sd")
     other.scheduler = EDMEulerScheduler()
-    patched_sd(other, schedule=AgentVariant().schedule)
+    patched_sd(other, schedule=patched_sd.variant.schedule)
     assert torch.equal(tiny.run(twin), tiny.run(other))
 
 
@@ -394,10 +392,8 @@ def test_a_batch_of_three_pictures_equals_three_of_one(make_pipeline: Make, patc
 STEPS = [981, 20, 280, 981, 300, 700]  # of all three phases on every schedule, out of order
 
 
-def test_a_time_step_per_sample_equals_each_sample_alone(
-    pipe: DiffusionPipeline, patched: Patch, variant: Variant
-) -> None:
-    schedule = Watching(variant.schedule)
+def test_a_time_step_per_sample_equals_each_sample_alone(pipe: DiffusionPipeline, patched: Patch) -> None:
+    schedule = Watching(patched.variant.schedule)
     patched(pipe, schedule=schedule)
     inputs = inputs_of(pipe, len(STEPS))
     together = denoise(pipe, torch.tensor(STEPS), inputs)
@@ -408,7 +404,7 @@ def test_a_time_step_per_sample_equals_each_sample_alone(
 
 def test_a_time_step_per_sample_of_one_phase_needs_no_groups(make_pipeline: Make, patched_sd: Patch) -> None:
     pipe = make_pipeline("sd")
-    schedule = Watching(AgentVariant().schedule)
+    schedule = Watching(patched_sd.variant.schedule)
     patched_sd(pipe, schedule=schedule)
     denoise(pipe, torch.tensor([981, 970, 960]), inputs_of(pipe, 3))
     assert schedule.seen_phases == [0]

@@ -17,7 +17,7 @@ from torch import Tensor
 import diffattn
 from diffattn import LayerSpec
 from diffattn.app.jobs.choices import accelerations
-from diffattn.cli.capabilities import capabilities
+from diffattn.capabilities import capabilities
 from diffattn.drawing.draw import prepare
 from diffattn.drawing.request import Request
 from diffattn.methods import METHODS, method_for
@@ -209,10 +209,12 @@ def test_a_registered_method_is_known_everywhere(make_pipeline: Make) -> None:
     assert PreflightRun(pipe, method="mean", rounds=1).method == "mean"
 
 
-@pytest.mark.usefixtures("_with_mean")
 def test_the_first_method_that_suits_is_the_default(monkeypatch: pytest.MonkeyPatch, make_pipeline: Make) -> None:
+    pipe = make_pipeline("sd")
     monkeypatch.setattr(METHODS["agent"], "suits", classmethod(lambda cls, layers: False))
-    assert default_method(make_pipeline("sd")) == "mean"
+    assert default_method(pipe) == "inline"
+    monkeypatch.setattr(METHODS["inline"], "suits", classmethod(lambda cls, layers: False))
+    assert default_method(pipe) == "agent"  # none suits
 
 
 # No other file knows a method by name.

@@ -160,10 +160,13 @@ def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -
     seeds = f"seeds {job.asked.seed + begin}..{job.asked.seed + begin + count - 1}"
 
     def pictures() -> Iterator[Tensor]:
+        kept = 0
         for index in range(begin, begin + count):
             picture = job.draw(exact, index, "reference")
             if not picture.blanked:
+                kept += 1
                 yield _uint8(picture)
+        _check_enough(kept, count, "the reference")
 
     return Reference.of(f"exact pictures of {job.request.model}, {seeds}", pictures(), extractor, CHUNK)
 
@@ -183,12 +186,17 @@ def _draw_all(
                 features[label].append(features_of([_uint8(picture)], extractor))
         rounds.append(seconds)
     for label, found in features.items():
-        if len(found) < LEAST:
-            raise ValueError(
-                f"the model's safety checker blanked {job.asked.samples - len(found)} of {job.asked.samples} pictures "
-                f"of {label}: at least {LEAST} are needed; choose other prompts"
-            )
+        _check_enough(len(found), job.asked.samples, label)
     return {label: torch.cat(found) for label, found in features.items()}, Timings(EXACT, tuple(rounds))
+
+
+def _check_enough(kept: int, drawn: int, what: str) -> None:
+    """Raise `ValueError` if a safety checker left too few pictures to score."""
+    if kept < LEAST:
+        raise ValueError(
+            f"the model's safety checker blanked {drawn - kept} of {drawn} pictures of {what}: at least {LEAST} others "
+            "are needed; choose other prompts"
+        )
 
 
 def _line(
