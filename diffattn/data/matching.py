@@ -5,7 +5,7 @@ Shapes: N pictures in each set.
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffattn.data.naming import few
 from diffattn.data.order import parts
@@ -151,7 +151,7 @@ def _consecutive(numbers: _Key) -> bool:
     return len(values) == len(numbers) and values[-1] - values[0] == len(values) - 1
 
 
-def _is_single(key: Any) -> bool:
+def _is_single(key: Any) -> TypeGuard[tuple[int, str]]:
     """Whether a key is one number, of a size that Python converts."""
     return isinstance(key, tuple) and isinstance(key[1], str) and key[0] <= MAX_DIGITS
 

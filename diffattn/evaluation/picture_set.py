@@ -88,9 +88,7 @@ class PictureSet:
         self._take([row for row in range(len(names)) if row not in leave_out], spread, progress)
         if len(self) < max(2, limit or 2):
             raise ValueError(f"{max(2, limit or 2)} pictures or more are needed, {name!r} has {len(self)}")
-        if len(self._shapes) > 1:
-            sizes = ", ".join(f"{w}x{h} ({label!r})" for (h, w), label in list(self._shapes.items())[:3])
-            raise ValueError(f"pictures in {self.name!r} have several sizes: {sizes}; bring them to one with size")
+        self._check_sizes()
         self.size = next(iter(self._shapes))
 
     def __len__(self) -> int:
@@ -124,6 +122,8 @@ class PictureSet:
         if set(wanted) != set(self.rows) and self._limit is not None:
             found._limit = None
             found._take(sorted(wanted), False, no_progress)
+            found._shapes = {**self._shapes, **found._shapes}
+            found._check_sizes()
         if one_side := set(wanted) ^ set(found.rows):
             names = few([self.listed[row] for row in sorted(one_side)])
             raise ValueError(f"pictures are left out on one side only, in {self.name!r} {names}: they do not pair")
@@ -168,6 +168,11 @@ class PictureSet:
                     bad[row] = str(error)
                 advance()
         return bad
+
+    def _check_sizes(self) -> None:
+        if len(self._shapes) > 1:
+            sizes = ", ".join(f"{w}x{h} ({label!r})" for (h, w), label in list(self._shapes.items())[:3])
+            raise ValueError(f"pictures in {self.name!r} have several sizes: {sizes}; bring them to one with size")
 
     def _fitted(self, index: int) -> Tensor:
         picture = self._read(index)

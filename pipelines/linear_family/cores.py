@@ -61,16 +61,16 @@ def cores(config: CoreConfig, tokens: int) -> dict[str, Callable[[], Tensor]]:
     shape = (config.batch, tokens, 3, config.width)
     qkv = torch.randn(shape, generator=generator).to(config.device, getattr(torch, config.dtype))
     q, k, v = qkv.unbind(2)  # [B, N, C]
-    by_head = [x.unflatten(-1, (config.heads, -1)).transpose(1, 2) for x in (q, k, v)]  # [B, H, N, D]
+    qh, kh, vh = (x.unflatten(-1, (config.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
     grid, scale = (isqrt(tokens), isqrt(tokens)), torch.full((config.width,), 0.7, device=config.device)
 
     def mediated(n: int) -> Callable[[], Tensor]:
-        return lambda: mediator_attention(*by_head, pool_mediators(by_head[0], grid, n))
+        return lambda: mediator_attention(qh, kh, vh, pool_mediators(qh, grid, n))
 
     return {
-        EXACT: lambda: scaled_dot_product_attention(*by_head),
+        EXACT: lambda: scaled_dot_product_attention(qh, kh, vh),
         **{f"{n} mediators": mediated(n) for n in config.mediators},
-        "inline": lambda: inline_attention(*by_head),
+        "inline": lambda: inline_attention(qh, kh, vh),
         "focused_linear": lambda: focused_linear_attention(q, k, v, scale=scale, num_heads=config.heads),
         "mlla": lambda: mamba_like_linear_attention(q, k, v, grid=grid, num_heads=config.heads),
         "circulant": lambda: circulant_attention(q, k, v, grid=grid),

@@ -68,6 +68,9 @@ def test_a_part_of_the_pictures_pairs_with_their_partners(tmp_path: Path) -> Non
     flat = save(tmp_path / "b", [f"{i:03d}.png" for i in range(COUNT)])
     found = pair(tmp_path, classes, flat, config=EvaluateConfig(limit=4))
     assert (found.protocol.num_pictures, found.details["pairs"]["identical_pairs"]) == (4, 4)
+    (flat / "007.png").write_bytes(png(7, 8))  # not among the first of this folder, but a partner
+    with pytest.raises(ValueError, match=r"several sizes: 16x16 \('000.png'\), 8x8 \('007.png'\)"):
+        evaluate(classes, folder=tmp_path / "sizes", paired=flat, config=EvaluateConfig(limit=4))
 
 
 def test_what_a_pipeline_draws_pairs_with_files(tmp_path: Path) -> None:

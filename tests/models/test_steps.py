@@ -21,7 +21,7 @@ def test_one_step_is_the_plain_backbone(attention: str) -> None:
 
 
 def test_each_step_takes_what_the_last_one_made_and_the_channels_that_waited() -> None:
-    model = tiny_dit(attention="softmax", steps=STEPS, num_layers=4)
+    model: Any = tiny_dit(attention="softmax", steps=STEPS, num_layers=4)
     assert [block.attn.qkv.in_features for block in model.blocks] == [8, 16, 16, 24]
     assert [block.attn.num_heads for block in model.blocks] == [1, 2, 2, 3]
     x, t, y = inputs()

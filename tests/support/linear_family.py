@@ -19,7 +19,7 @@ class FamilyCase:
 
     params: dict[str, Any]
     tensors: dict[str, Tensor]
-    tolerance: dict[str, float]
+    tolerance: dict[str, Any]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -106,8 +106,9 @@ def test_shared_work_outlasts_the_timeout(pictures, tmp_path) -> None:
     """Encoding takes 5 s in all and the grids 12 s, with 3 s of patience between the processes."""
     torch.manual_seed(0)
     AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     settings = [f"data.vae={tmp_path / 'vae'}", "data.size=16", "run.steps=4", "run.sample_every=2",
                 "run.sample_steps=1", "run.timeout_minutes=0.05"]  # fmt: skip
@@ -122,8 +123,9 @@ def test_shared_work_outlasts_the_timeout(pictures, tmp_path) -> None:
 
 def test_latents_on_local_disks_are_encoded_by_each(pictures, tmp_path) -> None:
     AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     settings = [f"data.vae={tmp_path / 'vae'}", "data.size=16", "run.steps=1", f"data.cache={tmp_path}/cache-RANK"]
     done = launched(tmp_path, pictures, str(tmp_path / "out"), *settings)
@@ -176,8 +178,9 @@ def test_a_loss_that_is_never_finite_ends_every_process_with_one_sentence(pictur
 
 def test_latents_that_one_process_cannot_write_end_every_process(pictures, tmp_path) -> None:
     AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     (tmp_path / "cache-1").write_text("in the way")
     settings = [f"data.vae={tmp_path / 'vae'}", "data.size=16", f"data.cache={tmp_path}/cache-RANK"]
