@@ -6,8 +6,7 @@ from dataclasses import replace
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffattn.architectures import architecture_of
-from diffattn.architectures.denoisers import denoisers_of, uncompiled
+from diffattn.architectures.denoisers import denoisers_of, self_attention_layers
 from diffattn.methods import method_for
 from diffattn.methods.base import LayerSpec
 
@@ -22,9 +21,9 @@ def default_method(pipe_or_model: DiffusionPipeline | nn.Module) -> str:
 
 
 def layers_of(denoisers: Mapping[str, nn.Module]) -> list[LayerSpec]:
-    """Every attention layer of the denoisers of a pipeline (prefix -> denoiser), under its own name."""
+    """Every self-attention layer of the denoisers of a pipeline (prefix -> denoiser), under its own name."""
     return [
         spec if not prefix else replace(spec, name=prefix + spec.name)
         for prefix, model in denoisers.items()
-        for spec, _ in architecture_of(uncompiled(model)).layers(uncompiled(model))
+        for spec, _ in self_attention_layers(model)
     ]

@@ -128,7 +128,7 @@ class Runs(NotPickled):
             self._check_reachable(state.schedule.reachable(reading.to_come), device, mask_rows)
 
     def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
-        """A run in which nothing can be accelerated: an error if the user asked for too many agents, else a warning."""
+        """A run in which nothing can be accelerated: an error if an option of the user rules it out, else a warning."""
         reasons = [r for d in self.denoisers for p in sorted(phases) for _, r in d.reasons(p, device, mask_rows)]
         if not reasons or ACCELERATED in reasons:
             return
