@@ -63,9 +63,9 @@ def test_the_page_shows_that_sentence(tmp_path: Path) -> None:
 
 
 def test_blanked_pictures_are_counted(worker: Worker) -> None:
-    drawn = [*worker.generate("a", web.ask(worker, model="strict", seed=1, num_images=3))][-1]
+    drawn: Any = [*worker.generate("a", web.ask(worker, model="strict", seed=1, num_images=3))][-1]
     assert [picture.blanked for picture in drawn.pictures] == [False, True, False]
-    found = [*worker.compare("a", web.ask(worker, model="strict", seed=2), ["agent/fast"])][-1]
+    found: Any = [*worker.compare("a", web.ask(worker, model="strict", seed=2), ["agent/fast"])][-1]
     assert found.variants[0].blanked == 1
     assert (found.variants[1].psnr, found.variants[1].ssim) == (None, None)  # a black picture compares with nothing
 
