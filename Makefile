@@ -8,12 +8,14 @@ CLEAN := build/clean-env
 demo: .venv/installed
 	$(BIN)/diffattn demo --out outputs/demo
 
+# Two processes with one thread each; then, alone on the machine, the tests that drive a browser.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"
+	$(BIN)/python -m pytest -m browser
 
 # Every package, without the tests that are slow or need a browser.
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

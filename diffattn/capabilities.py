@@ -9,6 +9,7 @@ from diffattn.machine import describe_devices, versions
 from diffattn.methods import METHODS
 from diffattn.methods.base import AttentionMethod
 from diffattn.methods.thresholds import load_thresholds, user_file
+from diffattn.models.attention import ATTENTION
 
 
 def capabilities() -> dict[str, Any]:
@@ -22,12 +23,18 @@ def capabilities() -> dict[str, Any]:
         "versions": versions(),
         "devices": describe_devices(),
         "architectures": [architecture.title for architecture in ARCHITECTURES],
+        "backbone_attention": {name: _summary(kind) for name, kind in ATTENTION.items()},
         "methods": {name: _describe(method) for name, method in METHODS.items()},
         "embedded_models": {
             name: {"what": model.what, "installed": name in embedded_models()} for name, model in EMBEDDED.items()
         },
         "thresholds": {"file": str(own) if own.is_file() else "shipped with diffattn", "devices": load_thresholds()},
     }
+
+
+def _summary(kind: type) -> str:
+    """The first sentence of a class's docstring."""
+    return " ".join((kind.__doc__ or "").split(".\n")[0].split()).rstrip(".")
 
 
 def _describe(method: type[AttentionMethod]) -> dict[str, Any]:

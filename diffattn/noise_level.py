@@ -6,9 +6,9 @@ The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
-from math import exp, log, sqrt
+from math import exp, inf, log, sqrt
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,41 +20,89 @@ class Reading(NamedTuple):
 
     levels: list[float]  # noise level in [0, 1]: one, or one per sample
     to_come: list[float]  # noise levels from here to the end of the run, as far as they are known
-    run: int | None  # changes whenever the scheduler's time steps are set anew; None if it is not known
+    run: object | None  # another object whenever the scheduler's time steps are set anew; None if that is not known
+    known: bool = True  # False: the levels only fall with the time step, and say nothing about the noise
+
+
+class Convention(NamedTuple):
+    """How one kind of scheduler means its time steps."""
+
+    level: Callable[[float], float]  # time step -> noise level
+    covers: Callable[[float], bool]  # whether a number can be such a time step
+
+    def __call__(self, timestep: float) -> float:
+        """The noise level of a time step."""
+        return self.level(timestep)
+
+
+class TimeReader(Protocol):
+    """Turns the time step of a denoiser call into noise levels."""
+
+    def read(self, timestep: Tensor | float, training: Convention | None = None) -> Reading:
+        """The noise level of a time step, a number or a tensor [] or [B]: one, or one per sample if they differ.
+
+        `training`: how the denoiser was trained, which holds where no scheduler is known; None: as Stable Diffusion.
+        """
+        ...
 
 
 class NoiseLevels:
-    """Reads noise levels off what a denoiser is given as its time step.
+    """Reads noise levels off what a denoiser is given as its time step, as one scheduler means it.
 
-    Works for discrete schedulers (integer or fractional steps over `alphas_cumprod`), flow matching, and those
-    whose time step is another function of σ (EDM, continuous Euler), which are looked up in their own tables.
+    A time step of the run that the scheduler was prepared for has the scheduler's own σ; any other is read by the
+    scheduler's convention: an index into `alphas_cumprod`, flow matching's σ, or another function of σ (EDM,
+    continuous Euler), which is interpolated between the scheduler's own pairs.
     A time step that is a view of the scheduler's `timesteps`, as in every pipeline's loop, is recognised by its
     place in memory, so that nothing waits for the device; those are copied to the host once per run.
     """
 
     def __init__(self, scheduler: Any = None) -> None:
-        """`scheduler`: a diffusers scheduler; None means Stable Diffusion's training schedule."""
+        """`scheduler`: a diffusers scheduler; None reads whole numbers by the denoiser's training schedule."""
         self.scheduler = scheduler
-        self._convert: Callable[[float], float] | None = None
+        self._convention: Convention | None = None
         self._steps: Tensor | None = None  # the run's time steps
         self._steps_version = 0
         self._steps_levels: list[float] = []
-        self._runs_seen = 0
+        self._level_at: dict[float, float] = {}
+        self._run: object = None
 
-    def read(self, timestep: Tensor | float) -> Reading:
-        """The noise level of a time step: one, or one per sample if they differ in a tensor [B]."""
-        if isinstance(timestep, Tensor):
-            position = self._position(timestep)
-            if position is not None:
-                to_come = self._schedule()[position:]
-                return Reading(to_come[:1], to_come, self._runs_seen)
-        levels = [self._level(t) for t in values_of(timestep)]
-        return Reading(levels, levels, None)
+    def read(self, timestep: Tensor | float, training: Convention | None = None) -> Reading:
+        """See `TimeReader`."""
+        position = self._position(timestep)
+        if position is not None:
+            to_come = self._schedule()[position:]
+            return Reading(to_come[:1], to_come, self._run, self._known())
+        values = values_of(timestep)
+        if self.scheduler is None:
+            convention = training or _stable_diffusion()
+            levels = [convention(t) for t in values]
+            return Reading(levels, levels, None, all(convention.covers(t) for t in values))
+        if isinstance(getattr(self.scheduler, "timesteps", None), Tensor):
+            self._schedule()
+        levels = [self._level_at[t] if t in self._level_at else self._level(t) for t in values]
+        return Reading(levels, levels, None, self._known())
 
-    def _position(self, timestep: Tensor) -> int | None:
+    def made(self, timestep: Tensor | float) -> bool:
+        """Whether a time step is a view of the scheduler's own."""
+        return self._position(timestep) is not None
+
+    def contains(self, values: Sequence[float]) -> bool:
+        """Whether all of some time steps are among those of the scheduler's run."""
+        if not isinstance(getattr(self.scheduler, "timesteps", None), Tensor):
+            return False
+        self._schedule()
+        return all(t in self._level_at for t in values)
+
+    def covers(self, values: Sequence[float]) -> bool:
+        """Whether all of some numbers can be time steps of the scheduler."""
+        return all(self._meaning().covers(t) for t in values)
+
+    def _position(self, timestep: Tensor | float) -> int | None:
         """Index into the scheduler's time steps of which `timestep` is a view, if it is one."""
         steps = getattr(self.scheduler, "timesteps", None)
-        if not isinstance(steps, Tensor) or timestep.dtype != steps.dtype or not steps.is_contiguous():
+        if not isinstance(timestep, Tensor) or not isinstance(steps, Tensor):
+            return None
+        if timestep.dtype != steps.dtype or not steps.is_contiguous():
             return None
         one_step = timestep.numel() == 1 or all(s == 0 for s in timestep.stride())
         if not one_step or timestep.untyped_storage().data_ptr() != steps.untyped_storage().data_ptr():
@@ -67,16 +115,24 @@ class NoiseLevels:
         steps = self.scheduler.timesteps
         version = 0 if steps.is_inference() else steps._version
         if self._steps is not steps or self._steps_version != version:
-            self._convert = None  # tables of σ belong to a run
-            self._steps_levels = [self._level(t) for t in steps.tolist()]
+            self._convention = None  # tables of σ belong to a run
+            times = steps.tolist()
+            self._steps_levels = _sigma_levels(self.scheduler, times) or [self._level(t) for t in times]
+            self._level_at = dict(zip(times, self._steps_levels, strict=True))
             self._steps, self._steps_version = steps, version
-            self._runs_seen += 1
+            self._run = object()
         return self._steps_levels
 
     def _level(self, timestep: float) -> float:
-        if self._convert is None:
-            self._convert = _converter(self.scheduler)
-        return self._convert(timestep)
+        return self._meaning()(timestep)
+
+    def _meaning(self) -> Convention:
+        if self._convention is None:
+            self._convention = _convention_of(self.scheduler)
+        return self._convention
+
+    def _known(self) -> bool:
+        return self._meaning() is not UNKNOWN
 
 
 def values_of(timestep: Tensor | float) -> list[float]:
@@ -88,30 +144,62 @@ def values_of(timestep: Tensor | float) -> list[float]:
     return numbers[:1] if len(set(numbers)) == 1 else numbers
 
 
-def _converter(scheduler: Any) -> Callable[[float], float]:
-    """How one scheduler's time steps become noise levels."""
-    config = getattr(scheduler, "config", {})
-    trained_on = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
+UNKNOWN = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda t: False)
+"""Of a scheduler that says nothing about σ: noise levels only fall with the time step."""
+
+
+def _convention_of(scheduler: Any) -> Convention:
+    """How one scheduler means its time steps."""
     if scheduler is None:
-        return discrete(stable_diffusion_alphas_cumprod())
+        return _stable_diffusion()
+    config = scheduler.config
+    trained_on = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
     if _is_flow_matching(scheduler):
-        return lambda t: min(max(t / trained_on, 0.0), 1.0)
+        inverted = bool(config.get("invert_sigmas"))  # σ and the time step then rise from noise to data
+        level = lambda t: min(max(t / trained_on, 0.0), 1.0)  # noqa: E731
+        return Convention(lambda t: 1 - level(t) if inverted else level(t), lambda t: 0 <= t <= trained_on)
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     by_table = hasattr(scheduler, "precondition_noise") or config.get("timestep_type") == "continuous"
-    if alphas_cumprod is not None and not by_table:
+    if isinstance(alphas_cumprod, Tensor) and not by_table:
         return discrete(alphas_cumprod.tolist())
-    if isinstance(getattr(scheduler, "sigmas", None), Tensor) and len(scheduler.timesteps):
-        return _table(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), config.get("sigma_data", 1.0))
-    return lambda t: min(max(t / trained_on, 0.0), 1.0)
+    timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, Tensor) and isinstance(timesteps, Tensor) and len(timesteps):
+        return _table(timesteps.tolist(), sigmas.tolist(), config.get("sigma_data", 1.0))
+    return UNKNOWN
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
     config = scheduler.config
     return (
-        "FlowMatch" in type(scheduler).__name__
+        any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__)
         or config.get("prediction_type") == "flow_prediction"
         or bool(config.get("use_flow_sigmas"))
     )
+
+
+def _sigma_levels(scheduler: Any, times: Sequence[float]) -> list[float] | None:
+    """Noise levels by the scheduler's own σ of its run's time steps; None where it has none that belong to them."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or not len(times) <= len(sigmas) <= len(times) + 2:
+        return None
+    values = sigmas.tolist()[: len(times)]
+    for (s, r), (t, u) in zip(pairwise(values), pairwise(times), strict=True):
+        if (s - r) * (t - u) < 0 or (s == r and t != u):
+            return None  # not prepared yet, or with σ of their own between the steps (KDPM2, DPM-Solver's SDE)
+    if _is_flow_matching(scheduler):
+        inverted = bool(scheduler.config.get("invert_sigmas"))
+        return [min(max(1 - s if inverted else s, 0.0), 1.0) for s in values]
+    sigma_data = scheduler.config.get("sigma_data", 1.0)
+    return [_level_of(s / sigma_data) for s in values]
+
+
+def _level_of(sigma: float) -> float:
+    """u = σ/(1 + σ), also of an infinite σ."""
+    return 1.0 if sigma == inf else max(sigma, 0.0) / (1 + max(sigma, 0.0))
+
+
+def _stable_diffusion() -> Convention:
+    return discrete(stable_diffusion_alphas_cumprod())
 
 
 def stable_diffusion_alphas_cumprod() -> list[float]:
@@ -132,8 +220,12 @@ def _products(betas: Iterable[float]) -> list[float]:
     return list(accumulate((1 - beta for beta in betas), mul))
 
 
-def discrete(alphas_cumprod: Sequence[float]) -> Callable[[float], float]:
-    """Time steps index ᾱ: u = √(1-ᾱ) / (√ᾱ + √(1-ᾱ)); fractional ones are interpolated."""
+def discrete(alphas_cumprod: Sequence[float]) -> Convention:
+    """Time steps index ᾱ: u = √(1-ᾱ) / (√ᾱ + √(1-ᾱ)); fractional ones are interpolated.
+
+    Without a scheduler that made it, only a whole number counts as such a time step: a fraction may as well be flow
+    matching's 1000σ, or a function of EDM's σ.
+    """
     levels = [sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)) for a in (min(max(a, 0.0), 1.0) for a in alphas_cumprod)]
 
     def level(timestep: float) -> float:
@@ -141,14 +233,14 @@ def discrete(alphas_cumprod: Sequence[float]) -> Callable[[float], float]:
         i = min(int(t), len(levels) - 2)
         return levels[i] + (t - i) * (levels[i + 1] - levels[i])
 
-    return level
+    return Convention(level, lambda t: float(t).is_integer() and 0 <= t < len(levels))
 
 
-def _table(timesteps: Sequence[float], sigmas: Sequence[float], sigma_data: float) -> Callable[[float], float]:
+def _table(timesteps: Sequence[float], sigmas: Sequence[float], sigma_data: float) -> Convention:
     """Time steps are any monotonic function of σ: interpolate log σ between the scheduler's own pairs."""
     pairs = sorted({t: s for t, s in zip(timesteps, sigmas, strict=False) if s > 0}.items())
     if not pairs:
-        return lambda t: min(max(t, 0.0), 1.0)
+        return UNKNOWN
     known = [t for t, _ in pairs]
     logs = [log(s / sigma_data) for _, s in pairs]
     slopes = [(b - a) / (u - t) for (a, b), (t, u) in zip(pairwise(logs), pairwise(known), strict=True)]
@@ -156,7 +248,7 @@ def _table(timesteps: Sequence[float], sigmas: Sequence[float], sigma_data: floa
     def level(timestep: float) -> float:
         i = min(max(bisect_left(known, timestep) - 1, 0), max(len(slopes) - 1, 0))
         slope = slopes[i] if slopes else 0.0
-        sigma = exp(min(logs[i] + slope * (timestep - known[i]), 80.0))
-        return sigma / (1 + sigma)
+        return _level_of(exp(min(logs[i] + slope * (timestep - known[i]), 80.0)))
 
-    return level
+    margin = (known[-1] - known[0]) / 2
+    return Convention(level, lambda t: known[0] - margin <= t <= known[-1] + margin)

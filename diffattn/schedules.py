@@ -43,6 +43,11 @@ class Schedule(Protocol):
         ...
 
 
+def needs_level(schedule: Schedule) -> bool:
+    """Whether the phase depends on the noise level; a schedule without the attribute `needs_level` is taken to."""
+    return len(schedule.phases) > 1 and bool(getattr(schedule, "needs_level", True))
+
+
 class NoiseSchedule:
     """Options by noise level, given as {lower bound: options}; the highest bound not above the level applies.
 
@@ -110,6 +115,7 @@ class LatentChangeSchedule:
     """
 
     KIND = "latent_change"
+    needs_level = False  # noise levels only tell the calls of one step from those of the next
 
     def __init__(
         self,

@@ -14,13 +14,16 @@ from torch.nn.functional import unfold
 
 from diffattn.functional import (
     agent_attention,
+    inline_attention,
     landmark_attention,
     match_tokens,
     merge_tokens,
     pool_tokens,
     sample_tokens,
 )
-from diffattn.functional.landmark import PROBES, correct
+from diffattn.functional.inline import inline_attention_and_error
+from diffattn.functional.landmark import PROBES, correct, exact_where_missed
+from diffattn.methods.inline import FLAT
 
 WINDOW = 5  # keys a side around each query that are exact
 
@@ -54,6 +57,7 @@ class Candidate:
     family: str
     run: Callable[[Layer], Tensor]
     cost: Callable[[int, int], float]  # N, D -> multiply-adds
+    exact_heads: Callable[[Layer], float] = lambda layer: 0.0  # share of heads that run exact besides
 
 
 def exact(layer: Layer) -> Tensor:
@@ -65,6 +69,13 @@ def candidates() -> list[Candidate]:
     """Every family at the sizes that make sense."""
     found = [
         Candidate("first order around the mean query", first_order, lambda N, D: 2 * N * D),
+        Candidate("InLine, every head", lambda it: inline_attention(*it.qkv), lambda N, D: 2 * N * D),
+        Candidate(
+            "InLine where it is near, exact elsewhere (ours)",
+            inline_where_near,
+            lambda N, D: 2 * N * D + 2 * PROBES * N,
+            lambda it: (inline_attention_and_error(*it.qkv)[1] > FLAT).float().mean().item(),
+        ),
         Candidate("exact window, far keys pooled", windowed, lambda N, D: 2 * N * (N / 16 + N / 4)),
     ]
     for side in (8, 4, 2):  # share 1/64, 1/16, 1/4
@@ -190,6 +201,12 @@ def first_order(layer: Layer) -> Tensor:
     p = (centre @ k.mT * scale).softmax(-1)
     mean_v, mean_k = p @ v, p @ k
     return mean_v + scale * (q - centre) @ ((k * p.mT).mT @ v - mean_k.mT @ mean_v)
+
+
+def inline_where_near(layer: Layer) -> Tensor:
+    """Heads of which eight queries are near the first-order expansion at zero logits; the others exact."""
+    out, error = inline_attention_and_error(*layer.qkv)
+    return exact_where_missed(out, error, *layer.qkv, FLAT)[0]
 
 
 def subsampled(layer: Layer, factor: int) -> Tensor:

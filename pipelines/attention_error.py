@@ -18,9 +18,9 @@ import torch
 import typer
 from attention_candidates import Layer, candidates, exact
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffattn.architectures import architecture_of
+from diffattn.architectures.denoisers import self_attention_layers
 from diffattn.drawing.loading import load_pipeline
 from diffattn.files import write_json
 from diffattn.machine import describe_machine
@@ -69,12 +69,10 @@ class Run:
 def record(pipe: Any, prompts: Sequence[str], steps: int, guidance: float, size: int | None, tokens: int) -> Run:
     """Draws the prompts with seeds 0, 1, ... and records six steps, from the second to the last."""
     run = Run({1 + round(i * (steps - 2) / 5) for i in range(6)}, tokens)
-    layers: Iterable[tuple[Any, nn.Module]] = architecture_of(pipe.unet).layers(pipe.unet)
     originals = pipe.unet.attn_processors
     try:
-        for spec, module in layers:
-            if not spec.is_cross_attention:
-                module.set_processor(Recorder(run, spec.name))  # type: ignore[operator]
+        for spec, module in self_attention_layers(pipe.unet):
+            module.set_processor(Recorder(run, spec.name))
         seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         pipe(list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="latent",
              height=size, width=size, callback_on_step_end=run.after_step)  # fmt: skip
@@ -97,10 +95,18 @@ def measure(run: Run, noise: Sequence[float]) -> list[dict[str, Any]]:
         for candidate in candidates():
             rows.append({
                 "layer": name, "step": step, "noise_level": noise[step], "tokens": tokens, "logit_std": logits,
-                "family": candidate.family, "cost": candidate.cost(tokens, dim) / (2 * tokens**2),
+                "family": candidate.family,
+                "cost": candidate.cost(tokens, dim) / (2 * tokens**2) + candidate.exact_heads(layer),
                 "error": relative_error(candidate.run(layer), true),
             })  # fmt: skip
-    return rows
+    return _with_mean_cost(rows, [c.family for c in candidates() if c.family.startswith("InLine where")])
+
+
+def _with_mean_cost(rows: list[dict[str, Any]], families: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of families whose cost depends on what they see with their mean cost, and their own as "own_cost"."""
+    means = {family: fmean(row["cost"] for row in rows if row["family"] == family) for family in families}
+    return [row | {"cost": means[row["family"]], "own_cost": row["cost"]} if row["family"] in means else row
+            for row in rows]  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,15 +1,23 @@
 """What an architecture is, and the processor that runs a method in one of its layers."""
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, DenoiserCall, RunState, Tally
+from diffattn.architectures.run_state import (
+    ACCELERATED,
+    EXACT_HEADS,
+    EXACT_PHASE,
+    OUTSIDE,
+    DenoiserCall,
+    NotPickled,
+    RunState,
+    Tally,
+)
 from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec
-from diffattn.noise_level import NoiseLevels, Reading
+from diffattn.noise_level import Reading, TimeReader
 from diffattn.schedules import EXACT
 
 
@@ -20,8 +28,8 @@ class Processor(Protocol):
     active: bool  # False once the patch is removed: behaves like the original wherever it still is
     owner: Any  # the patch
 
-    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
-        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
+    def reason_exact(self, phase: int, grid: tuple[int, int], num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`; `grid`: rows and columns of the layer's tokens."""
         ...
 
 
@@ -40,16 +48,20 @@ class Architecture(Protocol):
         """Every attention layer, with the module that has `set_processor`."""
         ...
 
-    def why_unsupported(self, module: nn.Module) -> str | None:
+    def reason_exact(self, module: nn.Module) -> str | None:
         """Why a layer must keep its processor, or None."""
+        ...
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        """A part that every forward runs, before any attention, and that gradient checkpointing does not repeat."""
         ...
 
     def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
         """Rows and columns of the tokens at every level, for latents of this size."""
         ...
 
-    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
-        """The noise level of a time step that the model was given; `levels` knows the pipeline's scheduler."""
+    def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
+        """The noise level of a time step that the model was given; `levels` knows the scheduler that draws."""
         ...
 
     def processor(self, **parts: Any) -> Processor:
@@ -57,7 +69,7 @@ class Architecture(Protocol):
         ...
 
 
-class MethodProcessor:
+class MethodProcessor(NotPickled):
     """Runs a method where it applies, and what the layer does by itself everywhere else. A subclass per layout."""
 
     def __init__(
@@ -78,29 +90,39 @@ class MethodProcessor:
         self.owner = owner
         self.active = True  # a processor put back after its patch was removed behaves like the original
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self)] = new = object.__new__(type(self))
-        for name, value in self.__dict__.items():
-            setattr(new, name, copy.deepcopy(value, memo))
-        return new
-
-    def why_exact(self, phase: int, grids: Collection[int], num_tokens: int, device: str, mask_rows: int) -> str:
-        """Why a call in a phase runs exact, or `ACCELERATED`; `grids`: numbers of tokens that form a grid."""
+    def reason_exact(self, phase: int, grid: tuple[int, int], num_tokens: int, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`; `grid`: rows and columns of the layer's tokens."""
+        if phase == EXACT_PHASE:
+            return "the noise level is not known"
         method = self.methods[phase]
         if method is None:
             return f"{EXACT} by schedule"
-        if num_tokens not in grids:
-            return f"{num_tokens} tokens do not form a grid of the latents"
+        if num_tokens != grid[0] * grid[1]:
+            return f"{num_tokens} tokens do not form the layer's grid of {grid[0]}x{grid[1]}"
         return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
 
     def _call_under_way(self) -> DenoiserCall | None:
-        """None outside the denoiser, and once the patch is removed."""
-        return self.run.current() if self.active else None
+        """None outside the denoiser, which is counted, and once the patch is removed."""
+        if not self.active:
+            return None
+        call = self.run.current()
+        if call is None and not torch.compiler.is_compiling():
+            self.tally.add(self.layer.name, OUTSIDE)
+        return call
+
+    def _reason_together(self, call: DenoiserCall, batch: int) -> str | None:
+        """Why the samples of a call cannot be told apart where each is in a phase of its own, or None."""
+        if isinstance(call.phase, int) or batch == len(call.phase):
+            return None
+        return f"a batch of {batch} where {len(call.phase)} samples are in phases of their own"
+
+    def _count(self, call: DenoiserCall, reason: str) -> None:
+        if not (call.compiled or torch.compiler.is_compiling()):
+            self.tally.add(self.layer.name, reason)
 
     def _function(self, call: DenoiserCall, phase: int, reason: str) -> AttentionFn | None:
         """The method's function for a phase, None if there is a reason to run exact; counts which."""
-        if not (call.compiled or torch.compiler.is_compiling()):
-            self.tally.add(self.layer.name, reason)
+        self._count(call, reason)
         return self.functions[phase] if reason == ACCELERATED else None
 
     def _apply(self, function: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:

@@ -1,16 +1,31 @@
-"""The denoisers of a pipeline."""
+"""The denoisers of a pipeline, and their self-attention layers."""
 
+from collections.abc import Iterator
 from typing import Any
 
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import ControlNetXSAdapter, DiffusionPipeline
 from torch import nn
 
-from diffattn.architectures import architecture_of
+from diffattn.architectures import ARCHITECTURES, architecture_of
+from diffattn.methods.base import LayerSpec
+
+CONTROL = ("controlnet", "adapter")
+"""What pipelines call the networks that steer the denoiser."""
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, or the module itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module or any part of it was compiled."""
+    return uncompiled(model) is not model or any(m._compiled_call_impl is not None for m in model.modules())
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The UNet or transformer of a pipeline, supported or not; None if it has neither."""
+    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
 
 
 def denoisers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
@@ -24,14 +39,48 @@ def denoisers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
         return {"": pipe_or_model}
     if not isinstance(pipe_or_model, DiffusionPipeline):
         raise TypeError(f"expected a diffusers pipeline or its denoiser, got {type(pipe_or_model).__name__}")
-    main = getattr(pipe_or_model, "unet", None) or getattr(pipe_or_model, "transformer", None)
+    main = denoiser_of(pipe_or_model)
     if not isinstance(main, nn.Module):
         raise TypeError(f"{type(pipe_or_model).__name__} has no denoiser (unet or transformer)")
     architecture_of(uncompiled(main))
-    found = {"": main}
-    control = getattr(pipe_or_model, "controlnet", None)
-    nets = getattr(control, "nets", [control])  # MultiControlNetModel has several
-    for i, net in enumerate(nets):
-        if isinstance(net, nn.Module) and isinstance(uncompiled(net), ControlNetModel):
-            found["controlnet." if len(nets) == 1 else f"controlnet.{i}."] = net
-    return found
+    return {"": main} | {f"{name}.": net for name, net in _control_networks(pipe_or_model) if _is_supported(net)}
+
+
+def uncovered_networks(pipe_or_model: Any) -> list[str]:
+    """One sentence for every control network of a pipeline that `denoisers_of` leaves out, with the reason."""
+    return [
+        f"{name} ({type(uncompiled(net)).__name__}) runs as it is: {_reason_uncovered(uncompiled(net))}"
+        for name, net in _control_networks(pipe_or_model)
+        if not _is_supported(net)
+    ]
+
+
+def self_attention_layers(model: nn.Module) -> list[tuple[LayerSpec, Any]]:
+    """Every self-attention layer of a supported denoiser, with the module that has `set_processor`."""
+    inner = uncompiled(model)
+    return [(spec, module) for spec, module in architecture_of(inner).layers(inner) if not spec.is_cross_attention]
+
+
+def _control_networks(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(name, network) of everything that steers the denoiser, also of several in one."""
+    if not isinstance(pipe, DiffusionPipeline):
+        return
+    for name in CONTROL:
+        network = getattr(pipe, name, None)
+        if not isinstance(network, nn.Module) or isinstance(network, ControlNetXSAdapter):  # copied into the UNet
+            continue
+        parts = getattr(network, "nets", None) or getattr(network, "adapters", None)
+        if parts is None:
+            yield name, network
+        else:
+            yield from ((f"{name}.{i}" if len(parts) > 1 else name, part) for i, part in enumerate(parts))
+
+
+def _is_supported(network: nn.Module) -> bool:
+    return any(architecture.matches(uncompiled(network)) for architecture in ARCHITECTURES)
+
+
+def _reason_uncovered(network: nn.Module) -> str:
+    if any(hasattr(m, "set_processor") or isinstance(m, nn.MultiheadAttention) for m in network.modules()):
+        return "its architecture is not supported"
+    return "it has no attention layers"

@@ -9,7 +9,7 @@ from torch import nn
 from diffattn.architectures import plain_attention as attention
 from diffattn.architectures.dit_time import read_dit_time
 from diffattn.methods.base import LayerSpec
-from diffattn.noise_level import NoiseLevels, Reading
+from diffattn.noise_level import Reading, TimeReader
 
 
 class Transformer2DArchitecture:
@@ -27,14 +27,17 @@ class Transformer2DArchitecture:
             if hasattr(module, "set_processor"):
                 yield attention.spec_of(name, module, level=0), module
 
-    def why_unsupported(self, module: nn.Module) -> str | None:
-        return attention.why_unsupported(module)
+    def reason_exact(self, module: nn.Module) -> str | None:
+        return attention.reason_exact(module)
+
+    def entry(self, model: Any) -> nn.Module:
+        return model.pos_embed
 
     def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
         config: Any = model.config
         return [(height // config.patch_size, width // config.patch_size)]  # rows that fill no patch are cut off
 
-    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+    def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         return read_dit_time(time, levels)
 
     def processor(self, **parts: Any) -> attention.SelfAttentionProcessor:

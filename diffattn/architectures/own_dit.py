@@ -13,9 +13,11 @@ from diffattn.architectures.dit_time import read_dit_time
 from diffattn.architectures.run_state import DenoiserCall
 from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.models import DiT
-from diffattn.models.attention import ATTENTION, AttentionLayer, MediatorAttention
+from diffattn.models.attention import name_of
+from diffattn.models.attention_layer import Attention, AttentionLayer
 from diffattn.models.config import token_grid
-from diffattn.noise_level import NoiseLevels, Reading, values_of
+from diffattn.models.mediator import MediatorAttention
+from diffattn.noise_level import Reading, TimeReader, values_of
 
 STEPS_TO_COME = 64
 """How finely the noise levels of the rest of a run are told, where its steps are not known."""
@@ -33,19 +35,22 @@ class SiTArchitecture:
 
     def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
         for name, module in model.named_modules():
-            if hasattr(module, "set_processor"):
+            if isinstance(module, Attention) or hasattr(module, "set_processor"):
                 yield _spec(name, module), module
 
-    def why_unsupported(self, module: nn.Module) -> str | None:
+    def reason_exact(self, module: nn.Module) -> str | None:
         if not isinstance(module, AttentionLayer):
             return f"attention class {type(module).__name__}"
         theirs = genuine(module.processor)
         return None if theirs is None else f"custom processor {type(theirs).__name__}"
 
+    def entry(self, model: nn.Module) -> nn.Module:
+        return _dit(model).x_embedder
+
     def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
         return [token_grid((height, width), _dit(model).patch_size)]
 
-    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+    def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         """With time from noise to data u = 1 - t, as on the linear path, and the run goes on from there to 0.
 
         The GVP path falls as steadily, with another noise level. Time from data to noise is a discrete step: of the
@@ -76,6 +81,9 @@ class SiTProcessor(MethodProcessor):
         call = self._call_under_way()
         if call is None:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
+        if reason := self._reason_together(call, q.shape[0]):
+            self._count(call, reason)
+            return self._exact(layer, x, q, k, v, grid, num_mediators)
 
         def run(phase: int, *tensors: Tensor) -> Tensor:
             return self._run(call, phase, layer, tensors, grid, num_mediators)
@@ -93,7 +101,7 @@ class SiTProcessor(MethodProcessor):
     ) -> Tensor:
         """All samples are in one phase: [B, H, N, D]."""
         x, q, k, v = tensors
-        reason = self.why_exact(phase, call.grids, q.shape[2], q.device.type, mask_rows=0)
+        reason = self.reason_exact(phase, grid, q.shape[2], q.device.type, mask_rows=0)
         function = self._function(call, phase, reason)
         if function is None:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
@@ -130,12 +138,12 @@ def _dit(model: nn.Module) -> DiT:
 
 def _spec(name: str, module: nn.Module) -> LayerSpec:
     if not isinstance(module, AttentionLayer):
-        return LayerSpec(name, level=0, num_heads=1, head_dim=0, kind=type(module).__name__)
+        return LayerSpec(name, level=0, num_heads=1, head_dim=0, kind=name_of(module))
     return LayerSpec(
         name=name,
         level=0,
         num_heads=module.num_heads,
         head_dim=module.qkv.in_features // module.num_heads,
-        kind=next((kind for kind, layer in ATTENTION.items() if type(module) is layer), type(module).__name__),
+        kind=name_of(module),
         mediators=module.mediators if isinstance(module, MediatorAttention) else (),
     )

@@ -4,6 +4,7 @@ Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
 """
 
 import inspect
+from math import isfinite, sqrt
 from typing import Any
 
 import torch
@@ -31,7 +32,14 @@ PLAIN_PROCESSORS = (
 """Processors that compute plain softmax attention and nothing else, so that one of ours can stand in."""
 
 
-def why_unsupported(module: torch.nn.Module) -> str | None:
+HONOUR_SCALE = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
+"""Those of them whose softmax takes `attn.scale`; the others take 1/√D whatever it is."""
+
+HONOUR_NORMS = (AttnProcessor2_0,)
+"""Those of them that apply `attn.norm_q` and `attn.norm_k`."""
+
+
+def reason_exact(module: torch.nn.Module) -> str | None:
     """Why a layer must keep its processor, or None."""
     if not isinstance(module, Attention):
         return f"attention class {type(module).__name__}"
@@ -66,7 +74,10 @@ class SelfAttentionProcessor(MethodProcessor):
     def __init__(self, layer: LayerSpec, original: Any, *parts: Any, **named_parts: Any) -> None:
         super().__init__(layer, original, *parts, **named_parts)
         self._original_takes_temb = "temb" in inspect.signature(original.__call__).parameters
-        self._fused = isinstance(genuine(original), FusedAttnProcessor2_0)
+        kind = type(genuine(original))
+        self._fused = kind is FusedAttnProcessor2_0
+        self._honours_scale = kind in HONOUR_SCALE
+        self._honours_norms = kind in HONOUR_NORMS
 
     def __call__(
         self,
@@ -82,6 +93,10 @@ class SelfAttentionProcessor(MethodProcessor):
         tensors = (hidden_states, encoder_hidden_states, attention_mask, temb)
         if call is None:
             return self._exact(attn, *tensors)
+        together = "called as cross-attention" if encoder_hidden_states is not None else None
+        if reason := together or self._reason_together(call, hidden_states.shape[0]):
+            self._count(call, reason)
+            return self._exact(attn, *tensors)
         return by_phase(call.phase, lambda phase, *tensors: self._run(call, phase, attn, *tensors), *tensors)
 
     def _run(
@@ -96,19 +111,20 @@ class SelfAttentionProcessor(MethodProcessor):
     ) -> Tensor:
         """All samples are in one phase: accelerate, or find the reason not to."""
         is_image = hidden_states.ndim == 4
+        grid = (hidden_states.shape[2], hidden_states.shape[3]) if is_image else call.grids[self.layer.level]
         num_tokens = hidden_states.shape[-2] * (hidden_states.shape[-1] if is_image else 1)
         mask = attention_mask
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, num_tokens, hidden_states.shape[0])
             mask = mask.view(hidden_states.shape[0], attn.heads, -1, mask.shape[-1])  # [B, H, 1 or N, N]
-        reason = "called as cross-attention"
-        if encoder_hidden_states is None:
+        reason = self._reason_scale(attn)
+        if reason is None:
             mask_rows = 0 if mask is None else mask.shape[2]
-            reason = self.why_exact(phase, call.grids, num_tokens, hidden_states.device.type, mask_rows)
+            reason = self.reason_exact(phase, grid, num_tokens, hidden_states.device.type, mask_rows)
         function = self._function(call, phase, reason)
         if function is None:
             return self._exact(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return self._attend(function, phase, call.grids[num_tokens], attn, hidden_states, mask, temb)
+        return self._attend(function, phase, grid, attn, hidden_states, mask, temb)
 
     def _exact(
         self, attn: Attention, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
@@ -116,6 +132,12 @@ class SelfAttentionProcessor(MethodProcessor):
         """The original processor object, called as it would have been."""
         named = {"temb": temb} if self._original_takes_temb else {}
         return self.original(attn, hidden_states, encoder_hidden_states=context, attention_mask=mask, **named)
+
+    def _reason_scale(self, attn: Attention) -> str | None:
+        """Why the layer's own scale keeps it exact, or None."""
+        if not self._honours_scale or (isfinite(attn.scale) and attn.scale > 0):
+            return None
+        return f"attn.scale is {attn.scale}, not a number above 0"
 
     def _attend(
         self,
@@ -136,7 +158,7 @@ class SelfAttentionProcessor(MethodProcessor):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        q, k, v = _project(attn, hidden_states, self._fused)  # [B, H, N, D]
+        q, k, v = self._project(attn, hidden_states)  # [B, H, N, D]
         call = LayerCall(x=hidden_states, grid=grid, mask=mask, phase=phase)
         out = self._apply(function, q, k, v, call).transpose(1, 2).flatten(2).to(q.dtype)  # [B, N, C]
 
@@ -148,16 +170,18 @@ class SelfAttentionProcessor(MethodProcessor):
             out = out + residual
         return out / attn.rescale_output_factor
 
-
-def _project(attn: Any, x: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, N, C] -> q, k, v [B, H, N, D], normalised where the layer normalises them."""
-    if fused:
-        projected = attn.to_qkv(x).chunk(3, dim=-1)
-    else:
-        projected = (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-    q, k, v = (p.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projected)
-    if attn.norm_q is not None:
-        q = attn.norm_q(q)
-    if attn.norm_k is not None:
-        k = attn.norm_k(k)
-    return q, k, v
+    def _project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, N, C] -> q, k, v [B, H, N, D], normalised and scaled where the original processor does that."""
+        if self._fused:
+            projected = attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            projected = (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        q, k, v = (p.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in projected)
+        if self._honours_norms and attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if self._honours_norms and attn.norm_k is not None:
+            k = attn.norm_k(k)
+        ratio = attn.scale * sqrt(q.shape[-1]) if self._honours_scale else 1.0  # a method's logits have 1/√D
+        if abs(ratio - 1) > 1e-6:  # half on each side, so that products with pooled queries have it once as well
+            q, k = q * sqrt(ratio), k * sqrt(ratio)
+        return q, k, v

@@ -1,11 +1,16 @@
 """The run under way, per thread, and the count of what happened: what the processors of one patch share."""
 
+import copy
+import pickle
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
+import torch
+
+from diffattn.noise_level import NoiseLevels
 from diffattn.schedules import Schedule
 
 ACCELERATED = "accelerated"
@@ -14,16 +19,38 @@ ACCELERATED = "accelerated"
 EXACT_HEADS = "heads that ran exact in accelerated calls"
 """What is counted beside calls: heads of all samples."""
 
+OUTSIDE = "called outside a call of the denoiser, for instance by model.forward"
+"""The reason of a layer that no call of the denoiser led to."""
+
+EXACT_PHASE = -1
+"""The phase of a call whose noise level the schedule needs and nobody knows: exact attention."""
+
 LONGEST_TRACE = 10_000
 """Calls that a trace holds: of a model that is called by hand at one noise level for ever, the last ones."""
+
+
+class NotPickled:
+    """Part of a patched model: can be deep-copied with it, but not pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise pickle.PicklingError(
+            "a model patched by diffattn cannot be pickled, saved whole with torch.save or sent to another process: "
+            "call diffattn.unpatch first, and diffattn.patch where it is loaded (its state_dict can be saved as it is)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = new = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(new, name, copy.deepcopy(value, memo))
+        return new
 
 
 @dataclass(frozen=True)
 class DenoiserCall:
     """What a processor needs to know of the denoiser call it is part of."""
 
-    phase: int | tuple[int, ...]  # of the schedule, for the batch or one per sample
-    grids: Mapping[int, tuple[int, int]]  # number of tokens -> (rows, columns), at every level
+    phase: int | tuple[int, ...]  # of the schedule, for the batch or one per sample; or EXACT_PHASE
+    grids: Sequence[tuple[int, int]]  # rows and columns of the tokens, by level
     compiled: bool  # part of the denoiser is compiled: the hook counts instead of the processors
 
 
@@ -34,20 +61,26 @@ class Latest:
 
 
 class RunState(threading.local):
-    """The run under way, one per thread. Written outside the denoiser, before each of its calls; read inside.
+    """The run under way, one per thread. Written outside the denoiser, before and after its calls; read inside.
 
     Attributes:
-        call: the call under way.
+        call: the call under way, or the last one.
+        inside: whether a call is under way.
+        bypassed: whether the denoiser's `forward` was entered without its hooks since.
         schedule: this run's own copy of the schedule.
+        noise_levels: reads the time steps of the scheduler that draws.
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
         trace: what happened in every call of this run, as JSON types.
     """
 
     call: DenoiserCall | None = None
+    inside: bool = False
+    bypassed: bool = False
     schedule: Schedule | None = None
+    noise_levels: NoiseLevels | None = None
     last_level: float = -1.0
-    scheduler_run: int | None = None
+    scheduler_run: object | None = None
 
     def __init__(self, latest: Latest) -> None:
         """Called once per thread, with the same `latest`."""
@@ -57,17 +90,27 @@ class RunState(threading.local):
     def begin(self, call: DenoiserCall) -> None:
         """A call of the denoiser begins in this thread."""
         self.call = self.latest.call = call
+        self.inside, self.bypassed = True, False
 
     def current(self) -> DenoiserCall | None:
-        """The call of this thread; in a thread that never called the denoiser, the latest of any."""
+        """The call of this thread; in a thread that never called the denoiser, the latest of any.
+
+        None outside of a call. With gradients, layers may run again after their call, in autograd's backward pass.
+        """
+        if self.bypassed or not (torch.is_grad_enabled() or self.inside):
+            return None
         return self.latest.call if self.call is None else self.call
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        NotPickled.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+        raise AssertionError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = new = type(self)(Latest())
         return new
 
 
-class Tally:
+class Tally(NotPickled):
     """Calls per layer and reason; threads may add at the same time."""
 
     def __init__(self) -> None:
@@ -75,6 +118,7 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, layer: str, reason: str, number: int = 1) -> None:
+        """Count calls of a layer that were accelerated, or ran exact for a reason."""
         with self._lock:
             self._counts[layer, reason] += number
 

@@ -1,25 +1,29 @@
-"""Stable Diffusion's UNets (1.x, 2.x, XL, inpainting) and the ControlNets beside them."""
+"""Stable Diffusion's UNets (1.x, 2.x, XL, inpainting), the ControlNets beside them, and ControlNet-XS within them."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel, UNetControlNetXSModel
 from torch import nn
 
 from diffattn.architectures import plain_attention as attention
 from diffattn.methods.base import LayerSpec
-from diffattn.noise_level import NoiseLevels, Reading
+from diffattn.noise_level import Reading, TimeReader
 
 
 class UNetArchitecture:
-    """`UNet2DConditionModel` and `ControlNetModel`."""
+    """`UNet2DConditionModel`, `ControlNetModel`, `ControlNetUnionModel` and `UNetControlNetXSModel`."""
 
-    title = "UNet2DConditionModel (Stable Diffusion 1.x, 2.x, XL) and ControlNetModel"
+    title = (
+        "UNet2DConditionModel (Stable Diffusion 1.x, 2.x, XL), ControlNetModel, ControlNetUnionModel and "
+        "UNetControlNetXSModel"
+    )
     sample_name = "sample"
     time_name = "timestep"
 
     def matches(self, model: nn.Module) -> bool:
-        return isinstance(model, UNet2DConditionModel | ControlNetModel)
+        kinds = UNet2DConditionModel | ControlNetModel | ControlNetUnionModel | UNetControlNetXSModel
+        return isinstance(model, kinds)
 
     def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
         num_levels = len(_config(model).block_out_channels)
@@ -27,8 +31,11 @@ class UNetArchitecture:
             if hasattr(module, "set_processor"):
                 yield attention.spec_of(name, module, _level(name, num_levels)), module
 
-    def why_unsupported(self, module: nn.Module) -> str | None:
-        return attention.why_unsupported(module)
+    def reason_exact(self, module: nn.Module) -> str | None:
+        return attention.reason_exact(module)
+
+    def entry(self, model: Any) -> nn.Module:
+        return model.base_conv_in if isinstance(model, UNetControlNetXSModel) else model.conv_in
 
     def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
         grids = []
@@ -37,7 +44,7 @@ class UNetArchitecture:
             height, width = (height + 1) // 2, (width + 1) // 2  # stride-2 convolutions round up
         return grids
 
-    def read_time(self, model: nn.Module, time: Any, levels: NoiseLevels) -> Reading:
+    def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         return levels.read(time)
 
     def processor(self, **parts: Any) -> attention.SelfAttentionProcessor:

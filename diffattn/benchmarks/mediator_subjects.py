@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffattn.measure.flops import count_gflops
 from diffattn.models import DiT
-from diffattn.models.attention import AttentionOptions
+from diffattn.models.attention_layer import AttentionOptions
 from diffattn.models.config import SIZES
 from diffattn.models.layers import NORM_EPS, DiTBlock, position_embedding
 

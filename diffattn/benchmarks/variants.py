@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffattn.architectures import architecture_of
+from diffattn.architectures.denoisers import self_attention_layers, uncompiled
 from diffattn.methods import METHODS
-from diffattn.methods.base import LayerSpec
-from diffattn.patching.hook import DiffAttnWarning, uncompiled
+from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.patch import patch
 
 SDPA, TOME, FLOOR = "sdpa", "tome", "floor"
@@ -72,7 +71,7 @@ def _agents(unet: nn.Module, levels: Collection[int], preset: str, min_tokens: i
 @contextmanager
 def _values_only(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
     """The floor: each token's own value instead of attention, so no q, no k, no softmax."""
-    changed = [module for spec, module in _self_attention(unet) if spec.level in levels]
+    changed = [module for spec, module in self_attention_layers(unet) if spec.level in levels]
     originals = [module.processor for module in changed]
     try:
         for module in changed:
@@ -98,7 +97,7 @@ def _merged(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
     except ImportError:
         raise LeftOut("tomesd is not installed: pip install --no-deps tomesd==0.1.3") from None
     inner = uncompiled(unet)
-    blocks = {spec.name.removesuffix(".attn1") for spec, _ in _self_attention(inner) if spec.level in levels}
+    blocks = {spec.name.removesuffix(".attn1") for spec, _ in self_attention_layers(inner) if spec.level in levels}
     try:
         tomesd.apply_patch(inner, ratio=TOME_RATIO, max_downsample=2 ** max(levels))
         for name, module in inner.named_modules():
@@ -110,9 +109,3 @@ def _merged(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
         tomesd.remove_patch(inner)
         for module in inner.modules():
             module.__dict__.pop("_tome_info", None)
-
-
-def _self_attention(unet: nn.Module) -> list[tuple[LayerSpec, Any]]:
-    inner = uncompiled(unet)
-    layers = architecture_of(inner).layers(inner)
-    return [(spec, module) for spec, module in layers if not spec.is_cross_attention]

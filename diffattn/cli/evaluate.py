@@ -99,6 +99,7 @@ def evaluate(
     check_writable(json)
     check_writable(save_npz)
     with loading(model or str(pictures)), bad_input():
+        from diffattn.drawing.classes import unguided_note
         from diffattn.evaluation import EvaluateConfig
         from diffattn.evaluation.run_folder import processes
         from diffattn.machine import choose_device
@@ -122,6 +123,8 @@ def evaluate(
                   paired=paired_with or paired, name=name, npz=save_npz)  # fmt: skip
     if among.is_main:
         _show(result)
+        if note := unguided_note(subject, guidance):
+            stdout.print(note, markup=False)
         write_json(json, result.to_dict())
         stdout.print(f"written to {out / 'result.json'}", markup=False)
     if result.details.get("not_finite"):
@@ -211,7 +214,6 @@ def _subject(
     paired: bool,
 ) -> tuple[Any, Any, dict[str, Any] | None, str | None]:
     """What is scored, how it is drawn, the arguments of `diffattn.patch`, and what the result calls them."""
-    from diffattn.drawing.classes import unguided_note
     from diffattn.drawing.draw import guidance_for
     from diffattn.evaluation import DrawConfig
 
@@ -222,8 +224,6 @@ def _subject(
     subject, acceleration, name = _load(model, place, dtype, given, paired)
     if sampling["num_pictures"] is None:
         sampling["num_pictures"] = PICTURES
-    if note := unguided_note(subject, sampling["guidance"]):
-        stdout.print(note, markup=False)
     sampling["guidance"] = guidance_for(subject, sampling["guidance"], model)
     return subject, DrawConfig(**sampling), acceleration, name
 

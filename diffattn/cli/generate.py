@@ -69,9 +69,9 @@ def generate(
         place = choose_device(device)
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
         request, patch = prepare(pipe, request)
-    _say_how(pipe, request, guidance)
     with progress("drawing", total=steps * num_images) as advance:
         pictures = _draw(pipe, request, names, advance)
+    _say_how(pipe, request, guidance)
     report = patch.report() if patch else None
     if report:
         stdout.print(str(report), markup=False)

@@ -118,6 +118,7 @@ def _capabilities(json: Path | None) -> None:
     _print("versions", found["versions"])
     _print("devices", {name: _words(device) for name, device in found["devices"].items()})
     _print("supported denoisers", dict.fromkeys(found["architectures"], ""))
+    _print("attention of a DiT to train (diffattn train model.attention=…)", found["backbone_attention"])
     for name, method in found["methods"].items():
         stdout.print(_method(name, method))
     models = found["embedded_models"].items()

@@ -1,4 +1,4 @@
-"""`diffattn train`: a DiT/SiT with mediator attention from a folder of images."""
+"""`diffattn train`: a DiT/SiT with the attention of your choice from a folder of images."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ def train(
         str | None, typer.Option(help="Pictures: class folders, a zip, a Hugging Face name. Same as data.source=…")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Same as run.out=…")] = None,
-    preset: Annotated[str | None, typer.Option(help="cifar-sit, cifar-sit-cpu or sit-256.")] = None,
+    preset: Annotated[str | None, typer.Option(help="cifar-sit, cifar-sit-cpu, cifar-linear-cpu or sit-256.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or YAML file of settings.", metavar="FILE")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as run.seed=…  [default: 0]")] = None,
     device: Annotated[str, typer.Option(help="cpu, or auto: what accelerate finds.")] = "auto",
@@ -30,6 +30,9 @@ def train(
     json: JsonFile = None,
 ) -> None:
     """Train a class-conditional SiT; the same command again resumes where a killed run stopped.
+
+    model.attention is softmax, agent, mediator, inline, focused_linear, mlla or circulant, or a list with one for each
+    layer; model.steps=[[64,2],[128,4]] widens the tokens on the way. diffattn info says what each is.
 
     SIGTERM, SIGUSR1 and Ctrl+C save a checkpoint first. Several processes or GPUs: accelerate launch
     pipelines/train.py with the same arguments; all machines need the same pictures and one shared run.out.
@@ -61,6 +64,7 @@ def train(
         folder = run_training(setup)
     except Stopped as error:
         setup.say(str(error))
+        finish()
         raise typer.Exit(error.exit_code) from None
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is RuntimeError:

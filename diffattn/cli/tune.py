@@ -153,8 +153,7 @@ def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, A
     from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, recipe_of
 
     share = 0.9 if budget is None else budget
-    if note := unguided_note(pipe, config.get("guidance")):
-        stdout.print(note, markup=False)
+    note = unguided_note(pipe, config.get("guidance"))
     config = config | {"guidance": guidance_for(pipe, config.get("guidance"), model)}
     with bad_input():
         if not 0 < share <= 1:
@@ -167,6 +166,8 @@ def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, A
         best = best_within(candidates, share * most)
     except ValueError as error:
         fail(str(error))
+    if note:
+        stdout.print(note, markup=False)
     for c in sorted(candidates, key=lambda c: c.gflops):
         what = f"n = {c.num_mediators}" if c.num_mediators else "r = " + ", ".join(f"{r:g}" for r in c.thresholds)
         stdout.print(f"{'-> ' if c is best else '   '}{what:<14} {c.gflops:8.4g} GFLOPs/picture  error {c.error:.4f}")

@@ -1,4 +1,4 @@
-"""Pictures and their classes, wherever they come from: folders, zips, the hub."""
+"""Pictures and their classes from folders, zips and the Hugging Face hub."""
 
 from diffattn.data.classes import ClassBalance, check_balance, check_classes
 from diffattn.data.datasets import ImageDataset, InMemoryDataset, LabelledDataset, in_memory

@@ -1,6 +1,7 @@
 """Which folder of a data set holds the class folders: below wrappers such as `images`, and in one of the splits."""
 
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffattn.data.decoding import may_be_picture
@@ -18,6 +19,8 @@ CONTAINERS = frozenset(
     ("data", "dataset", "image", "images", "img", "imgs", "jpegimages", "jpg", "photos", "pictures", "png", "raw")
 )
 """Folder names that say what kind of files lie inside, and hardly of which class they are."""
+
+_WORD = re.compile(r"[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,9 @@ def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
         top = None if chosen else _split(level, files.where, split)
         if top is not None:
             chosen = True
-            part = SPLITS.get(top.lower(), "")
-            unused += [f"{base}{name}/" for name in level.inside if SPLITS.get(name.lower(), part) == part]
-            unused.remove(f"{base}{top}/")
+            parts = _parts(level)
+            part = parts.get(top, "")
+            unused += [f"{base}{name}/" for name in level.inside if name != top and parts.get(name, part) == part]
         elif not indexed:
             top = _wrapper(level, files, base, known)
         if top is None:
@@ -105,34 +108,47 @@ def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
 
 def _split(level: _Level, where: str, split: str) -> str | None:
     """The folder of a split, if the folders of this level are splits."""
-    tops = sorted(level.inside)
-    if split in tops and split.lower() not in SPLITS and level.nested(split):
+    tops, parts = sorted(level.inside), _parts(level)
+    if split in tops and split not in parts and level.nested(split):
         return split
-    splits = [top for top in tops if top.lower() in SPLITS]
-    others = [top for top in tops if top not in splits]
-    if not splits or (others and not _are_splits(level, where, splits, others)):
+    others = [top for top in tops if top not in parts]
+    if not parts or (others and not _are_splits(level, where, parts, others)):
         return None
     wanted = SPLITS.get(split.lower(), split)
-    found = [top for top in splits if top == split] or [top for top in splits if SPLITS[top.lower()] == wanted]
+    found = [top for top in parts if top == split] or [top for top in parts if parts[top] == wanted]
     if not found:
-        raise ValueError(f"no split {split!r} in {where!r}; there are: {', '.join(splits)}")
+        raise ValueError(f"no split {split!r} in {where!r}; there are: {', '.join(parts)}")
     if len(found) > 1:
         raise ValueError(f"split {split!r} may be {few(found)} in {where!r}; give the name of the folder")
     return found[0]
 
 
-def _are_splits(level: _Level, where: str, splits: Sequence[str], others: Sequence[str]) -> bool:
+def _parts(level: _Level) -> dict[str, str]:
+    """Folders that are called like a part of the data -> its name.
+
+    A name such as "training_set" or "val2017" counts where there are several parts, and folders in each of them:
+    "freight_train" is a class.
+    """
+    tops = sorted(level.inside)
+    exact = {top: SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
+    words = {top: _WORD.findall(top.lower()) for top in tops if top not in exact and level.nested(top)}
+    loose = {top: SPLITS[word] for top, found in words.items() for word in found if word in SPLITS}
+    both = dict(sorted((exact | loose).items()))
+    return both if len(set(both.values())) > 1 else exact
+
+
+def _are_splits(level: _Level, where: str, parts: Mapping[str, str], others: Sequence[str]) -> bool:
     """Whether folders with the names of splits are such, although there are others beside them."""
-    parts = {SPLITS[top.lower()] for top in splits}
-    nested = [level.nested(top) for top in splits]
-    if not any(nested) and len(parts) == 1:
+    nested = [level.nested(top) for top in parts]
+    several = len(set(parts.values())) > 1
+    if not any(nested) and not several:
         return False  # a class that is called like a split
-    classes = set().union(*(level.inside[top] for top in splits))
+    classes = set().union(*(level.inside[top] for top in parts))
     shared = any(classes & level.inside[top] for top in others)
-    if all(nested) and (len(parts) > 1 or shared):
+    if all(nested) and (several or shared):
         return True
     raise ValueError(
-        f"the folders of {where!r} can be read in two ways: {few(splits)} as splits, or as classes beside "
+        f"the folders of {where!r} can be read in two ways: {few(list(parts))} as splits, or as classes beside "
         f"{few(others)}; name the folder of the pictures to train on as the source, or rename it"
     )
 
@@ -148,18 +164,34 @@ def _wrapper(level: _Level, files: Files, base: str, known: Collection[str]) -> 
             f"{base + around[0]!r} {few(inside)}; name the folder that holds the class folders as the source"
         )
     if len(tops) != 1:
+        _check_not_repeated(level, files.where)
         return None
     top = tops[0]
     if any(f"{base}{top}/{index}" in known for index in INDEXES):
         return top
     if level.inside[top] == {""}:
-        return None
+        return top if top.lower() in CONTAINERS else None
     if not level.nested(top):
         raise ValueError(
             f"{base + top!r} in {files.where!r} can be read in two ways: it holds pictures, and folders with pictures "
             f"({few(sorted(level.inside[top] - {''}))}); move the pictures into class folders"
         )
     return top if around or not _empty_classes(files, base, top) else None
+
+
+def _check_not_repeated(level: _Level, where: str) -> None:
+    """Refuse folders that all have the same folders inside: either may be the classes."""
+    inside = list(level.inside.values())
+    if "" in inside[0] or len(inside[0]) < 2 or any(names != inside[0] for names in inside):
+        return
+    if all(name.lower() in SPLITS for name in inside[0]):
+        return  # splits in the classes
+    tops = sorted(level.inside)
+    raise ValueError(
+        f"the folders of {where!r} can be read in two ways: the classes may be {few(tops)}, or in each of them "
+        f"{few(sorted(inside[0]))}; for these give one of the former as the split ({tops[0]!r}), or else move the "
+        "pictures out of the inner folders"
+    )
 
 
 def _empty_classes(files: Files, base: str, top: str) -> bool:

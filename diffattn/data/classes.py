@@ -1,4 +1,4 @@
-"""Do the classes of the data fit, and how even are they?"""
+"""Checks of the classes of a data set: how even they are, and whether they are those of a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ClassBalance:
         return self.smallest == self.largest
 
     def lines(self) -> list[str]:
-        """For people: the total, and which classes have fewest and most samples if they differ."""
+        """For people: the total, and, if they differ, the classes with the fewest and the most samples."""
         total, classes = sum(self.counts.values()), len(self.counts)
         first = f"{total} picture{'s' * (total != 1)} in {classes} class{'es' * (classes != 1)}"
         if self.exact:
@@ -46,10 +46,10 @@ class ClassBalance:
 
 
 def check_balance(dataset: LabelledDataset) -> ClassBalance:
-    """Count the samples of every class.
+    """The number of samples of every class.
 
     Raises:
-        ValueError: classes without samples; the message names them.
+        ValueError: there are classes without samples; the message names them.
     """
     counts = dataset.class_counts()
     if empty := [name for name, count in counts.items() if not count]:
@@ -58,14 +58,15 @@ def check_balance(dataset: LabelledDataset) -> ClassBalance:
 
 
 def check_classes(class_names: Sequence[str], model_class_names: Sequence[str]) -> None:
-    """See that class ids mean the same in the data and in a model.
+    """Check that class ids mean the same in the data and in a model.
 
     Args:
-        class_names: of the data, in the order of the ids.
-        model_class_names: of the model or checkpoint.
+        class_names: names of the data's classes, in the order of their ids.
+        model_class_names: the same of the model or checkpoint.
 
     Raises:
-        ValueError: they differ; the message says which are missing in the data, which are extra, or whose ids differ.
+        ValueError: they differ; the message names the classes that are missing from the data, those that the model does
+            not have, or some whose ids differ.
     """
     data, model = list(class_names), list(model_class_names)
     if data == model:

@@ -19,7 +19,7 @@ from diffattn.data.files import Files
 from diffattn.data.naming import few, plural
 
 Progress = Callable[[int, int], None]
-"""Called with the number of pictures done and the number of all."""
+"""Called with the number of pictures done and the number of all pictures."""
 
 Result = TypeVar("Result")
 
@@ -28,13 +28,13 @@ _CHUNK = 64  # pictures that a thread takes at once
 
 
 class LabelledDataset(ABC):
-    """What all kinds of training data have in common.
+    """Samples with class ids: the interface of all kinds of training data.
 
     Attributes:
         class_names: name of each class id.
         labels: class id of every sample, int64 [N].
-        fingerprint: SHA-256 of the files' names, sizes, checksums and labels; the same data give the same.
-        shape: (channels, height, width) of what a model is trained on.
+        fingerprint: SHA-256 of the files' names, sizes, checksums and labels; equal data have equal fingerprints.
+        shape: (channels, height, width) of the samples that a model is trained on.
         needs_noise: whether `fetch` takes noise.
     """
 
@@ -48,13 +48,13 @@ class LabelledDataset(ABC):
         return len(self.labels)
 
     def class_counts(self) -> dict[str, int]:
-        """Number of samples of each class, empty ones too."""
+        """Number of samples of each class, 0 for empty classes."""
         counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
         return dict(zip(self.class_names, counts, strict=True))
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The sample as it is stored, and its class id."""
+        """A sample as it is stored, and its class id."""
 
     @abstractmethod
     def fetch(self, indices: Tensor, mirrored: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -62,13 +62,13 @@ class LabelledDataset(ABC):
 
         Args:
             indices: int64 [b].
-            mirrored: bool [b], which of them to mirror left to right.
-            noise: standard normal [b, *shape], of latents.
+            mirrored: bool [b], which samples to mirror left to right.
+            noise: standard normal [b, *shape]; latents need it.
         """
 
 
 class ImageDataset(LabelledDataset):
-    """Pictures in a folder, a zip or a Hugging Face data set, decoded when they are asked for.
+    """Pictures in a folder, a zip or a Hugging Face data set, decoded on demand.
 
     Made by `open_dataset`. It can be pickled and used in worker processes and threads, forked or spawned.
 
@@ -92,11 +92,11 @@ class ImageDataset(LabelledDataset):
     ) -> None:
         """
         Args:
-            files: that hold the pictures.
+            files: the files that hold the pictures.
             rows: which of the files are the pictures.
-            labels: class id of each.
+            labels: class id of each picture.
             class_names: name of each class id.
-            size: side to which the pictures are brought, in pixels.
+            size: S, the side that pictures are cropped and resized to, in pixels.
 
         Raises:
             ValueError: no pictures, or a size below 1.
@@ -137,11 +137,11 @@ class ImageDataset(LabelledDataset):
         ]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The picture, uint8 [3, S, S], and its class id; how it is cropped and resized, see `decode`.
+        """A picture, uint8 [3, S, S], cropped and resized as by `decode`, and its class id.
 
         Raises:
             ValueError: the picture cannot be read; the message names it.
-            IndexError: no such picture.
+            IndexError: there is no such picture.
         """
         row = int(self.rows[index])
         try:
@@ -154,7 +154,7 @@ class ImageDataset(LabelledDataset):
         return _mirror(torch.stack([self[i][0] for i in indices.tolist()]), mirrored)
 
     def unreadable(self, progress: Progress | None = None) -> dict[int, str]:
-        """Decode everything; the indices of the pictures that cannot be read, each with the reason."""
+        """Decode every picture; index -> reason of those that cannot be read."""
 
         def check(index: int) -> str | None:
             try:
@@ -167,10 +167,10 @@ class ImageDataset(LabelledDataset):
         return {index: reason for index, reason in results if reason is not None}
 
     def without(self, indices: Iterable[int]) -> "ImageDataset":
-        """The same without some of the pictures, whose names are then in `skipped`. The classes stay as they are.
+        """The data set without some of its pictures, whose names are added to `skipped`. The classes stay the same.
 
         Raises:
-            ValueError: nothing remains.
+            ValueError: no pictures remain.
         """
         keep = torch.ones(len(self), dtype=torch.bool)
         left_out = sorted(indices)
@@ -209,10 +209,10 @@ class InMemoryDataset(LabelledDataset):
 
 
 def in_memory(dataset: ImageDataset | InMemoryDataset, progress: Progress | None = None) -> InMemoryDataset:
-    """Decode every picture once, in threads, to a tensor of 3·S² bytes for each. For small data such as CIFAR.
+    """Decode every picture once, in threads, into one tensor, 3·S² bytes a picture. For small data such as CIFAR.
 
     Raises:
-        ValueError: more than this machine's memory, or a picture cannot be read; the message names it.
+        ValueError: the tensor is larger than this machine's memory, or a picture cannot be read; the message names it.
     """
     if isinstance(dataset, InMemoryDataset):
         return dataset
@@ -233,21 +233,21 @@ def in_memory(dataset: ImageDataset | InMemoryDataset, progress: Progress | None
 
 
 def _memory() -> int | None:
-    """Bytes of memory of this machine, where the system says."""
+    """Bytes of memory of this machine; None where the system does not say."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
-    """A batch of its own with some of the pictures mirrored left to right; changed in place."""
+    """The batch with some of its pictures mirrored left to right, in place."""
     if mirrored.any():
         images[mirrored] = images[mirrored].flip(-1)
     return images
 
 
 def _in_threads(function: Callable[[int], Result], count: int, progress: Progress | None) -> Iterator[Result]:
-    """function(0), function(1), … in order; the first exception stops everything."""
+    """function(0), function(1), … in this order; the first exception ends the iteration."""
 
     def chunk(start: int) -> list[Result]:
         return [function(index) for index in range(start, min(start + _CHUNK, count))]

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through the `datasets` library, which need not be installed."""
+"""Data sets of the Hugging Face hub, read with the `datasets` library, which is optional."""
 
 import re
 from importlib import import_module
@@ -13,7 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether it could be the `owner/name` of a data set."""
+    """Whether a text could be the `owner/name` of a data set."""
     return _NAME.fullmatch(source) is not None and not source.lower().endswith(".zip")
 
 
@@ -23,9 +23,9 @@ class HubFiles:
     def __init__(self, where: str, table: Any, column: str) -> None:
         """
         Args:
-            where: what messages call it.
+            where: name of the data set in messages.
             table: a `datasets.Dataset`.
-            column: that holds the pictures.
+            column: the one that holds the pictures.
         """
         library = import_module("datasets")
         self.where = where
@@ -48,12 +48,13 @@ class HubFiles:
 
 
 def open_hub(name: str, split: str, label: str | None) -> tuple[HubFiles, Listing]:
-    """A data set by its `owner/name`, downloaded to the library's cache if need be.
+    """Open a data set by its `owner/name`; it is downloaded to the library's cache if necessary.
 
     Args:
         name: of the data set.
-        split: of it.
-        label: the column of the class; None takes the first `ClassLabel` column, and one class for all without any.
+        split: which of its splits to take.
+        label: the column that holds the class; None takes the first `ClassLabel` column, and one class for all if there
+            is none.
 
     Raises:
         ValueError: `datasets` is not installed, or it cannot find the data set, the split, a picture or the column.

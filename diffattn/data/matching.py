@@ -5,10 +5,12 @@ Shapes: N pictures in each set.
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffattn.data.naming import few
 from diffattn.data.order import parts
+
+MAX_DIGITS = 20  # of a number that says a place
 
 _Key = Mapping[Hashable, int]
 """What identifies each picture of a set -> its index."""
@@ -59,6 +61,26 @@ def match(first: Sequence[str], second: Sequence[str], places: bool = False) -> 
             "sets the same names or numbers"
         )
     return Matching(tuple(range(len(first))), "order")
+
+
+def check_turns(names: Sequence[str], count: int) -> None:
+    """Raise `ValueError` if pictures would take turns by their order that are not theirs by their numbers.
+
+    Args:
+        names: of the pictures, in natural order: number i takes the prompt i modulo `count`.
+        count: how many prompts there are.
+    """
+    for key in _by_number(names):
+        numbers = [int(found[1]) for found in key if _is_single(found)]
+        first = min(numbers, default=0)
+        missing = sorted(set(range(first, max(numbers, default=0) + 1)) - set(numbers))
+        if len(numbers) == len(key) and missing and len(numbers) + len(missing) <= count:
+            absent = few([str(number) for number in missing])
+            raise ValueError(
+                f"the {len(names)} pictures are numbered from {first} to {max(numbers)} without {absent}, so which of "
+                f"the {count} prompts belongs to which is unclear: add the pictures, or number those that are there "
+                "without gaps and leave the other prompts out"
+            )
 
 
 def _agreed(first: Sequence[_Key], second: Sequence[_Key], how: str) -> Matching | None:
@@ -125,8 +147,13 @@ def _partly(first: Sequence[str], second: Sequence[str]) -> str:
 
 def _consecutive(numbers: _Key) -> bool:
     """Whether these are single numbers without a gap."""
-    values = sorted(int(key[1]) for key in numbers if isinstance(key, tuple) and isinstance(key[1], str))
+    values = sorted(int(key[1]) for key in numbers if _is_single(key))
     return len(values) == len(numbers) and values[-1] - values[0] == len(values) - 1
+
+
+def _is_single(key: Any) -> TypeGuard[tuple[int, str]]:
+    """Whether a key is one number, of a size that Python converts."""
+    return isinstance(key, tuple) and isinstance(key[1], str) and key[0] <= MAX_DIGITS
 
 
 def _without(names: Sequence[str], own: _Key, other: _Key) -> str:

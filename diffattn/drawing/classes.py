@@ -13,12 +13,12 @@ NULL_CLASS = 1000
 
 
 def draws_classes(pipe: Any) -> bool:
-    """Whether a pipeline draws classes, and not what a text says."""
+    """Whether a pipeline draws classes, rather than what a text describes."""
     return isinstance(pipe, SiTPipeline | DiTPipeline)
 
 
 def num_classes(pipe: Any) -> int:
-    """Of a pipeline that draws classes."""
+    """The number of classes of a pipeline that draws classes."""
     config = pipe.transformer.config
     return int(config["num_classes"] if isinstance(pipe, SiTPipeline) else config["num_embeds_ada_norm"])
 
@@ -33,13 +33,28 @@ def class_ids(pipe: Any, words: Sequence[int | str]) -> list[int]:
 
 
 def class_names(pipe: Any) -> ClassNames:
-    """Of a pipeline that draws classes: of a `DiTPipeline`, ImageNet's, with all their synonyms."""
+    """The names of the classes of a pipeline that draws classes; those of ImageNet have several names each."""
     if isinstance(pipe, SiTPipeline):
         return pipe.class_names
     names: dict[int, list[str]] = {}
     for name, label in pipe.labels.items():
         names.setdefault(label, []).append(name)
-    return ClassNames({label: ", ".join(found) for label, found in names.items()}, num_classes(pipe))
+    found = {label: ", ".join(synonyms) for label, synonyms in names.items()}
+    return ClassNames(_saved_names(pipe) or found, num_classes(pipe))
+
+
+def _saved_names(pipe: DiTPipeline) -> dict[int, str]:
+    """Id -> names as the saved pipeline has them; empty if it is not at hand, or if `labels` were changed since.
+
+    `labels` keeps only the last class of a name that several have: ImageNet has two cranes.
+    """
+    try:
+        index: Any = DiTPipeline.load_config(str(pipe.config.get("_name_or_path") or ""), local_files_only=True)
+        found = {int(key): str(names) for key, names in (index.get("id2label") or {}).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    labels = {name.strip(): key for key, names in found.items() for name in names.split(",")}
+    return found if labels == pipe.labels else {}
 
 
 def why_unguided(pipe: Any) -> str | None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, why_unguided
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import EXACT, Picture, Request
-from diffattn.drawing.sizes import check_size, default_size, denoiser_of, size_arguments
+from diffattn.drawing.sizes import check_size, default_size, size_arguments
 from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, patch
 from diffattn.sampling import SiTPipeline

@@ -5,6 +5,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, DiTPipeline
 
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.sampling import SiTPipeline
 
 MIN_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines refuse other sizes, whatever their VAE
@@ -59,7 +60,3 @@ def default_size(pipe: Any) -> tuple[int, int]:
         raise ValueError(f"{type(pipe).__name__} has no size of its own; give width and height")
     rows, columns = (size, size) if isinstance(size, int) else size
     return columns * pixels_per_latent(pipe), rows * pixels_per_latent(pipe)
-
-
-def denoiser_of(pipe: Any) -> Any:
-    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)

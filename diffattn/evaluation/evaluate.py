@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffattn.data.matching import Matching
+from diffattn.data.matching import Matching, check_turns
 from diffattn.drawing.classes import draws_classes
 from diffattn.evaluation.draw_set import (
     EXACT,
@@ -161,6 +161,8 @@ class _Job:
         found = self.config.prompts if self.pipe is None else self.draw.prompts
         if not found or draws_classes(self.pipe):
             raise ValueError("the CLIP score needs the prompts that the pictures were drawn from")
+        if self.pictures is not None and not self.pictures.places:
+            check_turns(self.pictures.listed, len(found))
         return found
 
     def run(self, reference: Any, folder: Path, name: str | None) -> QualityResult:

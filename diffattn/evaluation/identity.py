@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.evaluation.draw_set import DrawConfig, subjects
 from diffattn.evaluation.picture_set import PictureSet
 from diffattn.evaluation.quality import Protocol
@@ -81,7 +82,7 @@ def identity(setup: Setup, seed: int) -> dict[str, Any]:
     if setup.files is not None:
         return found | {"pictures": setup.files.hash}
     pipe = setup.pipe
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    denoiser = denoiser_of(pipe)
     return found | {
         "left_out": "blanked and not finite",  # before, such pictures were scored
         "draw": {name: getattr(setup.draw, name) for name in DRAWN},

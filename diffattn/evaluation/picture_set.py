@@ -18,18 +18,18 @@ from diffattn.data.decoding import left_out, open_picture, pixels_of, square
 from diffattn.data.files import Files, open_files
 from diffattn.data.layouts import picture_rows
 from diffattn.data.matching import Matching, match
-from diffattn.data.naming import few
+from diffattn.data.naming import few, plural
 from diffattn.data.opening import warn_of_left_out
 from diffattn.data.order import natural_key, stratified
 from diffattn.metrics.adm import read_pictures
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-"""`progress(what, total)` gives a context with the function that advances by one."""
+"""`progress(what, total)` is a context manager; it gives a function that advances the progress by one."""
 
 
 @contextmanager
 def no_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
     yield lambda: None
 
 
@@ -38,12 +38,12 @@ class PictureSet:
 
     Attributes:
         name: for people.
-        listed: names of all pictures, those that are not taken too, in their order.
-        names: of the pictures that are taken, in their order.
-        rows: where each of them stands in `listed`.
+        listed: names of all pictures of the source, in their order.
+        names: names of the pictures that belong to the set.
+        rows: the place of each of them in `listed`.
         places: whether the names only say where a picture stands, as in an array.
         size: (H, W) in pixels.
-        hash: sha256 of sizes and values of all pictures, as `Reference.of` has it.
+        hash: sha256 of the sizes and values of the pictures, computed as by `Reference.of`.
         skipped: names of the unreadable pictures that were left out.
     """
 
@@ -67,7 +67,7 @@ class PictureSet:
             name: for people.
             names: of the pictures.
             read: index in `names` -> uint8 [3, H, W]; raises `OSError` or `ValueError` for an unreadable picture.
-            side: bring every picture to this size: cropped around the centre to a square, resized bicubically.
+            side: crop every picture around its centre to a square, and resize it to so many pixels a side.
             limit: take only so many readable pictures. Every folder has its share, of which the first are taken.
             spread: take that share from all over the folder.
             places: see above.
@@ -76,8 +76,8 @@ class PictureSet:
             progress: see `Progress`.
 
         Raises:
-            ValueError: a size below 1 or a limit below 2; fewer than 2 readable pictures or than `limit`; unreadable
-                ones without `skip_bad`; pictures of several sizes.
+            ValueError: a side below 1 or a limit below 2; fewer than 2 readable pictures, or fewer than `limit`;
+                unreadable ones without `skip_bad`; pictures of several sizes.
         """
         if side is not None and side < 1:
             raise ValueError(f"size must be 1 pixel or more, got {side}")
@@ -88,9 +88,7 @@ class PictureSet:
         self._take([row for row in range(len(names)) if row not in leave_out], spread, progress)
         if len(self) < max(2, limit or 2):
             raise ValueError(f"{max(2, limit or 2)} pictures or more are needed, {name!r} has {len(self)}")
-        if len(self._shapes) > 1:
-            sizes = ", ".join(f"{w}x{h} ({label!r})" for (h, w), label in list(self._shapes.items())[:3])
-            raise ValueError(f"pictures in {self.name!r} have several sizes: {sizes}; bring them to one with size")
+        self._check_sizes()
         self.size = next(iter(self._shapes))
 
     def __len__(self) -> int:
@@ -124,6 +122,8 @@ class PictureSet:
         if set(wanted) != set(self.rows) and self._limit is not None:
             found._limit = None
             found._take(sorted(wanted), False, no_progress)
+            found._shapes = {**self._shapes, **found._shapes}
+            found._check_sizes()
         if one_side := set(wanted) ^ set(found.rows):
             names = few([self.listed[row] for row in sorted(one_side)])
             raise ValueError(f"pictures are left out on one side only, in {self.name!r} {names}: they do not pair")
@@ -169,6 +169,11 @@ class PictureSet:
                 advance()
         return bad
 
+    def _check_sizes(self) -> None:
+        if len(self._shapes) > 1:
+            sizes = ", ".join(f"{w}x{h} ({label!r})" for (h, w), label in list(self._shapes.items())[:3])
+            raise ValueError(f"pictures in {self.name!r} have several sizes: {sizes}; bring them to one with size")
+
     def _fitted(self, index: int) -> Tensor:
         picture = self._read(index)
         return picture if self._side is None else fit(picture, self._side)
@@ -208,6 +213,12 @@ def open_pictures(
         names = [files.names[row] for row in rows]
         read = _reader(files, rows)
         warn_of_left_out(str(path), left_out(files.names))
+        if files.repeated:
+            warnings.warn(
+                f"{plural(len(files.repeated), 'link')} in {str(path)!r} left out, since each picture counts once: "
+                + few(files.repeated),
+                stacklevel=2,
+            )
     return PictureSet(
         path.name, names, read, side=side, limit=limit, spread=spread, places=npz, skip_bad=skip_bad, progress=progress
     )

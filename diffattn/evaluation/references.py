@@ -1,4 +1,4 @@
-"""What an evaluation measures against, from any of its files: pictures, ADM statistics, or a saved reference."""
+"""References to measure against, from pictures, ADM statistics or a saved reference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ FEATURES = "features of the reference"
 
 @dataclass(frozen=True)
 class Source:
-    """A reference before its features are taken. At least one of `pictures` and `stored` is there."""
+    """A reference before its features are computed. At least one of `pictures` and `stored` is not None."""
 
     name: str
     hash: str
@@ -39,7 +39,7 @@ class Source:
 
     @property
     def count(self) -> int | None:
-        """Pictures, of those that the statistics are from; None if unknown."""
+        """The number of pictures that the statistics are of; None if unknown."""
         if self.stored is not None:
             return self.stored.statistics.count
         return None if self.pictures is None else len(self.pictures)
@@ -47,9 +47,9 @@ class Source:
     def measured(
         self, extractor: FeatureExtractor, run: RunFolder, progress: Progress = no_progress
     ) -> tuple[Reference, Statistics | None]:
-        """The reference, with features where there are pictures, and the moments of spatial features.
+        """The reference, with features if there are pictures, and the moments of its spatial features.
 
-        Statistics that a file brings win over those of its pictures, as in ADM's evaluation.
+        Statistics that a file holds are preferred to those of its pictures, as in ADM's evaluation.
         """
         if self.pictures is None:
             assert self.stored is not None
@@ -69,18 +69,19 @@ def open_reference(
     skip_bad: bool = False,
     progress: Progress = no_progress,
 ) -> Source:
-    """A folder, a zip, an `.npz` of pictures or of `mu` and `sigma` or of both, or what `Reference.save` wrote.
+    """Open a folder, a zip, an `.npz` with pictures, with `mu` and `sigma` or with both, or a saved reference.
 
-    An `.npz` does not say what its statistics were made with. Published ones are Inception's, so beside pictures they
-    are used with that extractor only; alone they are taken for the extractor's if they have its number of features.
+    An `.npz` does not say which extractor its statistics were made with. Published ones are Inception's, so beside
+    pictures they are used with that extractor only; without pictures they are used with any extractor that has as many
+    features.
 
     Args:
-        source: see above.
-        extractor: what the reference is, or was, seen with.
+        source: see above; a saved reference is what `Reference.save` wrote.
+        extractor: computes the features of pictures; a saved reference must have been made with the same.
         side, skip_bad, progress: of pictures, see `PictureSet`.
 
     Raises:
-        ValueError: none of these; made with another extractor; as `PictureSet`.
+        ValueError: none of these; a reference that was made with another extractor; see also `PictureSet`.
     """
     if isinstance(source, Reference):
         return _stored(source, extractor)
@@ -106,7 +107,7 @@ def open_reference(
 def make_reference(
     pictures: PictureSet, extractor: FeatureExtractor, progress: Progress = no_progress
 ) -> tuple[Reference, Statistics | None]:
-    """Pictures as a reference that can be saved, and the moments of their spatial features if there are any.
+    """A reference to save, and the moments of its spatial features if the extractor has such.
 
     Raises:
         ValueError: features that are NaN or infinite.
@@ -135,7 +136,7 @@ def _stored(reference: Reference, extractor: FeatureExtractor) -> Source:
 
 
 def _arrays(path: Path) -> set[str]:
-    """Names of the arrays in an `.npz`; none if it cannot be read, which its reader then says."""
+    """Names of the arrays in an `.npz`; empty if it cannot be read, since whoever reads it next reports that."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return set(file.files)

@@ -10,6 +10,7 @@ from math import isqrt
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from diffattn.functional.checks import check_grid
 from diffattn.functional.sdpa import biased_attention
 
 
@@ -70,8 +71,7 @@ def pool_mediators(q: Tensor, grid: tuple[int, int], num_mediators: int) -> Tens
     batch, heads, tokens, dim = q.shape
     h, w = grid
     side = mediator_side(num_mediators, grid)
-    if h * w != tokens:
-        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
+    check_grid(grid, tokens)
     if h % side == 0 and w % side == 0:  # equal cells: a plain mean, without moving channels around
         cells = q.reshape(batch, heads, side, h // side, side, w // side, dim)
         return cells.mean(dim=(3, 5)).flatten(2, 3)

@@ -8,13 +8,13 @@ A bias is the sum of a 7×7 window and one vector per axis, all learned:
 Shapes: H heads, N = h·w tokens in row-major order on a grid (h, w), n = m·m mediators in row-major order.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from math import isqrt
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from diffattn.functional.precision import at_least_fp32, no_autocast
 
 WINDOW = 7
 """Side of the windows `an` and `na`."""
@@ -34,9 +34,9 @@ def gather_bias(an: Tensor, ah: Tensor, aw: Tensor, grid: tuple[int, int]) -> Te
     """
     h, w = grid
     axes = resize_axis(ah, 3, h) + resize_axis(aw, 4, w)  # [1, H, n, h, w]
-    with _no_autocast(an.device.type):
+    with no_autocast(an.device.type):
         rows, columns = (_resizing(size, an) for size in grid)
-        window = rows @ _at_least_fp32(an) @ columns.mT  # [H, n, h, w]
+        window = rows @ at_least_fp32(an) @ columns.mT  # [H, n, h, w]
     return (axes[0] + window).flatten(2)
 
 
@@ -54,9 +54,9 @@ def spread_bias(na: Tensor, ha: Tensor, wa: Tensor, grid: tuple[int, int]) -> Te
     """
     h, w = grid
     axes = resize_axis(ha, 2, h) + resize_axis(wa, 3, w)  # [1, H, h, w, n]
-    with _no_autocast(na.device.type):
+    with no_autocast(na.device.type):
         rows, columns = (_resizing(size, na) for size in grid)
-        wide = columns @ _at_least_fp32(na).permute(0, 2, 3, 1)  # [H, 7, w, n]
+        wide = columns @ at_least_fp32(na).permute(0, 2, 3, 1)  # [H, 7, w, n]
         window = (rows @ wide.flatten(2)).unflatten(2, (w, -1))  # [H, h, w, n]
     return (axes[0] + window).flatten(1, 2)
 
@@ -69,7 +69,7 @@ def resize_axis(bias: Tensor, dim: int, size: int) -> Tensor:
         dim: the axis, 0 or more.
         size: its new length, 1 or more.
     """
-    bias = _at_least_fp32(bias)
+    bias = at_least_fp32(bias)
     if bias.shape[dim] == size:
         return bias
     moved = bias.movedim(dim, -1)
@@ -85,7 +85,7 @@ def resize_mediators(bias: Tensor, dim: int, num_mediators: int) -> Tensor:
         dim: the axis, 0 or more.
         num_mediators: its new length, a perfect square.
     """
-    bias = _at_least_fp32(bias)
+    bias = at_least_fp32(bias)
     if bias.shape[dim] == num_mediators:
         return bias
     side, new_side = isqrt(bias.shape[dim]), isqrt(num_mediators)
@@ -101,15 +101,5 @@ def _resizing(size: int, like: Tensor) -> Tensor:
     Two products with it are the bilinear resizing of a window, several times faster on a CPU than `interpolate`, and
     with gradients that are the same every time on a GPU.
     """
-    unit = _at_least_fp32(torch.eye(WINDOW, dtype=like.dtype, device=like.device))
+    unit = at_least_fp32(torch.eye(WINDOW, dtype=like.dtype, device=like.device))
     return interpolate(unit.unsqueeze(0), size=size, mode="linear", align_corners=False)[0].mT
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Products stay in fp32 within; a device without autocast ("meta") needs nothing."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

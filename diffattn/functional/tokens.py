@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+from diffattn.functional.checks import check_grid
+
 
 def pooled_grid(grid: tuple[int, int], num_tokens: int) -> tuple[int, int]:
     """Rows and columns of about `num_tokens` pooled tokens, in the aspect ratio of the grid.
@@ -42,8 +44,7 @@ def pool_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
     """
     batch, heads, tokens, dim = x.shape
     h, w = grid
-    if h * w != tokens:
-        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
+    check_grid(grid, tokens)
     rows, columns = pooled_grid(grid, num_tokens)
     if h % rows == 0 and w % columns == 0:  # equal cells: a plain mean, without moving channels around
         cells = x.reshape(batch, heads, rows, h // rows, columns, w // columns, dim)
@@ -73,8 +74,7 @@ def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
         ValueError: the grid does not match the tokens, or `num_tokens` is out of range.
     """
     h, w = grid
-    if h * w != x.shape[2]:
-        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {x.shape[2]}")
+    check_grid(grid, x.shape[2])
     rows, columns = pooled_grid(grid, num_tokens)
     if h % rows == 0 and w % columns == 0:  # equal cells: slices, several times as fast as a gather
         cells = x.unflatten(2, (rows, h // rows, columns, w // columns))
@@ -144,8 +144,7 @@ def match_tokens(
     batch, tokens, _ = metric.shape
     h, w = grid
     sy, sx = stride
-    if h * w != tokens:
-        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
+    check_grid(grid, tokens)
     if not (1 <= sy <= h and 1 <= sx <= w) or sy * sx == 1:
         raise ValueError(f"stride must leave a full cell of several tokens on a {h}x{w} grid, got {sy}x{sx}")
     is_destination = torch.zeros(h * w, dtype=torch.bool, device=metric.device)

@@ -1,10 +1,12 @@
 """Floating-point operations, counted by `torch.utils.flop_counter`: products, convolutions and attention.
 
-A multiply-add counts two; norms, softmaxes, activations and sums do not count. (The "GFLOPs" of the DiT, SiT and
+A multiply-add counts two, a real Fourier transform of n values 2.5·n·log₂ n; norms, softmaxes, activations and sums
+do not count. (The "GFLOPs" of the DiT, SiT and
 mediator papers are multiply-adds: half of these.)
 """
 
 from collections.abc import Callable, Sequence
+from math import log2, prod
 from typing import Any
 
 import torch
@@ -21,7 +23,12 @@ def count_gflops(call: Callable[[], Any]) -> float:
 
     Attention goes through matrix products within, since torch does not count its fused CPU kernel.
     """
-    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    aten = torch.ops.aten
+    formulas = {
+        aten.convolution_backward: _convolution_backward,
+        aten._fft_r2c: _real_transform,
+        aten._fft_c2r: _inverse_real_transform,
+    }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with sdpa_kernel(SDPBackend.MATH), counter:
         call()
@@ -35,6 +42,17 @@ def _convolution_backward(
     one. `rest`: bias sizes, stride, padding, dilation, transposed, output padding, groups, which gradients."""
     transposed, (of_x, of_weight, _) = rest[4], rest[7]
     return (of_x + of_weight) * conv_flop_count(x_shape, weight_shape, grad_shape, transposed)
+
+
+def _real_transform(shape: list[int], dims: list[int], *rest: Any, **kwargs: Any) -> int:
+    n = prod(shape[dim] for dim in dims)
+    return int(2.5 * prod(shape) * log2(max(n, 2)))
+
+
+def _inverse_real_transform(shape: list[int], dims: list[int], norm: int, last: int, **kwargs: Any) -> int:
+    real = list(shape)
+    real[dims[-1]] = last  # of the spectrum there is half
+    return _real_transform(real, dims)
 
 
 def forward_gflops(

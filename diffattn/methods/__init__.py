@@ -2,9 +2,11 @@
 
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import AttentionMethod
+from diffattn.methods.inline import InLineAttention
 from diffattn.methods.mediator import MediatorAttention
 
 METHODS: dict[str, type[AttentionMethod]] = {
     AgentAttention.name: AgentAttention,
+    InLineAttention.name: InLineAttention,
     MediatorAttention.name: MediatorAttention,
 }

@@ -4,6 +4,7 @@ Shapes: N = h·w tokens on a grid (h, w), n mediators.
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 from diffattn.functional import mediator_side
@@ -61,6 +62,29 @@ def attention_per_layer(attention: str | Sequence[str], num_layers: int) -> tupl
     if len(names) != num_layers:
         raise ValueError(f"attention must be one name or one for each of {num_layers} layers, got {len(names)}")
     return names
+
+
+def options_by_attention(
+    options: Mapping[str, Mapping[str, Any]] | None, attention: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """What single attentions are given besides: the named arguments of their layers.
+
+    Raises:
+        ValueError: an attention that no layer has, or an option that it does not have. What a value may be, its layer
+            checks.
+    """
+    checked = {}
+    for name, given in (options or {}).items():
+        check_one_of("attention_options: a layer's attention", name, tuple(dict.fromkeys(attention)))
+        parameters = signature(ATTENTION[name].__init__).parameters.values()
+        allowed = tuple(x.name for x in parameters if x.kind is Parameter.KEYWORD_ONLY)
+        if not isinstance(given, Mapping):
+            raise ValueError(f"attention_options: {name} must have options by name, got {given!r}")
+        if unknown := sorted(set(given) - set(allowed)):
+            has = ", ".join(allowed) or "none"
+            raise ValueError(f"attention_options: {name} has no option {', '.join(unknown)}; allowed: {has}")
+        checked[name] = dict(given)
+    return checked
 
 
 def mediator_set(numbers: Sequence[int], grid: tuple[int, int]) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffattn.models.attention import MEDIATOR_AXIS
 from diffattn.models.layers import position_embedding
+from diffattn.models.mediator import MEDIATOR_AXIS
 
 Weights = Mapping[str, Tensor]
 
@@ -111,6 +111,23 @@ def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
     if missing or unexpected:
         raise ValueError(
             f"this is not such a checkpoint: missing weights: {_listed(missing)}; unexpected: {_listed(unexpected)}"
+        )
+
+
+def check_official(attention: Sequence[str], allowed: Sequence[str], steps: Sequence[object]) -> None:
+    """Raises one `ValueError` that names what the official layout has no place for.
+
+    Args:
+        attention: of every layer.
+        allowed: those that it has a place for.
+        steps: of progressive width; one is the plain backbone.
+    """
+    refused = [f"{name} layers" for name in dict.fromkeys(attention) if name not in allowed]
+    refused += [f"{len(steps)} steps of width"] if len(steps) > 1 else []
+    if refused:
+        raise ValueError(
+            f"the official layout has no place for {' and '.join(refused)}, only for layers of "
+            f"{', '.join(allowed)} at one width; the diffattn layout (save_pretrained) holds every model"
         )
 
 

@@ -107,13 +107,16 @@ def config_from_diffusers(theirs: Mapping[str, Any], prediction: str) -> dict[st
     }
 
 
-def config_to_diffusers(ours: Mapping[str, Any], attention: tuple[str, ...], grid: tuple[int, int]) -> dict[str, Any]:
+def config_to_diffusers(
+    ours: Mapping[str, Any], attention: tuple[str, ...], grid: tuple[int, int], num_steps: int = 1
+) -> dict[str, Any]:
     """The arguments of the `DiTTransformer2DModel` with our configuration `ours`.
 
     Args:
         ours: the configuration.
         attention: the attention of every layer.
         grid: rows and columns of the tokens.
+        num_steps: of progressive width; one is the plain backbone.
 
     Raises:
         ValueError: naming what that class does not have.
@@ -121,6 +124,7 @@ def config_to_diffusers(ours: Mapping[str, Any], attention: tuple[str, ...], gri
     kinds = sorted(set(attention) - {"softmax"})
     refused = {
         f"{' and '.join(kinds)} layers": bool(kinds),
+        f"{num_steps} steps of width": num_steps > 1,
         "qk_norm": ours["qk_norm"],
         f"mlp_ratio={ours['mlp_ratio']:g} (only 4)": ours["mlp_ratio"] != 4,
         "a label table without a null class": not ours["null_class"],

@@ -5,6 +5,7 @@ Shapes: B batch, c image channels, N = h·w tokens on a grid (h, w), C hidden ch
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from diffattn.models import convert, convert_diffusers
-from diffattn.models.attention import AttentionOptions, MediatorAttention
+from diffattn.models.attention import ATTENTION
+from diffattn.models.attention_layer import AttentionOptions
 from diffattn.models.config import (
     PATHS,
     attention_per_layer,
@@ -22,8 +24,10 @@ from diffattn.models.config import (
     check_one_of,
     check_widths,
     mediator_set,
+    options_by_attention,
     token_grid,
 )
+from diffattn.models.initialize import initialize
 from diffattn.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -33,6 +37,7 @@ from diffattn.models.layers import (
     position_embedding,
     unpatchify,
 )
+from diffattn.models.steps import projections, run_steps, steps_of
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -54,7 +59,10 @@ class DiT(ModelMixin, ConfigMixin):
         time_direction: "noise_to_data": t from 0 (noise) to 1 (data), as SiT; "data_to_noise": t from 0 (data) to 999
             (noise), as DiT. It is for whoever samples; t reaches the embedder as it is given.
         path: "linear" or "gvp", the interpolant that a velocity model was trained on; for whoever samples, too.
-        attention: "softmax", "agent" or "mediator", for all layers or one name per layer.
+        attention: a name of `models.attention.ATTENTION`, such as "softmax", "mediator" or "inline", for all layers, or
+            one name per layer.
+        attention_options: name of an attention -> options of its own, such as {"focused_linear": {"power": 4}}.
+        steps: progressive width, [[width, depth], …] up to `hidden_size` and `num_layers`, see `models.steps`.
         mediators: the numbers of mediators n that have position biases of their own: perfect squares.
         num_agents, agent_scale_exponent, agent_shortcut: of agent layers, see `functional.agent_attention`.
         qk_norm: RMS norm of queries and keys, per head.
@@ -94,6 +102,8 @@ class DiT(ModelMixin, ConfigMixin):
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         frequency_shift: float = 0.0,
+        attention_options: Mapping[str, Mapping[str, Any]] | None = None,
+        steps: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         check_one_of("prediction", prediction, ("velocity", "epsilon"))
@@ -116,35 +126,27 @@ class DiT(ModelMixin, ConfigMixin):
             num_agents=num_agents,
             agent_scale_exponent=agent_scale_exponent,
             agent_shortcut=agent_shortcut,
+            by_name=options_by_attention(attention_options, self.attention),
         )
-        mlp_hidden = int(hidden_size * mlp_ratio + 1e-6)  # a ratio read off two widths must give them back
+        self.steps = steps_of(steps, hidden_size, num_layers, num_heads)
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, null_class)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, mlp_hidden, kind, options, norm_eps) for kind in self.attention
+            DiTBlock(
+                step.width,
+                int(step.width * mlp_ratio + 1e-6),  # a ratio read off two widths must give them back
+                self.attention[i],
+                replace(options, num_heads=step.num_heads),
+                norm_eps,
+            )
+            for step in self.steps
+            for i in step.blocks
         )
+        self.step_conditions = projections(self.steps, hidden_size)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self.register_buffer("pos_embed", position_embedding(self.grid, hidden_size), persistent=False)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        """adaLN-Zero: every block begins as the identity, and the output as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
-        nn.init.zeros_(patch.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for module in self.t_embedder.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-        gates = [module for name, module in self.named_modules() if name.endswith("adaLN_modulation.1")]
-        for module in (*gates, self.final_layer.linear):
-            for weight in module.parameters():
-                nn.init.zeros_(weight)
+        initialize(self)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, return_dict: bool = True
@@ -169,11 +171,14 @@ class DiT(ModelMixin, ConfigMixin):
         t = t.to(x.device, non_blocking=True).expand(len(x))
         condition = self.t_embedder(t, dtype) + self.y_embedder(y)  # [B, C]
         recomputed = self._gradient_checkpointing_func if self.gradient_checkpointing else None
-        for block in self.blocks:
+
+        def run_block(number: int, x: Tensor, condition: Tensor) -> Tensor:
+            inputs = (x, condition, grid, self.num_mediators)
             if recomputed is not None and torch.is_grad_enabled():
-                tokens = recomputed(block, tokens, condition, grid, self.num_mediators)
-            else:
-                tokens = block(tokens, condition, grid, self.num_mediators)
+                return recomputed(self.blocks[number], *inputs)
+            return self.blocks[number](*inputs)
+
+        tokens = run_steps(self.steps, self.step_conditions, run_block, tokens, condition)
         sample = unpatchify(self.final_layer(tokens, condition), grid, self.patch_size)
         if self.drops_sigma:
             sample = sample[:, : self.in_channels]
@@ -184,6 +189,11 @@ class DiT(ModelMixin, ConfigMixin):
         own = self.pos_embed
         assert isinstance(own, Tensor)
         return own if grid == self.grid else position_embedding(grid, own.shape[-1]).to(own)
+
+    @property
+    def attention_label(self) -> str:
+        """The kinds of attention in it, in the order of their first layers: "softmax+inline"."""
+        return "+".join(dict.fromkeys(self.attention))
 
     def set_num_mediators(self, num_mediators: int) -> None:
         """Choose n for the calls to come; a new or loaded model runs with its largest.
@@ -245,15 +255,19 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             num_mediators: n, as in `set_num_mediators`; None: the present one. Agent layers are written as the
                 softmax layers whose weights they have.
+
+        Raises:
+            ValueError: attention or steps that the official layout has no place for.
         """
+        convert.check_official(self.attention, [kind for kind, x in ATTENTION.items() if x.is_official], self.steps)
         if num_mediators is not None:
             check_num_mediators(num_mediators, self.mediators)
-        official = {key: weight for key, weight in self.state_dict().items() if ".biases." not in key}
+        official = {key: weight for key, weight in self.state_dict().items() if ".attn." not in key}
         official["pos_embed"] = self._positions(self.grid)
         for i, block in enumerate(self.blocks):
-            if isinstance(layer := block.attn, MediatorAttention):
-                biases = layer.biases_at(num_mediators or self.num_mediators)
-                official |= {f"blocks.{i}.attn.{name}": bias for name, bias in biases.items()}
+            attention: Any = block.attn
+            own = attention.official_weights(num_mediators or self.num_mediators)
+            official |= {f"blocks.{i}.attn.{name}": weight for name, weight in own.items()}
         return {key: weight.detach().clone() for key, weight in official.items()}
 
     @classmethod
@@ -282,7 +296,7 @@ class DiT(ModelMixin, ConfigMixin):
         Raises:
             ValueError: something that class does not have, such as mediator layers.
         """
-        config = convert_diffusers.config_to_diffusers(self.config, self.attention, self.grid)
+        config = convert_diffusers.config_to_diffusers(self.config, self.attention, self.grid, len(self.steps))
         theirs = DiTTransformer2DModel(**config)
         weights = convert_diffusers.native_to_diffusers(self.state_dict(), config["num_layers"])
         theirs.load_state_dict(weights)

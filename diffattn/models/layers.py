@@ -8,7 +8,8 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from diffattn.models.attention import ATTENTION, AttentionOptions
+from diffattn.models.attention import ATTENTION
+from diffattn.models.attention_layer import AttentionOptions, TokenConv
 
 FREQUENCIES = 128
 """Frequencies of the time embedding; each gives a cosine and a sine."""
@@ -100,12 +101,19 @@ class MLP(nn.Module):
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each between a norm that the condition shifts and scales and a gate that it opens (adaLN-Zero:
-    Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023)."""
+    Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023).
+
+    Where an attention asks for it, a depth-wise convolution of the tokens is added before itself or before the MLP; it
+    begins at zero, so that a new block is the identity whatever its attention.
+    """
 
     def __init__(self, dim: int, mlp_hidden: int, attention: str, options: AttentionOptions, norm_eps: float) -> None:
         super().__init__()
+        kind = ATTENTION[attention]
+        self.cpe1 = _silent_conv(dim) if "attention" in kind.convolves_before else None
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=NORM_EPS)
-        self.attn = ATTENTION[attention](dim, options)
+        self.attn = kind(dim, options, **options.by_name.get(attention, {}))
+        self.cpe2 = _silent_conv(dim) if "mlp" in kind.convolves_before else None
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
         self.mlp = MLP(dim, mlp_hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -114,8 +122,19 @@ class DiTBlock(nn.Module):
         """x [B, N, C], condition [B, C] -> [B, N, C]"""
         modulation = self.adaLN_modulation(condition).unsqueeze(1)  # [B, 1, 6C]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        if self.cpe1 is not None:
+            x = x + self.cpe1(x, grid)
         x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, grid, num_mediators)
+        if self.cpe2 is not None:
+            x = x + self.cpe2(x, grid)
         return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+
+
+def _silent_conv(dim: int) -> TokenConv:
+    conv = TokenConv(dim)
+    for weight in conv.parameters():
+        nn.init.zeros_(weight)
+    return conv
 
 
 class FinalLayer(nn.Module):

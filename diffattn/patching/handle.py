@@ -5,68 +5,71 @@ objects that were there.
 """
 
 import copy
-import warnings
-import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffattn.architectures import Architecture, architecture_of
-from diffattn.architectures.denoisers import uncompiled
-from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, Latest, RunState, Tally
-from diffattn.methods.base import LayerSpec
-from diffattn.noise_level import NoiseLevels
-from diffattn.patching.hook import DiffAttnWarning, OutsideCompiled, PatchedLayer, RunHook
+from diffattn.architectures.denoisers import denoisers_of, uncompiled, uncovered_networks
+from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, NotPickled
+from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers
+from diffattn.patching.hook import RunHook
 from diffattn.patching.plan import Plan
 from diffattn.patching.report import LayerReport, Report
+from diffattn.patching.run import Runs
+from diffattn.patching.target import Target
 
 SHARED = "pipelines made from this one with from_pipe share its denoiser and run patched too"
 
 
-class Patch:
+class Patch(NotPickled):
     """A patched model, made by `diffattn.patch`."""
 
-    def __init__(self, target: DiffusionPipeline | nn.Module, denoisers: Mapping[str, nn.Module], plan: Plan) -> None:
-        self.run = RunState(Latest())
-        self.tally = Tally()
-        self.hooks: list[RunHook] = []
-        self._target = weakref.ref(target)
-        self._noise_levels = NoiseLevels(getattr(target, "scheduler", None))
-        self._num_runs = 0
-        self._num_calls = 0
-        self._warned = False
+    def __init__(self, target: DiffusionPipeline | nn.Module, plan: Plan) -> None:
+        """Patch a pipeline or a denoiser that is not patched yet.
+
+        Raises:
+            TypeError: the architecture is not supported.
+            ValueError: an option or a layer that the model does not allow; no layer to patch.
+        """
+        self._target = Target(target)
+        self._uncovered = uncovered_networks(target)
         self._removed = False
-        self._layers: list[PatchedLayer] = []
-        anatomy = {prefix: _layers_of(prefix, model) for prefix, model in denoisers.items()}
-        specs = [spec for layers in anatomy.values() for spec, _ in layers]
+        denoisers = denoisers_of(target)
+        architectures = {prefix: architecture_of(uncompiled(model)) for prefix, model in denoisers.items()}
+        layers = {prefix: attention_layers(prefix, model, architectures[prefix]) for prefix, model in denoisers.items()}
+        specs = [layer.spec for found in layers.values() for layer in found]
         plan.check_names([spec.name for spec in specs if not spec.is_cross_attention])
         self.plan = plan.fit(specs)
-        self._options = [self.plan.options_at(phase) for phase in range(len(plan.methods))]
+        self._runs = Runs(self.plan, self._target)
         for prefix, model in denoisers.items():
-            architecture = architecture_of(uncompiled(model))
-            found = [self._build(spec, module, architecture) for spec, module in anatomy[prefix]]
-            self.hooks.append(RunHook(self, model, architecture, found))
-            self._layers += found
+            for layer in layers[prefix]:
+                self._build(layer, architectures[prefix])
+            self._runs.denoisers.append(PatchedDenoiser(model, architectures[prefix], layers[prefix]))
+        self._hooks = [RunHook(self, self._runs, denoiser) for denoiser in self._runs.denoisers]
         if not any(layer.processor for layer in self._layers):
-            why = Counter(layer.left_alone for layer in self._layers)
-            reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no attention layer"
+            why = Counter(layer.left_alone for layer in self._layers if not layer.spec.is_cross_attention)
+            reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no self-attention layer"
             raise ValueError(f"nothing to patch in {self._model_name}: {reasons}")
         self._swap_in()
 
     @property
-    def _model_name(self) -> str:
-        return type(uncompiled(self.hooks[0].model)).__name__
+    def _layers(self) -> list[PatchedLayer]:
+        return [layer for denoiser in self._runs.denoisers for layer in denoiser.layers]
 
-    def _build(self, spec: LayerSpec, module: Any, architecture: Architecture) -> PatchedLayer:
-        """Everything of one layer, without touching it."""
-        layer = PatchedLayer(spec, module)
+    @property
+    def _model_name(self) -> str:
+        return type(uncompiled(self._runs.denoisers[0].model)).__name__
+
+    def _build(self, layer: PatchedLayer, architecture: Architecture) -> None:
+        """Everything that one layer needs, without touching it."""
+        spec = layer.spec
         if spec.is_cross_attention:
             layer.left_alone = "cross-attention"
-        elif reason := architecture.why_unsupported(module):
+        elif reason := architecture.reason_exact(layer.module):
             layer.left_alone = reason
         elif not self.plan.chooses(spec):
             layer.left_alone = "not among the chosen layers"
@@ -75,18 +78,17 @@ class Patch:
         else:
             layer.processor = architecture.processor(
                 layer=spec,
-                original=module.processor,
+                original=layer.module.processor,
                 methods=self.plan.methods_of(spec),
-                run=self.run,
-                tally=self.tally,
+                run=self._runs.state,
+                tally=self._runs.tally,
                 owner=self,
             )
-        return layer
 
     def _swap_in(self) -> None:
         try:
-            for hook in self.hooks:
-                _register(hook)
+            for hook in self._hooks:
+                hook.register()
             for layer in self._layers:
                 if layer.processor is not None:
                     layer.module.set_processor(layer.processor)
@@ -101,8 +103,8 @@ class Patch:
                 layer.processor.active = False
                 if layer.module.processor is layer.processor:
                     layer.module.set_processor(layer.processor.original)
-        for hook in self.hooks:
-            _unregister(hook)
+        for hook in self._hooks:
+            hook.unregister()
         self._removed = True
 
     def __enter__(self) -> Self:
@@ -113,35 +115,62 @@ class Patch:
 
     def report(self) -> Report:
         """What was patched, what ran accelerated, and why the rest did not."""
-        self._notice_displaced()
-        tokens = {layer.spec.name: hook.tokens(layer.spec) for hook in self.hooks for layer in hook.layers}
+        if not self._removed:
+            self._runs.displaced()
+        tokens = {x.spec.name: d.tokens(x.spec) for d in self._runs.denoisers for x in d.patched}
+        shared = (SHARED,) if self._target.is_pipeline else ()
         return Report(
             model=self._model_name,
             method=self.plan.method,
             preset=self.plan.preset,
             layers=tuple(self._layer_report(x, tokens.get(x.spec.name)) for x in self._layers),
-            runs=self._num_runs,
-            calls=self._num_calls,
+            runs=self._runs.num_runs,
+            calls=self._runs.num_calls,
             removed=self._removed,
-            notes=(SHARED,) if isinstance(self._target(), DiffusionPipeline) else (),
+            notes=(*self._uncovered, *shared),
         )
+
+    def explain(self, height: int, width: int) -> Mapping[str, list[str | None]]:
+        """What would run exact, without running anything.
+
+        Args:
+            height, width: of the latents.
+
+        Returns:
+            Every self-attention layer -> why it runs exact in each phase of the schedule, None where it is
+            accelerated.
+        """
+        found: dict[str, list[str | None]] = {}
+        for denoiser in self._runs.denoisers:
+            found |= denoiser.explain(height, width, len(self.plan.methods))
+        return found
 
     def trace(self) -> list[dict[str, Any]]:
         """What happened in every call of the latest run of the calling thread, as JSON types.
 
-        Each call has "noise_level" (1 noise ... 0 data), "phase" (which entry of the schedule), "options" (of that
-        entry, or "exact") and "change" (Δ_k of a `LatentChangeSchedule`, or None): of the batch, or a list with
-        one per sample where they differ.
+        Each call has "noise_level" (1 noise ... 0 data, None where it is not known), "phase" (which entry of the
+        schedule, None where that needs the noise level), "options" (of that entry, or "exact") and "change" (Δ_k of a
+        `LatentChangeSchedule`, or None): of the batch, or a list with one per sample where they differ.
         """
-        return copy.deepcopy(list(self.run.trace))
+        return copy.deepcopy(list(self._runs.state.trace))
 
     def last_call(self) -> Mapping[str, Any] | None:
         """The last entry of `trace`, to be read only: it is no copy. None before the first call."""
-        return self.run.trace[-1] if self.run.trace else None
+        trace = self._runs.state.trace
+        return trace[-1] if trace else None
 
     def accelerated(self, layer: str) -> int:
         """Calls of a layer that ran accelerated, as `report` counts them."""
-        return self.tally.of(layer).get(ACCELERATED, 0)
+        return self._runs.tally.of(layer).get(ACCELERATED, 0)
+
+    def begin_run(self, *args: Any, **kwargs: Any) -> None:
+        """Begin a run as a call of the denoiser with these arguments would, without calling it.
+
+        What a run does once is then done: calls that follow at this noise level, or below, belong to the run.
+        """
+        self.expect_new_run()
+        self._hooks[0].begin_call(args, kwargs)
+        self._runs.end_call()
 
     def expect_new_run(self) -> None:
         """The next call in this thread begins a new run, whatever its noise level.
@@ -149,10 +178,14 @@ class Patch:
         A rising noise level, or time steps that a scheduler sets anew, begin one anyway. For pipelines whose denoiser
         is given another time than the scheduler's own: a run that was broken off in its first step leaves no trace.
         """
-        self.run.schedule = None
+        self._runs.state.schedule = None
+
+    def quiet(self) -> None:
+        """Give no warning from now on about runs in which nothing is accelerated."""
+        self._runs.quiet()
 
     def _layer_report(self, layer: PatchedLayer, tokens: int | None) -> LayerReport:
-        counts = self.tally.of(layer.spec.name)
+        counts = self._runs.tally.of(layer.spec.name)
         return LayerReport(
             name=layer.spec.name,
             level=layer.spec.level,
@@ -164,100 +197,3 @@ class Patch:
             left_alone=layer.left_alone,
             displaced_by=layer.displaced_by,
         )
-
-    # What the hook asks for and tells.
-
-    def noise_levels(self) -> NoiseLevels:
-        """Reads time steps as the pipeline's scheduler of this moment means them."""
-        scheduler = getattr(self._target(), "scheduler", self._noise_levels.scheduler)
-        if scheduler is not self._noise_levels.scheduler:
-            self._noise_levels = NoiseLevels(scheduler)
-        return self._noise_levels
-
-    def begin_run(self, size: Sequence[int]) -> None:
-        """A run on latents of a size begins: count it, and look whether all processors are still in place."""
-        self._num_runs += 1
-        self.run.trace.clear()
-        for hook in self.hooks:
-            hook.begin_run(*size)
-        if names := self._notice_displaced():
-            by = ", ".join(sorted({x.displaced_by for x in self._layers if x.displaced_by}))
-            warnings.warn(
-                f"{len(names)} patched layers run without diffattn: their processors were replaced by {by} "
-                "since patching; unpatch and patch again to accelerate them",
-                DiffAttnWarning,
-                stacklevel=7,
-            )
-
-    def record_call(self, hook: RunHook, noise_levels: Sequence[float], phase: int | tuple[int, ...]) -> None:
-        """A call of one denoiser begins; only the main one's are counted and traced, not its ControlNets'."""
-        if hook is not self.hooks[0]:
-            return
-        self._num_calls += 1
-        several = isinstance(phase, tuple)
-        self.run.trace.append(
-            {
-                "noise_level": noise_levels[0] if len(noise_levels) == 1 else list(noise_levels),
-                "phase": list(phase) if several else phase,
-                "options": [self._options[p] for p in phase] if several else self._options[phase],
-                "change": getattr(self.run.schedule, "change", None),
-            }
-        )
-
-    def first_warning(self) -> bool:
-        """True once."""
-        first, self._warned = not self._warned, True
-        return first
-
-    def _notice_displaced(self) -> list[str]:
-        """Names of the layers whose processor was replaced since the last look."""
-        names = []
-        for layer in self._layers:
-            if self._removed or layer.processor is None:
-                continue
-            before, there = layer.displaced_by, layer.module.processor
-            layer.displaced_by = None if there is layer.processor else _name_of(there)
-            if layer.displaced_by and not before:
-                names.append(layer.spec.name)
-        return names
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Part of a deep copy of the model: independent of this patch, and at home in the copied pipeline."""
-        memo[id(self)] = new = object.__new__(type(self))
-        target = self._target()
-        for name, value in self.__dict__.items():
-            if name not in ("_target", "_noise_levels"):
-                setattr(new, name, copy.deepcopy(value, memo))
-        new._target = self._target if target is None else weakref.ref(memo.get(id(target), target))
-        new._noise_levels = NoiseLevels(getattr(new._target(), "scheduler", self._noise_levels.scheduler))
-        return new
-
-
-def _layers_of(prefix: str, model: nn.Module) -> list[tuple[LayerSpec, nn.Module]]:
-    """Every attention layer of a denoiser, named with the prefix."""
-    layers = architecture_of(uncompiled(model)).layers(uncompiled(model))
-    return [(replace(spec, name=prefix + spec.name), module) for spec, module in layers]
-
-
-def _name_of(processor: Any) -> str:
-    return "the layer's own attention" if processor is None else type(processor).__name__
-
-
-def _register(hook: RunHook) -> None:
-    """Call the hook before every forward; outside the compiled code if `module.compile()` was called."""
-    model = hook.model
-    if model._compiled_call_impl is not None:
-        hook.outside = OutsideCompiled(hook, model._compiled_call_impl)
-        model._compiled_call_impl = hook.outside  # type: ignore[assignment]
-    model.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _unregister(hook: RunHook) -> None:
-    """Undo `_register`. Works on deep copies too, whose hook handles point nowhere."""
-    model = hook.model
-    for key in [key for key, found in model._forward_pre_hooks.items() if found is hook]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
-    if hook.outside is not None and model._compiled_call_impl is hook.outside:
-        model._compiled_call_impl = hook.outside.compiled
-    hook.outside = None

@@ -1,19 +1,14 @@
-"""Follows the runs of a denoiser: called before each forward, outside anything compiled."""
+"""The hooks of one denoiser: they run around each forward, outside anything compiled, and tell the run of it."""
 
-import copy
 import inspect
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from diffattn.architectures.base import Architecture, Processor
 from diffattn.architectures.denoisers import uncompiled
-from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
-from diffattn.methods.base import LayerSpec
+from diffattn.architectures.run_state import NotPickled
+from diffattn.patching.denoiser import PatchedDenoiser
 
 _outside_compiled: Any = torch.compiler.disable
 
@@ -22,125 +17,130 @@ class DiffAttnWarning(UserWarning):
     """Something about a patched model is not as its user would expect."""
 
 
-@dataclass
-class PatchedLayer:
-    """One attention layer of a denoiser, patched or left alone."""
+class Listener(Protocol):
+    """What the hooks of a denoiser report to."""
 
-    spec: LayerSpec
-    module: Any  # has set_processor and processor
-    processor: Processor | None = None  # ours
-    left_alone: str | None = None  # why there is none of ours
-    displaced_by: str | None = None  # class of what took our place
+    def begin_call(self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, mask_rows: int, traced: bool) -> None:
+        """A call is about to happen, on latents `sample` [B, c, h, w]; `traced`: from inside a compiled caller."""
+        ...
+
+    def end_call(self) -> None:
+        """The call is over."""
+        ...
+
+    def enter_forward(self, denoiser: PatchedDenoiser) -> None:
+        """The denoiser's forward runs, with or without a call that began."""
+        ...
 
 
-class RunHook:
-    """The forward pre-hook of one denoiser: reads the noise level, sets the phase, counts for compiled code."""
+class RunHook(NotPickled):
+    """The hooks of one denoiser; the object itself is its forward pre-hook."""
 
-    def __init__(
-        self, patch: Any, model: nn.Module, architecture: Architecture, layers: Sequence[PatchedLayer]
-    ) -> None:
-        self.patch = patch
-        self.model = model
-        self.architecture = architecture
-        self.layers = [layer for layer in layers if layer.processor is not None]
-        self.grids: list[tuple[int, int]] = []  # by level, of the last call
-        self.compiled = False  # part of the denoiser is compiled
+    def __init__(self, owner: Any, listener: Listener, denoiser: PatchedDenoiser) -> None:
+        """`owner`: the patch that the denoiser is found to carry."""
+        self.owner = owner
+        self.listener = listener
+        self.denoiser = denoiser
         self.outside: OutsideCompiled | None = None
-        self._names = list(inspect.signature(type(uncompiled(model)).forward).parameters)[1:]
+        self._names = list(inspect.signature(type(uncompiled(denoiser.model)).forward).parameters)[1:]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Registered with `register_forward_pre_hook(..., with_kwargs=True)`."""
-        if self.outside is not None and module._compiled_call_impl is self.outside:
-            return  # called before, and now traced
-        self.begin_call(args, kwargs, torch.compiler.is_compiling())
+        _refuse_export()
+        if not self._is_traced_inside(module):
+            self.begin_call(args, kwargs, torch.compiler.is_compiling())
+
+    def after(self, module: nn.Module, *_: Any) -> None:
+        """Registered with `register_forward_hook(..., always_call=True)`."""
+        if not self._is_traced_inside(module):
+            self.end_call()
+
+    def enter(self, *_: Any) -> None:
+        """Registered before the part of the denoiser that every forward runs first."""
+        _refuse_export()
+        if not torch.compiler.is_compiling():
+            self.listener.enter_forward(self.denoiser)
 
     @_outside_compiled
     def begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], traced: bool = False) -> None:
-        """One call of the denoiser is about to happen; `traced`: from inside a compiled caller."""
+        """One call of the denoiser with these arguments is about to happen."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        sample: Tensor = given[self.architecture.sample_name]
-        time = given[self.architecture.time_name]
-        mask_rows = int(given.get("attention_mask") is not None)
-        run, device = self.patch.run, sample.device.type
-        grids = self.set_size(*sample.shape[-2:])
-        levels, to_come, scheduler_run = self.architecture.read_time(
-            uncompiled(self.model), time, self.patch.noise_levels()
-        )
-        new_run = max(levels) > run.last_level or scheduler_run != run.scheduler_run
-        if run.schedule is None or new_run:
-            run.schedule = copy.deepcopy(self.patch.plan.schedule)
-            run.schedule.start(sample.shape[0])
-            self.patch.begin_run(sample.shape[-2:])
-            self._check_reachable(run.schedule.reachable(to_come), device, mask_rows)
-        run.last_level, run.scheduler_run = max(levels), scheduler_run
-        run.schedule.observe(sample, levels)
-        phase, compiled = run.schedule.phase(), traced or self.compiled
-        run.begin(DenoiserCall(phase, {h * w: (h, w) for h, w in grids}, compiled))
-        self.patch.record_call(self, levels, phase)
-        if compiled:
-            self._count(phase, device, mask_rows)
-
-    def set_size(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Latents of this size are coming; their grids by level."""
-        self.grids = grids = self.architecture.grids(uncompiled(self.model), height, width)
-        return grids
-
-    def begin_run(self, height: int, width: int) -> None:
-        """A run on latents of this size begins, perhaps with another denoiser of the same patch."""
-        self.set_size(height, width)
-        self.compiled = uncompiled(self.model) is not self.model or any(
-            m._compiled_call_impl is not None for m in self.model.modules()
+        architecture = self.denoiser.architecture
+        self.listener.begin_call(
+            self.denoiser,
+            given[architecture.sample_name],
+            given[architecture.time_name],
+            mask_rows=int(given.get("attention_mask") is not None),
+            traced=traced,
         )
 
-    def tokens(self, layer: LayerSpec) -> int | None:
-        """Image tokens of a layer at the size of the last call."""
-        if not self.grids:
-            return None
-        rows, columns = self.grids[layer.level]
-        return rows * columns
+    @_outside_compiled
+    def end_call(self) -> None:
+        """The call is over."""
+        self.listener.end_call()
 
-    def _reasons(self, phase: int, device: str, mask_rows: int) -> list[tuple[str, str]]:
-        """(layer, why exact) in one phase."""
-        grids = {h * w for h, w in self.grids}
-        return [
-            (
-                layer.spec.name,
-                layer.processor.why_exact(phase, grids, self.tokens(layer.spec) or 0, device, mask_rows),
-            )
-            for layer in self.layers
-            if layer.processor is not None and layer.displaced_by is None
-        ]
+    def _is_traced_inside(self, module: nn.Module) -> bool:
+        """Whether `OutsideCompiled` calls the hook, so that here it is only traced."""
+        return self.outside is not None and module._compiled_call_impl is self.outside
 
-    def _count(self, phase: int | tuple[int, ...], device: str, mask_rows: int) -> None:
-        for p in sorted({phase} if isinstance(phase, int) else set(phase)):
-            for name, reason in self._reasons(p, device, mask_rows):
-                self.patch.tally.add(name, reason)
+    def register(self) -> None:
+        """Put the hooks in place; outside the compiled code if `module.compile()` was called."""
+        model = self.denoiser.model
+        if model._compiled_call_impl is not None:
+            self.outside = OutsideCompiled(self, model._compiled_call_impl)
+            model._compiled_call_impl = self.outside  # type: ignore[assignment]
+        model.register_forward_pre_hook(self, with_kwargs=True)
+        model.register_forward_hook(self.after, always_call=True)
+        self.denoiser.entry.register_forward_pre_hook(self.enter)
 
-    def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
-        """A run in which nothing can be accelerated: an error if the user asked for too many agents, else a warning."""
-        hooks: list[RunHook] = self.patch.hooks
-        reasons = [r for h in hooks for p in sorted(phases) for _, r in h._reasons(p, device, mask_rows)]
-        if not reasons or ACCELERATED in reasons:
-            return
-        largest = max(h.tokens(layer.spec) or 0 for h in hooks for layer in h.layers)
-        asked = self.patch.plan.options.get("num_agents")
-        if asked is not None and asked >= largest:
-            raise ValueError(
-                f"num_agents={asked} is not below the {largest} tokens of the largest layer at this size; "
-                f"allowed: 1 to {(largest - 1) // 2}"
-            )
-        if self.patch.first_warning():
-            why = "; ".join(dict.fromkeys(reasons))
-            warnings.warn(f"diffattn accelerates no layer in this run: {why}", DiffAttnWarning, stacklevel=6)
+    def unregister(self) -> None:
+        """Undo `register`. Works on deep copies too, whose hook handles point nowhere."""
+        model = self.denoiser.model
+        for module in uncompiled(model).modules():
+            _forget(module, "pre", self.enter)
+        _forget(model, "pre", self)
+        _forget(model, "post", self.after)
+        if self.outside is not None and model._compiled_call_impl is self.outside:
+            model._compiled_call_impl = self.outside.compiled
+        self.outside = None
 
 
-class OutsideCompiled:
-    """Stands in for the `_compiled_call_impl` that `module.compile()` leaves, to run the hook outside of it."""
+class OutsideCompiled(NotPickled):
+    """Stands in for the `_compiled_call_impl` that `module.compile()` leaves, to run the hooks outside of it."""
 
     def __init__(self, hook: RunHook, compiled: Any) -> None:
         self.hook = hook
         self.compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse_export()
         self.hook.begin_call(args, kwargs)
-        return self.compiled(*args, **kwargs)
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            self.hook.end_call()
+
+
+def hooks_of(model: nn.Module) -> list[RunHook]:
+    """The hooks of ours that a denoiser carries, compiled or not."""
+    return [h for m in (model, uncompiled(model)) for h in m._forward_pre_hooks.values() if isinstance(h, RunHook)]
+
+
+def _forget(module: nn.Module, when: str, hook: Any) -> None:
+    """Take a hook out of a module, as `RemovableHandle.remove` would."""
+    hooks, more = {
+        "pre": (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        "post": (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    }[when]
+    for key in [key for key, found in hooks.items() if found == hook]:
+        for table in (hooks, *more):
+            table.pop(key, None)
+
+
+def _refuse_export() -> None:
+    """Raise `RuntimeError` while the model is exported or traced: what is written down once has no run to follow."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError(
+            "a model patched by diffattn cannot be exported (torch.export, ONNX) or traced (torch.jit.trace): "
+            "call diffattn.unpatch first, export, then patch again"
+        )

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffattn.architectures.denoisers import denoisers_of, uncompiled
 from diffattn.patching.handle import Patch
-from diffattn.patching.hook import RunHook
+from diffattn.patching.hook import hooks_of
 from diffattn.patching.plan import LayerFilter, Plan
 from diffattn.schedules import Schedule
 
@@ -52,14 +52,13 @@ def patch(
             was tuned for a model with other layers; no layer to patch; a model that is patched already.
     """
     plan = Plan.read(method, preset, recipe, layers, schedule, options)
-    denoisers = denoisers_of(pipe_or_model)
-    for model in denoisers.values():
+    for model in denoisers_of(pipe_or_model).values():
         if _patches_of(model):
             raise ValueError(
                 f"this {type(uncompiled(model)).__name__} is patched already, perhaps through a pipeline that "
                 "shares it; call diffattn.unpatch first"
             )
-    return Patch(pipe_or_model, denoisers, plan)
+    return Patch(pipe_or_model, plan)
 
 
 def unpatch(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
@@ -86,7 +85,7 @@ def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> Patch | None:
 def _patches_of(model: nn.Module) -> list[Patch]:
     """The patches a denoiser carries, found by their hooks and processors."""
     inner = uncompiled(model)
-    owners = [h.patch for m in (model, inner) for h in m._forward_pre_hooks.values() if isinstance(h, RunHook)]
+    owners = [hook.owner for hook in hooks_of(model)]
     for module in inner.modules():
         processor = getattr(module, "processor", None)
         if isinstance(owner := getattr(processor, "owner", None), Patch) and processor.active:  # type: ignore[union-attr]

@@ -28,7 +28,9 @@ class LayerReport:
             return f"left alone: {self.left_alone}"
         notes = [f"{n} x {reason}" for reason, n in sorted(self.passed_through.items())]
         if self.exact_heads:
-            notes.append(f"{self.exact_heads / self.accelerated:.3g} heads of an accelerated call, which agents miss")
+            notes.append(
+                f"{self.exact_heads / self.accelerated:.3g} heads of an accelerated call, which the method misses"
+            )
         if self.displaced_by:
             notes.insert(0, f"displaced by {self.displaced_by}")
         return "; ".join(notes)

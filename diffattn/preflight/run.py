@@ -5,7 +5,6 @@ Nothing is left behind: hooks and patch are there during the calls that need the
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffattn.architectures import architecture_of
-from diffattn.architectures.denoisers import denoisers_of, uncompiled
+from diffattn.architectures.denoisers import denoisers_of, is_compiled, self_attention_layers, uncompiled
 from diffattn.drawing.sizes import check_size, pixels_per_latent
 from diffattn.machine import describe_machine, dtype_name
 from diffattn.measure.denoiser_inputs import NOISE_LEVEL, Inputs, make_denoiser_inputs
@@ -28,7 +27,7 @@ from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.patch import find_patch, patch
 from diffattn.patching.plan import DEFAULT_PRESET, Plan
 from diffattn.preflight.result import LayerTime, Phase, Preflight, shares
-from diffattn.schedules import EXACT, NoiseSchedule
+from diffattn.schedules import NoiseSchedule
 
 __all__ = ["Preflight", "PreflightRun", "preflight"]
 
@@ -104,14 +103,14 @@ class PreflightRun:
         self.method = method or ("mediator" if isinstance(self.model, DiT) and self.model.mediators else "agent")
         self.device = next(self.model.parameters()).device
         self.height, self.width, latents = _size(pipe_or_model, self.model, height, width)
-        architecture = architecture_of(self.model)
-        grids = [rows * columns for rows, columns in architecture.grids(self.model, *latents)]
-        found = [(s, m) for s, m in architecture.layers(self.model) if not s.is_cross_attention]
+        grids = [rows * columns for rows, columns in architecture_of(self.model).grids(self.model, *latents)]
+        found = self_attention_layers(self.model)
         self.modules = {spec.name: module for spec, module in found}
         self.specs = {spec.name: spec for spec, _ in found}
         self.tokens = {spec.name: grids[spec.level] for spec, _ in found}
-        plan = Plan.read(self.method, self.preset, None, None, None, {}).fit(list(self.specs.values()))
-        reasons = self._reasons(plan)
+        with patch(pipe_or_model, self.method, preset=self.preset) as handle:  # raises where there is nothing to patch
+            plan, explained = handle.plan, handle.explain(*latents)
+        reasons = {name: explained[name] for name in self.specs}
         self.why_exact = {name: of_phases[_phase_at_start(plan)] for name, of_phases in reasons.items()}
         self.phases = _phases(plan, reasons.values())
         self.inputs = inputs or make_denoiser_inputs(self.model, *latents, batch)
@@ -140,36 +139,10 @@ class PreflightRun:
         elif kind == PATCHED:
             with patch(self.target, self.method, preset=self.preset) as handle, warnings.catch_warnings():
                 warnings.simplefilter("ignore", DiffAttnWarning)
-                handle.hooks[0].begin_call(*self.inputs)  # a run begins once, not in every call
+                handle.begin_run(*self.inputs[0], **self.inputs[1])  # a run begins once, not in every call
                 yield
         else:
             yield
-
-    def _reasons(self, plan: Plan) -> dict[str, list[str | None]]:
-        """Layer -> why it runs exact in each phase of the schedule, None where it is accelerated.
-
-        Raises:
-            ValueError: the method can do nothing for any layer, whatever the size.
-        """
-        architecture = architecture_of(self.model)
-        left_alone = {
-            name: architecture.why_unsupported(self.modules[name]) or plan.why_not(spec)
-            for name, spec in self.specs.items()
-        }
-        if all(left_alone.values()):
-            why = Counter(left_alone.values())
-            reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no self-attention layer"
-            raise ValueError(f"nothing to patch in {type(self.model).__name__}: {reasons}")
-        return {name: self._reasons_of(plan, name, why) for name, why in left_alone.items()}
-
-    def _reasons_of(self, plan: Plan, name: str, left_alone: str | None) -> list[str | None]:
-        spec, tokens = self.specs[name], self.tokens[name]
-        if left_alone:
-            return [left_alone] * len(plan.methods)
-        return [
-            m.declines(spec, tokens, self.device.type, 0) if m else f"{EXACT} by schedule"
-            for m in plan.methods_of(spec)
-        ]
 
     def _result(
         self, timings: Timings, calls: Sequence[OneCall], peak: float | None, gflops: Gflops | None
@@ -230,7 +203,7 @@ def _plain(pipe_or_model: Any) -> nn.Module:
     inner = uncompiled(model)
     if find_patch(pipe_or_model) is not None:
         raise ValueError(f"this {type(inner).__name__} is patched already; call diffattn.unpatch first")
-    if inner is not model or any(m._compiled_call_impl is not None for m in inner.modules()):
+    if is_compiled(model):
         raise ValueError(f"this {type(inner).__name__} is compiled; the preflight takes it as it was before")
     return inner
 

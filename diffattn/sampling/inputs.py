@@ -1,4 +1,4 @@
-"""What a call of the pipeline may be given: every check raises an error that names the value and what is allowed.
+"""Checks of the arguments of a pipeline call. Each raises an error that names the value and what is allowed.
 
 Shapes: B images, c channels, H height and W width of the latents (of the pixels without a VAE).
 """
@@ -17,11 +17,11 @@ Generators = torch.Generator | list[torch.Generator]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PICTURE_CHANNELS = (1, 3)
 SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, EulerMaruyamaScheduler)
-"""Whose model output is -v, and whose time step falls from num_train_timesteps at noise to 0 at data."""
+"""Schedulers whose model output is -v, and whose time step falls from num_train_timesteps (noise) to 0 (data)."""
 
 
 def check_velocity_model(transformer: Any) -> None:
-    """Raise `ValueError` for a model whose output is not a velocity from noise to data."""
+    """Raise `ValueError` if the model's output is not a velocity from noise to data."""
     config = transformer.config
     if config.get("prediction") != "velocity":
         raise ValueError(
@@ -34,9 +34,9 @@ def check_velocity_model(transformer: Any) -> None:
 
 
 def check_scheduler(scheduler: Any, transformer: Any) -> None:
-    """Raise `TypeError` for a scheduler that does not sample velocity models, `ValueError` for one of another path.
+    """Raise `TypeError` if the scheduler does not sample velocity models, `ValueError` if it follows another path.
 
-    The ODE needs no path; models saved without one were trained on the linear path.
+    Only the SDE depends on the path; models saved without one were trained on the linear path.
     """
     if not isinstance(scheduler, SCHEDULERS):
         allowed = ", ".join(allowed.__name__ for allowed in SCHEDULERS)
@@ -50,12 +50,13 @@ def check_scheduler(scheduler: Any, transformer: Any) -> None:
 
 
 def check_at_least_1(name: str, number: int) -> None:
+    """Raise `ValueError` for a number below 1."""
     if number < 1:
         raise ValueError(f"{name} must be 1 or more, got {number}")
 
 
 def check_guidance(config: Any, scale: float, channels: int | None) -> None:
-    """Of a transformer's configuration."""
+    """Raise `ValueError` for guidance that a transformer of this configuration cannot give."""
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance_scale must be 0 or more, got {scale}")
     if scale != 1 and not config.null_class:
@@ -68,7 +69,7 @@ def check_guidance(config: Any, scale: float, channels: int | None) -> None:
 
 
 def check_output_type(config: Any, output_type: str, has_vae: bool) -> None:
-    """Of a transformer's configuration."""
+    """Raise `ValueError` for a kind of output that a transformer of this configuration does not have."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     if output_type == "pil" and not has_vae and config.in_channels not in PICTURE_CHANNELS:
@@ -79,6 +80,7 @@ def check_output_type(config: Any, output_type: str, has_vae: bool) -> None:
 
 
 def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raise `ValueError` for tensors that a callback cannot be given."""
     if unknown := set(names) - set(allowed):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs may have {', '.join(allowed)}, got {', '.join(sorted(unknown))}"
@@ -86,6 +88,7 @@ def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
 
 
 def check_generators(generator: Generators | None, batch: int) -> None:
+    """Raise `ValueError` for a list that does not have one generator for each of the B images."""
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"give one generator, or one for each of the {batch} images; got {len(generator)}")
 
@@ -93,14 +96,17 @@ def check_generators(generator: Generators | None, batch: int) -> None:
 def latent_shape(
     config: Any, scale_factor: int, batch: int, height: int | None, width: int | None, latents: Tensor | None
 ) -> tuple[int, int, int, int]:
-    """[B, c, H, W] to draw.
+    """The shape [B, c, H, W] of the latents to draw.
 
     Args:
-        config: of the transformer.
+        config: the transformer's configuration.
         scale_factor: pixels along the side of a latent.
         batch: B.
-        height, width: in pixels; None: those of the given latents, else the transformer's own.
-        latents: given ones, whose shape is checked.
+        height, width: in pixels; None: as the latents if there are any, else as the transformer was trained.
+        latents: the user's own, whose shape is checked; None: there are none.
+
+    Raises:
+        ValueError: a size that is no multiple of what the transformer draws, or latents of another shape.
     """
     own = config.sample_size
     rows, columns = (own, own) if isinstance(own, int) else own

@@ -10,7 +10,7 @@ from operator import index
 from typing import Any
 
 SHOWN = 20
-"""More names than this are not listed in an error."""
+"""An error lists all names up to this many."""
 
 
 MAX_DIGITS = 20  # of an id in text
@@ -20,9 +20,9 @@ class ClassNames:
     """The names of a model's classes.
 
     Args:
-        id2label: class id -> its names, separated by commas; ids as numbers, or as text, as JSON has them. None: the
-            classes have no names.
-        num_classes: ids are below it.
+        id2label: class id -> its names, separated by commas; ids are numbers, or text as in JSON. None: the classes
+            have no names.
+        num_classes: ids run from 0 to this number minus 1.
 
     Raises:
         ValueError: an id out of range.

@@ -18,7 +18,7 @@ class Batches:
     """What each process sees in each step.
 
     Every epoch is a new shuffle of all samples; epochs run on across the borders of batches, so none is dropped.
-    Step k depends on (seed, k) only: a resumed run goes on with the very same batches, and P processes see together,
+    Step k depends on (seed, k) only: a resumed run continues with the very same batches, and P processes see together,
     in the order of their ranks, what one process sees.
 
     Attributes:

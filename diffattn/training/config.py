@@ -1,6 +1,6 @@
-"""Everything a training run can be told, with defaults, presets, files and command-line settings.
+"""All settings of a training run: defaults, presets, files and command-line settings.
 
-What stands later wins: defaults, preset, file, `section.field=value` settings.
+Later ones win, in the order defaults, preset, file, `section.field=value` settings.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ import yaml
 from diffattn.files import decode_text
 from diffattn.models.config import PATHS, check_one_of
 from diffattn.models.config import PRESETS as MODEL_PRESETS
-from diffattn.training.ranges import check_ranges
+from diffattn.training.presets import PRESETS
+from diffattn.training.ranges import FREE_TO_CHANGE, PATH_FIELDS, check_ranges
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,16 @@ class ModelConfig:
     num_layers: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
-    attention: str | tuple[str, ...] = "mediator"  # for all layers, or one name per layer
+    attention: str | tuple[str, ...] = "mediator"  # for all layers, or one name per layer; `diffattn info` lists them
+    attention_options: dict[str, Any] | None = None  # of one attention, such as {focused_linear: {power: 4}}
+    steps: tuple[tuple[int, ...], ...] | None = None  # progressive width: [[width, depth], …], see `models.steps`
     mediators: tuple[int, ...] = (4, 16, 64)  # trained together; each step draws one of them
     qk_norm: bool = False
     learn_sigma: bool = False
     norm_eps: float = 1e-6  # of the norm before each MLP
     frequency_shift: float = 0.0  # of the time frequencies: 0 official, 1 diffusers
     start: str | None = None  # weights to begin from: our folder, or an official .safetensors
-    freeze_backbone: bool = False  # train mediator parameters only
+    freeze_backbone: bool = False  # train only what the layers have beside a softmax layer's weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class ObjectiveConfig:
     label_dropout: float = 0.1  # share of samples trained without class, which guidance needs
     min_snr: float | None = None  # γ of min-SNR weighting (Hang et al., ICCV 2023); None weights all times alike
     distill: str | None = None  # softmax teacher, our folder or an official .safetensors
-    distill_weight: float = 1.0  # of the relative error of each mediator layer against the teacher's
+    distill_weight: float = 1.0  # of the relative error of each layer that learns another attention
     bins: int = 10  # of t, for the loss per bin
 
     def warnings(self) -> list[str]:
@@ -211,40 +214,20 @@ class TrainConfig:
     def model_arguments(self) -> dict[str, Any]:
         """The arguments of `DiT` that this configuration sets; those the data decide are not among them."""
         names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
-                 "qk_norm", "learn_sigma", "norm_eps", "frequency_shift")  # fmt: skip
+                 "attention_options", "steps", "qk_norm", "learn_sigma", "norm_eps", "frequency_shift")  # fmt: skip
         given = {name: getattr(self.model, name) for name in names} | {"path": self.objective.path}
         return given | (dict(MODEL_PRESETS[self.model.size]) if self.model.size else {})
 
 
-PATH_FIELDS = frozenset(
-    {
-        "data.source", "data.vae", "data.cache", "data.num_workers", "data.in_memory", "model.start",
-        "objective.distill", "run.out",
-    }
-)  # fmt: skip
-"""Fields in which the machines of one run may differ: where the same things are, and how they are read."""
-
-FREE_TO_CHANGE = frozenset(
-    {
-        "data.source", "data.cache", "data.in_memory", "data.num_workers", "run.out", "run.steps", "run.log_every",
-        "run.save_every", "run.keep", "run.sample_every", "run.sample_steps", "run.guidance", "run.eval_every",
-        "run.eval_samples", "run.extractor", "run.trackers", "run.max_bad_steps", "run.compile",
-        "run.timeout_minutes",
-        "run.gradient_checkpointing", "optim.accumulation", "objective.bins", "model.start",
-    }
-)  # fmt: skip
-"""Fields in which a resumed run may differ from the run it continues."""
-
-
 def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     """ "section.field: old value -> new value" of every difference that a resumed run must not have."""
-    found = []
+    differing = []
     for section, values in old.to_dict().items():
         for name, value in values.items():
             other = new.to_dict()[section][name]
             if value != other and f"{section}.{name}" not in FREE_TO_CHANGE:
-                found.append(f"{section}.{name}: {value!r} -> {other!r}")
-    return found
+                differing.append(f"{section}.{name}: {value!r} -> {other!r}")
+    return differing
 
 
 def _known(what: str, given: Iterable[str], allowed: list[str]) -> None:
@@ -302,35 +285,11 @@ def _as(value: Any, kind: Any) -> Any:
         inner = get_args(kind)
         if items is not None and (inner[-1] is Ellipsis or len(items) == len(inner)):
             return tuple(_as(item, inner[0]) for item in items)
+    elif get_origin(kind) is dict:
+        if isinstance(value, Mapping):
+            return {str(name): item for name, item in value.items()}
     elif kind is float and not isinstance(value, bool):
         return float(value)  # YAML reads 1e-4 as text
     elif type(value) is kind:
         return value
     raise TypeError
-
-
-PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "cifar-sit": {  # the larger sibling of the embedded model, for a GPU
-        "data": {"size": 32},
-        "model": {"patch_size": 2, "hidden_size": 192, "num_layers": 9, "num_heads": 6, "mediators": (4, 16, 64)},
-        "optim": {"batch": 256, "lr": 1e-3, "schedule": "cosine", "final_lr": 0.02, "warmup": 500, "ema": 0.9995,
-                  "betas": (0.9, 0.99), "weight_decay": 0.01},
-        "objective": {"time": "logit_normal"},
-        "run": {"steps": 60_000, "save_every": 2_000, "sample_every": 5_000, "guidance": 1.5},
-    },
-    "cifar-sit-cpu": {  # smaller, for two CPU cores and an hour: patches of 4, so 64 tokens
-        "data": {"size": 32},
-        "model": {"patch_size": 4, "hidden_size": 128, "num_layers": 8, "num_heads": 4, "mediators": (4, 16, 64)},
-        "optim": {"batch": 64, "lr": 1.5e-3, "schedule": "cosine", "final_lr": 0.02, "warmup": 100, "ema": 0.998,
-                  "betas": (0.9, 0.99), "weight_decay": 0.01},
-        "objective": {"time": "logit_normal"},
-        "run": {"steps": 4_000, "save_every": 200, "sample_every": 2_000, "guidance": 1.5, "log_every": 50},
-    },
-    "sit-256": {  # the paper's setting: latents of 256 x 256 pictures, SiT-S/2, 400,000 steps
-        "data": {"size": 256, "vae": "stabilityai/sd-vae-ft-ema", "in_memory": False},
-        "model": {"size": "S/2", "learn_sigma": True},
-        "optim": {"batch": 256, "lr": 1e-4},
-        "run": {"steps": 400_000, "save_every": 10_000},
-    },
-}  # fmt: skip
-"""Presets by name; each is laid over the defaults."""

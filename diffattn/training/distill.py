@@ -1,37 +1,49 @@
-"""Mediators learn from a softmax teacher, layer by layer."""
+"""Mediators and linear attention learn from a softmax teacher, layer by layer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffattn.models import DiT
-from diffattn.models.attention import MediatorAttention
-
-MEDIATOR_PARTS = (".biases.", ".dwc.")
-"""What a mediator layer has and a softmax layer has not, in the names of its parameters."""
 
 
 def freeze_backbone(model: DiT) -> None:
-    """Train nothing but the position biases and convolutions of the mediator layers.
+    """Train nothing but what the layers have of their own: what no softmax model has.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is nothing such.
     """
-    if not model.mediators:
-        raise ValueError("model.freeze_backbone: this model has no mediator layers, so nothing would be trained")
+    own = _own_parameters(model)
+    if not own:
+        raise ValueError(
+            "model.freeze_backbone: this model has no mediator layers or others with weights of their own, "
+            "so nothing would be trained"
+        )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in MEDIATOR_PARTS))
+        parameter.requires_grad_(name in own)
 
 
-def check_frozen(new: Sequence[str]) -> None:
+def _own_parameters(model: DiT) -> set[str]:
+    own = set()
+    for i, block in enumerate(model.blocks):
+        attention: Any = block.attn
+        own |= {f"blocks.{i}.attn.{name}" for name in attention.own_names()}
+        own |= {f"blocks.{i}.{name}" for name in block.state_dict() if name.startswith("cpe")}
+    return own
+
+
+def check_frozen(model: DiT, new: Sequence[str]) -> None:
     """Raise `ValueError` if weights that `freeze_backbone` does not train did not come from a trained model.
 
     Args:
+        model: before or after `freeze_backbone`.
         new: the parameters that `model.start` did not decide.
     """
-    untrained = [name for name in new if not any(part in name for part in MEDIATOR_PARTS)]
+    own = _own_parameters(model)
+    untrained = [name for name in new if name not in own]
     if untrained == ["y_embedder.embedding_table.weight"]:
         raise ValueError(
             "model.freeze_backbone: model.start has no null class, and a frozen one would never be trained; "
@@ -45,7 +57,8 @@ def check_frozen(new: Sequence[str]) -> None:
 
 
 class Distillation:
-    """Relative error of each mediator layer's output against the teacher's softmax on the same input.
+    """Relative error of the output of each layer that learns another attention, against the teacher's softmax on the
+    same input.
 
     The teacher's attention layer i sees what the student's sees, so every layer learns from its own place and errors
     do not add up: ‖o - o*‖² / ‖o*‖², mean over layers. One more pass through the teacher's attention layers is all it
@@ -63,9 +76,11 @@ class Distillation:
             if ours[name] != theirs[name]:
                 raise ValueError(f"objective.distill: the teacher's {name} is {theirs[name]}, the model's {ours[name]}")
         self._errors: list[Tensor] = []
-        self._taught = [i for i, b in enumerate(student.blocks) if isinstance(b.attn, MediatorAttention)]
+        if student.steps != teacher.steps:
+            raise ValueError("objective.distill: the teacher's layers must be as wide as the model's: the same steps")
+        self._taught = [i for i, b in enumerate(student.blocks) if b.attn.learns]  # type: ignore[union-attr]
         if not self._taught:
-            raise ValueError("objective.distill: this model has no mediator layers to teach")
+            raise ValueError("objective.distill: this model has no mediator layers or others to teach")
 
     @contextmanager
     def watching(self) -> Iterator[None]:

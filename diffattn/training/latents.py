@@ -60,7 +60,7 @@ def cache_latents(
 def cache_together(
     encoding: Encoding, accelerator: Accelerator, stop: StopRequest, progress: Progress | None = None
 ) -> LatentDataset:
-    """As `cache_latents`, by all processes of a run; each encodes every so-many-th of the missing shards.
+    """Encode pictures as `cache_latents` does, the missing shards shared out over all processes of a run.
 
     Where the folder is on local disks, each process then encodes what its own disk still lacks.
 

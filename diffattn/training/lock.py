@@ -23,7 +23,7 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
 
     Args:
         folder: of the run.
-        say: told when the file system of the folder has no locks; the run is then on its own.
+        say: prints a line where the file system of the folder has no locks, so that nothing can be checked.
 
     Raises:
         ValueError: another training holds it; the message names its process, machine and start.
@@ -54,7 +54,7 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
 
 def _owner(folder: Path) -> str:
     try:
-        found = read_json(folder / OWNER)
-        return f"process {found['pid']} on {found['host']}, since {found['since']}"
+        owner = read_json(folder / OWNER)
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (ValueError, KeyError):
         return "which has not written down who it is"

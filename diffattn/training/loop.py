@@ -24,7 +24,7 @@ from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
 from diffattn.training.distill import Distillation
 from diffattn.training.log import Progress, StepDone, StepLog
 from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw
-from diffattn.training.processes import agree, asked_to_stop, on_main
+from diffattn.training.processes import agree, asked_to_stop, on_main, shared
 from diffattn.training.resume import HINT, Saved, without_null_class
 from diffattn.training.signals import Stopped, StopRequest
 
@@ -108,7 +108,7 @@ class Trainer:
         if saved.state["data"] != self.batches.fingerprint:
             differing.append("the pictures (another data.source, or changed files)")
         if differing:
-            raise ValueError(f"{saved.folder} was made with another configuration: {'; '.join(differing)}")
+            raise shared(ValueError(f"{saved.folder} was made with another configuration: {'; '.join(differing)}"))
         tensors = saved.tensors
         if not self.model.config["null_class"]:
             tensors = without_null_class(tensors, self.model.config["num_classes"])
@@ -264,10 +264,11 @@ class Trainer:
             self.bad_in_a_row += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad_in_a_row >= self.config.run.max_bad_steps:
-            raise NonFiniteLoss(
+            text = (
                 f"loss or gradient not finite in {self.bad_in_a_row} steps in a row, the last one step "
                 f"{self.progress.step}; try a lower optim.lr, optim.clip=1, or run.precision=fp32"
             )
+            raise shared(NonFiniteLoss(text))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[DiT]:

@@ -37,7 +37,7 @@ class TrainPlan:
     """Figures of a run."""
 
     parameters: int
-    gflops: dict[str, float]  # number of mediators, or "softmax" -> one forward pass of one sample
+    gflops: dict[str, float]  # number of mediators, or the attention -> one forward pass of one sample
     weight_gib: float  # weights, gradients, optimizer, average of one process
     activation_gib: float  # of the samples that one process holds at once
     steps: int
@@ -57,7 +57,7 @@ class TrainPlan:
         epochs = "" if self.epochs is None else f" ({self.epochs:.1f} epochs)"
         return [
             f"parameters        {self.parameters / 1e6:.2f} M",
-            f"GFLOPs per image  {per_n} (one forward pass, multiply-adds x 2, by number of mediators)",
+            f"GFLOPs per image  {per_n} (one forward pass, multiply-adds x 2, by attention or number of mediators)",
             f"processes         {self.hardware}",
             f"memory            {self.weight_gib:.2f} GiB weights, gradients, optimizer, average "
             f"+ about {self.activation_gib:.2f} GiB activations",
@@ -87,7 +87,7 @@ def make_plan(
     holders = hardware.processes if hardware.sharded else 1
     return TrainPlan(
         parameters=trained,
-        gflops={"softmax" if n is None else str(n): forward_gflops(model, n) for n in numbers},
+        gflops={model.attention_label if n is None else str(n): forward_gflops(model, n) for n in numbers},
         weight_gib=trained * OPTIMIZER_BYTES / holders / 2**30,
         activation_gib=micro * _saved_bytes(model) * item_bytes / 4 / 2**30,
         steps=config.run.steps,

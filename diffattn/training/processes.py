@@ -49,7 +49,7 @@ def agree(accelerator: Accelerator, values: dict[str, Any], hint: str) -> None:
             there = "; ".join(f"{value} on process {', '.join(ranks)}" for value, ranks in by_value.items())
             differing.append(f"{name} ({there})")
     if differing:
-        raise _shared(ValueError(f"the processes of this run disagree about {', '.join(differing)}; {hint}"))
+        raise shared(ValueError(f"the processes of this run disagree about {', '.join(differing)}; {hint}"))
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
@@ -136,13 +136,14 @@ def _packed(failure: Exception | None) -> tuple[str, str] | None:
 def _raise_alike(failure: Exception | None, everywhere: list[tuple[str, str] | None]) -> None:
     """Raise this process's failure, else the first of the others', else nothing."""
     if failure is not None:
-        raise _shared(failure)
+        raise shared(failure)
     for packed in everywhere:
         if packed is not None:
             kind, message = packed
-            raise _shared(KINDS.get(kind, RuntimeError)(message))
+            raise shared(KINDS.get(kind, RuntimeError)(message))
 
 
-def _shared(error: Exception) -> Exception:
+def shared(error: Exception) -> Exception:
+    """Mark an error that every process raises alike."""
     setattr(error, _SHARED, True)
     return error

@@ -1,4 +1,4 @@
-"""What the numbers of a training run may be: everything that can be told before the data are opened."""
+"""Ranges of the settings of a training run, and which of them may differ between machines or when a run is resumed."""
 
 import math
 from collections.abc import Mapping
@@ -18,6 +18,24 @@ AT_LEAST: Mapping[str, float] = {
 POSITIVE = ("model.mlp_ratio", "objective.logit_std", "objective.min_snr", "run.timeout_minutes")
 SHARES = ("objective.label_dropout", "optim.ema", "optim.final_lr")
 """Fields from 0 to 1."""
+
+PATH_FIELDS = frozenset(
+    {
+        "data.source", "data.vae", "data.cache", "data.num_workers", "data.in_memory", "model.start",
+        "objective.distill", "run.out",
+    }
+)  # fmt: skip
+"""Fields in which the machines of one run may differ: where the same things are, and how they are read."""
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "data.source", "data.cache", "data.in_memory", "data.num_workers", "run.out", "run.steps", "run.log_every",
+        "run.save_every", "run.keep", "run.sample_every", "run.sample_steps", "run.guidance", "run.eval_every",
+        "run.eval_samples", "run.extractor", "run.trackers", "run.max_bad_steps", "run.compile",
+        "run.timeout_minutes", "run.gradient_checkpointing", "optim.accumulation", "objective.bins", "model.start",
+    }
+)  # fmt: skip
+"""Fields in which a resumed run may differ from the run it continues."""
 
 
 def check_ranges(sections: Mapping[str, Mapping[str, Any]]) -> None:

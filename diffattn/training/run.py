@@ -80,7 +80,7 @@ def _trainer(setup: Setup, stop: StopRequest) -> Trainer:
     if config.model.freeze_backbone:
         freeze_backbone(model)
         if saved is None:
-            check_frozen(new)
+            check_frozen(model, new)
     if config.run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     batches = Batches(

@@ -2,21 +2,16 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffattn.functional.position_bias import resize_axis, resize_mediators
 from diffattn.models import DiT
-from diffattn.models.attention import MEDIATOR_AXIS, MediatorAttention
 from diffattn.models.convert import check_names, check_shapes
-
-GRID_AXIS = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
-"""The position biases that follow the grid -> the axis of its rows or columns."""
 
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 """One row per class, and a last one for the null class where there is one."""
@@ -29,21 +24,29 @@ def load_backbone(source: str | Path, num_heads: int) -> DiT:
     """A model from a folder of ours (its `transformer` subfolder too), or an official `.safetensors` file.
 
     Raises:
-        ValueError: neither of them, or not readable; missing and unexpected weights are named.
+        ValueError: neither of them, not readable, or with weights that are NaN or infinite; missing and unexpected
+            weights are named.
     """
     path = Path(source)
     try:
         if path.suffix == ".safetensors" and path.is_file():
-            return DiT.from_official(load_file(path), num_heads=num_heads)
+            return _finite(DiT.from_official(load_file(path), num_heads=num_heads), source)
         if path.is_dir():
             inner = path / "transformer"
-            return DiT.from_pretrained(inner if inner.is_dir() else path, use_safetensors=True)
+            return _finite(DiT.from_pretrained(inner if inner.is_dir() else path, use_safetensors=True), source)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{str(source)!r} cannot be read: {error}") from None
     raise ValueError(
         f"{str(source)!r} is neither a folder with a DiT nor an official .safetensors file; "
         "`diffattn convert` makes one of them from a .pt file"
     )
+
+
+def _finite(model: DiT, source: str | Path) -> DiT:
+    broken = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f"{str(source)!r} has weights that are NaN or infinite: {', '.join(broken[:5])}")
+    return model
 
 
 def weights_hash(source: str | Path | None) -> str | None:
@@ -68,11 +71,11 @@ def class_names_of(source: str | Path) -> list[str]:
 
 
 def start_from(model: DiT, source: DiT) -> list[str]:
-    """Give `model` the weights of `source`, which may have softmax in the place of mediators, or another grid.
+    """Give `model` the weights of `source`, whose layers may have another attention, or another grid.
 
-    Position biases are resized to the grid, or to the number of mediators where `source` has another. Where it has
-    none, biases keep their small random values and the depth-wise convolution begins at zero, so that the first
-    step sees plain attention through mediators.
+    Each layer says what it takes of the other (see `models.attention_layer.Attention.take`): all of its own kind, with
+    what follows the grid resized; of another kind what a softmax layer has too. What is its own then keeps its new
+    values, chosen so that the first step is near plain attention.
 
     Returns:
         The parameters that `source` did not decide.
@@ -82,20 +85,12 @@ def start_from(model: DiT, source: DiT) -> list[str]:
             differ although the weights would fit.
     """
     _check_unseen(model, source)
-    own, given = model.state_dict(), dict(source.state_dict())
-    new: list[str] = []
-    for i, block in enumerate(model.blocks):
-        theirs = source.blocks[i].attn if i < len(source.blocks) else None
-        prefix = f"blocks.{i}.attn."
-        if not isinstance(block.attn, MediatorAttention):
-            given = {k: w for k, w in given.items() if not (k.startswith(prefix) and _is_mediators(k))}
-        elif isinstance(theirs, MediatorAttention):
-            given = {k: w for k, w in given.items() if not k.startswith(f"{prefix}biases.")}
-            given |= _fitted_biases(block.attn, theirs, prefix)
-        elif theirs is not None:
-            nn.init.zeros_(block.attn.dwc.weight)
-            nn.init.zeros_(block.attn.dwc.bias)  # type: ignore[arg-type]
-            new += [k for k in own if k.startswith(prefix) and _is_mediators(k)]
+    given, new = dict(source.state_dict()), []
+    for i, (block, theirs) in enumerate(zip(model.blocks, source.blocks, strict=False)):
+        weights, left = _taken(block, theirs)
+        given = {name: w for name, w in given.items() if not name.startswith(f"blocks.{i}.")}
+        given |= {f"blocks.{i}.{name}": weight for name, weight in weights.items()}
+        new += [f"blocks.{i}.{name}" for name in left]
     own = model.state_dict()
     given |= {name: own[name] for name in new}
     new += _fit_null_class(model, source, own, given)
@@ -119,36 +114,32 @@ def _fit_null_class(model: DiT, source: DiT, own: dict[str, Tensor], given: dict
     return [CLASS_TABLE]
 
 
+def _taken(block: Any, theirs: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """What a block takes of another one, and its weights that this does not decide."""
+    attention = block.attn.take(theirs.attn)
+    left = [f"attn.{name}" for name in block.attn.state_dict() if name in block.attn.own_names() - set(attention)]
+    kept = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith(("attn.", "cpe"))}
+    for name, weight in block.state_dict().items():
+        if name.startswith("cpe"):  # the convolutions that some kinds of attention have before them
+            if name in theirs.state_dict():
+                kept[name] = theirs.state_dict()[name]
+            else:
+                left.append(name)
+                nn.init.zeros_(weight)
+    return kept | {f"attn.{name}": weight for name, weight in attention.items()}, left
+
+
 def _check_unseen(model: DiT, source: DiT) -> None:
     """Raises one `ValueError` that names the settings in `UNSEEN` that differ, and what helps."""
     there = {name: source.config[name] for name in UNSEEN if source.config[name] != model.config[name]}
     if not there:
         return
-    told = "; ".join(f"{name} is {value!r} there and {model.config[name]!r} here" for name, value in there.items())
+    differing = "; ".join(f"{name} is {value!r} there and {model.config[name]!r} here" for name, value in there.items())
     if "prediction" in there or "time_direction" in there:
         hint = "training learns velocities; `diffattn convert --prediction velocity` takes an official DiT for such"
     else:
         hint = "set " + " ".join(f"model.{name}={value}" for name, value in there.items())
-    raise ValueError(f"the weights of the start mean something else in this model: {told}; {hint}")
-
-
-def _is_mediators(name: str) -> bool:
-    return re.search(r"\.attn\.(biases|dwc)\.", name) is not None
-
-
-def _fitted_biases(ours: MediatorAttention, theirs: MediatorAttention, prefix: str) -> dict[str, Tensor]:
-    """Their biases at our numbers of mediators and on our grid; the nearest number where there is no other."""
-    fitted = {}
-    for n in ours.mediators:
-        inside = min(theirs.mediators) <= n <= max(theirs.mediators)
-        nearest = n if inside else min(theirs.mediators, key=lambda m: abs(m - n))
-        biases = theirs.biases_at(nearest)
-        for name, like in ours.biases_at(n).items():
-            bias = resize_mediators(biases[name], MEDIATOR_AXIS[name], n)
-            if name in GRID_AXIS:
-                bias = resize_axis(bias, GRID_AXIS[name], like.shape[GRID_AXIS[name]])
-            fitted[f"{prefix}biases.{n}.{name}"] = bias.detach().to(like.dtype)
-    return fitted
+    raise ValueError(f"the weights of the start mean something else in this model: {differing}; {hint}")
 
 
 def make_model(arguments: dict, start: str | None, device: torch.device | str = "cpu") -> tuple[DiT, list[str]]:

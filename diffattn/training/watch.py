@@ -97,7 +97,9 @@ class Watcher:
             pipe = pipeline_of(model, self.setup.dataset.class_names, self.setup.vae)
             reference = self.reference(extractor)
             found = {
-                f"n={n}" if n else "softmax": self._scores(pipe, drawing, n, reference, extractor)
+                f"n={n}" if n else pipe.transformer.attention_label: self._scores(
+                    pipe, drawing, n, reference, extractor
+                )
                 for n in model.mediators or (0,)
             }
         log.track({f"{score}/{n}": value for n, scores in found.items() for score, value in scores.items()}, step)
@@ -116,7 +118,7 @@ class Watcher:
         )
 
     def reference(self, extractor: FeatureExtractor) -> Reference:
-        """Of at most 10,000 pictures of the data, taken evenly; made once, by all processes together."""
+        """The features of at most 10,000 pictures of the data, taken evenly; made once, by all processes together."""
         if self._reference is None:
             data = self.setup.dataset
             chosen = torch.linspace(0, len(data) - 1, min(len(data), REFERENCE_PICTURES)).long().unique().tolist()
@@ -136,7 +138,7 @@ class Watcher:
     def _scores(
         self, pipe: SiTPipeline, drawing: Drawing, number: int, reference: Reference, extractor: FeatureExtractor
     ) -> dict[str, float]:
-        """Of one number of mediators, 0 for a model without any; all processes have all features, and work them out."""
+        """Scores of one number of mediators (0: the model has none), computed by every process from all features."""
         if number:
             pipe.transformer.set_num_mediators(number)
         mine, num_classes = self._share(drawing.samples), pipe.transformer.config["num_classes"]

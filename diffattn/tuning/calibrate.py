@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffattn.architectures import architecture_of
+from diffattn.architectures import denoisers
 from diffattn.measure.flops import count_gflops
 from diffattn.measure.interleave import interleave
 from diffattn.tuning.config import CannotTune
@@ -57,8 +57,7 @@ class Calibration:
 
 def self_attention_layers(runs: Runs) -> tuple[str, ...]:
     """Names of the self-attention layers of the denoiser."""
-    layers = architecture_of(runs.denoiser).layers(runs.denoiser)
-    return tuple(spec.name for spec, _ in layers if not spec.is_cross_attention)
+    return tuple(spec.name for spec, _ in denoisers.self_attention_layers(runs.denoiser))
 
 
 def groups_of(layers: Sequence[str]) -> dict[str, list[str]]:

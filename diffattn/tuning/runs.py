@@ -14,7 +14,7 @@ from diffusers import DiTPipeline
 from torch import Tensor, nn
 
 from diffattn.architectures import architecture_of
-from diffattn.architectures.denoisers import denoisers_of, uncompiled
+from diffattn.architectures.denoisers import denoisers_of, is_compiled
 from diffattn.drawing.draw import call_arguments, prepare
 from diffattn.drawing.request import EXACT, Request
 from diffattn.noise_level import NoiseLevels
@@ -60,7 +60,7 @@ class Runs:
         self.denoiser = denoisers[""]
         if find_patch(pipe) is not None:
             raise ValueError("the pipeline is patched; call diffattn.unpatch before tuning")
-        if any(_is_compiled(model) for model in denoisers.values()):
+        if any(is_compiled(model) for model in denoisers.values()):
             raise ValueError("the denoiser is compiled; tune it before compiling it")
         self._taken: list[Call] | None = None
         self._levels = NoiseLevels(pipe.scheduler)
@@ -98,7 +98,7 @@ class Runs:
     def patched(self, recipe: Mapping[str, Any]) -> Iterator[Patch]:
         """Within, the pipeline is patched; single calls in a band that the recipe leaves exact give no warning."""
         with patch(self.pipe, recipe=recipe) as handle:
-            handle.first_warning()
+            handle.quiet()
             yield handle
 
     @torch.no_grad()
@@ -158,7 +158,3 @@ def _between(low: float, high: float) -> float:
 def _copy(value: Any) -> Any:
     """The noisy input is copied, since a scheduler may go on to change it in place."""
     return value.clone() if isinstance(value, Tensor) and value.ndim == 4 else value
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return uncompiled(model) is not model or any(m._compiled_call_impl is not None for m in model.modules())

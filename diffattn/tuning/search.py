@@ -195,7 +195,7 @@ class Search:
         call."""
         call = self.found.calls[0][int(name.split()[1])]
         with self.runs.patched(recipe) as handle:
-            handle.hooks[0].begin_call(call.args, dict(call.kwargs))
+            handle.begin_run(*call.args, **call.kwargs)
             yield
 
 

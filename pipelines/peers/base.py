@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffattn.architectures import architecture_of
+from diffattn.architectures.denoisers import self_attention_layers
 from diffattn.benchmarks.variants import LeftOut
 from diffattn.methods.base import LayerSpec
 
@@ -69,7 +69,7 @@ class SelfAttentionProcessor:
 
 def self_attention(unet: nn.Module) -> list[tuple[LayerSpec, Any]]:
     """The self-attention layers of a UNet."""
-    return [(spec, module) for spec, module in architecture_of(unet).layers(unet) if not spec.is_cross_attention]
+    return self_attention_layers(unet)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
+from diffattn.files import read_lines
 from diffattn.metrics.extractors import FeatureExtractor
 from diffattn.metrics.features import features_of
 from diffattn.metrics.paired import LatentTrace, foreground_psnr, latent_relative_error, psnr, ssim
@@ -71,7 +72,7 @@ def builtin_prompts(group: str) -> list[str]:
     Trained: every 8th picture of the data, and not a 20th. Held out: the others; the first 40 of them are 20th pictures
     (which the larger preset of the training program holds out as well).
     """
-    return (Path(__file__).parent / "prompts" / f"{group}.txt").read_text().splitlines()
+    return read_lines(Path(__file__).parent / "prompts" / f"{group}.txt")
 
 
 def draw_pairs(draw: Draw, prompts: Sequence[str], drawing: Drawing) -> Drawn:

@@ -472,7 +472,7 @@ def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
 
 
 def test_a_trace_is_the_callers_own_and_of_bounded_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffattn.architectures.base.LONGEST_TRACE", 3)
+    monkeypatch.setattr("diffattn.architectures.run_state.LONGEST_TRACE", 3)
     handle = diffattn.patch(model := tiny_dit(), "mediator", num_mediators=4)
     assert handle.trace() == []
     steps(model, (0.5,) * 5)  # one noise level: no new run

@@ -53,7 +53,7 @@ def layer(**flags: Any) -> Attention:
 def state() -> RunState:
     """As in a call of a denoiser with 6x4 tokens."""
     run = RunState(Latest())
-    run.begin(DenoiserCall(phase=0, grids={24: (6, 4)}, compiled=False))
+    run.begin(DenoiserCall(phase=0, grids=[(6, 4)], compiled=False))
     return run
 
 
@@ -156,7 +156,7 @@ def test_cross_attention_calls_go_to_the_original() -> None:
 def test_tokens_that_form_no_grid_go_to_the_original() -> None:
     expected, out, tally = both(layer(), torch.randn(2, 25, 16))
     assert torch.equal(out, expected)
-    assert tally.of("layer") == {"25 tokens do not form a grid of the latents": 1}
+    assert tally.of("layer") == {"25 tokens do not form the layer's grid of 6x4": 1}
 
 
 @pytest.mark.parametrize(("size", "levels"), [((64, 64), [(64, 64), (32, 32)]), ((17, 13), [(17, 13), (9, 7)])])

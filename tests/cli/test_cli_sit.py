@@ -110,7 +110,7 @@ def test_checkpoints_that_do_not_name_their_classes_go_on(trained, pictures, tmp
     done = call("train", *SMALL, "run.steps=4", "--data", pictures, "--out", tmp_path / "run", "--device", "cpu",
                 "--seed", 5)  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "going on at step 3" in done.stdout
+    assert "resuming at step 3" in done.stdout
 
 
 def test_a_model_trained_on_another_path_says_so(pictures, tmp_path) -> None:

@@ -16,6 +16,7 @@ from diffattn.cli import app
 from diffattn.cli.common import read_prompts
 from diffattn.drawing.request import Request
 from diffattn.sampling import SiTPipeline
+from diffattn.training.config import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
 SMALL = ("data.size=8", "model.patch_size=2", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2",
@@ -94,6 +95,16 @@ def test_the_box_of_the_page_has_the_same_lines() -> None:
     given = "\ufeff" + "\r\n".join([*PROMPTS, " ", ""])
     asked = Limits().measurement(["one"], accelerations=["agent/fast"], prompts=given)
     assert list(asked.prompts) == PROMPTS
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_settings_of_any_program_are_read(tmp_path: Path, coding: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_bytes("data:\r\n  source: café\r\n".encode(coding))
+    assert TrainConfig.read(file=file).data.source == "café"
+    file.write_bytes(b"data:\n  source: caf\xe9\n")
+    with pytest.raises(ValueError, match=r"settings.yaml' is not a readable JSON or YAML file: line 2 holds bytes"):
+        TrainConfig.read(file=file)
 
 
 def test_pairs_are_said(tmp_path: Path) -> None:

@@ -23,9 +23,8 @@ def trained(folder: Path, *settings: str) -> tuple[Path, str]:
     folder.mkdir()
     (folder / "pictures").mkdir()
     pictures = make_pictures(folder / "pictures")
-    done = call(
-        "train", *TINY, "run.steps=2", *settings, "--data", pictures, "--out", folder / "run", "--device", "cpu"
-    )
+    where = ("--data", pictures, "--out", folder / "run", "--device", "cpu")
+    done = call("train", *TINY, "run.steps=2", *settings, *where)
     assert done.exit_code == 0, done.output
     return folder / "run/pipeline", done.stdout
 
@@ -100,6 +99,8 @@ def test_without_a_null_class_pictures_are_drawn_without_guidance_and_it_is_said
     assert guidance == 1
     assert "drawn without guidance: the model was trained without a null class (label dropout 0)" in done.stdout
     assert "drawn without guidance" not in generated(unguided[0], tmp_path, "--guidance", 1)[0].stdout
+    words = ("--model", unguided[0], "--num-pictures", 2, "--steps", 2, "--device", "cpu", "--paired")
+    assert "drawn without guidance: " in call("evaluate", *words, "--out", tmp_path / "e").stdout
     for command in ("generate", "evaluate"):
         words = ["--model", unguided[0], "--steps", 2, "--guidance", 1.5, "--out", tmp_path / "x"]
         words += ["--prompt", "dark"] if command == "generate" else ["--num-pictures", 2, "--paired"]

@@ -1,6 +1,6 @@
 """Which folders are the classes: wrappers, splits, what lies beside them, and what can be read in two ways."""
 
-import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,16 +10,17 @@ from diffattn.data import check_balance, open_dataset
 
 README = {"README.md": b"# Cats and dogs", "LICENSE": b"MIT"}
 CHOSEN = {
-    "images and a README": (class_folders({"images/cat": 2, "images/dog": 1}) | README, "images/", {"cat": 2, "dog": 1}),
+    "images and a README": (class_folders({"images/cat": 2, "images/dog": 1}) | README, "images/",
+                            {"cat": 2, "dog": 1}),
     "nested one deeper": (class_folders({"pets/images/cat": 2, "pets/images/dog": 1}) | README, "pets/images/",
                           {"cat": 2, "dog": 1}),
     "a wrapper of any name": (class_folders({"pets-v2/cat": 2, "pets-v2/dog": 1}), "pets-v2/", {"cat": 2, "dog": 1}),
-    "annotations beside": (class_folders({"images/cat": 1, "images/dog": 1}) | {"annotations/a.xml": b"<a/>"}, "images/",
-                           {"cat": 1, "dog": 1}),
+    "annotations beside": (class_folders({"images/cat": 1, "images/dog": 1}) | {"annotations/a.xml": b"<a/>"},
+                           "images/", {"cat": 1, "dog": 1}),
     "train and val": (class_folders({"train/cat": 2, "train/dog": 1, "val/cat": 1, "val/dog": 1}), "train/",
                       {"cat": 2, "dog": 1}),
-    "a third folder": (class_folders({"train/cat": 2, "train/dog": 1, "val/cat": 1, "val/dog": 1, "extra": 3}), "train/",
-                       {"cat": 2, "dog": 1}),
+    "a third folder": (class_folders({"train/cat": 2, "train/dog": 1, "val/cat": 1, "val/dog": 1, "extra": 3}),
+                       "train/", {"cat": 2, "dog": 1}),
     "a third folder of classes": (class_folders({"train/cat": 2, "val/cat": 1, "unsorted/cat": 3}), "train/",
                                   {"cat": 2}),
     "one split and its like": (class_folders({"train/cat": 2, "train/dog": 1, "holdout/cat": 3}), "train/",
@@ -31,6 +32,14 @@ CHOSEN = {
     "splits in the classes": (class_folders({"cat/train": 3, "cat/test": 1, "dog/train": 2, "dog/test": 1}), "",
                               {"cat": 3, "dog": 2}),
     "folders in the classes": (class_folders({"cat/young": 2, "cat/old": 1, "dog/young": 1}), "", {"cat": 3, "dog": 1}),
+    "splits of other names": (class_folders({"training_set/cat": 2, "training_set/dog": 1, "test_set/cat": 1}),
+                              "training_set/", {"cat": 2, "dog": 1}),
+    "splits of other names, each in itself": (
+        class_folders({"seg_train/seg_train/cat": 2, "seg_train/seg_train/dog": 1, "seg_test/seg_test/cat": 1})
+        | class_folders({"seg_pred/seg_pred": 2}), "seg_train/seg_train/", {"cat": 2, "dog": 1}),
+    "classes with a split's word": (class_folders({"freight_train": 2, "test_tube": 1}), "",
+                                    {"freight_train": 2, "test_tube": 1}),
+    "images alone": (class_folders({"images": 2}) | README, "images/", {"all": 2}),
     "a class like a split": (class_folders({"train": 2, "plane": 1}), "", {"plane": 1, "train": 2}),
 }  # fmt: skip
 
@@ -75,6 +84,10 @@ def test_the_other_splits(tmp_path: Path) -> None:
         (class_folders({"train/steam": 1, "plane": 1}), "two ways: 'train' as splits, or as classes beside 'plane'"),
         (class_folders({"images/cat": 1, "images/dog": 1, "masks/cat": 1}), "may be 'images', 'masks', or in 'images'"),
         (class_folders({"images/cat": 1, "images/dog": 1, "docs": 1}), "may be 'docs', 'images', or in 'images'"),
+        (
+            class_folders({"photo/cat": 1, "photo/dog": 1, "art/cat": 1, "art/dog": 1}),
+            "the classes may be 'art', 'photo', or in each of them 'cat', 'dog'; .* as the split",
+        ),
         (class_folders({"images/cat": 1, "images": 1}), "'images' in .* two ways: it holds pictures, and folders"),
         (class_folders({"images/cat": 1, "images/dog": 1}) | {"cover.png": png(9)}, "outside of the class folders"),
         (
@@ -85,8 +98,7 @@ def test_the_other_splits(tmp_path: Path) -> None:
 )
 def test_two_readings_are_refused(tmp_path: Path, content: dict[str, bytes], message: str, store: object) -> None:
     with pytest.raises(ValueError, match=message):
-        data = open_dataset(store(tmp_path / "data", content), 8)  # type: ignore[operator]
-        raise AssertionError(data.lines())
+        open_dataset(store(tmp_path / "data", content), 8)  # type: ignore[operator]
 
 
 def test_an_empty_class_beside_one_with_folders_is_no_wrapper(tmp_path: Path) -> None:
@@ -144,8 +156,6 @@ def test_a_link_to_hidden_files_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_zip_follows_no_links(tmp_path: Path) -> None:
-    import zipfile
-
     archive = packed(tmp_path / "data.zip", class_folders({"cat": 1, "dog": 1}))
     with zipfile.ZipFile(archive, "a") as file:
         link = zipfile.ZipInfo("cat/passwd.png")
@@ -158,6 +168,6 @@ def test_a_zip_follows_no_links(tmp_path: Path) -> None:
 
 def test_paths_that_leave_a_zip_are_left_out(tmp_path: Path) -> None:
     content = class_folders({"cat": 1}) | {"../x/0.png": png(8), "cat/../../0.png": png(9), "/dog/0.png": png(10)}
-    before = sorted(os.listdir(tmp_path))
+    before = set(tmp_path.iterdir())
     assert open_dataset(packed(tmp_path / "data.zip", content), 8).class_counts() == {"cat": 1, "dog": 1}
-    assert sorted(os.listdir(tmp_path)) == sorted([*before, "data.zip"])
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "data.zip"}

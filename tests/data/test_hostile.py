@@ -173,10 +173,10 @@ TWO = {"a.png": png(0), "b.png": png(1)}
 def test_a_picture_with_two_labels_is_refused(tmp_path: Path, name: str) -> None:
     labels = [["a.png", 0], ["b.png", 1], [name, 1]]
     data = folder(tmp_path / "data", TWO | {"dataset.json": as_json({"labels": labels})})
-    with pytest.raises(ValueError, match="it names the picture 'a.png' twice, with the labels 0 and 1"):
+    with pytest.raises(ValueError, match=r"it names the picture 'a.png' twice, with the labels 0 and 1"):
         open_dataset(data, 8)
     lines = as_lines(*({"file_name": file, "label": str(value)} for file, value in labels))
-    with pytest.raises(ValueError, match="it names the picture 'a.png' twice, with the labels '0' and '1'"):
+    with pytest.raises(ValueError, match=r"it names the picture 'a.png' twice, with the labels '0' and '1'"):
         open_dataset(folder(tmp_path / "lines", TWO | {"metadata.jsonl": lines}), 8)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from diffattn.data.matching import match
+from diffattn.data.matching import check_turns, match
 from diffattn.data.order import natural_order, stratified
 
 
@@ -100,3 +100,16 @@ def test_places_pair_with_numbers_that_begin_elsewhere() -> None:
     assert match(["arr_0[0]", "arr_0[1]"], ["5.png", "6.png"], places=True).how == "order"
     with pytest.raises(ValueError, match=r"'0000001.png' without a partner; '3.png' without a partner"):
         match(places, ["0.png", "2.png", "3.png"], places=True)
+
+
+def test_prompts_of_pictures_with_a_gap_in_their_numbers_are_unclear() -> None:
+    names = ["0.png", "1.png", "3.png"]
+    with pytest.raises(ValueError, match=r"numbered from 0 to 3 without '2', so which of the 4 prompts"):
+        check_turns(names, 4)
+    with pytest.raises(ValueError, match="numbered from 1 to 4 without '2'"):
+        check_turns(["x1.png", "x3.png", "x4.png"], 5)
+    check_turns(names, 3)  # no reading by number gives each a prompt
+    check_turns(["1.png", "2.png", "3.png"], 7)
+    check_turns(["cat.png", "dog.png"], 7)
+    check_turns([f"{i}_{7 * i}.png" for i in range(3)], 5)
+    check_turns(["9" * 40 + ".png", "1" * 40 + ".png"], 5)

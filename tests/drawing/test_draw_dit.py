@@ -78,7 +78,7 @@ def hooks(pipe: Any) -> tuple[int, int]:
     ("prompt", "label"),
     [
         ("1", 1), ("goldfish", 1), ("Carassius auratus", 1), ("goldfish, Carassius auratus", 1), ("0", 0),
-        ("tench", 0), ("tench, Tinca tinca", 0), ("toilet tissue", 999), ("7", 7),
+        ("tench", 0), ("tench, Tinca tinca", 0), ("Tinca tinca,tench", 0), ("toilet tissue", 999), ("7", 7), ("2", 2),
     ],
 )  # fmt: skip
 def test_a_dit_draws_a_class_by_id_or_name(dit: Any, prompt: str, label: int) -> None:
@@ -102,6 +102,7 @@ def test_its_picture_is_what_the_pipeline_draws(dit: Any) -> None:
     [
         ({"prompt": "gold fish"}, "unknown class name 'gold fish'; names are .*goldfish.*, or an id from 0 to 999"),
         ({"prompt": ""}, "unknown class name ''"),
+        ({"prompt": "crane"}, r"the class name 'crane' stands for several ids: \[2, 3\]; give the id"),
         ({"prompt": "goldfish, tench"}, "unknown class name 'goldfish, tench'"),
         ({"prompt": "1000"}, "class ids are from 0 to 999, got 1000"),
         ({"negative_prompt": "cat"}, "draws classes and takes no negative_prompt"),

@@ -68,6 +68,9 @@ def test_a_part_of_the_pictures_pairs_with_their_partners(tmp_path: Path) -> Non
     flat = save(tmp_path / "b", [f"{i:03d}.png" for i in range(COUNT)])
     found = pair(tmp_path, classes, flat, config=EvaluateConfig(limit=4))
     assert (found.protocol.num_pictures, found.details["pairs"]["identical_pairs"]) == (4, 4)
+    (flat / "007.png").write_bytes(png(7, 8))  # not among the first of this folder, but a partner
+    with pytest.raises(ValueError, match=r"several sizes: 16x16 \('000.png'\), 8x8 \('007.png'\)"):
+        evaluate(classes, folder=tmp_path / "sizes", paired=flat, config=EvaluateConfig(limit=4))
 
 
 def test_what_a_pipeline_draws_pairs_with_files(tmp_path: Path) -> None:
@@ -111,6 +114,13 @@ def test_another_pairing_is_another_run(tmp_path: Path) -> None:
         pair(tmp_path, one, other)
 
 
+def test_prompts_of_pictures_with_a_gap_are_refused(tmp_path: Path) -> None:
+    place = save(tmp_path / "a", [name for name in PLAIN if name != "5.png"])
+    config = EvaluateConfig(clip="no/model", prompts=[f"a {i}" for i in range(COUNT)])
+    with pytest.raises(ValueError, match="numbered from 0 to 11 without '5', so which of the 12 prompts"):
+        evaluate(place, folder=tmp_path / "run", config=config)
+
+
 # References.
 
 
@@ -145,7 +155,7 @@ def test_a_reference_without_a_size_still_loads(tmp_path: Path, extractor: Offli
     small = save(tmp_path / "small", PLAIN, 8)
     assert "fid" in evaluate(small, old, folder=tmp_path / "run", config=EvaluateConfig(extractor)).scores
     save_file(tensors, tmp_path / "odd.safetensors", labels | {"size": "large"})
-    with pytest.raises(ValueError, match="odd.safetensors' is not a reference saved by diffattn"):
+    with pytest.raises(ValueError, match=r"odd.safetensors' is not a reference saved by diffattn"):
         Reference.load(tmp_path / "odd.safetensors")
 
 

@@ -131,7 +131,8 @@ def test_another_picture_takes_the_place_of_an_unreadable_one(tmp_path: Path) ->
 def test_a_folder_that_links_to_itself_has_each_picture_once(tmp_path: Path) -> None:
     place = folder(tmp_path / "f", FOUR)
     (place / "b/up").symlink_to("..")
-    assert len(open_pictures(place)) == 4
+    with pytest.warns(UserWarning, match="1 link in .* left out, since each picture counts once: 'b/up'"):
+        assert len(open_pictures(place)) == 4
 
 
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:

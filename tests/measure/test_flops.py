@@ -73,3 +73,11 @@ def test_a_depthwise_convolution_counts_as_one_in_both_directions() -> None:
     forward = 2 * 2 * 8 * 5 * 6 * 9 / 1e9
     assert count_gflops(lambda: convolve(x)) == pytest.approx(forward)
     assert count_gflops(lambda: convolve(x).sum().backward()) == pytest.approx(3 * forward)
+
+
+def test_fourier_transforms_are_counted_by_the_usual_formula() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    expected = 6 * 2.5 * 64 * 6 / 1e9  # six transforms of 64 values
+    assert count_gflops(lambda: torch.fft.rfft2(x)) == pytest.approx(expected)
+    spectrum = torch.fft.rfft2(x)
+    assert count_gflops(lambda: torch.fft.irfft2(spectrum, s=(8, 8))) == pytest.approx(expected)

@@ -26,12 +26,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "agent pool": {"method": "agent", "agents": "pool", "num_agents": 6, "agent_ratio": None},
     "agent landmarks": {"method": "agent", "agents": "landmarks", "num_agents": 6, "agent_ratio": None},
     "agent merge": {"method": "agent", "agents": "merge", "num_agents": 6, "agent_ratio": None, "merge_ratio": 0.4},
+    "inline": {"method": "inline", "max_head_error": float("inf")},
 }
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "agent": ({"num_agents": 4}, {"num_agents": 24}),
+    "inline": ({"max_head_error": float("inf")}, {"max_head_error": 0.02}),
+}
+"""Options of a method with which its outputs differ."""
 KINDS = ("sd", "sdxl", "img2img", "inpaint", "controlnet", "dit", "pixart")
 BATCHED: Any = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
 
 Make = Callable[[str], DiffusionPipeline]
-Patch = Callable[..., diffattn.Patch]
+
+
+class Patch:
+    """`diffattn.patch` with the options of one variant, so that tiny grids are accelerated."""
+
+    def __init__(self, variant: str) -> None:
+        self.options: Any = VARIANTS[variant] | {"min_tokens": 0}
+        some, self.other = OTHERS[self.options["method"]]
+        self.phases: dict[float, Any] = {0.6: some, 0.3: self.other, 0.0: "exact"}
+
+    def __call__(self, target: Any, **overrides: Any) -> diffattn.Patch:
+        return diffattn.patch(target, **(self.options | overrides))
 
 
 @pytest.fixture(params=KINDS)
@@ -41,13 +58,7 @@ def pipe(request: pytest.FixtureRequest, make_pipeline: Make) -> DiffusionPipeli
 
 @pytest.fixture(params=VARIANTS)
 def patched(request: pytest.FixtureRequest) -> Patch:
-    """`diffattn.patch` with the options of one variant, so that tiny grids are accelerated."""
-
-    def patch(target: Any, **overrides: Any) -> diffattn.Patch:
-        options: dict[str, Any] = VARIANTS[request.param] | {"min_tokens": 0} | overrides
-        return diffattn.patch(target, **options)
-
-    return patch
+    return Patch(request.param)
 
 
 def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -206,7 +217,7 @@ def test_pipelines_patched_differently_are_independent(
     patched(pipe)
     accelerated = tiny.run(pipe)
     assert torch.equal(tiny.run(other), original)
-    patched(other, num_agents=20)
+    patched(other, **patched.other)
     assert torch.equal(tiny.run(pipe), accelerated)
     assert not torch.equal(tiny.run(other), accelerated)
     diffattn.unpatch(pipe)
@@ -250,12 +261,12 @@ def test_a_deep_copy_outlives_the_original(pipe: DiffusionPipeline, patched: Pat
 
 def test_a_deep_copy_reads_its_own_scheduler(make_pipeline: Make, patched: Patch) -> None:
     pipe = make_pipeline("sd")
-    patched(pipe, schedule=PHASES)
+    patched(pipe, schedule=patched.phases)
     twin = copy.deepcopy(pipe)
     twin.scheduler = EDMEulerScheduler()  # its time steps, a quarter of log σ, would all be data to the other
     other = make_pipeline("sd")
     other.scheduler = EDMEulerScheduler()
-    patched(other, schedule=PHASES)
+    patched(other, schedule=patched.phases)
     assert torch.equal(tiny.run(twin), tiny.run(other))
 
 
@@ -332,14 +343,13 @@ def test_a_batch_of_three_pictures_equals_three_of_one(make_pipeline: Make, patc
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-3, rtol=1e-3)
 
 
-PHASES = {0.6: {"num_agents": 4}, 0.3: {"num_agents": 24}, 0.0: "exact"}
 STEPS = [981, 20, 280, 981, 300, 700]  # of all three phases on every schedule, out of order
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_time_step_per_sample_equals_each_sample_alone(kind: str, make_pipeline: Make, patched: Patch) -> None:
     pipe = make_pipeline(kind)
-    schedule = Watching(PHASES)
+    schedule = Watching(patched.phases)
     patched(pipe, schedule=schedule)
     inputs = inputs_of(pipe, len(STEPS))
     together = denoise(pipe, torch.tensor(STEPS), inputs)
@@ -350,7 +360,7 @@ def test_a_time_step_per_sample_equals_each_sample_alone(kind: str, make_pipelin
 
 def test_a_time_step_per_sample_of_one_phase_needs_no_groups(make_pipeline: Make, patched: Patch) -> None:
     pipe = make_pipeline("sd")
-    schedule = Watching(PHASES)
+    schedule = Watching(patched.phases)
     patched(pipe, schedule=schedule)
     denoise(pipe, torch.tensor([981, 970, 960]), inputs_of(pipe, 3))
     assert schedule.seen_phases == [0]

@@ -15,10 +15,13 @@ from support.tiny_dit import dit_cases, inputs, run, tiny_dit
 
 from diffattn.functional import resize_axis
 from diffattn.models import PRESETS, DiT
-from diffattn.models.attention import AttentionOptions, MediatorAttention
+from diffattn.models.attention import ATTENTION
+from diffattn.models.attention_layer import AttentionOptions
 from diffattn.models.layers import position_embedding, time_features
+from diffattn.models.mediator import MediatorAttention
 
-KINDS = ["softmax", "agent", "mediator"]
+KINDS = list(ATTENTION)
+NORMED = [kind for kind in KINDS if kind != "mlla"]  # which has no norm of queries and keys
 
 
 # Sizes, parts and the start.
@@ -99,7 +102,7 @@ def test_agent_layers_run_with_the_weights_of_softmax_layers() -> None:
     assert torch.equal(run(exact, *inputs()), run(softmax, *inputs()))
 
 
-@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("attention", NORMED)
 def test_qk_norm_makes_the_output_indifferent_to_the_scale_of_queries(attention: str) -> None:
     model = tiny_dit(attention=attention, qk_norm=True)
     before = run(model, *inputs())
@@ -107,7 +110,8 @@ def test_qk_norm_makes_the_output_indifferent_to_the_scale_of_queries(attention:
         block: Any
         for block in model.blocks:
             block.attn.qkv.weight[:24] *= 3
-            block.attn.qkv.bias[:24] *= 3
+            if block.attn.qkv.bias is not None:
+                block.attn.qkv.bias[:24] *= 3
     torch.testing.assert_close(run(model, *inputs()), before, atol=1e-4, rtol=1e-4)
 
 
@@ -244,7 +248,7 @@ def test_gradient_checkpointing_equals_plain(attention: str) -> None:
 
 @pytest.mark.parametrize("attention", KINDS)
 def test_autocast_stays_near_fp32_and_bfloat16_weights_run(attention: str) -> None:
-    model = tiny_dit(attention=attention, qk_norm=True)
+    model = tiny_dit(attention=attention, qk_norm=attention in NORMED)
     x, t, y = inputs()
     exact = run(model, x, t, y)
     with torch.autocast("cpu", torch.bfloat16):
@@ -274,7 +278,7 @@ def test_a_model_compiles_into_one_graph_per_number_of_mediators() -> None:
 # Saving.
 
 
-@pytest.mark.parametrize("attention", ["softmax", ["mediator", "agent"]])
+@pytest.mark.parametrize("attention", ["softmax", ["mediator", "agent"], ["circulant", "focused_linear"]])
 def test_saved_models_come_back_the_same(attention: str | list[str], tmp_path: Path) -> None:
     model = tiny_dit(attention=attention, sample_size=[16, 24], learn_sigma=True, frequency_shift=1.0, qk_norm=True)
     model.save_pretrained(tmp_path)
@@ -319,7 +323,7 @@ def test_weights_that_do_not_fit_the_configuration_are_named(low_cpu_mem_usage: 
     ({"mediators": [5]}, "perfect square, got 5; the nearest are 4 and 9"),
     ({"mediators": [4, 100]}, "num_mediators=100 is 10x10 and larger than the grid of 8x8 tokens.*up to 64"),
     ({"mediators": []}, "at least one number"),
-    ({"attention": "linear"}, "attention must be one of softmax, agent, mediator, got 'linear'"),
+    ({"attention": "linear"}, "attention must be one of softmax, agent, mediator, .*circulant, got 'linear'"),
     ({"attention": ["softmax"]}, "one for each of 2 layers, got 1"),
     ({"prediction": "sample"}, "prediction must be one of velocity, epsilon, got 'sample'"),
     ({"time_direction": "up"}, "time_direction must be one of noise_to_data, data_to_noise, got 'up'"),

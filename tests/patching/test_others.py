@@ -90,7 +90,7 @@ def test_one_displaced_layer_leaves_the_others_accelerated(pipe: DiffusionPipeli
     handle = diffattn.patch(pipe, **ALWAYS)
     theirs = AttnProcessor2_0()
     self_attention(pipe.unet)[MID].set_processor(theirs)
-    with pytest.warns(DiffAttnWarning, match="1 patched layers run without"):
+    with pytest.warns(DiffAttnWarning, match="1 patched layer runs without"):
         call(pipe.unet)
     assert handle.report().layers_accelerated == handle.report().layers_patched == 6
     handle.remove()

@@ -114,12 +114,12 @@ def test_the_report_says_how_many_heads_agents_missed(pipe: DiffusionPipeline) -
     exact = tiny.run(pipe)
     with diffattn.patch(pipe, **FEW, max_head_error=1e-9) as handle:
         torch.testing.assert_close(tiny.run(pipe), exact, atol=1e-4, rtol=1e-4)
-        heads = {spec.spec.name: spec.spec.num_heads for hook in handle.hooks for spec in hook.layers}
+        heads = {layer.spec.name: layer.spec.num_heads for layer in handle._layers}
         for layer in (x for x in handle.report().layers if x.left_alone is None):
             assert layer.accelerated == 4
             assert layer.exact_heads == 4 * 2 * heads[layer.name]  # calls, samples
-            assert f"{2 * heads[layer.name]} heads of an accelerated call, which agents miss" in layer.note
-        assert "which agents miss" in str(handle.report())
+            assert f"{2 * heads[layer.name]} heads of an accelerated call, which the method misses" in layer.note
+        assert "which the method misses" in str(handle.report())
     with diffattn.patch(pipe, **FEW, max_head_error=10) as handle:
         tiny.run(pipe)
         assert {x.exact_heads for x in handle.report().layers} == {0}
@@ -296,7 +296,7 @@ def test_a_unet_without_self_attention_is_refused() -> None:
         mid_block_type=None,
         layers_per_block=1,
     )
-    with pytest.raises(ValueError, match=r"nothing to patch in UNet2DConditionModel: it has no attention layer"):
+    with pytest.raises(ValueError, match=r"nothing to patch in UNet2DConditionModel: it has no self-attention layer"):
         diffattn.patch(unet)
 
 

@@ -45,6 +45,7 @@ SUBSTITUTES = {
     r"stable-diffusion-v1-5/stable-diffusion-v1-5": "tiny-sd",
     r"width=1024, height=1024": "width=32, height=32",
     r"\b(num_inference_steps|steps)=\d+": r"\1=2",
+    r"\.compile\(\)": '.compile(backend="eager")',
     r"\bsamples=16\b": "samples=8",
     r"http://127\.0\.0\.1:7860": "{page}",
 }
@@ -62,7 +63,7 @@ SMALLER = {
     "diffattn tune --min-speedup": "--min-speedup 1.0001",
     "diffattn tune --budget": "--samples 2",
     "diffattn train": TWO_STEPS,
-    "diffattn train sit-256": "--dry-run data.vae=tiny-sd/vae",
+    "diffattn train sit-256": "--dry-run data.vae=tiny-sd/vae data.size=32 model.mediators=[4]",
     "diffattn evaluate": f"{FEW_STEPS} --num-pictures 4 --extractor emoji-classifier",
     "diffattn evaluate reference": "--size 32 --extractor emoji-classifier --device cpu",
     "diffattn bench thresholds": "--time-budget 0.01 --device cpu --dtype float32",
@@ -72,10 +73,10 @@ SMALLER = {
     "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0"
     " --kid-pictures 4 --every 1 --seed-sets 1 --device cpu",
     "attention_error.py": "--steps 3 --prompts tent",
-    "compare_mediators.py": "--samples 8 --steps 2 --rounds 1 --batch 8",
+    "compare_mediators.py": "--samples 4 --steps 2 --rounds 1 --batch 4",
     "train_emoji_sd.py train": "--dry-run",
-    "train_emoji_sd.py evaluate": "--vae-pictures 2 --steps 2 --limit 2",
-    "train_classifiers.py": "--steps 2 --batch 8",
+    "train_emoji_sd.py evaluate": "--vae-pictures 1 --steps 1 --limit 1",
+    "train_classifiers.py": "--steps 1 --batch 8",
 }
 """Program, command, and what else must be among its words -> options that are appended."""
 

@@ -37,6 +37,19 @@ def test_the_size_preset_sets_the_backbone() -> None:
     assert (arguments["hidden_size"], arguments["num_layers"], arguments["patch_size"]) == (1152, 28, 2)
 
 
+def test_options_of_an_attention_and_steps_reach_the_model() -> None:
+    settings = ["model.attention=[softmax, focused_linear]", "model.attention_options={focused_linear: {power: 4}}",
+                "model.steps=[[64, 1], [128, 1]]"]  # fmt: skip
+    arguments = TrainConfig.read(settings=settings).model_arguments()
+    assert arguments["attention"] == ("softmax", "focused_linear")
+    assert arguments["attention_options"] == {"focused_linear": {"power": 4}}
+    assert arguments["steps"] == ((64, 1), (128, 1))
+    with pytest.raises(ValueError, match=r"model\.steps must be tuple.* or none, got 64"):
+        TrainConfig.read(settings=["model.steps=64"])
+    with pytest.raises(ValueError, match=r"model\.attention_options must be dict.* or none, got 3"):
+        TrainConfig.read(settings=["model.attention_options=3"])
+
+
 def test_the_path_of_the_objective_is_written_into_the_model() -> None:
     assert TrainConfig.read().model_arguments()["path"] == "linear"
     assert TrainConfig.read(settings=["objective.path=gvp"]).model_arguments()["path"] == "gvp"

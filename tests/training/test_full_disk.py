@@ -44,7 +44,9 @@ def test_grids_figures_and_checkpoints_that_cannot_be_written_do_not_end_a_run(p
     settings = ["run.sample_every=2", "run.sample_steps=1", 'run.trackers=["tensorboard"]', "run.log_every=1",
                 "run.save_every=2", "run.steps=6", "objective.bins=20"]  # fmt: skip
     run(pictures, tmp_path, *settings, "run.steps=1")
-    (checkpoints.latest(tmp_path / "checkpoints") / checkpoints.COMPLETE).unlink()
+    newest = checkpoints.latest(tmp_path / "checkpoints")
+    assert newest is not None
+    (newest / checkpoints.COMPLETE).unlink()
     with full_disk(), pytest.raises(OSError, match="File too large"):  # the last checkpoint
         run(pictures, tmp_path, *settings, said=said)
     assert any(line.startswith("samples of step 4 not written: ") for line in said)
@@ -56,8 +58,9 @@ def test_grids_figures_and_checkpoints_that_cannot_be_written_do_not_end_a_run(p
 
 def test_latents_that_cannot_be_written_end_with_one_sentence(pictures, tmp_path) -> None:
     AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     command = [sys.executable, str(PROGRAM), "--data", str(pictures), "--out", str(tmp_path / "out"), *TINY]
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """Two processes of one run: they agree on where to resume, share the work, and end together."""
 
+import json
 import os
 import signal
 import subprocess
@@ -105,8 +106,9 @@ def test_shared_work_outlasts_the_timeout(pictures, tmp_path) -> None:
     """Encoding takes 5 s in all and the grids 12 s, with 3 s of patience between the processes."""
     torch.manual_seed(0)
     AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     settings = [f"data.vae={tmp_path / 'vae'}", "data.size=16", "run.steps=4", "run.sample_every=2",
                 "run.sample_steps=1", "run.timeout_minutes=0.05"]  # fmt: skip
@@ -121,8 +123,9 @@ def test_shared_work_outlasts_the_timeout(pictures, tmp_path) -> None:
 
 def test_latents_on_local_disks_are_encoded_by_each(pictures, tmp_path) -> None:
     AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     settings = [f"data.vae={tmp_path / 'vae'}", "data.size=16", "run.steps=1", f"data.cache={tmp_path}/cache-RANK"]
     done = launched(tmp_path, pictures, str(tmp_path / "out"), *settings)
@@ -150,3 +153,38 @@ def test_a_signal_to_one_process_stops_all_at_one_step(pictures, tmp_path) -> No
     run(pictures, tmp_path / "whole", f"run.steps={step + 2}")
     tensors, other = last(out)[0]["model"], last(tmp_path / "whole")[0]["model"]
     assert all(torch.allclose(tensors[name], other[name], atol=1e-2) for name in tensors)
+
+
+def test_the_quality_of_two_processes_is_that_of_one(pictures, tmp_path) -> None:
+    settings = ["run.steps=2", "run.eval_every=2", "run.eval_samples=10", "run.sample_steps=2", "run.timeout_minutes=1"]
+    done = launched(tmp_path, pictures, str(tmp_path / "two"), *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    how = "FlowMatchEulerDiscreteScheduler, 2 steps, guidance 1"
+    assert f"FID-10 (cifar-classifier, {how}) of step 2: n=1: " in done.stdout
+    run(pictures, tmp_path / "one", *settings)
+    two, one = (json.loads((tmp_path / name / "quality.jsonl").read_text()) for name in ("two", "one"))
+    assert (one["sampler"], one["steps"], one["guidance"]) == ("FlowMatchEulerDiscreteScheduler", 2, 1.0)
+    for n in ("n=1", "n=4"):
+        assert two["scores"][n]["fid"] == pytest.approx(one["scores"][n]["fid"], rel=0.02)
+
+
+def test_a_loss_that_is_never_finite_ends_every_process_with_one_sentence(pictures, tmp_path) -> None:
+    done = launched(tmp_path, pictures, str(tmp_path / "out"), "optim.lr=1e30", "optim.clip=0", "run.steps=60",
+                    "run.max_bad_steps=2")  # fmt: skip
+    assert done.returncode != 0
+    (message,) = messages(done)
+    assert "loss or gradient not finite in 2 steps in a row" in message
+
+
+def test_latents_that_one_process_cannot_write_end_every_process(pictures, tmp_path) -> None:
+    AutoencoderKL(
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2, sample_size=16,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    (tmp_path / "cache-1").write_text("in the way")
+    settings = [f"data.vae={tmp_path / 'vae'}", "data.size=16", f"data.cache={tmp_path}/cache-RANK"]
+    done = launched(tmp_path, pictures, str(tmp_path / "out"), *settings)
+    assert done.returncode != 0
+    (message,) = messages(done)
+    assert "cache-1" in message

@@ -10,7 +10,7 @@ from support.tiny_dit import dit_cases
 
 from diffattn.models import DiT
 from diffattn.training.config import TrainConfig
-from diffattn.training.distill import Distillation, freeze_backbone
+from diffattn.training.distill import Distillation, check_frozen, freeze_backbone
 from diffattn.training.start import load_backbone, make_model, start_from
 
 SMALL: Any = dict(sample_size=8, patch_size=2, in_channels=2, hidden_size=16, num_layers=2, num_heads=2, num_classes=3)
@@ -176,6 +176,62 @@ def test_distillation_teaches_the_mediators_and_nothing_else() -> None:
     assert not student.blocks[0].attn._forward_hooks
 
 
+@pytest.mark.parametrize("attention", ["inline", "focused_linear", "mlla", "circulant"])
+def test_linear_layers_start_from_a_softmax_checkpoint_and_learn_from_it(attention: str) -> None:
+    teacher = lively(DiT(**SMALL))
+    student = DiT(**SMALL, attention=(attention, "softmax"))
+    new = start_from(student, teacher)
+    assert new
+    assert all(".0." in name for name in new)
+    own, given = student.state_dict(), teacher.state_dict()
+    for name, weight in given.items():
+        assert name not in own or torch.equal(own[name], weight), name
+    distillation = Distillation(student, teacher)
+    freeze_backbone(student)
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(40):
+        with distillation.watching():
+            student(*inputs())
+        loss = distillation.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.grad is None for name, p in student.named_parameters() if ".1." in name and "blocks" in name)
+
+
+def test_inline_layers_begin_as_the_expansion_of_the_softmax_layer_they_start_from() -> None:
+    teacher = lively(DiT(**SMALL))
+    with torch.no_grad():
+        block: Any
+        for block in teacher.blocks:
+            block.attn.qkv.weight[:16] *= 0.05  # flat logits
+            block.attn.qkv.bias[:16] *= 0.05
+    student = DiT(**SMALL, attention="inline").eval()
+    assert all(".residual." in name for name in start_from(student, teacher))
+    torch.testing.assert_close(student(*inputs()).sample, teacher(*inputs()).sample, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("attention", ["inline", "focused_linear", "mlla", "circulant"])
+def test_linear_layers_start_at_a_higher_resolution(attention: str) -> None:
+    source = lively(DiT(**SMALL, attention=attention))
+    model = DiT(**{**SMALL, "sample_size": 16}, attention=attention).eval()
+    assert start_from(model, source) == []
+    if attention != "circulant":  # whose logits are scaled for the grid that a model is made for
+        assert torch.allclose(model(*inputs(16)).sample, source(*inputs(16)).sample, atol=1e-5)
+
+
+def test_softmax_layers_start_from_linear_ones_that_have_their_weights() -> None:
+    source, model = lively(DiT(**SMALL, attention="inline")), DiT(**SMALL)
+    assert start_from(model, source) == []
+    with pytest.raises(ValueError, match=r"missing weights: blocks\.0\.attn\.qkv\.bias"):
+        start_from(DiT(**SMALL), lively(DiT(**SMALL, attention="circulant")))
+    with pytest.raises(ValueError, match=r"missing weights: blocks\.0\.attn\.proj\.bias"):
+        start_from(DiT(**SMALL), lively(DiT(**SMALL, attention="mlla")))
+
+
 def test_distillation_needs_matching_layers_and_mediators() -> None:
     teacher = DiT(**SMALL)
     with pytest.raises(ValueError, match="teacher's num_layers is 2, the model's 3"):
@@ -184,3 +240,35 @@ def test_distillation_needs_matching_layers_and_mediators() -> None:
         Distillation(DiT(**SMALL), teacher)
     with pytest.raises(ValueError, match="no mediator layers"):
         freeze_backbone(DiT(**SMALL))
+
+
+def test_a_start_with_a_null_class_loses_its_row_and_one_without_gets_a_new_one() -> None:
+    table = "y_embedder.embedding_table.weight"
+    guided, unguided = lively(DiT(**SMALL)), lively(DiT(**SMALL, null_class=False), seed=1)
+    model = DiT(**SMALL, null_class=False)
+    assert start_from(model, guided) == []
+    assert torch.equal(model.state_dict()[table], guided.state_dict()[table][:3])
+    model = DiT(**SMALL)
+    assert start_from(model, unguided) == [table]
+    assert torch.equal(model.state_dict()[table][:3], unguided.state_dict()[table])
+    with pytest.raises(ValueError, match="the start has 3 classes, the data 4"):
+        start_from(DiT(**SMALL | {"num_classes": 4}, null_class=False), guided)  # as many rows, other meanings
+
+
+def test_a_frozen_backbone_needs_a_start_that_has_all_of_it() -> None:
+    model = DiT(**SMALL, attention="mediator", mediators=(4,))
+    check_frozen(model, start_from(model, lively(DiT(**SMALL))))
+    new = [name for name in start_from(model, lively(DiT(**SMALL, null_class=False))) if name.startswith("y_embedder")]
+    with pytest.raises(ValueError, match=r"frozen one would never be trained; set objective\.label_dropout=0"):
+        check_frozen(model, new)
+    with pytest.raises(ValueError, match=r"would keep their random values; give a trained model as model\.start"):
+        check_frozen(model, [name for name, _ in model.named_parameters()])
+
+
+def test_a_start_with_weights_that_are_not_finite_is_refused(tmp_path) -> None:
+    model = lively(DiT(**SMALL))
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[0, 0] = float("nan")  # type: ignore[union-attr,index]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights that are NaN or infinite: blocks\.1\.attn\.qkv\.weight"):
+        load_backbone(tmp_path, num_heads=2)

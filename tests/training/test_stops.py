@@ -124,6 +124,7 @@ def test_lost_bytes_are_noticed_and_the_older_checkpoint_is_offered(pictures, tm
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_a_row_for_the_null_class(pictures, tmp_path) -> None:
     run(pictures, tmp_path / "new", "objective.label_dropout=0", "run.steps=3")
     folder = checkpoints.latest(tmp_path / "new/checkpoints")
+    assert folder is not None
     tensors, state = checkpoints.load(folder)
     for part in tensors.values():
         for name, tensor in part.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffattn.app.jobs.choices import RECIPE, method_and_preset
 from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.watch import Watch, noisy_input
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.measure.flops import count_gflops
@@ -137,7 +138,7 @@ def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
     """
     if patch and not isinstance(patch.plan.schedule, NoiseSchedule):
         return None
-    model: Any = getattr(pipe, "unet", None) or pipe.transformer
+    model: Any = denoiser_of(pipe)
     x, _ = noisy_input(*next(iter(followed.inputs.values())))
     phases = [entry["phase"] for entry in patch.trace()] if patch else [0] * len(followed.trace.seconds)
     if x.shape[-2] * x.shape[-1] > MAX_COUNTED_TOKENS or set(phases) - set(followed.inputs):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffattn.app.jobs.preview import Preview, clean_estimate
 from diffattn.app.jobs.run_trace import Recorder, RunTrace
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.request import Picture, Request
 from diffattn.patching.patch import Patch
 
@@ -82,7 +83,7 @@ class Watch:
         self.audience = audience
         self.done, self.pictures, self.what = done, pictures, what
         self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # phase -> arguments of its first call
-        self._denoiser: Any = getattr(pipe, "unet", None) or pipe.transformer
+        self._denoiser: Any = denoiser_of(pipe)
         self._handles: list[Any] = []
         self._begin = time.perf_counter()
         self._last_event = 0.0

@@ -1,0 +1,92 @@
+"""Progressive width (StepsNet): early blocks are narrow, and each step widens the tokens by channels that waited.
+
+    x = [x₁ … x_n],  C_i = d_1 + … + d_i
+    y₁ = F₁(x₁),  y_i = F_i([y_{i-1}, x_i])        F_i: blocks of width C_i
+
+Patch embedding, conditioning and final layer keep the full width C. A step narrower than that gets the conditioning
+projected to its width. One step is the plain backbone.
+
+Shapes: B batch, N tokens, C channels, C_i channels of a step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Step:
+    """Consecutive blocks of one width."""
+
+    width: int  # C_i
+    blocks: range
+    num_heads: int  # as wide as those of the full width
+
+
+def steps_of(
+    steps: Sequence[Sequence[int]] | None, hidden_size: int, num_layers: int, num_heads: int
+) -> tuple[Step, ...]:
+    """The steps of a model, from [[width, depth], …].
+
+    Raises:
+        ValueError: not such pairs; widths that do not rise to the full one, or do not divide into its heads; depths
+            that do not add up to the number of layers.
+    """
+    if steps is None:
+        return (Step(hidden_size, range(num_layers), num_heads),)
+    given = [list(step) if isinstance(step, Sequence) and not isinstance(step, str) else step for step in steps]
+    if not given or not all(isinstance(s, list) and len(s) == 2 and all(type(x) is int for x in s) for s in given):
+        raise ValueError(f"steps must be pairs of a width and a depth, such as [[64, 2], [128, 4]], got {given!r}")
+    widths, depths = [width for width, _ in given], [depth for _, depth in given]
+    head_dim = hidden_size // num_heads
+    rising = all(a < b for a, b in pairwise(widths)) and widths[-1] == hidden_size
+    if not rising or any(width < 1 or width % head_dim or width % 4 for width in widths):
+        raise ValueError(
+            f"the widths of steps must rise to hidden_size={hidden_size}, each a multiple of {head_dim} channels per "
+            f"head and of 4, got {widths}"
+        )
+    if min(depths) < 1 or sum(depths) != num_layers:
+        raise ValueError(f"the depths of steps must be at least 1 and add up to num_layers={num_layers}, got {depths}")
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    return tuple(
+        Step(width, range(end - depth, end), width // head_dim)
+        for width, depth, end in zip(widths, depths, ends, strict=True)
+    )
+
+
+def projections(steps: Sequence[Step], hidden_size: int) -> nn.ModuleList:
+    """For each step the conditioning to its width; nothing where that is the full one."""
+    narrow = [step.width for step in steps if step.width < hidden_size]
+    return nn.ModuleList(nn.Linear(hidden_size, width) for width in narrow)
+
+
+def run_steps(
+    steps: Sequence[Step],
+    conditions: nn.ModuleList,
+    run_block: Callable[[int, Tensor, Tensor], Tensor],
+    x: Tensor,
+    condition: Tensor,
+) -> Tensor:
+    """All blocks, step by step.
+
+    Args:
+        steps: of the model.
+        conditions: from `projections`.
+        run_block: (number of the block, tokens [B, N, C_i], condition [B, C_i]) -> tokens.
+        x: tokens [B, N, C].
+        condition: [B, C].
+
+    Returns:
+        [B, N, C].
+    """
+    for i, step in enumerate(steps):
+        narrow = step.width < x.shape[-1]
+        own = conditions[i](condition) if narrow else condition
+        y = x[..., : step.width] if narrow else x
+        for number in step.blocks:
+            y = run_block(number, y, own)
+        x = torch.cat((y, x[..., step.width :]), dim=-1) if narrow else y
+    return x

@@ -1,0 +1,195 @@
+"""Follows the runs of a patched model: from the arguments of each call to the phase that its layers are in."""
+
+import copy
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from diffattn.architectures.run_state import (
+    ACCELERATED,
+    EXACT_PHASE,
+    DenoiserCall,
+    Latest,
+    NotPickled,
+    RunState,
+    Tally,
+)
+from diffattn.noise_level import Reading
+from diffattn.patching.callers import is_kept_by_caller
+from diffattn.patching.denoiser import PatchedDenoiser
+from diffattn.patching.hook import DiffAttnWarning
+from diffattn.patching.plan import Plan
+from diffattn.patching.scheduler import SchedulerInUse
+from diffattn.patching.target import Target
+from diffattn.schedules import EXACT, needs_level
+
+
+class Runs(NotPickled):
+    """Every run of one patched model.
+
+    One call of a denoiser: its hook calls `begin_call`, which reads the noise level, begins a run where one does,
+    asks the schedule for the phase, and leaves a `DenoiserCall` in `state` for the processors; then `end_call`.
+
+    Attributes:
+        plan: which options apply in which phase.
+        state: the run under way, one per thread.
+        tally: calls of all runs by layer and reason.
+        denoisers: the main one first.
+        num_runs, num_calls: begun so far, of the main denoiser.
+    """
+
+    def __init__(self, plan: Plan, target: Target) -> None:
+        self.plan = plan
+        self.state = RunState(Latest())
+        self.tally = Tally()
+        self.denoisers: list[PatchedDenoiser] = []
+        self.num_runs = 0
+        self.num_calls = 0
+        self._target = target
+        self._options = [plan.options_at(phase) for phase in range(len(plan.methods))]
+        self._needs_level = needs_level(plan.schedule)
+        self._warned: set[str] = set()
+
+    def begin_call(self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, mask_rows: int, traced: bool) -> None:
+        """See `hook.Listener`."""
+        state, device = self.state, sample.device.type
+        height, width = sample.shape[-2:]
+        denoiser.set_size(height, width)
+        scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
+        reading = denoiser.read_time(time, scheduler)
+        begins = state.schedule is None or max(reading.levels) > state.last_level
+        if begins or reading.run is not state.scheduler_run:
+            self._begin_run(sample, reading, device, mask_rows)
+        state.last_level, state.scheduler_run = max(reading.levels), reading.run
+        assert state.schedule is not None
+        state.schedule.observe(sample, reading.levels)
+        phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
+        compiled = traced or denoiser.compiled
+        state.begin(DenoiserCall(phase, tuple(denoiser.grids), compiled))
+        self._count_displaced(denoiser)
+        if compiled:
+            self._count(denoiser, phase, device, mask_rows)
+        if denoiser is self.denoisers[0]:  # not its ControlNets
+            self.num_calls += 1
+            state.trace.append(self._entry(reading, phase))
+
+    def end_call(self) -> None:
+        """See `hook.Listener`."""
+        self.state.inside = False
+
+    def enter_forward(self, denoiser: PatchedDenoiser) -> None:
+        """See `hook.Listener`."""
+        if self.state.inside:
+            return
+        self.state.bypassed = True
+        name = type(denoiser.model).__name__
+        self._warn_once(
+            "bypassed",
+            f"{name}.forward was called directly, which skips the hooks of diffattn: its layers run exact; call the "
+            "model itself, model(...), to accelerate it",
+        )
+
+    def quiet(self) -> None:
+        """Give no warning from now on about runs in which nothing is accelerated."""
+        self._warned.add("nothing")
+
+    def displaced(self) -> list[str]:
+        """Names of the layers whose processor was replaced since the last look."""
+        names = []
+        for layer in (layer for denoiser in self.denoisers for layer in denoiser.patched):
+            before = layer.displaced_by
+            if layer.look() and not before:
+                names.append(layer.spec.name)
+        return names
+
+    def _is_enough(self, reading: Reading) -> bool:
+        """Whether what is known of the noise level will do for the schedule."""
+        return reading.known or not self._needs_level
+
+    def _begin_run(self, sample: Tensor, reading: Reading, device: str, mask_rows: int) -> None:
+        """Count the run, and say what its user would not expect of it."""
+        state = self.state
+        state.schedule = copy.deepcopy(self.plan.schedule)
+        state.schedule.start(sample.shape[0])
+        state.trace.clear()
+        self.num_runs += 1
+        for denoiser in self.denoisers:
+            denoiser.begin_run(sample.shape[-2], sample.shape[-1])
+        self._look_for_displaced()
+        if not self._is_enough(reading):
+            self._warn_once(
+                "level",
+                "the schedule needs the noise level, which cannot be read from this time step: no scheduler is known "
+                "that made it; such calls run exact. Draw with a pipeline, or give the denoiser the time steps of a "
+                "diffusers scheduler as they are",
+            )
+        else:
+            self._check_reachable(state.schedule.reachable(reading.to_come), device, mask_rows)
+
+    def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
+        """A run in which nothing can be accelerated: an error if the user asked for too many agents, else a warning."""
+        reasons = [r for d in self.denoisers for p in sorted(phases) for _, r in d.reasons(p, device, mask_rows)]
+        if not reasons or ACCELERATED in reasons:
+            return
+        largest = max(d.tokens(layer.spec) or 0 for d in self.denoisers for layer in d.patched)
+        asked = self.plan.options.get("num_agents")
+        if asked is not None and asked >= largest:
+            raise ValueError(
+                f"num_agents={asked} is not below the {largest} tokens of the largest layer at this size; "
+                f"allowed: 1 to {(largest - 1) // 2}"
+            )
+        why = "; ".join(dict.fromkeys(reasons))
+        self._warn_once("nothing", f"diffattn accelerates no layer in this run: {why}")
+
+    def _look_for_displaced(self) -> None:
+        """Say which layers run without diffattn, and what to do where something can be done."""
+        names = self.displaced()
+        layers = [layer for denoiser in self.denoisers for layer in denoiser.patched if layer.displaced_by]
+        if not names:
+            return
+        by = ", ".join(sorted({layer.displaced_by for layer in layers if layer.displaced_by}))
+        many = f"{len(names)} patched layers run" if len(names) > 1 else "1 patched layer runs"
+        if all(is_kept_by_caller(layer.processor) for layer in layers):
+            self._warn_once(
+                f"swapped by {by}",
+                f"{many} exact: the pipeline puts {by} there in each of its calls, and the layer's own processor back "
+                "afterwards (as perturbed-attention and self-attention guidance do); the report counts these calls, "
+                "and all other layers are accelerated",
+            )
+            return
+        self._warn(
+            f"{many} without diffattn: their processors were replaced by {by} since patching; unpatch and patch again "
+            "to accelerate them, if that is a processor that diffattn can replace"
+        )
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            self._warn(message)
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(message, DiffAttnWarning, stacklevel=8)
+
+    def _count_displaced(self, denoiser: PatchedDenoiser) -> None:
+        for layer in denoiser.patched:
+            if by := layer.look():
+                self.tally.add(layer.spec.name, f"replaced by {by} during the call")
+
+    def _count(self, denoiser: PatchedDenoiser, phase: int | tuple[int, ...], device: str, mask_rows: int) -> None:
+        """What the processors inside compiled code cannot count."""
+        for p in sorted({phase} if isinstance(phase, int) else set(phase)):
+            for name, reason in denoiser.reasons(p, device, mask_rows):
+                self.tally.add(name, reason)
+
+    def _entry(self, reading: Reading, phase: int | tuple[int, ...]) -> dict[str, Any]:
+        """One entry of `Patch.trace`."""
+        several = isinstance(phase, tuple)
+        levels = reading.levels if len(reading.levels) > 1 else reading.levels[0]
+        options = [self._options[p] for p in phase] if several else EXACT if phase < 0 else self._options[phase]
+        return {
+            "noise_level": levels if reading.known else None,
+            "phase": list(phase) if several else None if phase < 0 else phase,
+            "options": options,
+            "change": getattr(self.state.schedule, "change", None),
+        }

@@ -1,0 +1,70 @@
+"""Finds the scheduler that made a denoiser's time step: that of the pipeline, or loop, whose call is under way."""
+
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from diffattn.architectures.denoisers import uncompiled
+from diffattn.architectures.run_state import RunState
+from diffattn.noise_level import Convention, NoiseLevels, Reading, values_of
+from diffattn.patching.callers import callers, schedulers_in
+
+
+class SchedulerInUse:
+    """Reads the time steps of one denoiser call; a `TimeReader`.
+
+    What a scheduler made is a view of its `timesteps`: proof enough, at no cost, for every call but the first of a
+    run. Otherwise the callers are looked through: for the scheduler that the time step is a view of, then for a
+    pipeline that holds the denoiser, then for a scheduler with this time step in its run. The patched pipeline's own
+    is the last resort, for calls by hand, and only for numbers that can be its time steps.
+    """
+
+    def __init__(self, state: RunState, model: nn.Module, own: Any) -> None:
+        """`state`: remembers the scheduler from call to call; `own`: of the patched pipeline, if it has one."""
+        self._state, self._model, self._own = state, uncompiled(model), own
+
+    def read(self, timestep: Tensor | float, training: Convention | None = None) -> Reading:
+        """See `TimeReader`."""
+        last = self._state.noise_levels
+        if last is not None and last.made(timestep):
+            return last.read(timestep, training)
+        scheduler, is_sure = self._find(timestep)
+        if last is None or last.scheduler is not scheduler:
+            self._state.noise_levels = last = NoiseLevels(scheduler)
+        reading = last.read(timestep, training)
+        if is_sure or scheduler is None:
+            return reading
+        return reading._replace(known=reading.known and last.covers(values_of(timestep)))
+
+    def _find(self, timestep: Tensor | float) -> tuple[Any, bool]:
+        """The scheduler, None if there is none, and whether it is sure to have made the time step."""
+        if self._own is not None and NoiseLevels(self._own).made(timestep):
+            return self._own, True
+        seen = list({id(s): s for frame in callers() for s in schedulers_in(frame)}.values())  # nearest first
+        for scheduler in seen:
+            if NoiseLevels(scheduler).made(timestep):
+                return scheduler, True
+        pipe = next((p for frame in callers() if (p := self._pipeline(frame)) is not None), None)
+        if pipe is not None:
+            return getattr(pipe, "scheduler", None), True
+        values = values_of(timestep)
+        for scheduler in (self._own, *seen):
+            if scheduler is not None and NoiseLevels(scheduler).contains(values):
+                return scheduler, True
+        return self._own, False
+
+    def _pipeline(self, frame: FrameType) -> DiffusionPipeline | None:
+        """The pipeline that a frame is a method of, if it holds the denoiser."""
+        caller = frame.f_locals.get("self")
+        if not issubclass(type(caller), DiffusionPipeline):
+            return None
+        return caller if any(self._is_held(part) for part in vars(caller).values()) else None
+
+    def _is_held(self, part: Any) -> bool:
+        if not isinstance(part, nn.Module):
+            return False
+        nets: Sequence[Any] = getattr(part, "nets", ())  # several ControlNets in one
+        return any(uncompiled(net) is self._model for net in (part, *nets) if isinstance(net, nn.Module))

@@ -1,0 +1,34 @@
+"""What was patched, remembered without keeping it alive."""
+
+import weakref
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline
+
+from diffattn.architectures.run_state import NotPickled
+
+
+class Target(NotPickled):
+    """A pipeline or a denoiser; in a deep copy of it, the copied one."""
+
+    def __init__(self, target: Any) -> None:
+        self._ref = weakref.ref(target)
+        self._scheduler = getattr(target, "scheduler", None)
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it is a pipeline that still exists."""
+        return isinstance(self._ref(), DiffusionPipeline)
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler of this moment, the last one if it is gone; None for a denoiser."""
+        self._scheduler = getattr(self._ref(), "scheduler", self._scheduler)
+        return self._scheduler
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = new = object.__new__(type(self))
+        target = self._ref()
+        new._ref = self._ref if target is None else weakref.ref(memo.get(id(target), target))
+        new._scheduler = self._scheduler
+        return new

@@ -1,0 +1,147 @@
+"""The scheduler that is read is the one that draws, whoever holds the denoiser; what nobody knows is said."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from support import tiny
+from support.patching import FEW, Make, call
+
+import diffattn
+from diffattn import DiffAttnWarning
+
+SCHEDULE = {0.7: {}, 0.4: {"num_agents": 9}, 0.0: "exact"}
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+KINDS: dict[str, Callable[[], Any]] = {
+    "edm": EDMEulerScheduler,
+    "continuous": lambda: EulerDiscreteScheduler(
+        **SD, timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True
+    ),
+    "log-linear": lambda: EulerDiscreteScheduler(**SD, interpolation_type="log_linear"),
+    "flow": lambda: UniPCMultistepScheduler(
+        steps_offset=1, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    ),
+}
+every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+pytestmark = pytest.mark.filterwarnings("error::diffattn.DiffAttnWarning")
+
+
+@pytest.fixture
+def pipe(make_pipeline: Make) -> DiffusionPipeline:
+    return make_pipeline("sd")
+
+
+def true_levels(scheduler: Any) -> list[float]:
+    """Of the scheduler's own σ."""
+    sigmas = scheduler.sigmas[: len(scheduler.timesteps)].double()
+    if scheduler.config.get("use_flow_sigmas"):
+        return sigmas.tolist()
+    sigmas = sigmas / scheduler.config.get("sigma_data", 1.0)
+    return (sigmas / (1 + sigmas)).tolist()
+
+
+def levels_seen(handle: diffattn.Patch) -> Any:
+    return pytest.approx([entry["noise_level"] for entry in handle.trace()], abs=1e-4)
+
+
+@every_kind
+@pytest.mark.parametrize("what", ["pipeline", "denoiser"])
+def test_of_the_pipeline_that_draws(pipe: Any, make: Callable[[], Any], what: str) -> None:
+    handle = diffattn.patch(pipe if what == "pipeline" else pipe.unet, **FEW, schedule=SCHEDULE)
+    pipe.scheduler = make()  # assigned after patching
+    for _ in range(2):
+        tiny.run(pipe, num_inference_steps=6)
+        assert true_levels(pipe.scheduler) == levels_seen(handle)
+    assert handle.report().runs == 2
+
+
+@every_kind
+def test_of_a_sibling_and_of_a_pipeline_made_of_the_components(pipe: Any, make: Callable[[], Any]) -> None:
+    handle = diffattn.patch(pipe, **FEW, schedule=SCHEDULE)
+    sibling = AutoPipelineForImage2Image.from_pipe(pipe)
+    sibling.set_progress_bar_config(disable=True)
+    sibling.scheduler = make()
+    sibling("a cat", image=tiny.picture(), strength=1.0, num_inference_steps=6, output_type="np")
+    assert true_levels(sibling.scheduler) == levels_seen(handle)
+    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"scheduler": make()}
+    rebuilt = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    rebuilt.set_progress_bar_config(disable=True)
+    tiny.run(rebuilt, num_inference_steps=6)
+    assert true_levels(rebuilt.scheduler) == levels_seen(handle)
+    tiny.run(pipe, num_inference_steps=6)  # and back
+    a = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
+    assert (1 / (1 + (a / (1 - a)).sqrt())).tolist() == levels_seen(handle)
+
+
+@every_kind
+@pytest.mark.parametrize("as_number", [False, True], ids=["views", "numbers"])
+def test_of_a_loop_of_ones_own(make: Callable[[], Any], as_number: bool) -> None:
+    unet = tiny.unet()
+    handle = diffattn.patch(unet, **FEW, schedule=SCHEDULE)
+
+    def draw(scheduler: Any) -> None:
+        scheduler.set_timesteps(6)
+        for t in scheduler.timesteps:
+            call(unet, timestep=t.item() if as_number else t)
+
+    draw(scheduler := make())
+    assert true_levels(scheduler) == levels_seen(handle)
+    assert handle.report().runs == 1
+
+
+def test_pipelines_that_take_turns_on_one_denoiser(pipe: Any) -> None:
+    other = StableDiffusionPipeline(
+        **{k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"scheduler": EDMEulerScheduler()},
+        requires_safety_checker=False,
+    )
+    other.set_progress_bar_config(disable=True)
+    handle = diffattn.patch(pipe.unet, **FEW, schedule=SCHEDULE)
+    for drawing in (pipe, other, pipe):
+        tiny.run(drawing, num_inference_steps=6)
+        first = handle.trace()[0]["noise_level"]
+        assert first == pytest.approx(0.99 if drawing is other else 0.86, abs=0.01)
+
+
+def test_a_scheduler_with_other_numbers_nearby_is_not_taken_for_it(pipe: Any) -> None:
+    """By hand, at a whole number: as the model was trained, whatever lies around."""
+    nearby = EDMEulerScheduler()
+    nearby.set_timesteps(5)
+    handle = diffattn.patch(pipe.unet, **FEW, schedule=SCHEDULE)
+    call(pipe.unet, timestep=500)
+    a = DDIMScheduler(**SD).alphas_cumprod[500].item()
+    assert handle.trace()[0]["noise_level"] == pytest.approx(1 / (1 + (a / (1 - a)) ** 0.5), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("default::diffattn.DiffAttnWarning")
+@pytest.mark.parametrize("times", [[1.0955, 0.62, -0.3], [0.9, 0.5], [937.5, 857.14]], ids=["edm", "0 to 1", "flow"])
+@pytest.mark.parametrize("holder", ["denoiser", "pipeline"])
+def test_what_nobody_knows_is_said_once_and_runs_exact(pipe: Any, times: list[float], holder: str) -> None:
+    exact = [call(pipe.unet, timestep=t) for t in times]
+    handle = diffattn.patch(pipe if holder == "pipeline" else pipe.unet, **FEW, schedule=SCHEDULE)
+    with pytest.warns(DiffAttnWarning, match="noise level, which cannot be read") as warned:
+        found = [call(pipe.unet, timestep=t) for t in times]
+    assert len(warned) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    entry = {"noise_level": None, "phase": None, "options": "exact", "change": None}
+    assert handle.trace() == [entry] * len(times)
+    assert handle.report().calls_accelerated == 0
+    assert {r for x in handle.report().layers for r in x.passed_through} == {"the noise level is not known"}
+
+
+@pytest.mark.parametrize("schedule", [None, {"kind": "latent_change", "entries": [{}, {}], "thresholds": [0.5]}])
+def test_a_schedule_that_does_not_need_the_level_runs_on(schedule: Any) -> None:
+    handle = diffattn.patch(unet := tiny.unet(), **FEW, schedule=schedule)
+    for t in (0.9, 0.5, 0.1):
+        call(unet, timestep=t)
+    assert (handle.report().runs, handle.report().calls_accelerated) == (1, 21)
+    assert handle.trace()[0]["noise_level"] is None

@@ -1,0 +1,85 @@
+"""The fixtures of the linear family: whole layers of the published implementations, forward and gradient."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[1] / "fixtures"
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One fixture: its parameters, and its tensors by name (`in.`, `w.`, `mid.`, `out.`, `probe.`, `grad.`)."""
+
+    params: dict[str, Any]
+    tensors: dict[str, Tensor]
+    tolerance: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        h, w = self.params["grid"]
+        return h, w
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """Those whose names start so, without it and without `w.`."""
+        start = f"w.{prefix}"
+        return {name.removeprefix(start): x for name, x in self.tensors.items() if name.startswith(start)}
+
+    def assert_close(self, actual: Tensor, name: str) -> None:
+        torch.testing.assert_close(actual, self.tensors[name], **self.tolerance)
+
+    def assert_matches(self, x: Tensor, y: Tensor) -> None:
+        """The output, and the gradient that it gives the input `x`."""
+        self.assert_close(y, "out.y")
+        (grad,) = torch.autograd.grad((y * self["probe.w"]).sum(), x)
+        torch.testing.assert_close(grad, self["grad.x"], atol=1e-4, rtol=1e-3)
+
+    def input(self) -> Tensor:
+        return self["in.x"].clone().requires_grad_()
+
+
+def family_cases(*prefixes: str, without: str = "none") -> pytest.MarkDecorator:
+    """Parametrises a test's `case` over the fixtures whose names start so, but for one."""
+    index = json.loads((FOLDER / "linear-family.json").read_text())
+    bound = {name: index["conventions"]["tolerance"]["fp32"][name] for name in ("atol", "rtol")}
+    found = [
+        FamilyCase(entry, load_file(FOLDER / entry["file"]), bound)
+        for entry in index["cases"]
+        if entry["name"].startswith(prefixes) and entry["name"] != without
+    ]
+    assert found, prefixes
+    return pytest.mark.parametrize("case", found, ids=lambda case: case.params["name"])
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same for every dtype."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """[B, N, C] -> [B, H, N, D]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join(x: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, C]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def as_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, N, C] -> [B, C, h, w]"""
+    return x.mT.unflatten(-1, grid)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, N, C]"""
+    return x.flatten(2).mT
