@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class DemoSettings:
     """Settings of the demo. With the defaults it takes well under 3 minutes on two CPU cores."""
 
     model: str = "emoji-sd"
-    method: str = "agent"
+    method: str | None = None  # None: the one that fits the model
     preset: str = "balanced"
     steps: int = 25
     guidance: float = 2.5
@@ -130,11 +130,11 @@ class Demo:
     """
 
     def __init__(self, settings: DemoSettings) -> None:
-        self.settings = settings
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
-        self.pipes = {name: self._load() for name in (UNPATCHED, PATCHED)}
+        self.pipes = {name: self._load(settings.model) for name in (UNPATCHED, PATCHED)}
         self.patch: Patch = patch(self.pipes[PATCHED], settings.method, preset=settings.preset)
+        self.settings = replace(settings, method=self.patch.plan.method)
 
     @property
     def num_pictures(self) -> int:
@@ -165,8 +165,8 @@ class Demo:
                 pictures.setdefault(name, []).append(picture)
         return self._result(timings, torch.cat(pictures[UNPATCHED]), torch.cat(pictures[PATCHED]))
 
-    def _load(self) -> DiffusionPipeline:
-        pipe = load_demo(self.settings.model, self.dtype).to(self.device)
+    def _load(self, model: str) -> DiffusionPipeline:
+        pipe = load_demo(model, self.dtype).to(self.device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

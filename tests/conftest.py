@@ -24,7 +24,7 @@ def _deterministic_threads() -> None:
 
 @pytest.fixture
 def make_pipeline(tmp_path: Path) -> Callable[[str], DiffusionPipeline]:
-    """kind -> a tiny pipeline: sd, sdxl, img2img, inpaint, controlnet, dit, pixart or pixart-sigma."""
+    """kind -> a tiny pipeline, see `tiny.pipeline`."""
     return lambda kind: tiny.pipeline(kind, tmp_path / "tokenizer")
 
 

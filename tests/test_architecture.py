@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "metrics": "drawing files",
     "evaluation": "architectures data drawing files machine methods metrics patching sampling",
     "training": "data evaluation files measure metrics models sampling",
-    "preflight": "architectures drawing machine measure models patching schedules tables",
+    "preflight": "architectures drawing machine measure patching schedules tables",
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
     "benchmarks": "architectures files functional machine measure methods models patching tables",
     "demo": "drawing files machine measure metrics patching",

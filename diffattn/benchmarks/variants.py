@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffattn.architectures.denoisers import self_attention_layers, uncompiled
-from diffattn.methods import METHODS
+from diffattn.methods.agent import AgentAttention
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.patch import patch
 
 SDPA, TOME, FLOOR = "sdpa", "tome", "floor"
-PRESETS = tuple(METHODS["agent"].presets)
+PRESETS = tuple(AgentAttention.presets)
 VARIANTS = (SDPA, *PRESETS, TOME, FLOOR)
 TOME_RATIO = 0.5
 
@@ -60,7 +60,7 @@ def _exact(unet: nn.Module) -> Iterator[Coverage]:
 def _agents(unet: nn.Module, levels: Collection[int], preset: str, min_tokens: int | None) -> Iterator[Coverage]:
     options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
     try:
-        handle = patch(unet, "agent", preset=preset, layers=lambda spec: spec.level in levels, **options)
+        handle = patch(unet, AgentAttention.name, preset=preset, layers=lambda spec: spec.level in levels, **options)
     except ValueError as error:
         raise LeftOut(str(error)) from None
     with handle, warnings.catch_warnings():

@@ -23,7 +23,8 @@ def convert(
     key: Annotated[
         str | None,
         typer.Option(
-            help="Entry of a .pt file with the weights.", show_default="ema, model or state_dict, if there is one"
+            help="Dotted path of the weights, such as state_dict.model.",
+            show_default="found by their names, averaged ones first",
         ),
     ] = None,
     num_heads: Annotated[

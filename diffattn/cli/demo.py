@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for comparison.png and result.json.")] = Path("outputs/demo"),
     model: Annotated[str, typer.Option(help="Embedded model.")] = "emoji-sd",
-    method: Annotated[str, typer.Option(help="Attention method, see `diffattn info`.")] = "agent",
+    method: Annotated[
+        str | None,
+        typer.Option(help="Attention method, see `diffattn info`.", show_default="the one that fits the model"),
+    ] = None,
     preset: Annotated[str, typer.Option(help="Preset of the method, see `diffattn info`.")] = "balanced",
     steps: Annotated[int, typer.Option(help="Sampling steps per picture.")] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 and below: none.")] = 2.5,

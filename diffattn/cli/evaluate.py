@@ -35,6 +35,7 @@ from diffattn.cli.options import (
     Side,
     SkipBad,
     Steps,
+    Variant,
     Width,
 )
 
@@ -57,6 +58,7 @@ app = typer.Typer(
 def evaluate(
     context: typer.Context,
     model: MaybeModel = None,
+    variant: Variant = None,
     pictures: Annotated[Path | None, typer.Option(help="Or score these: a folder, a zip, or an ADM .npz.")] = None,
     reference: Annotated[Path | None, typer.Option(help=REFERENCE)] = None,
     prompts: Prompts = None,
@@ -115,7 +117,8 @@ def evaluate(
             lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
             limit=num_pictures if model is None else None, device=place,
         )  # fmt: skip
-        given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe}
+        given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe,
+                 "variant": variant}  # fmt: skip
         sampling = {"num_pictures": num_pictures, "prompts": words, "steps": steps, "guidance": guidance,
                     "width": width, "height": height, "seed": seed, "batch": batch}  # fmt: skip
         subject, draw, acceleration, name = _subject(model, pictures, place, dtype, given, sampling, paired)
@@ -219,7 +222,7 @@ def _subject(
 
     if model is None:
         if paired or any(given.values()):
-            raise ValueError("--paired and the options of an acceleration are for a --model")
+            raise ValueError("--paired, --variant and the options of an acceleration are for a --model")
         return pictures, DrawConfig(), None, None
     subject, acceleration, name = _load(model, place, dtype, given, paired)
     if sampling["num_pictures"] is None:
@@ -232,14 +235,14 @@ def _load(
     model: str, place: Any, dtype: str, given: dict[str, Any], paired: bool
 ) -> tuple[Any, dict[str, Any] | None, str]:
     """The pipeline on its device, the arguments of `diffattn.patch`, and what the result calls them."""
-    from diffattn.drawing.draw import default_method
     from diffattn.drawing.loading import load_pipeline
     from diffattn.drawing.request import EXACT
     from diffattn.machine import choose_dtype
+    from diffattn.patching.default_method import default_method
     from diffattn.patching.plan import Plan
     from diffattn.patching.recipe import read_recipe
 
-    pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+    pipe: Any = load_pipeline(model, choose_dtype(dtype, place), given["variant"]).to(place)
     pipe.set_progress_bar_config(disable=True)
     method, preset, options, recipe = (given[key] for key in ("method", "preset", "options", "recipe"))
     wanted = bool(method or preset or options or recipe or paired)

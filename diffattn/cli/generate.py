@@ -21,6 +21,7 @@ from diffattn.cli.options import (
     Recipe,
     Seed,
     Steps,
+    Variant,
     Width,
 )
 
@@ -32,6 +33,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw, may be empty; for a DiT or SiT a class name or id.")],
     model: Model = "emoji-sd",
+    variant: Variant = None,
     negative_prompt: Annotated[str | None, typer.Option(help=NEGATIVE, show_default="none at all")] = None,
     method: Method = None,
     preset: Preset = None,
@@ -64,10 +66,10 @@ def generate(
         request = Request(
             model=model, prompt=prompt, negative_prompt=negative_prompt, method=method, preset=preset,
             options=read_options(option or []), recipe=read_recipe(recipe) if recipe else None, steps=steps,
-            guidance=guidance, width=width, height=height, num_images=num_images, seed=seed,
+            guidance=guidance, width=width, height=height, num_images=num_images, seed=seed, variant=variant,
         )  # fmt: skip
         place = choose_device(device)
-        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place), variant).to(place)
         request, patch = prepare(pipe, request)
     with progress("drawing", total=steps * num_images) as advance:
         pictures = _draw(pipe, request, names, advance)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from diffattn.cli.common import bad_input, check_writable, fail, loading, progress, stdout, write_json
-from diffattn.cli.options import Device, Dtype, JsonFile
+from diffattn.cli.options import Device, Dtype, JsonFile, Variant
 
 
 def info(
@@ -20,15 +20,14 @@ def info(
             show_default=False,
         ),
     ] = None,
+    variant: Variant = None,
     size: Annotated[
         str | None,
         typer.Option(metavar="HxW|N", help="With --model: height and width in pixels.", show_default="the model's own"),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            help="With --model: attention method.", show_default="agent; mediator for a SiT that learned them"
-        ),
+        typer.Option(help="With --model: attention method.", show_default="the one that fits the model"),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="With --model: preset of the method.", show_default="balanced")
@@ -54,18 +53,26 @@ def info(
     """
     check_writable(json)
     if model is not None:
-        asked: dict[str, Any] = {"method": method, "preset": preset, "batch": batch, "rounds": rounds}
+        asked: dict[str, Any] = {
+            "method": method,
+            "preset": preset,
+            "batch": batch,
+            "rounds": rounds,
+            "variant": variant,
+        }
         _print_preflight(_preflight(model, size, device, dtype, time_budget, json, **asked), layers)
         return
-    for option, value in (("--size", size), ("--method", method), ("--preset", preset)):
+    given = {"--size": size, "--method": method, "--preset": preset, "--variant": variant}
+    for option, value in given.items():
         if value is not None:
             fail(f"{option} {value!r} is about a model: give --model too")
     _capabilities(json)
 
 
 def _preflight(
-    model: str, size: str | None, device: str, dtype: str, time_budget: float, json: Path | None, **options: Any
-) -> Any:
+    model: str, size: str | None, device: str, dtype: str, time_budget: float, json: Path | None,
+    variant: str | None = None, **options: Any,
+) -> Any:  # fmt: skip
     """The preflight of a model at a size, written as JSON if asked for."""
     height, width = (None, None) if size is None else _size(size)
     if not time_budget > 0:
@@ -76,7 +83,7 @@ def _preflight(
         from diffattn.preflight.run import PreflightRun
 
         place = choose_device(device)
-        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place), variant).to(place)
         run = PreflightRun(pipe, height, width, **options)
     with progress("timing", total=run.rounds) as advance:
         found = run(time_budget=60 * time_budget, on_round=advance)

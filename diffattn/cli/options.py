@@ -21,6 +21,13 @@ WHERE = "an embedded model, a folder in diffusers' layout, or a hub id (owner/na
 Model = Annotated[str, typer.Option(help=f"The model: {WHERE}.")]
 MaybeModel = Annotated[str | None, typer.Option(help=f"Draw with this model: {WHERE}.", show_default=False)]
 
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Variant of the weights, such as fp16.", show_default="plain weights, or the only variant there is"
+    ),
+]
+
 # Its acceleration.
 
 METHOD = "Attention method, see `diffattn info`; none leaves the model unpatched."

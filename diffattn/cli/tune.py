@@ -16,7 +16,7 @@ from diffattn.cli.common import (
     stdout,
     write_json,
 )
-from diffattn.cli.options import Device, Dtype, Height, JsonFile, Model, Prompts, Seed, Width
+from diffattn.cli.options import Device, Dtype, Height, JsonFile, Model, Prompts, Seed, Variant, Width
 
 OUT = Path("outputs/recipe.json")
 MAX_ERROR = "Largest relative error of the final latents (mean over the prompts), up to 1."
@@ -34,6 +34,7 @@ BY_BUDGET = ("--budget", "--samples", "--batch", "--distance", "--per-sample")
 
 def tune(
     model: Model,
+    variant: Variant = None,
     prompts: Prompts = None,
     max_error: Annotated[float | None, typer.Option(help=MAX_ERROR)] = None,
     min_speedup: Annotated[float | None, typer.Option(help="Or the least speed-up of a run's calls, above 1.")] = None,
@@ -71,15 +72,16 @@ def tune(
     )
     by_budget: dict[str, Any] = dict(zip(BY_BUDGET, (budget, samples, batch, distance, per_sample), strict=True))
     with loading(model), bad_input():
-        from diffattn.drawing.draw import default_method
         from diffattn.drawing.loading import load_pipeline
         from diffattn.machine import choose_device, choose_dtype
+        from diffattn.methods import METHODS
+        from diffattn.patching.default_method import default_method
 
         place = choose_device(device)
         words = read_prompts(prompts) if prompts is not None else []
-        pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
+        pipe: Any = load_pipeline(model, choose_dtype(dtype, place), variant).to(place)
         pipe.set_progress_bar_config(disable=True)
-        mediators = default_method(pipe) == "mediator"
+        mediators = METHODS[default_method(pipe)].tuned_by_change
         what = f"{model!r}, {'a SiT with mediators' if mediators else f'a {type(pipe).__name__}'},"
         _refuse(what, by_error if mediators else by_budget)
     common = {"steps": steps, "guidance": guidance, "seed": seed}

@@ -49,7 +49,7 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
         width = own_width if width is None else width
         height = own_height if height is None else height
     check_size(pipe, width, height)
-    found, preset, method = None, request.preset, request.method or default_method(pipe)
+    found, preset, method = None, request.preset, request.method
     if method != EXACT:
         found = patch(pipe, method, preset=preset, recipe=request.recipe, **request.options)
         preset, method = found.plan.preset, found.plan.method
@@ -57,11 +57,6 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
             found.remove()
             raise ValueError(f"the recipe is for method {method!r}, not {request.method!r}")
     return replace(request, width=width, height=height, method=method, preset=preset, guidance=guidance), found
-
-
-def default_method(pipe: DiffusionPipeline) -> str:
-    """The method for a pipeline: "mediator" where the model learned mediators, "agent" elsewhere."""
-    return "mediator" if isinstance(pipe, SiTPipeline) and pipe.transformer.mediators else "agent"
 
 
 def own_guidance(pipe: Any, model: str = "") -> float | None:

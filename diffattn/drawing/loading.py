@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
+from diffattn.drawing.variants import choose_variant, variants_in
 from diffattn.sampling import SiTPipeline
 
 INDEX = "model_index.json"
@@ -58,24 +60,28 @@ def load_demo(name: str = "emoji-sd", dtype: torch.dtype = torch.float32) -> Dif
     return _from_pretrained(embedded_folder(name), dtype)
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, variant: str | None = None) -> DiffusionPipeline:
     """A diffusers pipeline on the CPU.
 
     Args:
         model: the name of an embedded model, a folder in diffusers' layout, or an id on the hub ("owner/name"),
             looked for in this order.
         dtype: precision of all its parts.
+        variant: of the weights, such as "fp16"; components without it are loaded plain. None: plain weights, or the
+            only variant that there is.
 
     Raises:
-        ValueError: none of these; a folder that is not a model; weights that are pickles; a hub that has no such
-            model or cannot be reached.
+        ValueError: none of these; a folder that is not a model; weights that are pickles; a variant that is not
+            there; a hub that has no such model or cannot be reached.
     """
     if model in embedded_models():
+        if variant is not None:
+            raise ValueError(f"embedded model {model!r} has no variants, got {variant!r}")
         return load_demo(model, dtype)
     if _exists(model):
-        return _from_folder(Path(model), dtype)
+        return _from_folder(Path(model), dtype, variant)
     if HUB_ID.fullmatch(model):
-        return _from_hub(model, dtype)
+        return _from_hub(model, dtype, variant)
     raise ValueError(
         f"no model {model!r}: not a folder, not a hub id (owner/name), and not an embedded model "
         f"({', '.join(embedded_models()) or 'none installed'})"
@@ -89,12 +95,12 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _from_pretrained(model: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_pretrained(model: str | Path, dtype: torch.dtype, variant: str | None = None) -> DiffusionPipeline:
     """With the class that the model's index names: diffusers knows its own and not ours."""
     own = {kind.__name__: kind for kind in (SiTPipeline,)}
     index: Any = DiffusionPipeline.load_config(model)
     name = index["_class_name"]
-    pipe = own.get(name, DiffusionPipeline).from_pretrained(model, dtype=dtype, use_safetensors=True)
+    pipe = own.get(name, DiffusionPipeline).from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant)
     _check_complete(model, pipe)
     return pipe
 
@@ -113,15 +119,26 @@ def _check_complete(model: str | Path, pipe: DiffusionPipeline) -> None:
         raise ValueError(f"{str(model)!r} lacks weights: {', '.join(lacking[:12])}{more}")
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
     if folder.is_file():
         why = "a pickle, which can run code when loaded" if folder.suffix in PICKLES else "a single file"
         raise ValueError(f"{str(folder)!r} is {why}; give a folder in diffusers' layout with safetensors weights")
-    _refuse_pickles(folder, _parts(folder))
+    parts = _parts(folder)
+    _refuse_pickles(folder, parts)
+    files = _files_in(folder)
+    variant = choose_variant(str(folder), variants_in(files, parts), variant)
+    bare = [f for f in files if "." not in f.rpartition("/")[2] and f.partition("/")[0] in parts]
+    if variant is not None and bare:  # which diffusers takes for a name with a variant in it
+        raise ValueError(f"variants cannot be read beside {bare[0]!r}, a name without a dot; remove it from {folder}")
     try:
-        return _from_pretrained(folder, dtype)
+        return _from_pretrained(folder, dtype, variant)
     except BROKEN as error:
         raise ValueError(f"{str(folder)!r} could not be loaded: {_first_line(error)}") from error
+
+
+def _files_in(folder: Path) -> list[str]:
+    """The files of a pipeline's components, relative to its folder."""
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*")) if path.is_file()]
 
 
 def _parts(folder: Path) -> list[str]:
@@ -149,13 +166,15 @@ def _refuse_pickles(folder: Path, parts: list[str]) -> None:
             )
 
 
-def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_hub(model: str, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
     try:
-        return _from_pretrained(model, dtype)
+        return _from_pretrained(model, dtype, variant)
     except RepositoryNotFoundError as error:
         raise ValueError(f"the hub has no model {model!r}, or it is private") from error
     except BROKEN as error:
-        message = str(error)
+        message, there = str(error), variants_in(_files_on_hub(model))
+        if there and (chosen := choose_variant(model, there, variant)) != variant:  # the only one there is
+            return _from_hub(model, dtype, chosen)
         if "not fully cached" in message or "cached snapshot" in message:
             why = "it is not in the local cache and the hub could not be reached"
         elif "safetensors" in message:
@@ -163,6 +182,18 @@ def _from_hub(model: str, dtype: torch.dtype) -> DiffusionPipeline:
         else:
             why = _first_line(error)
         raise ValueError(f"model {model!r} could not be loaded: {why}") from error
+
+
+def _files_on_hub(model: str) -> list[str]:
+    """The files of a model on the hub, or of what the local cache has of it; none if neither can be had."""
+    try:
+        return list_repo_files(model)
+    except (OSError, ValueError, HfHubHTTPError):
+        pass
+    try:
+        return _files_in(Path(snapshot_download(model, local_files_only=True)))
+    except (OSError, ValueError):
+        return []
 
 
 def _first_line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ class Request:
     model: str  # as it was asked for; written into the record
     prompt: str  # may be empty; for a DiT or SiT the name or id of a class
     negative_prompt: str | None = None  # "" is one too: SDXL draws another picture with it than with none
-    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: see `default_method`
+    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: the one that fits the model
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and what else is not given here
@@ -44,6 +44,7 @@ class Request:
     height: int | None = None
     num_images: int = 1  # image i has the seed `seed + i`
     seed: int = 0
+    variant: str | None = None  # of the weights, as `load_pipeline` was given it; written into the record
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, "steps", self.steps, "1 or more")

@@ -1,7 +1,9 @@
 """One file per paper. A new method is one file here and one line in `METHODS`."""
 
+from collections.abc import Iterable
+
 from diffattn.methods.agent import AgentAttention
-from diffattn.methods.base import AttentionMethod
+from diffattn.methods.base import SOFTMAX, AttentionMethod, LayerSpec
 from diffattn.methods.inline import InLineAttention
 from diffattn.methods.mediator import MediatorAttention
 
@@ -10,3 +12,15 @@ METHODS: dict[str, type[AttentionMethod]] = {
     InLineAttention.name: InLineAttention,
     MediatorAttention.name: MediatorAttention,
 }
+
+
+def method_for(layers: Iterable[LayerSpec]) -> str:
+    """The name of the method that a model with these layers takes when none is named.
+
+    Of the methods that suit the layers (`AttentionMethod.suits`), one for attention that the model learned comes
+    before one that stands in for softmax; among equals, and where no method suits, the first in `METHODS`.
+    """
+    layers = [layer for layer in layers if not layer.is_cross_attention]
+    suitable = [method for method in METHODS.values() if method.suits(layers)]
+    first = next(iter(METHODS.values()))
+    return min(suitable, key=lambda method: method.replaces == SOFTMAX, default=first).name

@@ -4,11 +4,11 @@
 Shapes: B batch, H heads, N tokens, n agents, D channels per head.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ AgentSource = Literal["pool", "merge", "landmarks"]
 DEFAULT_SCALE_EXPONENT, DEFAULT_SHORTCUT = 0.3, 0.075
 DEFAULT_AGENTS, DEFAULT_RATIO = 64, 31 / 32
 DEFAULT_HEAD_ERROR = 0.5
+
+TUNED_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
+"""Agents per token among which tuning chooses landmarks."""
+
+TUNED_POOLED = ((1 / 16, 1.0, 0.0), (1 / 16, 0.3, 0.075), (1 / 64, 1.0, 0.0), (1 / 64, 0.3, 0.075))
+"""Pooled agents among which it chooses: agents per token, scale exponent, shortcut."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class AgentAttention(AttentionMethod):
     upcast: bool | None = None  # logits in fp32; None: where the layer asks for it and works in fp16
 
     name: ClassVar[str] = "agent"
+    size_name: ClassVar[str | None] = "agents"
     presets: ClassVar[Mapping[str, Preset]] = {
         # Corrected agents, at every noise level.
         "balanced": Preset(),
@@ -119,6 +126,35 @@ class AgentAttention(AttentionMethod):
             value = getattr(self, name)
             _check(value is None or _is_int(value, 0), name, value, "a whole number, 0 or more, or None")
         _check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
+
+    @classmethod
+    def candidates(cls) -> Sequence[Mapping[str, Any]]:
+        # min_tokens is 0 because tuning measures for itself where agents pay.
+        landmarks = [{"agents": "landmarks"} | cls._share(share) for share in TUNED_SHARES]
+        pooled = [
+            cls._share(share) | {"scale_exponent": kappa, "shortcut": shortcut}
+            for share, kappa, shortcut in TUNED_POOLED
+        ]
+        return landmarks + pooled
+
+    @staticmethod
+    def _share(share: float) -> dict[str, Any]:
+        return {"num_agents": None, "agent_ratio": 1 - share, "min_tokens": 0}
+
+    @classmethod
+    def options_for_size(cls, size: int) -> Mapping[str, Any]:
+        return {"num_agents": size, "agent_ratio": None, "min_tokens": 0}
+
+    def size(self, num_tokens: int) -> int:
+        return self.count(num_tokens)
+
+    def out_of_range(self, given: Collection[str], num_tokens: int) -> str | None:
+        asked = self.num_agents
+        if asked is None or "num_agents" not in given or asked < num_tokens:
+            return None
+        most = num_tokens - 1 if self.source == "merge" else (num_tokens - 1) // 2
+        allowed = f"allowed: 1 to {most}" if most else "which are too few for any number of agents"
+        return f"num_agents={asked} is not below the {num_tokens} tokens of the largest layer at this size; {allowed}"
 
     @property
     def source(self) -> AgentSource:

@@ -4,12 +4,15 @@ Shapes: B batch, H heads, N query tokens, M key tokens, D channels per head, C =
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
+
+SOFTMAX = "softmax"
+"""The kind of a layer that computes exact attention."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class LayerSpec:
     head_dim: int
     is_cross_attention: bool = False
     upcast: bool = False  # the layer asks for fp32 logits (Stable Diffusion 2.x)
-    kind: str = "softmax"  # what the layer computes by itself: exact attention, or what it was trained with
+    kind: str = SOFTMAX  # what the layer computes by itself: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
 
 
@@ -55,11 +58,19 @@ class Preset:
 
 
 class AttentionMethod(ABC):
-    """Base of every method: subclass it as a frozen dataclass whose fields are the method's options."""
+    """Base of every method: subclass it as a frozen dataclass whose fields are the method's options.
+
+    All that the rest of the package asks about a method is answered here; what has a default below needs overriding
+    only where the method has something of its own to say.
+    """
 
     name: ClassVar[str]
-    presets: ClassVar[Mapping[str, Preset]]
-    replaces: ClassVar[str] = "softmax"  # the kind of layer it stands in for, see `LayerSpec.kind`
+    presets: ClassVar[Mapping[str, Preset]]  # "balanced" among them
+    replaces: ClassVar[str] = SOFTMAX  # the kind of layer it stands in for, see `LayerSpec.kind`
+    size_name: ClassVar[str | None] = None  # what `size` counts, in the plural; None: the method has no size
+    tuned_by_change: ClassVar[bool] = False
+    """Tuning looks for thresholds of the latents' change (`tuning.mediators`), instead of one of `candidates` for
+    every layer and noise level."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -71,6 +82,38 @@ class AttentionMethod(ABC):
                 f"unknown option {', '.join(unknown)} of method {cls.name!r}; allowed: {', '.join(allowed)}"
             )
         return cls(**options)
+
+    @classmethod
+    def suits(cls, layers: Sequence[LayerSpec]) -> bool:
+        """Whether a model with these self-attention layers may get this method when its user names none."""
+        return any(layer.kind == cls.replaces for layer in layers)
+
+    @classmethod
+    def candidates(cls) -> Sequence[Mapping[str, Any]]:
+        """The options that tuning chooses from where its user gives none; empty: the method is not considered."""
+        return ()
+
+    @classmethod
+    def options_for_size(cls, size: int) -> Mapping[str, Any]:
+        """The options that give every layer this size at every noise level, whether or not it pays there.
+
+        Raises:
+            ValueError: the method has no size.
+        """
+        raise ValueError(f"method {cls.name!r} has no size to choose, got {size}")
+
+    def size(self, num_tokens: int) -> int | None:
+        """How many of what `size_name` says a layer with `num_tokens` tokens gets; None: the method has no size."""
+        return None
+
+    def out_of_range(self, given: Collection[str], num_tokens: int) -> str | None:
+        """The error for an option that leaves nothing to accelerate at the size of a picture, or None.
+
+        Args:
+            given: names of the options that the user gave; others are no reason for an error.
+            num_tokens: tokens of the largest layer.
+        """
+        return None
 
     def fit(self, layers: Sequence[LayerSpec]) -> Self:
         """The method for the layers of one model, with what depends on them filled in.

@@ -6,7 +6,7 @@ Shapes: B batch, H heads, N tokens, D channels per head.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class MediatorAttention(AttentionMethod):
 
     name: ClassVar[str] = "mediator"
     replaces: ClassVar[str] = "mediator"
+    size_name: ClassVar[str | None] = "mediators"
+    tuned_by_change: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         # Few mediators while the picture is noise, all once detail appears.
         "balanced": Preset(
@@ -47,6 +49,13 @@ class MediatorAttention(AttentionMethod):
                 raise ValueError(f"num_mediators must be a perfect square, or one of {', '.join(SHARES)}, got {n!r}")
         elif n is not None:
             mediator_side(n)
+
+    @classmethod
+    def options_for_size(cls, size: int) -> Mapping[str, Any]:
+        return {"num_mediators": size}
+
+    def size(self, num_tokens: int) -> int | None:
+        return self.num_mediators if isinstance(self.num_mediators, int) else None
 
     def supports(self, layer: LayerSpec) -> bool:
         return bool(layer.mediators)

@@ -65,6 +65,7 @@ def official_config(
         raise ValueError(f"prediction must be one of {', '.join(TIME_DIRECTION)}, got {prediction!r}")
     attention = _check_names(weights)
     _check_dimensions(weights)
+    check_finite(weights)
     hidden, in_channels, patch, _ = weights["x_embedder.proj.weight"].shape
     mediators = _mediators(weights, attention, num_heads)
     grid = _grid(weights, attention, hidden, patch, sample_size)
@@ -108,9 +109,14 @@ def _check_names(weights: Weights) -> list[str]:
 def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
     """Raises one `ValueError` that names the missing and the unexpected weights, if there are any."""
     missing, unexpected = set(expected) - set(given), set(given) - set(expected)
-    if missing or unexpected:
+    if unexpected and not missing:
         raise ValueError(
-            f"this is not such a checkpoint: missing weights: {_listed(missing)}; unexpected: {_listed(unexpected)}"
+            f"this checkpoint has all weights of the model, and others that it has no place for: {listed(unexpected)}; "
+            "remove those to convert the rest"
+        )
+    if missing:
+        raise ValueError(
+            f"this is not such a checkpoint: missing weights: {listed(missing)}; unexpected: {listed(unexpected)}"
         )
 
 
@@ -136,17 +142,18 @@ def check_loaded(source: object, found: Mapping[str, Sequence[str]]) -> None:
 
     Args:
         source: where it lies.
-        found: what diffusers tells with `output_loading_info=True`; by itself it only logs it.
+        found: what diffusers returns for `output_loading_info=True`; by itself it only logs it.
     """
     missing, unexpected = found.get("missing_keys", ()), found.get("unexpected_keys", ())
     if missing or unexpected:
         raise ValueError(
-            f"the weights of {str(source)!r} do not fit its configuration: missing: {_listed(missing)}; "
-            f"unexpected: {_listed(unexpected)}"
+            f"the weights of {str(source)!r} do not fit its configuration: missing: {listed(missing)}; "
+            f"unexpected: {listed(unexpected)}"
         )
 
 
-def _listed(names: Iterable[str], most: int = 12) -> str:
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names for a message, sorted: the first `most` and the number of the others; "none" without any."""
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
@@ -161,7 +168,14 @@ def _check_dimensions(weights: Weights) -> None:
         if name.endswith(end) and weight.ndim != dimensions
     ]
     if wrong:
-        raise ValueError(f"weights of the wrong shape: {_listed(wrong)}")
+        raise ValueError(f"weights of the wrong shape: {listed(wrong)}")
+
+
+def check_finite(weights: Weights) -> None:
+    """Raises one `ValueError` that names the weights with values that are NaN or infinite, if there are any."""
+    bad = {name: int((~weight.isfinite()).sum()) for name, weight in weights.items() if weight.is_floating_point()}
+    if wrong := [f"{name} ({n} of {weights[name].numel()} values)" for name, n in bad.items() if n]:
+        raise ValueError(f"weights with values that are NaN or infinite: {listed(wrong)}")
 
 
 def check_shapes(expected: Weights, given: Weights) -> None:
@@ -172,7 +186,7 @@ def check_shapes(expected: Weights, given: Weights) -> None:
         if given[name].shape != weight.shape
     ]
     if wrong:
-        raise ValueError(f"weights of the wrong shape: {_listed(wrong)}")
+        raise ValueError(f"weights of the wrong shape: {listed(wrong)}")
 
 
 def _mediators(weights: Weights, attention: Sequence[str], num_heads: int) -> list[int]:

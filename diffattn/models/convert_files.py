@@ -7,10 +7,9 @@ diffusers   a folder of `DiTTransformer2DModel`
 
 import argparse
 import json
-import pickle
 import re
 import tempfile
-import zipfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,31 +22,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffattn.models.config import SIZES, check_one_of
-from diffattn.models.convert import check_loaded
+from diffattn.models.convert import check_finite, check_loaded
+from diffattn.models.convert_names import find_weights
 from diffattn.models.dit import DiT
 
 OFFICIAL, NATIVE, DIFFUSERS = "official", "diffattn", "diffusers"
 LAYOUTS = (NATIVE, OFFICIAL, DIFFUSERS)
 PICKLED, SAFE = (".pt", ".pth"), ".safetensors"
-KEYS = ("ema", "model", "state_dict")
-"""Where training programs keep the weights among other things, the preferred first."""
-
 HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 CONFIG_FILE = "config.json"
 CLASSES: Mapping[str, type[DiT] | type[DiTTransformer2DModel]] = {
     "DiT": DiT,
     "DiTTransformer2DModel": DiTTransformer2DModel,
 }
-PARALLEL = "module."
-"""What `DistributedDataParallel` puts before every name."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the weights do not tell. Only `prediction` and `path` are for folders too, those of diffusers.
+    """What the weights do not say. Only `prediction` and `path` are for folders too, those of diffusers.
 
     Attributes:
-        key: entry of a .pt file that holds the weights; None: the first of `KEYS` there is, or the whole file.
+        key: dotted path of the weights in a file; None: found by their names, see `convert_names.find_weights`.
         num_heads: None: of the position biases, or of the published size with this width.
         prediction: "velocity" or "epsilon"; None: velocity of an official file, epsilon of a diffusers folder.
         num_classes: see `DiT.from_official`.
@@ -97,7 +92,7 @@ def _read_folder(source: Path, options: ReadOptions) -> tuple[DiT, str]:
     is_native = kind is DiT
     given = {name for name, value in vars(options).items() if value is not None}
     if unused := sorted(given - (set() if is_native else {"prediction", "path"})):
-        raise ValueError(f"{', '.join(unused)}: {str(source)!r} has a configuration that tells; leave it out")
+        raise ValueError(f"{', '.join(unused)}: {str(source)!r} has a configuration that says so; leave it out")
     first = _first_weights(source)
     try:
         with safe_open(first, framework="pt") as file:
@@ -109,6 +104,7 @@ def _read_folder(source: Path, options: ReadOptions) -> tuple[DiT, str]:
         raise ValueError(f"{str(source)!r} cannot be read: {error}") from None
     model, found = loaded
     check_loaded(source, found)
+    check_finite(model.state_dict())
     if isinstance(model, DiT):
         return model.eval(), NATIVE
     return DiT.from_diffusers(model, options.prediction or "epsilon", options.path or "linear"), DIFFUSERS
@@ -140,53 +136,42 @@ def _first_weights(folder: Path) -> Path:
 
 
 def _read_weights(source: Path, key: str | None) -> dict[str, Tensor]:
-    """The weights of an official file by name."""
+    """The weights of an official file by name; where they lie and what precedes their names is found alike."""
     if source.suffix == SAFE:
-        if key is not None:
-            raise ValueError(f"key={key!r} is for {' and '.join(PICKLED)} files, {source.name!r} holds weights alone")
         try:
-            return load_file(source)
+            return find_weights(load_file(source), key, source.name)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{str(source)!r} is not a readable safetensors file: {error}") from None
     if source.suffix not in PICKLED:
         raise ValueError(f"a checkpoint file ends in {', '.join((*PICKLED, SAFE))}, got {source.name!r}")
-    return _weights_in(_read_pickle(source), key, source.name)
+    content = _read_pickle(source)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source.name!r} holds a {type(content).__name__}, not weights by name")
+    return find_weights(content, key, source.name)
 
 
 def _read_pickle(source: Path) -> Any:
     """What a .pt file holds, tensors and plain values only; the arguments of a program are such."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on old or foreign pickles
             return torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # of any kind: a damaged pickle fails wherever the reader happens to be
         raise ValueError(f"{str(source)!r} is not read: {_reason(error)}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{str(source)!r} is not a readable .pt file: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's message that says what is wrong; the others are advice to switch the protection off."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found:
-        return f"it holds more than weights ({found[1].rstrip(',')}), which could run code"
-    return lines[0] if lines else type(error).__name__
-
-
-def _weights_in(content: Any, key: str | None, name: str) -> dict[str, Tensor]:
-    """The weights in what a .pt file holds."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name!r} holds a {type(content).__name__}, not weights by name")
-    tables = [str(k) for k, value in content.items() if isinstance(value, Mapping)]
-    if key is None:
-        key = next((k for k in KEYS if k in tables), None)
-    elif key not in tables:
-        raise ValueError(f"{name!r} has no weights under {key!r}; there are: {', '.join(tables) or 'none apart'}")
-    weights = content if key is None else content[key]
-    if other := [str(k) for k, x in weights.items() if not (isinstance(k, str) and isinstance(x, Tensor))]:
-        raise ValueError(f"not every entry of {name!r} is a tensor ({', '.join(other[:5])}); name the weights' key")
-    parallel = all(k.startswith(PARALLEL) for k in weights)
-    return {k.removeprefix(PARALLEL) if parallel else k: value for k, value in weights.items()}
+    """What is wrong, in one sentence; torch's own messages are advice to switch the protection off."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds more than weights ({found[1].rstrip(',')}), which could run code; save a state_dict() alone"
+    if "TorchScript" in text:
+        return "it is a TorchScript archive; save the model's state_dict() instead"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "zip archive" in text:
+        return "it is cut off or damaged"
+    return "it is no checkpoint of tensors and plain values as torch.save writes one, or it is damaged"
 
 
 def _num_heads(weights: Mapping[str, Tensor]) -> int:

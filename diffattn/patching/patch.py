@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffattn.architectures.denoisers import denoisers_of, uncompiled
+from diffattn.patching.default_method import layers_of
 from diffattn.patching.handle import Patch
 from diffattn.patching.hook import hooks_of
 from diffattn.patching.plan import LayerFilter, Plan
@@ -18,7 +19,7 @@ __all__ = ["Patch", "find_patch", "patch", "unpatch"]
 
 def patch(
     pipe_or_model: DiffusionPipeline | nn.Module,
-    method: str = "agent",
+    method: str | None = None,
     *,
     preset: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
@@ -33,7 +34,7 @@ def patch(
 
     Args:
         pipe_or_model: a pipeline with a supported denoiser (its ControlNets are patched with it), or a denoiser.
-        method: a name in `diffattn.METHODS`.
+        method: a name in `diffattn.METHODS`; None: the one that fits the model, see `default_method`.
         preset: a named set of options; "balanced" if neither `preset`, `recipe` nor `schedule` is given.
         recipe: a mapping, or the path of a JSON file, with any of method, preset, options, layers, schedule.
             What is given beside it wins, the method excepted. One that `diffattn.tune` wrote has settings for every
@@ -51,8 +52,9 @@ def patch(
         ValueError: unknown method, preset, option or layer; an option out of range; a recipe that cannot be read or
             was tuned for a model with other layers; no layer to patch; a model that is patched already.
     """
-    plan = Plan.read(method, preset, recipe, layers, schedule, options)
-    for model in denoisers_of(pipe_or_model).values():
+    denoisers = denoisers_of(pipe_or_model)
+    plan = Plan.read(method, preset, recipe, layers, schedule, options, layers_of(denoisers))
+    for model in denoisers.values():
         if _patches_of(model):
             raise ValueError(
                 f"this {type(uncompiled(model)).__name__} is patched already, perhaps through a pipeline that "

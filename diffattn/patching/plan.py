@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from diffattn.methods import METHODS
+from diffattn.methods import METHODS, method_for
 from diffattn.methods.base import AttentionMethod, LayerSpec
 from diffattn.patching.recipe import LayerRecipe, is_tuned, names_of, read_recipe
 from diffattn.schedules import EXACT, NoiseSchedule, Schedule, constant, read_schedule
@@ -30,25 +30,33 @@ class Plan:
     @classmethod
     def read(
         cls,
-        method: str,
+        method: str | None,
         preset: str | None,
         recipe: str | Path | Mapping[str, Any] | None,
         layers: LayerFilter | None,
         schedule: Schedule | Mapping[Any, Any] | None,
         options: Mapping[str, Any],
+        of_model: Sequence[LayerSpec] = (),
     ) -> Self:
-        """The plan for the arguments of `patch`, which documents them; raises `ValueError` as it does."""
+        """The plan for the arguments of `patch`, which documents them; raises `ValueError` as it does.
+
+        Args:
+            of_model: the layers of the model, by which a method is chosen where neither `method` nor the recipe
+                names one.
+        """
         if recipe is not None:
             recipe = read_recipe(recipe)
             if is_tuned(recipe):
                 return cls._tuned(recipe, layers, preset is None and schedule is None and not options)
-            method = recipe.get("method", method)
+            method = method if recipe.get("method") is None else recipe["method"]
             preset = preset or recipe.get("preset")
             layers = layers if layers is not None else recipe.get("layers")
             schedule = schedule if schedule is not None else recipe.get("schedule")
             options = {**recipe.get("options", {}), **options}
         elif preset is None and schedule is None:
             preset = DEFAULT_PRESET
+        if method is None:
+            method = method_for([layer for layer in of_model if _chooses(layers, layer)] or of_model)
         kind = _lookup("method", method, METHODS)
         base: Mapping[str, Any] = {}
         if preset is not None:
@@ -121,9 +129,17 @@ class Plan:
 
     def chooses(self, layer: LayerSpec) -> bool:
         """Whether the layer is among those asked for."""
-        if self.layers is None:
-            return True
-        return bool(self.layers(layer)) if callable(self.layers) else layer.name in self.layers
+        return _chooses(self.layers, layer)
+
+    def check_size(self, num_tokens: int) -> None:
+        """Raise `ValueError` for an option the user gave that leaves nothing to accelerate.
+
+        Args:
+            num_tokens: tokens of the largest layer at the size of the picture.
+        """
+        for method in self.methods:
+            if method is not None and (error := method.out_of_range(self.options, num_tokens)):
+                raise ValueError(error)
 
     def check_names(self, names: Collection[str]) -> None:
         """Raise `ValueError` if `layers` or the recipe names one that the model does not have."""
@@ -134,6 +150,13 @@ class Plan:
         wrong = [self.layers] if isinstance(self.layers, str) else sorted(set(self.layers) - set(names))
         if wrong:
             raise ValueError(f"layers names {', '.join(wrong)}; the self-attention layers are: {', '.join(names)}")
+
+
+def _chooses(layers: LayerFilter | None, layer: LayerSpec) -> bool:
+    """Whether a filter lets a layer through; None lets all."""
+    if layers is None:
+        return True
+    return bool(layers(layer)) if callable(layers) else layer.name in layers
 
 
 def _told(method: AttentionMethod | None) -> dict[str, Any] | str:

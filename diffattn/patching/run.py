@@ -133,12 +133,7 @@ class Runs(NotPickled):
         if not reasons or ACCELERATED in reasons:
             return
         largest = max(d.tokens(layer.spec) or 0 for d in self.denoisers for layer in d.patched)
-        asked = self.plan.options.get("num_agents")
-        if asked is not None and asked >= largest:
-            raise ValueError(
-                f"num_agents={asked} is not below the {largest} tokens of the largest layer at this size; "
-                f"allowed: 1 to {(largest - 1) // 2}"
-            )
+        self.plan.check_size(largest)
         why = "; ".join(dict.fromkeys(reasons))
         self._warn_once("nothing", f"diffattn accelerates no layer in this run: {why}")
 

@@ -22,7 +22,7 @@ from diffattn.measure.denoiser_inputs import NOISE_LEVEL, Inputs, make_denoiser_
 from diffattn.measure.interleave import Spread, Timings, interleave
 from diffattn.measure.layer_times import Gflops, LayerSeconds, LayerTimer, count_layer_gflops
 from diffattn.measure.memory import peak_mib
-from diffattn.models import DiT
+from diffattn.patching.default_method import default_method
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.patch import find_patch, patch
 from diffattn.patching.plan import DEFAULT_PRESET, Plan
@@ -60,8 +60,8 @@ def preflight(
     Args:
         pipe_or_model: a pipeline with a supported denoiser, or a denoiser; neither patched nor compiled.
         height, width: of the picture in pixels; of a denoiser without a pipeline, of its latents. None: its own.
-        method, preset: what patching would use, see `diffattn.patch`; method None: "mediator" where the denoiser
-            learned mediators, "agent" elsewhere; preset None: "balanced".
+        method, preset: what patching would use, see `diffattn.patch`; method None: the one that fits the model;
+            preset None: "balanced".
         batch: samples in a call; 2 is one picture with guidance.
         rounds: how often each kind of call is timed.
         time_budget: seconds; no round begins that would end later, the first one excepted.
@@ -100,7 +100,7 @@ class PreflightRun:
         self.target, self.batch, self.rounds = pipe_or_model, batch, rounds
         self.model = _plain(pipe_or_model)
         self.preset = preset or DEFAULT_PRESET
-        self.method = method or ("mediator" if isinstance(self.model, DiT) and self.model.mediators else "agent")
+        self.method = method or default_method(self.model)
         self.device = next(self.model.parameters()).device
         self.height, self.width, latents = _size(pipe_or_model, self.model, height, width)
         grids = [rows * columns for rows, columns in architecture_of(self.model).grids(self.model, *latents)]

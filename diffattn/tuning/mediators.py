@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffattn.measure.flops import forward_gflops
+from diffattn.methods.mediator import MediatorAttention
 from diffattn.patching.patch import patch
 from diffattn.sampling import SiTPipeline
 from diffattn.schedules import LatentChangeSchedule
@@ -121,7 +122,7 @@ class ThresholdSearch:
             schedule = {0.0: {"num_mediators": self.mediators[-1]}}
         config, classes = self.config, self.pipe.transformer.config["num_classes"]
         drawn, calls = [], []
-        with patch(self.pipe, "mediator", schedule=schedule) as patched:
+        with patch(self.pipe, MediatorAttention.name, schedule=schedule) as patched:
             options = patched.plan.schedule.phases
             for start in range(0, config.samples, config.batch):
                 indices = range(start, min(start + config.batch, config.samples))
@@ -159,4 +160,4 @@ def recipe_of(candidate: Candidate, search: ThresholdSearch, model: str, budget:
     if candidate.thresholds:
         schedule = search.schedule(candidate.thresholds).to_dict()
     protocol = {"model": model, "budget": budget, "found": candidate.to_dict(), "search": asdict(search.config)}
-    return {"method": "mediator", "schedule": schedule, "protocol": protocol}
+    return {"method": MediatorAttention.name, "schedule": schedule, "protocol": protocol}

@@ -12,18 +12,6 @@ from diffattn.schedules import EXACT
 Choice = Mapping[str, Sequence[int | None]]
 """Layer -> the index of a setting, or None for exact attention, per band of noise levels, the noisiest first."""
 
-AGENT_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
-"""Agents per token. `min_tokens` is 0 because the tuner measures for itself where agents pay."""
-
-AGENT_SETTINGS = (
-    *({"agents": "landmarks", "num_agents": None, "agent_ratio": 1 - s, "min_tokens": 0} for s in AGENT_SHARES),
-    *(
-        {"num_agents": None, "agent_ratio": 1 - s, "scale_exponent": kappa, "shortcut": shortcut, "min_tokens": 0}
-        for s in (1 / 16, 1 / 64)
-        for kappa, shortcut in ((1.0, 0.0), (0.3, 0.075))
-    ),
-)
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -38,14 +26,13 @@ def settings_of(candidates: Sequence[tuple[str, Mapping[str, Any]]] | None = Non
     """Settings from pairs of a method's name and options.
 
     Args:
-        candidates: None for the default ones: what the class methods `candidates` of all methods give, and
-            `AGENT_SETTINGS` for agent attention if it has none.
+        candidates: None: what every method suggests itself, see `AttentionMethod.candidates`.
 
     Raises:
         ValueError: an unknown method, or options that it refuses; no candidates.
     """
     if candidates is None:
-        candidates = [(name, options) for name in METHODS for options in _defaults(name)]
+        candidates = [(name, options) for name in METHODS for options in METHODS[name].candidates()]
     settings: list[Setting] = []
     for name, options in candidates:
         if name not in METHODS:
@@ -55,11 +42,6 @@ def settings_of(candidates: Sequence[tuple[str, Mapping[str, Any]]] | None = Non
     if not settings:
         raise ValueError("there is nothing to choose from: no candidates")
     return settings
-
-
-def _defaults(name: str) -> Sequence[Mapping[str, Any]]:
-    own = getattr(METHODS[name], "candidates", None)
-    return own() if own is not None else AGENT_SETTINGS if name == "agent" else ()
 
 
 def recipe_of(choice: Choice, bounds: Sequence[float], settings: Sequence[Setting]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import os
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -137,6 +140,8 @@ PICKLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], tuple[Any, tuple[s
     "a key that is named": lambda ours, other: ({"ema": other, "model": ours}, ("--key", "model")),
     "arguments of a program": lambda ours, other: ({"ema": ours, "args": argparse.Namespace(lr=1e-4)}, ()),
     "names of parallel training": lambda ours, other: ({"model": {f"module.{k}": x for k, x in ours.items()}}, ()),
+    "names of compiled training": lambda ours, other: ({f"_orig_mod.{k}": x for k, x in ours.items()}, ()),
+    "Lightning": lambda ours, other: ({"state_dict": {f"model.{k}": x for k, x in ours.items()}}, ()),
 }
 
 
@@ -150,23 +155,91 @@ def test_pt_files(case: str, tmp_path: Path) -> None:
     same(load(tmp_path / "model"), model)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.module.", "ema."])
+def test_safetensors_follow_the_same_rule(prefix: str, tmp_path: Path) -> None:
+    model = tiny_dit(mediators=[4])
+    save_file({prefix + name: weight for name, weight in model.to_official().items()}, tmp_path / "w.safetensors")
+    converted(tmp_path / "w.safetensors", tmp_path / "model")
+    same(load(tmp_path / "model"), model)
+
+
 class Code:
     """Pickles as a call."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call[0], self.call[1:]
+
+
+class Restored:
+    """Runs code when its state is set."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state["path"].touch()
 
 
-def test_code_in_a_pt_file_is_not_run(tmp_path: Path) -> None:
-    torch.save({"ema": tiny_dit().to_official(), "code": Code(tmp_path / "ran")}, tmp_path / "w.pt")
-    done = convert(tmp_path / "w.pt", tmp_path / "model")
+MALICIOUS: dict[str, Callable[[Path], Any]] = {
+    "a method": lambda ran: Code(Path.touch, ran),
+    "a command": lambda ran: Code(os.system, f"touch {ran}"),
+    "a builtin": lambda ran: Code(eval, f"open({str(ran)!r}, 'w')"),
+    "a state": lambda ran: Restored(ran),
+}
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("case", MALICIOUS)
+def test_code_in_a_pt_file_is_not_run(case: str, raw: bool, tmp_path: Path) -> None:
+    content = {"ema": tiny_dit().to_official(), "code": MALICIOUS[case](tmp_path / "ran")}
+    if raw:
+        (tmp_path / "w.pt").write_bytes(pickle.dumps(content["code"]))
+    else:
+        torch.save(content, tmp_path / "w.pt")
+    refused_in_one_sentence(tmp_path, "" if raw else "could run code")
+
+
+def refused_in_one_sentence(place: Path, named: str) -> None:
+    """`w.pt` there is refused without torch's advice, and nothing is written."""
+    done = convert(place / "w.pt", place / "model")
     assert done.exit_code == 2
-    assert "could run code" in done.stderr
+    assert "w.pt' is not read: it " in done.stderr
+    assert named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert [x.name for x in tmp_path.iterdir()] == ["w.pt"]
+    assert not any(word in done.stderr for word in ("weights_only", "torch.load", "trusted", "PyTorch"))
+    assert [x.name for x in place.iterdir()] == ["w.pt"]
+
+
+RAW: dict[str, Callable[[Path], object]] = {
+    "a pickle": lambda file: file.write_bytes(pickle.dumps({"a": [1, 2], "b": {"c": 0.5}})),
+    "an old pickle": lambda file: file.write_bytes(pickle.dumps({"a": 1}, protocol=0)),
+    "a pickled array": lambda file: file.write_bytes(pickle.dumps(np.zeros(3))),
+    "text": lambda file: file.write_text("not a checkpoint"),
+    "nothing": lambda file: file.write_bytes(b""),
+    "a cut file": lambda file: (torch.save({"w": torch.zeros(999)}, file), file.write_bytes(file.read_bytes()[:2000])),
+    "TorchScript": lambda file: torch.jit.script(torch.nn.Linear(2, 2)).save(file),
+    "a whole model": lambda file: torch.save(torch.nn.Linear(2, 2), file),
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_what_torch_cannot_read_as_weights_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+    RAW[case](tmp_path / "w.pt")
+    refused_in_one_sentence(tmp_path, "")
+
+
+def test_a_folder_with_weights_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    model = tiny_dit()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[3] = float("nan")  # type: ignore[union-attr, index]
+    model.save_pretrained(tmp_path / "ours")
+    done = convert(tmp_path / "ours", tmp_path / "model")
+    assert done.exit_code == 2
+    assert "NaN or infinite: blocks.0.mlp.fc1.bias (1 of 96 values)" in done.stderr
+    assert not (tmp_path / "model").exists()
 
 
 # The number of heads.
@@ -256,9 +329,12 @@ BAD = {
     "broken pt": ("{0}/broken.pt {1}/x", "broken.pt"),
     "broken safetensors": ("{0}/broken.safetensors {1}/x", "not a readable safetensors file"),
     "not by name": ("{0}/list.pt {1}/x", "holds a list"),
-    "not all tensors": ("{0}/mixed.pt {1}/x", "not every entry of 'mixed.pt' is a tensor (steps)"),
+    "other tensors": ("{0}/mixed.pt {1}/x", "unexpected: w"),
     "unknown key": ("{0}/two.pt {1}/x --key best", "no weights under 'best'; there are: ema, model"),
-    "key of safetensors": ("{0}/m.safetensors {1}/x --key ema", "key='ema' is for .pt and .pth files"),
+    "key of safetensors": (
+        "{0}/m.safetensors {1}/x --key ema",
+        "no weights under 'ema'; there are: none apart",
+    ),
     "something else": ("{0}/other.safetensors {1}/x", "missing weights"),
     "heads not told": ("{0}/plain.safetensors {1}/x", "a width of 24 is none of the published ones (384: 6"),
     "wrong heads": ("{0}/m.safetensors {1}/x --num-heads 4", "biases are those of 3 heads"),

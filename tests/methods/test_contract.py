@@ -1,8 +1,9 @@
-"""What every method must keep to on every kind of pipeline. A new method adds a line to `VARIANTS`."""
+"""What every method must keep to on every kind of pipeline. A new method adds an entry to `VARIANTS`."""
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -21,44 +22,85 @@ from support.watching import Watching
 from torch import Tensor, nn
 
 import diffattn
+from diffattn.sampling import SiTPipeline
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "agent pool": {"method": "agent", "agents": "pool", "num_agents": 6, "agent_ratio": None},
-    "agent landmarks": {"method": "agent", "agents": "landmarks", "num_agents": 6, "agent_ratio": None},
-    "agent merge": {"method": "agent", "agents": "merge", "num_agents": 6, "agent_ratio": None, "merge_ratio": 0.4},
-    "inline": {"method": "inline", "max_head_error": float("inf")},
-}
-OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "agent": ({"num_agents": 4}, {"num_agents": 24}),
-    "inline": ({"max_head_error": float("inf")}, {"max_head_error": 0.02}),
-}
-"""Options of a method with which its outputs differ."""
-KINDS = ("sd", "sdxl", "img2img", "inpaint", "controlnet", "dit", "pixart")
+KINDS = ("sd", "sdxl", "img2img", "inpaint", "controlnet", "dit", "pixart", "sit")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to use a method, such that the tiny pipelines of some kinds are accelerated."""
+
+    method: str
+    options: Mapping[str, Any]
+    other: Mapping[str, Any]  # options of another picture
+    phases: tuple[Mapping[str, Any], Mapping[str, Any]]  # of two noise levels; the third is exact
+    kinds: tuple[str, ...] = KINDS
+
+    @property
+    def schedule(self) -> dict[float, Any]:
+        return dict(zip((0.6, 0.3, 0.0), (*self.phases, "exact"), strict=True))
+
+
+@dataclass(frozen=True)
+class AgentVariant(Variant):
+    method: str = "agent"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    other: Mapping[str, Any] = field(default_factory=lambda: {"num_agents": 20})
+    phases: tuple[Mapping[str, Any], Mapping[str, Any]] = ({"num_agents": 4}, {"num_agents": 24})
+
+
+FEW: dict[str, Any] = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0}
+VARIANTS: dict[str, Variant] = {
+    "agent pool": AgentVariant(options=FEW | {"agents": "pool"}),
+    "agent landmarks": AgentVariant(options=FEW | {"agents": "landmarks"}),
+    "agent merge": AgentVariant(options=FEW | {"agents": "merge", "merge_ratio": 0.4}),
+    "inline": Variant(
+        "inline", {"max_head_error": float("inf"), "min_tokens": 0}, {"max_head_error": 0.02},
+        ({"max_head_error": float("inf")}, {"max_head_error": 0.02}),
+    ),
+    "mediator": Variant(
+        "mediator", {"num_mediators": 4}, {"num_mediators": 16}, ({"num_mediators": 4}, {"num_mediators": 25}),
+        kinds=("sit-mediators",),
+    ),
+}  # fmt: skip
+CASES = [(name, kind) for name, variant in VARIANTS.items() for kind in variant.kinds]
 BATCHED: Any = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
 
 Make = Callable[[str], DiffusionPipeline]
 
 
 class Patch:
-    """`diffattn.patch` with the options of one variant, so that tiny grids are accelerated."""
+    """`diffattn.patch` with the options of one variant."""
 
-    def __init__(self, variant: str) -> None:
-        self.options: Any = VARIANTS[variant] | {"min_tokens": 0}
-        some, self.other = OTHERS[self.options["method"]]
-        self.phases: dict[float, Any] = {0.6: some, 0.3: self.other, 0.0: "exact"}
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
 
     def __call__(self, target: Any, **overrides: Any) -> diffattn.Patch:
-        return diffattn.patch(target, **(self.options | overrides))
+        options: dict[str, Any] = dict(self.variant.options) | overrides
+        return diffattn.patch(target, self.variant.method, **options)
 
 
-@pytest.fixture(params=KINDS)
-def pipe(request: pytest.FixtureRequest, make_pipeline: Make) -> DiffusionPipeline:
-    return make_pipeline(request.param)
+@pytest.fixture(params=CASES, ids=" on ".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A variant and a kind of pipeline that it is for."""
+    return request.param
 
 
-@pytest.fixture(params=VARIANTS)
-def patched(request: pytest.FixtureRequest) -> Patch:
-    return Patch(request.param)
+@pytest.fixture
+def pipe(case: tuple[str, str], make_pipeline: Make) -> DiffusionPipeline:
+    return make_pipeline(case[1])
+
+
+@pytest.fixture
+def patched(case: tuple[str, str]) -> Patch:
+    return Patch(VARIANTS[case[0]])
+
+
+@pytest.fixture(params=[name for name, variant in VARIANTS.items() if "sd" in variant.kinds])
+def patched_sd(request: pytest.FixtureRequest) -> Patch:
+    """Of the variants for Stable Diffusion."""
+    return Patch(VARIANTS[request.param])
 
 
 def denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -83,7 +125,7 @@ def anatomy(pipe: DiffusionPipeline, attention: bool = True) -> dict[str, Any]:
             own = {k: v for k, v in vars(module).items() if attention or k != "processor"}
             hooks = {k: dict(v) for k, v in own.items() if "hooks" in k and isinstance(v, dict)}
             if not attention:
-                hooks = {k: v for k, v in hooks.items() if "forward_pre" not in k}
+                hooks = {k: v for k, v in hooks.items() if not k.startswith("_forward")}
             others = {k: id(v) for k, v in own.items() if not isinstance(v, dict | int | float | str | bool)}
             parts = {k: id(v) for k, v in module._modules.items()}
             seen[part, name] = (type(module), type(module).__mro__, sorted(own), hooks, others, parts)
@@ -209,15 +251,13 @@ def test_an_exception_inside_a_with_block_passes_and_restores(pipe: DiffusionPip
     assert anatomy(pipe) == before
 
 
-def test_pipelines_patched_differently_are_independent(
-    pipe: DiffusionPipeline, patched: Patch, make_pipeline: Make
-) -> None:
+def test_pipelines_patched_differently_are_independent(pipe: DiffusionPipeline, patched: Patch) -> None:
     original = tiny.run(pipe)
     other = copy.deepcopy(pipe)
     patched(pipe)
     accelerated = tiny.run(pipe)
     assert torch.equal(tiny.run(other), original)
-    patched(other, **patched.other)
+    patched(other, **patched.variant.other)
     assert torch.equal(tiny.run(pipe), accelerated)
     assert not torch.equal(tiny.run(other), accelerated)
     diffattn.unpatch(pipe)
@@ -246,6 +286,7 @@ def test_a_deep_copy_is_patched_and_independent(pipe: DiffusionPipeline, patched
 
 
 def test_a_deep_copy_outlives_the_original(pipe: DiffusionPipeline, patched: Patch) -> None:
+    before = {type(processor) for processor in processors(denoiser(pipe))}
     patched(pipe)
     accelerated = tiny.run(pipe)
     copied = copy.deepcopy(denoiser(pipe))
@@ -255,18 +296,18 @@ def test_a_deep_copy_outlives_the_original(pipe: DiffusionPipeline, patched: Pat
     assert shares_nothing
     diffattn.unpatch(copied)
     assert not copied._forward_pre_hooks
-    assert {type(p) for p in processors(copied)} == {AttnProcessor2_0}
+    assert {type(processor) for processor in processors(copied)} == before
     assert torch.equal(tiny.run(pipe), accelerated)
 
 
-def test_a_deep_copy_reads_its_own_scheduler(make_pipeline: Make, patched: Patch) -> None:
+def test_a_deep_copy_reads_its_own_scheduler(make_pipeline: Make, patched_sd: Patch) -> None:
     pipe = make_pipeline("sd")
-    patched(pipe, schedule=patched.phases)
+    patched_sd(pipe, schedule=patched_sd.variant.schedule)
     twin = copy.deepcopy(pipe)
     twin.scheduler = EDMEulerScheduler()  # its time steps, a quarter of log σ, would all be data to the other
     other = make_pipeline("sd")
     other.scheduler = EDMEulerScheduler()
-    patched(other, schedule=patched.phases)
+    patched_sd(other, schedule=patched_sd.variant.schedule)
     assert torch.equal(tiny.run(twin), tiny.run(other))
 
 
@@ -278,6 +319,8 @@ def inputs_of(pipe: DiffusionPipeline, batch: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     config = denoiser(pipe).config
     x = torch.randn(batch, config.in_channels, 16, 16, generator=generator)
+    if isinstance(pipe, SiTPipeline):
+        return {"x": x, "y": torch.arange(batch) % config.num_classes}
     if isinstance(pipe, DiTPipeline):
         return {"hidden_states": x, "class_labels": torch.arange(batch)}
     inputs = {
@@ -296,8 +339,11 @@ def inputs_of(pipe: DiffusionPipeline, batch: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def denoise(pipe: DiffusionPipeline, timestep: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """One evaluation, as the pipeline makes it."""
+    """One evaluation, as the pipeline makes it; a SiT takes a time from 0 (noise) to 1 for the time step."""
     given = dict(inputs)
+    if isinstance(pipe, SiTPipeline):
+        times = 1 - (torch.as_tensor(timestep) / 1000).sqrt()
+        return pipe.transformer(t=times.expand(len(given["x"])), **given).sample
     if hasattr(pipe, "transformer"):
         times = torch.as_tensor(timestep).expand(len(given["hidden_states"]))
         return pipe.transformer(timestep=times, **given).sample
@@ -326,16 +372,16 @@ def test_samples_of_a_batch_do_not_see_each_other(pipe: DiffusionPipeline, patch
 def test_guidance_in_one_batch_equals_separate_passes(pipe: DiffusionPipeline, patched: Patch) -> None:
     patched(pipe, schedule={0.0: {}})
     inputs = rows(inputs_of(pipe, 1), 0, 0)  # one latent, two contexts
-    condition = "class_labels" if "class_labels" in inputs else "encoder_hidden_states"
+    condition = next(name for name in ("class_labels", "encoder_hidden_states", "y") if name in inputs)
     inputs[condition] = inputs_of(pipe, 2)[condition]
     both = denoise(pipe, 801, inputs)
     assert not torch.allclose(both[0], both[1])
     torch.testing.assert_close(both, torch.cat([denoise(pipe, 801, rows(inputs, i)) for i in range(2)]), **BATCHED)
 
 
-def test_a_batch_of_three_pictures_equals_three_of_one(make_pipeline: Make, patched: Patch) -> None:
+def test_a_batch_of_three_pictures_equals_three_of_one(make_pipeline: Make, patched_sd: Patch) -> None:
     pipe = make_pipeline("sd")
-    patched(pipe, schedule={0.5: {}, 0.0: "exact"})
+    patched_sd(pipe, schedule={0.5: {}, 0.0: "exact"})
     prompts = ["a cat", "a dog", ""]
     seeds = [torch.Generator().manual_seed(i) for i in range(3)]
     together = tiny.run(pipe, prompt=prompts, generator=seeds)
@@ -346,10 +392,8 @@ def test_a_batch_of_three_pictures_equals_three_of_one(make_pipeline: Make, patc
 STEPS = [981, 20, 280, 981, 300, 700]  # of all three phases on every schedule, out of order
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_time_step_per_sample_equals_each_sample_alone(kind: str, make_pipeline: Make, patched: Patch) -> None:
-    pipe = make_pipeline(kind)
-    schedule = Watching(patched.phases)
+def test_a_time_step_per_sample_equals_each_sample_alone(pipe: DiffusionPipeline, patched: Patch) -> None:
+    schedule = Watching(patched.variant.schedule)
     patched(pipe, schedule=schedule)
     inputs = inputs_of(pipe, len(STEPS))
     together = denoise(pipe, torch.tensor(STEPS), inputs)
@@ -358,20 +402,20 @@ def test_a_time_step_per_sample_equals_each_sample_alone(kind: str, make_pipelin
     torch.testing.assert_close(together, alone, **BATCHED)
 
 
-def test_a_time_step_per_sample_of_one_phase_needs_no_groups(make_pipeline: Make, patched: Patch) -> None:
+def test_a_time_step_per_sample_of_one_phase_needs_no_groups(make_pipeline: Make, patched_sd: Patch) -> None:
     pipe = make_pipeline("sd")
-    schedule = Watching(patched.phases)
-    patched(pipe, schedule=schedule)
+    schedule = Watching(patched_sd.variant.schedule)
+    patched_sd(pipe, schedule=schedule)
     denoise(pipe, torch.tensor([981, 970, 960]), inputs_of(pipe, 3))
     assert schedule.seen_phases == [0]
 
 
 @pytest.mark.parametrize("timestep", [981, 981.0, torch.tensor(981), torch.tensor([981]), torch.tensor([981, 981])])
-def test_a_bare_denoiser_called_by_hand(timestep: Any, make_pipeline: Make, patched: Patch) -> None:
+def test_a_bare_denoiser_called_by_hand(timestep: Any, make_pipeline: Make, patched_sd: Patch) -> None:
     pipe = make_pipeline("sd")
     inputs = inputs_of(pipe, 2)
     exact = denoise(pipe, timestep, inputs)
-    handle = patched(pipe.unet, schedule={0.9: {}, 0.0: "exact"})
+    handle = patched_sd(pipe.unet, schedule={0.9: {}, 0.0: "exact"})
     accelerated = denoise(pipe, timestep, inputs)
     assert handle.report().calls_accelerated == handle.report().layers_patched == 7
     assert not torch.allclose(accelerated, exact, atol=1e-4)
@@ -381,17 +425,17 @@ def test_a_bare_denoiser_called_by_hand(timestep: Any, make_pipeline: Make, patc
     assert torch.equal(denoise(pipe, timestep, inputs), exact)
 
 
-def test_positional_arguments_are_understood(make_pipeline: Make, patched: Patch) -> None:
+def test_positional_arguments_are_understood(make_pipeline: Make, patched_sd: Patch) -> None:
     unet = make_pipeline("sd").unet
-    patched(unet, schedule={0.0: {}})
+    patched_sd(unet, schedule={0.0: {}})
     x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 16, tiny.WIDTH)
     with torch.no_grad():
         assert torch.equal(unet(x, 500, context).sample, unet(x, timestep=500, encoder_hidden_states=context).sample)
 
 
-def test_gradients_flow_through_a_patched_denoiser(make_pipeline: Make, patched: Patch) -> None:
+def test_gradients_flow_through_a_patched_denoiser(make_pipeline: Make, patched_sd: Patch) -> None:
     unet = make_pipeline("sd").unet
-    patched(unet, schedule={0.6: {}, 0.0: "exact"})
+    patched_sd(unet, schedule={0.6: {}, 0.0: "exact"})
     x = torch.randn(2, 4, 16, 16, requires_grad=True)
     unet(x, torch.tensor([981, 20]), torch.randn(2, 16, tiny.WIDTH)).sample.square().sum().backward()
     assert x.grad is not None
@@ -404,17 +448,17 @@ def test_gradients_flow_through_a_patched_denoiser(make_pipeline: Make, patched:
 # Pipelines that share a denoiser.
 
 
-def test_a_sibling_made_with_from_pipe_is_patched_too(make_pipeline: Make, patched: Patch) -> None:
+def test_a_sibling_made_with_from_pipe_is_patched_too(make_pipeline: Make, patched_sd: Patch) -> None:
     pipe = make_pipeline("sd")
     before = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     exact = tiny.run(before)
-    handle = patched(pipe)
+    handle = patched_sd(pipe)
     after = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     for sibling in (before, after):
         sibling.set_progress_bar_config(disable=True)
         assert not torch.equal(tiny.run(sibling), exact)
         with pytest.raises(ValueError, match="patched already, perhaps through a pipeline that shares it"):
-            patched(sibling)
+            patched_sd(sibling)
     assert any("from_pipe" in note for note in handle.report().notes)
     assert "from_pipe" in str(handle.report())
     diffattn.unpatch(after)
@@ -422,13 +466,17 @@ def test_a_sibling_made_with_from_pipe_is_patched_too(make_pipeline: Make, patch
     assert handle.report().removed
 
 
-def test_a_patched_denoiser_can_move_to_another_pipeline(make_pipeline: Make, patched: Patch) -> None:
+def test_a_patched_denoiser_can_move_to_another_pipeline(make_pipeline: Make, patched_sd: Patch) -> None:
     pipe, other = make_pipeline("sd"), make_pipeline("sd")
     exact = tiny.run(other)
-    patched(pipe)
+    patched_sd(pipe)
     accelerated = tiny.run(pipe)
     other.unet = pipe.unet
     del pipe
     assert torch.equal(tiny.run(other), accelerated)
     diffattn.unpatch(other)
     assert torch.equal(tiny.run(other), exact)
+
+
+def test_every_method_has_a_variant() -> None:
+    assert {variant.method for variant in VARIANTS.values()} == set(diffattn.METHODS)

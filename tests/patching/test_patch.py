@@ -118,8 +118,8 @@ def test_the_report_says_how_many_heads_agents_missed(pipe: DiffusionPipeline) -
         for layer in (x for x in handle.report().layers if x.left_alone is None):
             assert layer.accelerated == 4
             assert layer.exact_heads == 4 * 2 * heads[layer.name]  # calls, samples
-            assert f"{2 * heads[layer.name]} heads of an accelerated call, which the method misses" in layer.note
-        assert "which the method misses" in str(handle.report())
+            assert f"{2 * heads[layer.name]} heads of an accelerated call fell back to exact attention" in layer.note
+        assert "fell back to exact attention" in str(handle.report())
     with diffattn.patch(pipe, **FEW, max_head_error=10) as handle:
         tiny.run(pipe)
         assert {x.exact_heads for x in handle.report().layers} == {0}

@@ -23,7 +23,8 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from support import tiny_transformers
+from diffattn.sampling import SiTPipeline
+from support import sampling_cases, tiny_transformers
 
 SIZE = 32  # pixels; the VAE halves once, so latents are 16x16 and level 0 has 256 tokens
 WIDTH = 32  # of the text encoder
@@ -114,13 +115,21 @@ def controlnet() -> ControlNetModel:
 
 
 def pipeline(kind: str, folder: Path) -> DiffusionPipeline:
-    """kind: sd, sdxl, img2img, inpaint, controlnet, dit, pixart or pixart-sigma; folder: for the tokenizer's files."""
-    pipe = _with_transformer(kind) if kind.startswith(("dit", "pixart")) else _with_unet(kind, folder)
+    """A pipeline of one kind.
+
+    Args:
+        kind: sd, sdxl, img2img, inpaint, controlnet, dit, pixart, pixart-sigma, sit or sit-mediators.
+        folder: for the tokenizer's files.
+    """
+    pipe = _with_transformer(kind) if kind.startswith(("dit", "pixart", "sit")) else _with_unet(kind, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _with_transformer(kind: str) -> DiffusionPipeline:
+    if kind.startswith("sit"):
+        attention = "mediator" if kind == "sit-mediators" else "softmax"
+        return sampling_cases.tiny_pipeline(attention=attention, in_channels=3)
     if kind == "dit":
         return tiny_transformers.dit_pipeline(vae())
     return tiny_transformers.pixart_pipeline(vae(), sigma=kind == "pixart-sigma")
@@ -162,7 +171,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def run(pipe: DiffusionPipeline, seed: int = 0, prompt: Any = "a cat", **overrides: Any) -> torch.Tensor:
-    """Images of a short run [B, H, W, 3] in 0..1; a DiT draws class 7."""
+    """Images of a short run [B, H, W, 3] in 0..1; a DiT draws class 7, a SiT class 3."""
     arguments: dict[str, Any] = dict(prompt=prompt, num_inference_steps=4, guidance_scale=3.0, output_type="np")
     if isinstance(pipe, StableDiffusionImg2ImgPipeline):
         arguments |= dict(image=picture(), strength=0.9)
@@ -170,8 +179,9 @@ def run(pipe: DiffusionPipeline, seed: int = 0, prompt: Any = "a cat", **overrid
         arguments |= dict(image=picture(), mask_image=Image.new("L", (SIZE, SIZE), 255), height=SIZE, width=SIZE)
     elif isinstance(pipe, StableDiffusionControlNetPipeline):
         arguments |= dict(image=picture(), height=SIZE, width=SIZE)
-    elif isinstance(pipe, DiTPipeline):
-        arguments = dict(class_labels=[7]) | {k: v for k, v in arguments.items() if k != "prompt"}
+    elif isinstance(pipe, DiTPipeline | SiTPipeline):
+        label = 7 if isinstance(pipe, DiTPipeline) else 3
+        arguments = dict(class_labels=[label]) | {k: v for k, v in arguments.items() if k != "prompt"}
     elif isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
         arguments |= dict(height=SIZE, width=SIZE, use_resolution_binning=False, clean_caption=False)
     else:

@@ -88,9 +88,7 @@ class Recorder:
 
 
 def _number_of(patch: Patch, phase: int) -> int | None:
-    """Mediators, or agents of the layer with the most tokens."""
-    method: Any = patch.plan.methods[phase]
-    if isinstance(number := getattr(method, "num_mediators", None), int):
-        return number
+    """What the method has as the size of the layer with the most tokens."""
+    method = patch.plan.methods[phase]
     tokens = [layer.tokens for layer in patch.report().layers if layer.tokens and layer.left_alone is None]
-    return method.count(max(tokens)) if hasattr(method, "count") and tokens else None
+    return method.size(max(tokens)) if method is not None and tokens else None

@@ -15,14 +15,15 @@ from diffattn.app.jobs.compare import Collected, MakeWatch, draw, pixels, warm_u
 from diffattn.app.jobs.naming import naming
 from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, Line, Measurement, Run, read_runs
 from diffattn.drawing.classes import draws_classes, num_classes
-from diffattn.drawing.draw import default_method
 from diffattn.drawing.request import EXACT, Picture, Request
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.machine import describe_machine
 from diffattn.measure.interleave import Timings, rotated
+from diffattn.methods import METHODS
 from diffattn.metrics.extractors import FeatureExtractor, load_extractor
 from diffattn.metrics.features import features_of
 from diffattn.metrics.reference import Reference
+from diffattn.patching.default_method import default_method
 
 EXTRACTOR_OF = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
 OTHERWISE = "dinov2"
@@ -149,9 +150,7 @@ def variants_of(pipe: Any, request: Request, asked: Measurement) -> dict[str, Re
         found[label] = replace(request, method=method, preset=preset)
     method = default_method(pipe)
     for n in asked.numbers:  # at every noise level, and in every layer, whether it pays or not
-        options = (
-            {"num_mediators": n} if method == "mediator" else {"num_agents": n, "agent_ratio": None, "min_tokens": 0}
-        )
+        options = METHODS[method].options_for_size(n)
         found[f"{method} n={n}"] = replace(request, method=method, preset="fast", options=options)
     return found
 
