@@ -74,6 +74,10 @@ SMALLER = {
     " --kid-pictures 4 --every 1 --seed-sets 1 --device cpu",
     "attention_error.py": "--steps 3 --prompts tent",
     "compare_mediators.py": "--samples 4 --steps 2 --rounds 1 --batch 4",
+    "compare_linear.py cores": "--tokens 64 --mediators 16 --width 16 --heads 2 --rounds 1",
+    "compare_linear.py train": "--subjects softmax,inline --second-seeds 0 --samples 8 --steps 2 --rounds 1 --batch 4"
+    " run.steps=2 run.save_every=2 run.precision=fp32 run.trackers=[] optim.batch=4 model.hidden_size=16"
+    " model.num_layers=2 model.num_heads=2",
     "train_emoji_sd.py train": "--dry-run",
     "train_emoji_sd.py evaluate": "--vae-pictures 1 --steps 1 --limit 1",
     "train_classifiers.py": "--steps 1 --batch 8",
