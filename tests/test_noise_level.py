@@ -271,10 +271,10 @@ class Renamed(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 def test_flow_matching_is_recognised_by_its_class_and_in_both_directions() -> None:
-    scheduler = Renamed(shift=3.0)
+    scheduler: Any = Renamed(shift=3.0)
     scheduler.set_timesteps(5)
     assert levels_of(scheduler) == pytest.approx(scheduler.sigmas[:5].tolist())
-    rising = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    rising: Any = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     rising.set_timesteps(5)
     assert levels_of(rising) == pytest.approx((1 - rising.sigmas[:5]).tolist())
 

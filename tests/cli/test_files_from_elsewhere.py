@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,10 +46,10 @@ def test_a_class_that_is_called_a_number_is_drawn_by_its_name(tmp_path: Path) ->
             parameter.normal_(std=0.3)  # so that classes differ
     pipe.save_pretrained(place)
 
-    def draw(label: object) -> np.ndarray:
+    def draw(label: Any) -> np.ndarray:
         images = pipe(
             label, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)
-        ).images  # type: ignore[arg-type]
+        ).images
         return np.asarray(images[0])
 
     words = ("generate", "--model", place, "--guidance", 1, "--steps", 2, "--method", "none", "--device", "cpu")

@@ -123,10 +123,9 @@ def test_of_a_loop_around_a_pipeline(pipe: Any, make: Callable[[], Any]) -> None
 
 
 def test_pipelines_that_take_turns_on_one_denoiser(pipe: Any) -> None:
-    other = StableDiffusionPipeline(
-        **{k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"scheduler": EDMEulerScheduler()},
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    parts["scheduler"] = EDMEulerScheduler()
+    other = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     handle = diffattn.patch(pipe.unet, **FEW, schedule=SCHEDULE)
     for drawing in (pipe, other, pipe):

@@ -85,7 +85,7 @@ def merging(block: Any, keep: slice) -> None:
 
 
 def test_tokens_as_many_as_at_another_level_are_not_taken_for_its_grid() -> None:
-    unet = tiny.unet()
+    unet: Any = tiny.unet()
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     merging(block, slice(None, None, 4))  # 64 of 256 tokens, as many as level 1 has
     handle = diffattn.patch(unet, **ALWAYS)
@@ -97,7 +97,7 @@ def test_tokens_as_many_as_at_another_level_are_not_taken_for_its_grid() -> None
 
 def test_windows_with_samples_in_phases_of_their_own_run_exact() -> None:
     """A layer's batch is a multiple of the denoiser's, and its tokens are as many as at level 1."""
-    unet = tiny.unet()
+    unet: Any = tiny.unet()
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     inner = attn.forward
 
@@ -211,7 +211,7 @@ def test_a_forward_without_the_hooks_runs_exact_and_is_said_once() -> None:
 
 
 def test_a_forward_without_the_hooks_is_exact_with_gradients_too() -> None:
-    unet = tiny.unet()
+    unet: Any = tiny.unet()
     diffattn.patch(unet, **PHASES)
     x, context = torch.randn(2, 4, 16, 16), torch.ones(2, 7, tiny.WIDTH)
     unet(x, 900, encoder_hidden_states=context)
@@ -338,9 +338,10 @@ def test_control_networks_of_other_architectures_are_in_the_report(pipe: Any) ->
 
 
 def test_a_unet_with_control_net_xs_in_it_is_patched(pipe: Any) -> None:
-    unet = tiny.unet(layers_per_block=2)
-    adapter = ControlNetXSAdapter.from_unet(unet, size_ratio=0.5, conditioning_embedding_out_channels=(8, 8))
-    parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"unet": unet}
+    unet: Any = tiny.unet(layers_per_block=2)
+    two: Any = (8, 8)
+    adapter = ControlNetXSAdapter.from_unet(unet, size_ratio=0.5, conditioning_embedding_out_channels=two)
+    parts: dict[str, Any] = {k: v for k, v in pipe.components.items() if k != "image_encoder"} | {"unet": unet}
     steered = StableDiffusionControlNetXSPipeline(**parts, controlnet=adapter, requires_safety_checker=False)
     steered.set_progress_bar_config(disable=True)
     run = lambda: tiny.run(steered, image=tiny.picture())  # noqa: E731
