@@ -111,7 +111,8 @@ def save(pipe: DiffusionPipeline, tmp_path: Path) -> Save:
     """Saves the pipeline with a variant, in shards if asked for."""
 
     def saved(variant: str | None, shards: bool = False, name: str = "model") -> Path:
-        pipe.save_pretrained(tmp_path / name, variant=variant, **({"max_shard_size": "20KB"} if shards else {}))
+        options: dict[str, Any] = {"max_shard_size": "20KB"} if shards else {}
+        pipe.save_pretrained(tmp_path / name, variant=variant, **options)
         return tmp_path / name
 
     return saved
