@@ -23,7 +23,7 @@ lint: .venv/installed-dev
 	$(BIN)/pyright
 
 docs: .venv/installed-dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The wheel is built from the sdist, installed in a clean environment, and draws a picture there.
 dist: .venv/installed-dev

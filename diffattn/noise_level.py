@@ -229,7 +229,7 @@ def discrete(alphas_cumprod: Sequence[float]) -> Convention:
     levels = [sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)) for a in (min(max(a, 0.0), 1.0) for a in alphas_cumprod)]
 
     def level(timestep: float) -> float:
-        t = min(max(timestep, 0.0), len(levels) - 1.0)
+        t = min(max(0.0, timestep), len(levels) - 1.0)  # 0 for NaN
         i = min(int(t), len(levels) - 2)
         return levels[i] + (t - i) * (levels[i + 1] - levels[i])
 

@@ -59,6 +59,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Tensor] | None,
     "euler trailing": ("EulerDiscreteScheduler", SD | {"timestep_spacing": "trailing"}, from_sigmas, 1e-5),
     "euler karras": ("EulerDiscreteScheduler", SD | {"use_karras_sigmas": True}, from_sigmas, 1e-3),
     "euler exponential": ("EulerDiscreteScheduler", SD | {"use_exponential_sigmas": True}, from_sigmas, 1e-3),
+    "euler log-linear": ("EulerDiscreteScheduler", SD | {"interpolation_type": "log_linear"}, from_sigmas, 1e-5),
     "euler zero snr": ("EulerDiscreteScheduler", ZERO_SNR, from_sigmas, 1e-3),
     "euler continuous": (
         "EulerDiscreteScheduler",
@@ -79,6 +80,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Tensor] | None,
         3e-3,
     ),
     "dpm++ lu": ("DPMSolverMultistepScheduler", SD | {"use_lu_lambdas": True}, from_sigmas, 5e-3),
+    "dpm++ exponential": ("DPMSolverMultistepScheduler", SD | {"use_exponential_sigmas": True}, from_sigmas, 1e-5),
     "dpm++ flow": ("DPMSolverMultistepScheduler", FLOW, from_flow_sigmas, 1.1e-3),
     "dpm++ flow, shift 3": ("DPMSolverMultistepScheduler", FLOW | {"flow_shift": 3.0}, from_flow_sigmas, 1.1e-3),
     "dpm++ single": ("DPMSolverSinglestepScheduler", SD, from_sigmas, 2e-3),
@@ -262,6 +264,42 @@ def test_every_preparation_of_the_scheduler_is_a_run_of_its_own() -> None:
     assert len(first) == len(second) == 1
     assert first != second
     assert levels.read(scheduler.timesteps[0].clone()).run is None
+
+
+class Renamed(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Flow matching by another name."""
+
+
+def test_flow_matching_is_recognised_by_its_class_and_in_both_directions() -> None:
+    scheduler = Renamed(shift=3.0)
+    scheduler.set_timesteps(5)
+    assert levels_of(scheduler) == pytest.approx(scheduler.sigmas[:5].tolist())
+    rising = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    rising.set_timesteps(5)
+    assert levels_of(rising) == pytest.approx((1 - rising.sigmas[:5]).tolist())
+
+
+def test_a_scheduler_without_sigmas_is_not_known() -> None:
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(5)
+    levels = NoiseLevels(scheduler)
+    assert not levels.read(scheduler.timesteps[1]).known
+    assert not levels.read(0.4).known
+
+
+@pytest.mark.parametrize(("timestep", "known"), [
+    (0, True), (999.0, True), (torch.tensor([20, 901]), True), (torch.tensor([20.5, 901]), False), (-1, False),
+    (1000, False), (0.25, False), (float("inf"), False), (float("nan"), False),
+])  # fmt: skip
+def test_without_a_scheduler_only_whole_steps_are_known(timestep: Any, known: bool) -> None:
+    assert NoiseLevels().read(timestep).known is known
+
+
+def test_a_scheduler_that_was_never_prepared_has_no_sigmas_of_its_own() -> None:
+    """DPM-Solver keeps its time steps falling and its σ rising until then."""
+    alphas = made("dpm++").alphas_cumprod[900].item()
+    expected = 1 / (1 + (alphas / (1 - alphas)) ** 0.5)
+    assert NoiseLevels(made("dpm++", None)).read(900).levels == pytest.approx([expected], abs=1e-5)
 
 
 # In a patched pipeline.

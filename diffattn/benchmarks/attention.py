@@ -162,7 +162,7 @@ class Benchmark:
             warmup = max(config.warmup, 2) if mode == COMPILED else config.warmup
             finished = self.results.rounds_of(model, size, mode, names)
             interleave(
-                calls, config.rounds, warmup, self.device, reference=SDPA,
+                calls, config.rounds, warmup, self.device,
                 around=around, finished=finished, deadline=deadline, on_round=keep,
             )  # fmt: skip
 

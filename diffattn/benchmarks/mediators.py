@@ -182,9 +182,7 @@ class MediatorBenchmark:
             say(f"{job.title}: round {done} of {rounds}, {sum(timings.rounds[-1].values()):.2f} s")
 
         finished = self.results.rounds_of(model, size, mode, names)
-        interleave(
-            calls, rounds, 0, self.device, reference=SOFTMAX, finished=finished, deadline=deadline, on_round=keep
-        )
+        interleave(calls, rounds, 0, self.device, finished=finished, deadline=deadline, on_round=keep)
 
     def _seconds_of_round(self, job: Job) -> float:
         entry = self.results.find(*job.key)

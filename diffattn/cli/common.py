@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from diffattn.files import read_lines
-
 BAD_INPUT = 2
 WORDS = {"none": None, "true": True, "false": False}
 
@@ -148,6 +146,8 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file, empty lines left out; what counts as a line, see `diffattn.files.read_lines`."""
+    from diffattn.files import read_lines
+
     try:
         lines = read_lines(path)
     except (OSError, ValueError) as error:

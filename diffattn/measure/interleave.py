@@ -95,7 +95,6 @@ def interleave(
     warmup: int = 1,
     device: torch.device | str = "cpu",
     *,
-    reference: str | None = None,
     around: Callable[[str], AbstractContextManager[Any]] | None = None,
     finished: Sequence[Round] = (),
     deadline: float | None = None,
@@ -106,22 +105,20 @@ def interleave(
     An interrupt loses only the current round: `on_round` has been called with all finished ones.
 
     Args:
-        variants: name -> what to time, called without arguments.
+        variants: name -> what to time, called without arguments. The first one is what time ratios refer to.
         rounds: number of rounds, those in `finished` included.
         warmup: calls of every variant before the first round.
         device: where the work runs; the clock waits for it.
-        reference: the variant that ratios refer to; default the first.
         around: makes a context, entered before and left after every call of the named variant, not timed.
         finished: rounds of an earlier measurement to continue.
         deadline: no round begins that would end after this time (`time.monotonic`), the first one excepted.
         on_round: called after every round with all rounds so far.
 
     Raises:
-        ValueError: no variants, an unknown reference, fewer than one round, or rounds of other variants.
+        ValueError: no variants, fewer than one round, or finished rounds of other variants.
     """
     names = list(variants)
-    reference = names[0] if reference is None and names else reference
-    _check(names, reference, rounds, finished)
+    _check(names, rounds, finished)
     around = around or (lambda name: nullcontext())
     done, peaks = list(finished), dict[str, float]()
     if len(done) < rounds:
@@ -140,8 +137,8 @@ def interleave(
         done.append({name: seconds[name] for name in names})
         longest = max(longest, time.monotonic() - began)
         if on_round is not None:
-            on_round(Timings(str(reference), tuple(done), dict(peaks)))
-    return Timings(str(reference), tuple(done), peaks)
+            on_round(Timings(names[0], tuple(done), dict(peaks)))
+    return Timings(names[0], tuple(done), peaks)
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
@@ -180,11 +177,9 @@ def synchronize(device: torch.device | str) -> None:
         torch.accelerator.synchronize()
 
 
-def _check(names: Sequence[str], reference: str | None, rounds: int, finished: Sequence[Round]) -> None:
+def _check(names: Sequence[str], rounds: int, finished: Sequence[Round]) -> None:
     if not names:
         raise ValueError("there is nothing to time: no variants")
-    if reference not in names:
-        raise ValueError(f"unknown reference {reference!r}; the variants are: {', '.join(names)}")
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
     for other in finished:

@@ -1,11 +1,11 @@
-"""What the code that called a denoiser has at hand: read off the frames above, which are left as they are."""
+"""Look at the variables of the code that called a denoiser, without changing anything there."""
 
 import sys
 from collections.abc import Iterator
 from types import FrameType, ModuleType
 from typing import Any
 
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 SKIPPED = ("torch.", "diffattn.patching.", "diffattn.architectures.")
@@ -21,14 +21,24 @@ def callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def stacklevel() -> int:
+    """The `stacklevel` at which a warning given by the caller of this function points to the nearest caller."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(SKIPPED):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def schedulers_in(frame: FrameType) -> Iterator[Any]:
-    """Schedulers among the variables of a frame, or among the attributes of one."""
+    """Schedulers among the variables of a frame, the attributes of one, or in a pipeline among those attributes."""
     names = [name for name in frame.f_code.co_names if name in frame.f_globals]
     for value in [*frame.f_locals.values(), *(frame.f_globals[name] for name in names)]:
         if issubclass(type(value), SchedulerMixin):
             yield value
         elif not issubclass(type(value), type | ModuleType | Tensor):
-            yield from (part for part in _attributes(value) if issubclass(type(part), SchedulerMixin))
+            parts = _attributes(value)
+            inside = [_attributes(part) for part in parts if issubclass(type(part), DiffusionPipeline)]
+            yield from (part for found in (parts, *inside) for part in found if issubclass(type(part), SchedulerMixin))
 
 
 def _attributes(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The hooks of one denoiser: they run around each forward, outside anything compiled, and tell the run of it."""
+"""The hooks of one denoiser: they report each of its calls to the run, from outside anything compiled."""
 
 import inspect
 from typing import Any, Protocol

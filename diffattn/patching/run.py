@@ -16,7 +16,7 @@ from diffattn.architectures.run_state import (
     Tally,
 )
 from diffattn.noise_level import Reading
-from diffattn.patching.callers import is_kept_by_caller
+from diffattn.patching.callers import is_kept_by_caller, stacklevel
 from diffattn.patching.denoiser import PatchedDenoiser
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.plan import Plan
@@ -108,7 +108,7 @@ class Runs(NotPickled):
         return reading.known or not self._needs_level
 
     def _begin_run(self, sample: Tensor, reading: Reading, device: str, mask_rows: int) -> None:
-        """Count the run, and say what its user would not expect of it."""
+        """Count the run, and warn of what its user would not expect."""
         state = self.state
         state.schedule = copy.deepcopy(self.plan.schedule)
         state.schedule.start(sample.shape[0])
@@ -138,7 +138,7 @@ class Runs(NotPickled):
         self._warn_once("nothing", f"diffattn accelerates no layer in this run: {why}")
 
     def _look_for_displaced(self) -> None:
-        """Say which layers run without diffattn, and what to do where something can be done."""
+        """Warn of layers that run without diffattn, with advice where there is some."""
         names = self.displaced()
         layers = [layer for denoiser in self.denoisers for layer in denoiser.patched if layer.displaced_by]
         if not names:
@@ -164,7 +164,7 @@ class Runs(NotPickled):
             self._warn(message)
 
     def _warn(self, message: str) -> None:
-        warnings.warn(message, DiffAttnWarning, stacklevel=8)
+        warnings.warn(message, DiffAttnWarning, stacklevel=stacklevel())
 
     def _count_displaced(self, denoiser: PatchedDenoiser) -> None:
         for layer in denoiser.patched:

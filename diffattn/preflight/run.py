@@ -126,7 +126,7 @@ class PreflightRun:
         with torch.no_grad():
             peak = peak_mib(call, self.device)
             timings = interleave(
-                dict.fromkeys(kinds, call), self.rounds, WARMUP, self.device, reference=PLAIN,
+                dict.fromkeys(kinds, call), self.rounds, WARMUP, self.device,
                 around=partial(self._around, timer), deadline=deadline, on_round=lambda _: on_round(),
             )  # fmt: skip
         return self._result(timings, timer.calls[WARMUP:], peak, gflops)

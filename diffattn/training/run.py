@@ -143,7 +143,9 @@ def prepared(setup: Setup, stop: StopRequest) -> Any:
     """The data in the form the loop takes them: decoded in memory, or as cached latents."""
     data = setup.config.data
     if setup.vae is None:
-        return in_memory(setup.dataset, telling(setup.say, "decoded")) if data.in_memory else setup.dataset
+        return (
+            in_memory(setup.dataset, _until(stop, telling(setup.say, "decoded"))) if data.in_memory else setup.dataset
+        )
     folder = Path(data.cache or Path(setup.config.run.out) / "latents")
     encoding = Encoding(
         setup.dataset, setup.vae, folder, device=setup.accelerator.device, num_workers=data.num_workers
@@ -152,6 +154,17 @@ def prepared(setup: Setup, stop: StopRequest) -> Any:
         return cache_together(encoding, setup.accelerator, stop, telling(setup.say, "encoded"))
     except Stopped as error:
         raise Stopped(error.signal, "while latents were encoded; the same command encodes the rest") from None
+
+
+def _until(stop: StopRequest, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """The same progress callback, which raises `Stopped` once a signal has arrived."""
+
+    def checked(done: int, total: int) -> None:
+        if stop.signal:
+            raise Stopped(stop.signal, "while pictures were decoded; there was nothing to save")
+        progress(done, total)
+
+    return checked
 
 
 def telling(say: Say, what: str, seconds: float = 5.0) -> Callable[[int, int], None]:

@@ -46,7 +46,9 @@ def test_a_class_that_is_called_a_number_is_drawn_by_its_name(tmp_path: Path) ->
     pipe.save_pretrained(place)
 
     def draw(label: object) -> np.ndarray:
-        images = pipe(label, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images  # type: ignore[arg-type]
+        images = pipe(
+            label, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)
+        ).images  # type: ignore[arg-type]
         return np.asarray(images[0])
 
     words = ("generate", "--model", place, "--guidance", 1, "--steps", 2, "--method", "none", "--device", "cpu")

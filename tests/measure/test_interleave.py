@@ -134,7 +134,6 @@ def test_spread_of_one_value():
     [
         ({"variants": {}, "rounds": 1}, "no variants"),
         ({"variants": {"a": print}, "rounds": 0}, "got 0"),
-        ({"variants": {"a": print}, "rounds": 1, "reference": "b"}, "'b'"),
         ({"variants": {"a": print}, "rounds": 1, "finished": [{"b": 1.0}]}, "finished rounds"),
     ],
 )

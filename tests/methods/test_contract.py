@@ -125,7 +125,7 @@ def anatomy(pipe: DiffusionPipeline, attention: bool = True) -> dict[str, Any]:
             own = {k: v for k, v in vars(module).items() if attention or k != "processor"}
             hooks = {k: dict(v) for k, v in own.items() if "hooks" in k and isinstance(v, dict)}
             if not attention:
-                hooks = {k: v for k, v in hooks.items() if "_forward_" not in k}
+                hooks = {k: v for k, v in hooks.items() if not k.startswith("_forward")}
             others = {k: id(v) for k, v in own.items() if not isinstance(v, dict | int | float | str | bool)}
             parts = {k: id(v) for k, v in module._modules.items()}
             seen[part, name] = (type(module), type(module).__mro__, sorted(own), hooks, others, parts)

@@ -1,6 +1,7 @@
 """The scheduler that is read is the one that draws, whoever holds the denoiser; what nobody knows is said."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -97,6 +98,28 @@ def test_of_a_loop_of_ones_own(make: Callable[[], Any], as_number: bool) -> None
     draw(scheduler := make())
     assert true_levels(scheduler) == levels_seen(handle)
     assert handle.report().runs == 1
+
+
+class Studio:
+    """Draws with a loop of its own, around a pipeline."""
+
+    def __init__(self, pipe: Any, handle: diffattn.Patch) -> None:
+        self.pipe, self.handle = pipe, handle
+
+    def draw(self) -> list[float]:
+        self.pipe.scheduler.set_timesteps(6)
+        for t in self.pipe.scheduler.timesteps:
+            call(self.pipe.unet, timestep=t)
+        return [entry["noise_level"] for entry in self.handle.trace()]
+
+
+@every_kind
+def test_of_a_loop_around_a_pipeline(pipe: Any, make: Callable[[], Any]) -> None:
+    studio = Studio(pipe, diffattn.patch(pipe.unet, **FEW, schedule=SCHEDULE))
+    pipe.scheduler = make()
+    with ThreadPoolExecutor(1) as pool:  # no variable of this function is in sight
+        found = pool.submit(studio.draw).result()
+    assert found == pytest.approx(true_levels(pipe.scheduler), abs=1e-4)
 
 
 def test_pipelines_that_take_turns_on_one_denoiser(pipe: Any) -> None:

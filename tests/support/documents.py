@@ -52,7 +52,9 @@ SUBSTITUTES = {
 """Pattern in a block -> what stands for it: hub ids become folders, many steps two."""
 
 FEW_STEPS = "--steps 2 --device cpu"
-TWO_STEPS = "run.steps=2 run.save_every=2 optim.batch=4 run.sample_every=0 run.trackers=[] --device cpu"
+TWO_STEPS = (
+    "run.steps=2 run.save_every=2 optim.batch=4 run.sample_every=0 run.trackers=[] run.precision=fp32 --device cpu"
+)
 QUICK_BENCH = "--rounds 1 --device cpu --dtype float32 --time-budget 10"
 SMALLER = {
     "diffattn demo": "--steps 2 --rounds 1 --device cpu",
@@ -73,7 +75,10 @@ SMALLER = {
     "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0"
     " --kid-pictures 4 --every 1 --seed-sets 1 --device cpu",
     "attention_error.py": "--steps 3 --prompts tent",
-    "compare_mediators.py": "--samples 4 --steps 2 --rounds 1 --batch 4",
+    "compare_linear.py cores": "--tokens 64 --mediators 4 --rounds 1 --width 24 --heads 2",
+    "compare_linear.py train": "--subjects softmax,inline --second-seeds 0 --samples 4 --steps 2 --batch 4 --rounds 1"
+    " run.steps=2 run.save_every=2 optim.batch=4 run.trackers=[] run.precision=fp32",
+    "compare_mediators.py": "--samples 8 --steps 2 --rounds 1 --batch 8",
     "train_emoji_sd.py train": "--dry-run",
     "train_emoji_sd.py evaluate": "--vae-pictures 1 --steps 1 --limit 1",
     "train_classifiers.py": "--steps 1 --batch 8",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.tiny_training import TINY, assert_same, last, make_pictures, run
 
+from diffattn.data import ImageDataset
 from diffattn.training import checkpoints
 from diffattn.training.signals import Stopped, StopRequest, listening
 
@@ -80,7 +81,7 @@ def test_a_stop_whose_checkpoint_cannot_be_written_says_what_is_there(pictures, 
     (tmp_path / "checkpoints").write_text("in the way")
     monkeypatch.setattr("diffattn.training.signals.StopRequest.__init__", lambda self: setattr(self, "signal", 15))
     with pytest.raises(Stopped, match=r"SIGTERM at step 1, whose checkpoint could not be written: .*no checkpoint yet"):
-        run(pictures, tmp_path)
+        run(pictures, tmp_path, "data.in_memory=false")
 
 
 def test_a_folder_in_use_is_refused_and_names_who_uses_it(pictures, tmp_path) -> None:
@@ -137,3 +138,16 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_a_row_for_the_n
     for name in ("new", "old"):
         run(pictures, tmp_path / name, "objective.label_dropout=0", "run.steps=5")
     assert_same(tmp_path / "new", tmp_path / "old")
+
+
+def test_a_signal_while_pictures_are_decoded_ends_the_run(pictures, tmp_path, monkeypatch) -> None:
+    original = ImageDataset.__getitem__
+
+    def item(self, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, index)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", item)
+    with pytest.raises(Stopped, match="SIGTERM while pictures were decoded; there was nothing to save"):
+        run(pictures, tmp_path)
+    assert not (tmp_path / ".running.json").exists()

@@ -40,6 +40,16 @@ class Progress:
     ahead: int = 0  # jobs that come before this one; it has not begun
 
 
+@dataclass(frozen=True)
+class Audience:
+    """Who follows the runs of a job, and may stop them."""
+
+    stop: threading.Event  # ends the run
+    emit: Callable[[Progress], None]  # takes the events
+    preview: Preview | None = None  # makes their sketches; None: they have none
+    learn: Callable[[Request, float], None] | None = None  # called with every whole picture's request and seconds
+
+
 class Watch:
     """Within its `with` block every call of the pipeline's denoiser is followed; leaves no hook behind.
 
@@ -49,13 +59,10 @@ class Watch:
     Args:
         pipe: the pipeline; only it is called within the block.
         request, patch: of the pictures, as `prepare` returned them.
-        stop: ends the run.
-        emit: takes the events.
-        preview: makes their sketches; None: they have none.
+        audience: receives the events, and may stop the run.
         done: pictures of the job before this run.
         pictures: of the job in all; None: this run is a warm-up, and no time left is given.
         what: the events say about the run.
-        learn: called with the request and the seconds of every whole picture, see `drawn`.
 
     Raises:
         Stopped: out of the denoiser, before its next call, once `stop` is set.
@@ -67,16 +74,13 @@ class Watch:
         pipe: Any,
         request: Request,
         patch: Patch | None,
-        stop: threading.Event,
-        emit: Callable[[Progress], None],
-        preview: Preview | None = None,
+        audience: Audience,
         done: int = 0,
         pictures: int | None = None,
         what: str = "",
-        learn: Callable[[Request, float], None] | None = None,
     ) -> None:
         self.pipe, self.request, self.patch = pipe, request, patch
-        self.stop, self.emit, self.preview, self.learn = stop, emit, preview, learn
+        self.audience = audience
         self.done, self.pictures, self.what = done, pictures, what
         self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # phase -> arguments of its first call
         self._denoiser: Any = denoiser_of(pipe)
@@ -95,8 +99,8 @@ class Watch:
     def drawn(self, picture: Picture) -> None:
         """Note that the current picture is complete."""
         self.done += 1
-        if self.learn is not None:
-            self.learn(self.request, picture.seconds)
+        if self.audience.learn is not None:
+            self.audience.learn(self.request, picture.seconds)
 
     @property
     def trace(self) -> RunTrace:
@@ -119,7 +123,7 @@ class Watch:
             log.error("drawing failed", exc_info=error)
 
     def _before(self, module: Any, args: tuple[Any, ...]) -> None:
-        if self.stop.is_set():
+        if self.audience.stop.is_set():
             raise Stopped
 
     def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -137,11 +141,11 @@ class Watch:
 
     def _tell(self, step: int, steps: int, x: Tensor, t: Tensor, output: Any, now: float) -> None:
         sketch = None
-        if self.preview is not None:
+        if self.audience.preview is not None:
             found = output[0] if isinstance(output, tuple) else output.sample
-            sketch = self.preview(clean_estimate(self.pipe, x, t, found, self.request.guidance or 1))
+            sketch = self.audience.preview(clean_estimate(self.pipe, x, t, found, self.request.guidance or 1))
         left = self._seconds_left(step, steps, now)
-        self.emit(Progress(step, steps, self.done, self.pictures or 1, left, sketch, self.what))
+        self.audience.emit(Progress(step, steps, self.done, self.pictures or 1, left, sketch, self.what))
         self._last_event = time.perf_counter()
 
     def _seconds_left(self, step: int, steps: int, now: float) -> float | None:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffattn.app.jobs.choices import Models
 from diffattn.app.jobs.compare import Comparison, compare
+from diffattn.app.jobs.events import latest
 from diffattn.app.jobs.limits import Limits
 from diffattn.app.jobs.naming import naming
 from diffattn.app.jobs.pace import Pace
@@ -26,7 +27,7 @@ from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
 from diffattn.app.jobs.stops import Stops
 from diffattn.app.jobs.turns import Turns
-from diffattn.app.jobs.watch import Progress, Stopped, Watch
+from diffattn.app.jobs.watch import Audience, Progress, Stopped, Watch
 from diffattn.drawing.classes import class_ids
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
@@ -93,7 +94,7 @@ class Worker:
             pipe, _ = self._model(request.model, emit)
 
             def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
-                return self._watch(pipe, ready, patch, stop, emit, None, done, pictures, what)
+                return self._watch(pipe, ready, patch, Audience(stop, emit), done, pictures, what)
 
             emit(compare(pipe, request, names, watch))
 
@@ -199,7 +200,7 @@ class Worker:
         pipe, preview = self._model(request.model, emit)
         ready, patch = prepare(pipe, request)
         try:
-            with self._watch(pipe, ready, patch, stop, emit, preview, 0, ready.num_images) as watch:
+            with self._watch(pipe, ready, patch, Audience(stop, emit, preview), 0, ready.num_images) as watch:
                 pictures: list[Picture] = []
                 for picture in generate(pipe, ready):
                     pictures.append(picture)
@@ -223,16 +224,16 @@ class Worker:
         pipe, _ = self._model(name, emit)
 
         def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
-            return self._watch(pipe, ready, patch, stop, emit, None, done, pictures, f"{ready.model}: {what}")
+            return self._watch(pipe, ready, patch, Audience(stop, emit), done, pictures, f"{ready.model}: {what}")
 
         return measure(pipe, name, asked, self.models, watch)
 
-    def _watch(self, pipe: Any, ready: Request, *args: Any) -> Watch:
-        """A `Watch` for a request from `prepare`, which filled in the size; the rest as `Watch` takes it."""
+    def _watch(self, pipe: Any, ready: Request, patch: Patch | None, audience: Audience, *rest: Any) -> Watch:
+        """A `Watch` for a request from `prepare`, which filled in the size; `rest` as `Watch` takes it."""
         assert ready.width is not None
         assert ready.height is not None
         self.limits.check_size(ready.width, ready.height)
-        return Watch(pipe, ready, *args, learn=self._pace.learn)
+        return Watch(pipe, ready, patch, replace(audience, learn=self._pace.learn), *rest)
 
     def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
         """The model of this name, which replaces one of another name."""
@@ -275,7 +276,7 @@ class Worker:
         try:
             threading.Thread(target=run, name="diffattn-job", daemon=True).start()
             sent = -REFRESH_SECONDS
-            while (event := _latest(found, sent + REFRESH_SECONDS)) is not done:
+            while (event := latest(found, sent + REFRESH_SECONDS)) is not done:
                 if isinstance(event, BaseException):
                     raise event
                 sent = time.monotonic()
@@ -283,22 +284,6 @@ class Worker:
         finally:
             stop.set()
             self._turns.wake()
-
-
-def _latest(found: "queue.Queue[Any]", due: float) -> Any:
-    """The next event. Progress waits until `due` (in `time.monotonic`) for newer progress, which takes its place."""
-    event = found.get()
-    while isinstance(event, Progress):
-        try:
-            newer = found.get(timeout=max(due - time.monotonic(), 0))
-        except queue.Empty:
-            break
-        if not isinstance(newer, Progress):
-            with found.mutex:
-                found.queue.appendleft(newer)  # its turn comes next: nobody else takes from this queue
-            break
-        event = newer
-    return event
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:

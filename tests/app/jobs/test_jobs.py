@@ -19,7 +19,7 @@ from diffattn.app.jobs import Comparison, Drawn, Limits, Models, Progress, Worke
 from diffattn.app.jobs.compare import WARMING_UP, compare
 from diffattn.app.jobs.preview import Preview
 from diffattn.app.jobs.snippet import snippet
-from diffattn.app.jobs.watch import Watch
+from diffattn.app.jobs.watch import Audience, Watch
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.drawing.loading import load_pipeline
 from diffattn.drawing.request import EXACT, Request, record_of
@@ -264,7 +264,7 @@ def test_warming_up_says_no_time_and_is_no_picture(worker: Worker) -> None:
     pipe, events = web.loaded(worker), list[Progress]()
 
     def watch(ready: Request, patch: Patch | None, *of_the_job: Any) -> Watch:
-        return Watch(pipe, ready, patch, threading.Event(), events.append, None, *of_the_job)
+        return Watch(pipe, ready, patch, Audience(threading.Event(), events.append), *of_the_job)
 
     compare(pipe, web.ask(worker, num_images=2), ["agent/fast"], watch)
     told = {what: [x for x in events if x.what == what] for what in (WARMING_UP, EXACT)}
