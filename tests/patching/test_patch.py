@@ -231,7 +231,7 @@ def test_a_unet_that_stays_exact_beside_an_unpatched_controlnet_warns(make_pipel
         ({"recipe": ["agent"]}, "recipe"),
         ({"recipe": "no/such/file.json"}, "recipe 'no/such/file.json' is not a readable JSON file"),
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(' at 0x')[0],
 )  # fmt: skip
 def test_bad_input_is_refused_and_leaves_no_trace(
     pipe: DiffusionPipeline, arguments: dict[str, Any], message: str
