@@ -172,13 +172,13 @@ class DiT(ModelMixin, ConfigMixin):
         condition = self.t_embedder(t, dtype) + self.y_embedder(y)  # [B, C]
         recomputed = self._gradient_checkpointing_func if self.gradient_checkpointing else None
 
-        def run_block(number: int, x: Tensor, condition: Tensor) -> Tensor:
+        def run_block(block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
             inputs = (x, condition, grid, self.num_mediators)
             if recomputed is not None and torch.is_grad_enabled():
-                return recomputed(self.blocks[number], *inputs)
-            return self.blocks[number](*inputs)
+                return recomputed(block, *inputs)
+            return block(*inputs)
 
-        tokens = run_steps(self.steps, self.step_conditions, run_block, tokens, condition)
+        tokens = run_steps(self.steps, [*self.blocks], self.step_conditions, run_block, tokens, condition)
         sample = unpatchify(self.final_layer(tokens, condition), grid, self.patch_size)
         if self.drops_sigma:
             sample = sample[:, : self.in_channels]

@@ -57,16 +57,20 @@ def steps_of(
     )
 
 
-def projections(steps: Sequence[Step], hidden_size: int) -> nn.ModuleList:
-    """For each step the conditioning to its width; nothing where that is the full one."""
-    narrow = [step.width for step in steps if step.width < hidden_size]
-    return nn.ModuleList(nn.Linear(hidden_size, width) for width in narrow)
+def projections(steps: Sequence[Step], hidden_size: int) -> nn.ModuleDict:
+    """The conditioning to the width of each narrow step, by the number of the step.
+
+    No `ModuleList`: what caches blocks (cache-dit) takes every list of modules for one of blocks.
+    """
+    narrow = {str(i): step.width for i, step in enumerate(steps) if step.width < hidden_size}
+    return nn.ModuleDict({number: nn.Linear(hidden_size, width) for number, width in narrow.items()})
 
 
 def run_steps(
     steps: Sequence[Step],
-    conditions: nn.ModuleList,
-    run_block: Callable[[int, Tensor, Tensor], Tensor],
+    blocks: Sequence[nn.Module],
+    conditions: nn.ModuleDict,
+    run_block: Callable[[nn.Module, Tensor, Tensor], Tensor],
     x: Tensor,
     condition: Tensor,
 ) -> Tensor:
@@ -74,8 +78,9 @@ def run_steps(
 
     Args:
         steps: of the model.
+        blocks: of the model, or what a cache of blocks has put in the place of all of them.
         conditions: from `projections`.
-        run_block: (number of the block, tokens [B, N, C_i], condition [B, C_i]) -> tokens.
+        run_block: (block, tokens [B, N, C_i], condition [B, C_i]) -> tokens.
         x: tokens [B, N, C].
         condition: [B, C].
 
@@ -84,9 +89,9 @@ def run_steps(
     """
     for i, step in enumerate(steps):
         narrow = step.width < x.shape[-1]
-        own = conditions[i](condition) if narrow else condition
+        own = conditions[str(i)](condition) if narrow else condition
         y = x[..., : step.width] if narrow else x
-        for number in step.blocks:
-            y = run_block(number, y, own)
+        for block in blocks[step.blocks.start : step.blocks.stop]:
+            y = run_block(block, y, own)
         x = torch.cat((y, x[..., step.width :]), dim=-1) if narrow else y
     return x

@@ -28,7 +28,7 @@ def test_each_step_takes_what_the_last_one_made_and_the_channels_that_waited() -
     with torch.no_grad():
         tokens = model.x_embedder(x) + model.pos_embed
         condition = model.t_embedder(t, torch.float32) + model.y_embedder(y)
-        first, second = (project(condition) for project in model.step_conditions)
+        first, second = (project(condition) for project in model.step_conditions.values())
         made = model.blocks[0](tokens[..., :8], first, (8, 8), 0)
         made = torch.cat((made, tokens[..., 8:16]), dim=-1)
         made = model.blocks[2](model.blocks[1](made, second, (8, 8), 0), second, (8, 8), 0)
