@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from diffattn.app.jobs import Limits, Models, Progress, Run, Worker
+from diffattn.app.jobs import JobProgress, Limits, Models, QualityRun, Worker
 from diffattn.app.jobs.choices import accelerations
 from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, save_runs
 from diffattn.app.jobs.speed_quality import EXTRACTOR_OF
@@ -65,10 +65,10 @@ def main(
     )  # fmt: skip
     with cpu_threads(threads):
         for event in worker.measure("", asked):
-            if isinstance(event, Progress) and event.step == event.steps:
+            if isinstance(event, JobProgress) and event.step == event.steps:
                 left = f"{event.seconds_left:.0f} s left" if event.seconds_left is not None else ""
                 typer.echo(f"\r{event.what}, picture {event.picture + 1} of {event.pictures}, {left}   ", nl=False)
-            elif isinstance(event, Run):
+            elif isinstance(event, QualityRun):
                 save_runs([event], place / RUNS_FILE)
                 typer.echo("\n" + "\n".join(_summary(event)) + f"\n{place / RUNS_FILE}")
 
@@ -102,7 +102,7 @@ def _reference(path: Path, size: int, every: int, most: int, extractor: str, nam
     return Reference.of(f"{path.stem}, {len(indices)} pictures", chunks, load_extractor(extractor))
 
 
-def _summary(run: Run) -> list[str]:
+def _summary(run: QualityRun) -> list[str]:
     return [
         f"{line.acceleration:>20}: {line.seconds.median:.2f} s, {line.speedup:.2f}x, {line.quality.label.split()[0]} "
         f"{line.quality.scores['fid']:.3f}, KID {line.quality.scores['kid']:.4f} ± {line.quality.scores['kid_std']:.4f}"

@@ -71,7 +71,7 @@ class MediatorBenchmarkConfig:
 
 
 @dataclass(frozen=True)
-class Job:
+class TimedCase:
     """One comparison of all variants."""
 
     subject: Subject
@@ -143,16 +143,16 @@ class MediatorBenchmark:
         """Whether everything is measured that the memory has room for."""
         return all(job.key in self._too_large for job in self._missing())
 
-    def _missing(self) -> list[Job]:
+    def _missing(self) -> list[TimedCase]:
         c = self.config
         jobs = [
-            Job(Subject(what, width, tokens, c.mediators, c.batch, self.device, self.dtype), mode)
+            TimedCase(Subject(what, width, tokens, c.mediators, c.batch, self.device, self.dtype), mode)
             for what, width, tokens, mode in product(c.what, c.widths, c.sizes, c.modes)
         ]
         open_ = [job for job in jobs if not self.results.is_done(*job.key, c.rounds, job.subject.variants)]
         return sorted(open_, key=lambda job: job.work)
 
-    def _reason_to_skip(self, job: Job, seconds_left: float | None, expected: float) -> str | None:
+    def _reason_to_skip(self, job: TimedCase, seconds_left: float | None, expected: float) -> str | None:
         """Why this comparison cannot be made; `expected` is how long its warm-up and first round would take, 0
         where nothing tells."""
         needed, there = memory_needed(job.subject, job.mode == TRAINING) / 2**30, _memory(self.device) / 2**30
@@ -163,7 +163,7 @@ class MediatorBenchmark:
             return f"a round would take about {expected / 120:.1f} minutes, too long for the time budget"
         return None
 
-    def _measure(self, job: Job, deadline: float | None, say: Say) -> None:
+    def _measure(self, job: TimedCase, deadline: float | None, say: Say) -> None:
         """All variants of one comparison, interleaved after one call each that is not timed."""
         subject = replace(job.subject)  # which holds the weights only for as long as this takes
         training, rounds = job.mode == TRAINING, self.config.rounds
@@ -184,7 +184,7 @@ class MediatorBenchmark:
         finished = self.results.rounds_of(model, size, mode, names)
         interleave(calls, rounds, 0, self.device, finished=finished, deadline=deadline, on_round=keep)
 
-    def _seconds_of_round(self, job: Job) -> float:
+    def _seconds_of_round(self, job: TimedCase) -> float:
         entry = self.results.find(*job.key)
         assert entry is not None
         return sum(variant["seconds_per_round"][-1] for variant in entry["variants"].values())

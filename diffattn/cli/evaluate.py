@@ -236,7 +236,7 @@ def _load(
 ) -> tuple[Any, dict[str, Any] | None, str]:
     """The pipeline on its device, the arguments of `diffattn.patch`, and what the result calls them."""
     from diffattn.drawing.loading import load_pipeline
-    from diffattn.drawing.request import EXACT
+    from diffattn.drawing.request import UNPATCHED
     from diffattn.machine import choose_dtype
     from diffattn.patching.default_method import default_method
     from diffattn.patching.plan import Plan
@@ -246,9 +246,9 @@ def _load(
     pipe.set_progress_bar_config(disable=True)
     method, preset, options, recipe = (given[key] for key in ("method", "preset", "options", "recipe"))
     wanted = bool(method or preset or options or recipe or paired)
-    if not wanted or method == EXACT:
+    if not wanted or method == UNPATCHED:
         if paired or preset or options or recipe:
-            raise ValueError(f"method {EXACT!r} has no pair, no preset, no options and no recipe")
+            raise ValueError(f"method {UNPATCHED!r} has no pair, no preset, no options and no recipe")
         return pipe, None, f"{model} unaccelerated"
     found: dict[str, Any] = {"method": method or default_method(pipe), "preset": preset, **options}
     if recipe is not None:

@@ -18,7 +18,7 @@ from diffattn.data.decoding import decode
 from diffattn.data.files import Files
 from diffattn.data.naming import few, plural
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the number of pictures done and the number of all pictures."""
 
 Result = TypeVar("Result")
@@ -153,7 +153,7 @@ class ImageDataset(LabelledDataset):
     def fetch(self, indices: Tensor, mirrored: Tensor, noise: Tensor | None = None) -> Tensor:
         return _mirror(torch.stack([self[i][0] for i in indices.tolist()]), mirrored)
 
-    def unreadable(self, progress: Progress | None = None) -> dict[int, str]:
+    def unreadable(self, progress: OnProgress | None = None) -> dict[int, str]:
         """Decode every picture; index -> reason of those that cannot be read."""
 
         def check(index: int) -> str | None:
@@ -208,7 +208,7 @@ class InMemoryDataset(LabelledDataset):
         return _mirror(self.images[indices], mirrored)
 
 
-def in_memory(dataset: ImageDataset | InMemoryDataset, progress: Progress | None = None) -> InMemoryDataset:
+def in_memory(dataset: ImageDataset | InMemoryDataset, progress: OnProgress | None = None) -> InMemoryDataset:
     """Decode every picture once, in threads, into one tensor, 3·S² bytes a picture. For small data such as CIFAR.
 
     Raises:
@@ -246,7 +246,7 @@ def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     return images
 
 
-def _in_threads(function: Callable[[int], Result], count: int, progress: Progress | None) -> Iterator[Result]:
+def _in_threads(function: Callable[[int], Result], count: int, progress: OnProgress | None) -> Iterator[Result]:
     """function(0), function(1), … in this order; the first exception ends the iteration."""
 
     def chunk(start: int) -> list[Result]:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffattn.data.datasets import ImageDataset, Progress
+from diffattn.data.datasets import ImageDataset, OnProgress
 from diffattn.data.files import open_files
 from diffattn.data.hub import is_hub_name, open_hub
 from diffattn.data.layouts import read_listing
@@ -18,7 +18,7 @@ def open_dataset(
     split: str = "train",
     label: str | None = None,
     skip_bad: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> ImageDataset:
     """Pictures and their classes, from one of four places.
 
@@ -71,7 +71,7 @@ def warn_of_left_out(where: str, names: Sequence[str]) -> None:
         )
 
 
-def _without_bad(dataset: ImageDataset, progress: Progress | None) -> ImageDataset:
+def _without_bad(dataset: ImageDataset, progress: OnProgress | None) -> ImageDataset:
     bad = dataset.unreadable(progress)
     if not bad:
         return dataset

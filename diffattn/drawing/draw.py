@@ -14,7 +14,7 @@ from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, why_unguided
 from diffattn.drawing.loading import EMBEDDED
-from diffattn.drawing.request import EXACT, Picture, Request
+from diffattn.drawing.request import UNPATCHED, Picture, Request
 from diffattn.drawing.sizes import check_size, default_size, size_arguments
 from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, patch
@@ -50,7 +50,7 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
         height = own_height if height is None else height
     check_size(pipe, width, height)
     found, preset, method = None, request.preset, request.method
-    if method != EXACT:
+    if method != UNPATCHED:
         found = patch(pipe, method, preset=preset, recipe=request.recipe, **request.options)
         preset, method = found.plan.preset, found.plan.method
         if request.method not in (None, method):

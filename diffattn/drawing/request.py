@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from diffattn.files import write_whole
 
-EXACT = "none"
+UNPATCHED = "none"
 """The method that leaves the pipeline unpatched."""
 
 PNG_KEY = "diffattn"
@@ -52,8 +52,8 @@ class Request:
         _check(math.isfinite(guidance) and guidance >= 0, "guidance", guidance, "0 or more")
         _check(self.num_images >= 1, "num-images", self.num_images, "1 or more")
         _check(0 <= self.seed <= MAX_SEED - self.num_images, "seed", self.seed, "at least 0 and below 2^63")
-        if self.method == EXACT and (self.preset or self.options or self.recipe is not None):
-            raise ValueError(f"method {EXACT!r} has no preset, no options and no recipe")
+        if self.method == UNPATCHED and (self.preset or self.options or self.recipe is not None):
+            raise ValueError(f"method {UNPATCHED!r} has no preset, no options and no recipe")
 
 
 @dataclass(frozen=True)

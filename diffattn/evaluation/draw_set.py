@@ -17,18 +17,18 @@ from diffattn.drawing.batch import Batch, NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, num_classes
 from diffattn.drawing.draw import guidance_for
 from diffattn.drawing.sizes import size_arguments
-from diffattn.evaluation.picture_set import Progress, no_progress
+from diffattn.evaluation.picture_set import ProgressBar, no_progress
 from diffattn.evaluation.run_folder import RunFolder
 from diffattn.files import write_whole
 from diffattn.metrics.paired import LatentTrace
 from diffattn.patching.patch import patch
 
 PICTURES = "pictures"
-EXACT = "unaccelerated"
+UNACCELERATED = "unaccelerated"
 LATENTS = "latents"
 """Folders of a run."""
 
-CHECKS = {PICTURES: "checks", EXACT: "unaccelerated checks"}
+CHECKS = {PICTURES: "checks", UNACCELERATED: "unaccelerated checks"}
 """Folders with "blanked" and "finite" [b] of every chunk of pictures, see `Batch`; a picture that is not finite has no
 file."""
 
@@ -102,7 +102,7 @@ def draw_set(
     *,
     paired: bool = False,
     size: tuple[int, int] | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressBar = no_progress,
 ) -> None:
     """Draw this process's share of what is missing as PNG files in the run's folder, and wait for all processes.
 
@@ -113,16 +113,16 @@ def draw_set(
         config: what to draw.
         run: gets the pictures in `PICTURES`.
         acceleration: arguments of `diffattn.patch`; None: the pipeline as it is.
-        paired: draw without the acceleration too, into `EXACT`, and write chunks `LATENTS`: "error" [b, steps], the
-            relative error of the latents after every step (see `latent_relative_error`), where the pipeline calls back.
+        paired: draw without the acceleration too, into `UNACCELERATED`, and write chunks `LATENTS`: "error" [b, steps],
+            the relative error of the latents after every step (`latent_relative_error`), where the pipeline calls back.
         size: (H, W) that the pictures must have.
-        progress: see `Progress`.
+        progress: see `ProgressBar`.
 
     Raises:
         ValueError: pictures of another size; see `subjects`.
     """
     todo = subjects(pipe, config)
-    for kind in (PICTURES, EXACT):
+    for kind in (PICTURES, UNACCELERATED):
         (run.path / kind).mkdir(parents=True, exist_ok=True)
     shares = list(run.mine(config.num_pictures, config.batch))
     outer, inner = (None, acceleration) if paired else (acceleration, None)
@@ -131,8 +131,8 @@ def draw_set(
             what = [todo[i % len(todo)] for i in range(start, stop)]
             chunk = _Chunk(pipe, config, run, what, start, size)
             traces = []
-            if paired and not chunk.is_drawn(number, EXACT, LATENTS):
-                traces.append(chunk.draw(number, EXACT))
+            if paired and not chunk.is_drawn(number, UNACCELERATED, LATENTS):
+                traces.append(chunk.draw(number, UNACCELERATED))
             if traces or not chunk.is_drawn(number, PICTURES):
                 with accelerated(pipe, inner):
                     traces.append(chunk.draw(number, PICTURES))

@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from diffattn.data.matching import Matching, check_turns
 from diffattn.drawing.classes import draws_classes
 from diffattn.evaluation.draw_set import (
-    EXACT,
     LATENTS,
     PICTURES,
+    UNACCELERATED,
     DrawConfig,
     accelerated,
     draw_set,
@@ -21,9 +21,9 @@ from diffattn.evaluation.draw_set import (
     subjects,
     with_own_guidance,
 )
-from diffattn.evaluation.identity import Setup, describe_patch, device_label, identity, protocol_of, subject_name
+from diffattn.evaluation.identity import Evaluated, describe_patch, device_label, identity, protocol_of, subject_name
 from diffattn.evaluation.left_out import LeftOut, drawn_pictures
-from diffattn.evaluation.picture_set import PictureSet, Progress, no_progress, open_pictures
+from diffattn.evaluation.picture_set import PictureSet, ProgressBar, no_progress, open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
 from diffattn.evaluation.run_folder import RunFolder, processes
@@ -77,7 +77,7 @@ def evaluate(
     paired: bool | str | Path = False,
     name: str | None = None,
     npz: str | Path | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressBar = no_progress,
 ) -> QualityResult:
     """Score pictures, or what a pipeline draws. Called again with the same folder it resumes an interrupted run.
 
@@ -100,7 +100,7 @@ def evaluate(
             LPIPS; and, of a pipeline's pair, the relative error of the latents.
         name: what the result calls the subject.
         npz: also write the pictures, and the class numbers of a SiT's, to this ADM file.
-        progress: see `Progress`.
+        progress: see `ProgressBar`.
 
     Returns:
         The result, also in `result.json`. Its protocol holds everything that the figures depend on, except the subject.
@@ -134,7 +134,13 @@ class _Job:
     """One evaluation."""
 
     def __init__(
-        self, subject: Any, config: EvaluateConfig, draw: DrawConfig, acceleration: Any, paired: Any, progress: Progress
+        self,
+        subject: Any,
+        config: EvaluateConfig,
+        draw: DrawConfig,
+        acceleration: Any,
+        paired: Any,
+        progress: ProgressBar,
     ) -> None:
         self.config, self.draw, self.acceleration, self.paired = config, draw, acceleration, paired
         self.pipe: Any = subject if isinstance(subject, DiffusionPipeline) else None
@@ -200,9 +206,11 @@ class _Job:
             write_pictures(path, pictures.batch(0, len(pictures)), labels)
         self.among.wait()
 
-    def _setup(self, source: Source | None, extractor: FeatureExtractor | None, how: dict[str, Any] | None) -> Setup:
+    def _setup(
+        self, source: Source | None, extractor: FeatureExtractor | None, how: dict[str, Any] | None
+    ) -> Evaluated:
         exact = None if self.exact is None else self.exact.hash
-        return Setup(
+        return Evaluated(
             pipe=self.pipe, draw=self.draw, acceleration=self.acceleration, files=self.pictures, prompts=self.prompts,
             exact=self.paired is True or exact, source=source, extractor=extractor,
             clip=self.clip and self.clip.hash, lpips=self.lpips and self.lpips.hash, side=self.config.side,
@@ -252,7 +260,7 @@ class _Job:
             left_out.warn()
         self.pictures = drawn_pictures(run, PICTURES, left_out, self.config.side, self.progress)
         if self.paired is True:
-            self.exact = drawn_pictures(run, EXACT, left_out, self.config.side, self.progress)
+            self.exact = drawn_pictures(run, UNACCELERATED, left_out, self.config.side, self.progress)
         elif self.exact is not None:
             self.exact = self.exact.without(left_out.rows)
 

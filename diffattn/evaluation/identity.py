@@ -27,7 +27,7 @@ DRAWN = ("num_pictures", "steps", "guidance", "width", "height", "seed", "batch"
 
 
 @dataclass(frozen=True)
-class Setup:
+class Evaluated:
     """The parts of one evaluation before any work is done."""
 
     pipe: Any  # None for pictures from files
@@ -45,7 +45,7 @@ class Setup:
     patch: Mapping[str, Any] | None = None  # of the pipeline as it draws, see `describe_patch`
 
 
-def protocol_of(setup: Setup, pictures: PictureSet, options: Mapping[str, Any]) -> Protocol:
+def protocol_of(setup: Evaluated, pictures: PictureSet, options: Mapping[str, Any]) -> Protocol:
     """The protocol of the pictures' figures, with further options."""
     source, extractor, pipe, draw = setup.source, setup.extractor, setup.pipe, setup.draw
     drawn: dict[str, Any] = {"sampler": "pictures from files", "steps": None, "guidance": None, "seeds": None}
@@ -69,7 +69,7 @@ def protocol_of(setup: Setup, pictures: PictureSet, options: Mapping[str, Any]) 
     )
 
 
-def identity(setup: Setup, seed: int) -> dict[str, Any]:
+def identity(setup: Evaluated, seed: int) -> dict[str, Any]:
     """Everything that must match for a run to be resumed, as JSON types.
 
     Args:
@@ -100,7 +100,7 @@ def device_label(device: torch.device) -> str:
     return device.type if device.type == "cpu" else f"{device.type}: {describe_device(device)['name']}"
 
 
-def subject_name(setup: Setup) -> str:
+def subject_name(setup: Evaluated) -> str:
     """The name of a pipeline with its acceleration."""
     how = _patch_of(setup.pipe) or "unaccelerated"
     return f"{type(setup.pipe).__name__}, {how if setup.acceleration is None else _as_json(setup.acceleration)}"
@@ -130,7 +130,7 @@ def all_versions() -> dict[str, str]:
     return versions() | {"torchmetrics": version("torchmetrics")}
 
 
-def _options(setup: Setup) -> dict[str, Any]:
+def _options(setup: Evaluated) -> dict[str, Any]:
     """Everything the figures depend on that is not a field of `Protocol`."""
     found: dict[str, Any] = {}
     if setup.side is not None:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffattn.evaluation.draw_set import CHECKS, EXACT, PICTURES, DrawConfig, picture_name
-from diffattn.evaluation.picture_set import PictureSet, Progress
+from diffattn.evaluation.draw_set import CHECKS, PICTURES, UNACCELERATED, DrawConfig, picture_name
+from diffattn.evaluation.picture_set import PictureSet, ProgressBar
 from diffattn.evaluation.run_folder import RunFolder
 
 BLANKED, NOT_FINITE = "blanked", "not_finite"
@@ -42,7 +42,7 @@ class LeftOut:
             ValueError: fewer than 2 pictures are left to score.
         """
         found: dict[str, dict[str, tuple[int, ...]]] = {reason: {} for reason in REASONS}
-        for kind in (PICTURES, EXACT) if paired else (PICTURES,):
+        for kind in (PICTURES, UNACCELERATED) if paired else (PICTURES,):
             checks = run.gather(CHECKS[kind], config.num_pictures, config.batch)
             for reason, flags in ((BLANKED, checks["blanked"]), (NOT_FINITE, ~checks["finite"])):
                 if flags.any():
@@ -97,14 +97,14 @@ def left_out_sentences(details: Mapping[str, Any], total: int) -> list[str]:
     found = []
     for reason, words in REASONS.items():
         for kind, seeds in details.get(reason, {}).items():
-            which = "unaccelerated pictures" if kind == EXACT else "pictures"
+            which = "unaccelerated pictures" if kind == UNACCELERATED else "pictures"
             shown = ", ".join(map(str, seeds[:8])) + (" …" if len(seeds) > 8 else "")
             what = f"all {total} {which}" if len(seeds) == total else f"{len(seeds)} of {total} {which}"
             found.append(f"{what} {words} and are left out of the scores (seeds {shown})")
     return found
 
 
-def drawn_pictures(run: RunFolder, kind: str, left_out: LeftOut, side: int | None, progress: Progress) -> PictureSet:
+def drawn_pictures(run: RunFolder, kind: str, left_out: LeftOut, side: int | None, progress: ProgressBar) -> PictureSet:
     """The pictures of a folder of `draw_set`, but for those left out; the others keep their row."""
     paths = [run.path / kind / picture_name(row) for row in range(left_out.config.num_pictures)]
 

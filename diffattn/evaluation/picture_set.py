@@ -23,13 +23,13 @@ from diffattn.data.opening import warn_of_left_out
 from diffattn.data.order import natural_key, stratified
 from diffattn.metrics.adm import read_pictures
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """`progress(what, total)` is a context manager; it gives a function that advances the progress by one."""
 
 
 @contextmanager
 def no_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A `Progress` that shows nothing."""
+    """A `ProgressBar` that shows nothing."""
     yield lambda: None
 
 
@@ -59,7 +59,7 @@ class PictureSet:
         places: bool = False,
         skip_bad: bool = False,
         leave_out: Collection[int] = (),
-        progress: Progress = no_progress,
+        progress: ProgressBar = no_progress,
     ) -> None:
         """Reads every picture once, to find the unreadable ones, the size and the hash.
 
@@ -73,7 +73,7 @@ class PictureSet:
             places: see above.
             skip_bad: leave unreadable pictures out, with a warning that counts and names them.
             leave_out: indices in `names` that are not read.
-            progress: see `Progress`.
+            progress: see `ProgressBar`.
 
         Raises:
             ValueError: a side below 1 or a limit below 2; fewer than 2 readable pictures, or fewer than `limit`;
@@ -132,7 +132,7 @@ class PictureSet:
             found.hash = hashlib.sha256(f"{found.hash} {wanted}".encode()).hexdigest()
         return found, matching
 
-    def _take(self, rows: Sequence[int], spread: bool, progress: Progress) -> None:
+    def _take(self, rows: Sequence[int], spread: bool, progress: ProgressBar) -> None:
         """Read these rows, or so many of them as the limit says, and note what is there."""
         bad: dict[int, str] = {}
         while True:
@@ -156,7 +156,7 @@ class PictureSet:
                 )
             warnings.warn(f"{count} and are left out: {few(self.skipped)}", stacklevel=4)
 
-    def _read_all(self, rows: Sequence[int], progress: Progress) -> dict[int, str]:
+    def _read_all(self, rows: Sequence[int], progress: ProgressBar) -> dict[int, str]:
         """Shapes and digest of these pictures; the rows of the unreadable ones, each with the reason."""
         bad: dict[int, str] = {}
         self._shapes, self._digest = {}, hashlib.sha256()
@@ -191,7 +191,7 @@ def open_pictures(
     limit: int | None = None,
     spread: bool = False,
     skip_bad: bool = False,
-    progress: Progress = no_progress,
+    progress: ProgressBar = no_progress,
 ) -> PictureSet:
     """The pictures of a folder or zip, or of an ADM `.npz`.
 

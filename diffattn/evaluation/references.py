@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffattn.evaluation.picture_set import PictureSet, Progress, no_progress, open_pictures
+from diffattn.evaluation.picture_set import PictureSet, ProgressBar, no_progress, open_pictures
 from diffattn.evaluation.quality import check_extractor
 from diffattn.evaluation.run_folder import RunFolder
 from diffattn.evaluation.scores import CHUNK, in_chunks, measure_features
@@ -45,7 +45,7 @@ class Source:
         return None if self.pictures is None else len(self.pictures)
 
     def measured(
-        self, extractor: FeatureExtractor, run: RunFolder, progress: Progress = no_progress
+        self, extractor: FeatureExtractor, run: RunFolder, progress: ProgressBar = no_progress
     ) -> tuple[Reference, Statistics | None]:
         """The reference, with features if there are pictures, and the moments of its spatial features.
 
@@ -67,7 +67,7 @@ def open_reference(
     *,
     side: int | None = None,
     skip_bad: bool = False,
-    progress: Progress = no_progress,
+    progress: ProgressBar = no_progress,
 ) -> Source:
     """Open a folder, a zip, an `.npz` with pictures, with `mu` and `sigma` or with both, or a saved reference.
 
@@ -105,7 +105,7 @@ def open_reference(
 
 
 def make_reference(
-    pictures: PictureSet, extractor: FeatureExtractor, progress: Progress = no_progress
+    pictures: PictureSet, extractor: FeatureExtractor, progress: ProgressBar = no_progress
 ) -> tuple[Reference, Statistics | None]:
     """A reference to save, and the moments of its spatial features if the extractor has such.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffattn.evaluation.picture_set import PictureSet, Progress
+from diffattn.evaluation.picture_set import PictureSet, ProgressBar
 from diffattn.evaluation.quality import scorers
 from diffattn.evaluation.run_folder import RunFolder
 from diffattn.metrics.clip_score import ClipScore
@@ -25,7 +25,7 @@ Measure = Callable[[int, int], Mapping[str, Tensor]]
 """`measure(start, stop)`: named values [b, ...] of the pictures `start` to `stop`."""
 
 
-def in_chunks(run: RunFolder, kind: str, total: int, measure: Measure, progress: Progress) -> dict[str, Tensor]:
+def in_chunks(run: RunFolder, kind: str, total: int, measure: Measure, progress: ProgressBar) -> dict[str, Tensor]:
     """Measure this process's share of what is missing, wait for the others, and gather the values of all pictures."""
     shares = list(run.mine(total, CHUNK))
     with progress(kind, len(shares)) as advance:

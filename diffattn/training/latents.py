@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from diffattn.data.datasets import ImageDataset, InMemoryDataset, Progress
+from diffattn.data.datasets import ImageDataset, InMemoryDataset, OnProgress
 from diffattn.training.encode import Encoding, vae_hash
 from diffattn.training.latent_dataset import LatentDataset
 from diffattn.training.processes import on_main, together
@@ -23,7 +23,7 @@ def cache_latents(
     *,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     shard_size: int = 2048,
     num_workers: int = 0,
 ) -> LatentDataset:
@@ -58,7 +58,7 @@ def cache_latents(
 
 
 def cache_together(
-    encoding: Encoding, accelerator: Accelerator, stop: StopRequest, progress: Progress | None = None
+    encoding: Encoding, accelerator: Accelerator, stop: StopRequest, progress: OnProgress | None = None
 ) -> LatentDataset:
     """Encode pictures as `cache_latents` does, the missing shards shared out over all processes of a run.
 

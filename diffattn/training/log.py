@@ -13,7 +13,7 @@ from diffattn.training.objective import LossBins
 
 
 @dataclass
-class Progress:
+class TrainProgress:
     """How far a run is."""
 
     step: int = 0  # optimizer steps, skipped ones included
@@ -55,24 +55,24 @@ class StepLog:
             with suppress(OSError):  # standard output may be a file on a full disk, or a pipe that was closed
                 self._say(line)
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: TrainProgress) -> None:
         """The run begins, or resumes, from here."""
         self._mark = (progress.step, progress.seconds)
 
     @contextmanager
-    def timed(self, progress: Progress) -> Iterator[None]:
+    def timed(self, progress: TrainProgress) -> Iterator[None]:
         """The time of a step counts as training."""
         start = time.monotonic()
         yield
         progress.seconds += time.monotonic() - start
 
-    def add(self, done: StepDone, progress: Progress, bins: LossBins) -> None:
+    def add(self, done: StepDone, progress: TrainProgress, bins: LossBins) -> None:
         """A step is done; `progress` counts it. Every process must call it."""
         self._done.append(done)
         if progress.step % self.every == 0:
             self.flush(progress, bins)
 
-    def flush(self, progress: Progress, bins: LossBins) -> None:
+    def flush(self, progress: TrainProgress, bins: LossBins) -> None:
         """Say and track what has been collected. Every process must call it."""
         if not self._done:
             return
@@ -104,7 +104,7 @@ class StepLog:
                 self.accelerator.trackers.remove(tracker)
                 self.say(f"{tracker.name} failed and is left out from here on: {error}")
 
-    def _figures(self, progress: Progress, bins: LossBins) -> dict[str, float]:
+    def _figures(self, progress: TrainProgress, bins: LossBins) -> dict[str, float]:
         loss = self.accelerator.reduce(torch.stack([done.loss for done in self._done]).mean(), "mean")
         sums = self.accelerator.reduce(bins.sums, "sum")
         steps = progress.step - self._mark[0]

@@ -22,7 +22,7 @@ from diffattn.training import checkpoints, state
 from diffattn.training.batches import Batches
 from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
 from diffattn.training.distill import Distillation
-from diffattn.training.log import Progress, StepDone, StepLog
+from diffattn.training.log import StepDone, StepLog, TrainProgress
 from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw
 from diffattn.training.processes import agree, asked_to_stop, on_main, shared
 from diffattn.training.resume import HINT, Saved, without_null_class
@@ -65,7 +65,7 @@ class Trainer:
     accelerator: Accelerator
     distillation: Distillation | None = None
     on_step: Callable[["Trainer", StepLog], None] | None = None
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainProgress = field(default_factory=TrainProgress)
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class Trainer:
         state.restore(self.model, self.ema, self.optimizer.optimizer, tensors)
         self.ema.optimization_step = saved.state["ema_step"]
         checkpoints.restore_random_states(saved.tensors["random"])
-        self.progress = Progress(**saved.state["progress"])
+        self.progress = TrainProgress(**saved.state["progress"])
         self.saved_step = self.progress.step
 
     def check_processes(self) -> None:

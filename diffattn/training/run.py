@@ -26,7 +26,7 @@ from diffattn.training.loop import Trainer
 from diffattn.training.processes import agree, on_main
 from diffattn.training.resume import agreed_checkpoint
 from diffattn.training.samples import pipeline_of
-from diffattn.training.setup import Say, Setup
+from diffattn.training.setup import Say, TrainSetup
 from diffattn.training.signals import Stopped, StopRequest, listening
 from diffattn.training.start import class_names_of, load_backbone, make_model, weights_hash
 from diffattn.training.watch import Watcher
@@ -35,7 +35,7 @@ CONFIG_FILE = "config.json"
 SAME = "start all processes with the same command, on the same data and files"
 
 
-def train(setup: Setup) -> Path:
+def train(setup: TrainSetup) -> Path:
     """Train, or resume where an earlier run of the same configuration stopped; the folder of the exported pipeline.
 
     Raises:
@@ -62,7 +62,7 @@ def train(setup: Setup) -> Path:
         return export(setup, trainer)
 
 
-def _trainer(setup: Setup, stop: StopRequest) -> Trainer:
+def _trainer(setup: TrainSetup, stop: StopRequest) -> Trainer:
     """Data, model and optimizer, at the step where the run begins or resumes."""
     config, accelerator, say = setup.config, setup.accelerator, setup.say
     _check_inputs(setup)
@@ -95,7 +95,7 @@ def _trainer(setup: Setup, stop: StopRequest) -> Trainer:
     return trainer
 
 
-def _check_inputs(setup: Setup) -> None:
+def _check_inputs(setup: TrainSetup) -> None:
     """Raise `ValueError` on every process if they were given different configurations, pictures or weights."""
     config = setup.config
     if setup.accelerator.num_processes == 1:
@@ -110,14 +110,14 @@ def _check_inputs(setup: Setup) -> None:
     agree(setup.accelerator, values, SAME)
 
 
-def _announce(setup: Setup, trainer: Trainer) -> None:
+def _announce(setup: TrainSetup, trainer: Trainer) -> None:
     batch, hardware = setup.config.optim.batch, setup.plan.hardware
     if trainer.saved_step is not None:
         setup.say(f"resuming at step {trainer.progress.step}")
     setup.say(f"batch {batch} in all, {batch // hardware.processes} per process; {hardware}")
 
 
-def _write_config(setup: Setup) -> None:
+def _write_config(setup: TrainSetup) -> None:
     """For people; checkpoints hold the configuration, too, so a run does not depend on it."""
     if setup.accelerator.is_main_process:
         try:
@@ -126,7 +126,7 @@ def _write_config(setup: Setup) -> None:
             setup.say(f"{CONFIG_FILE} not written: {error}")
 
 
-def _start_trackers(setup: Setup) -> None:
+def _start_trackers(setup: TrainSetup) -> None:
     try:
         setup.accelerator.init_trackers("diffattn")
     except Exception as error:  # a tracker may raise what its library likes
@@ -139,7 +139,7 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
-def prepared(setup: Setup, stop: StopRequest) -> Any:
+def prepared(setup: TrainSetup, stop: StopRequest) -> Any:
     """The data in the form the loop takes them: decoded in memory, or as cached latents."""
     data = setup.config.data
     if setup.vae is None:
@@ -180,7 +180,7 @@ def telling(say: Say, what: str, seconds: float = 5.0) -> Callable[[int, int], N
     return progress
 
 
-def teacher_of(setup: Setup, model: DiT) -> Distillation | None:
+def teacher_of(setup: TrainSetup, model: DiT) -> Distillation | None:
     """The distillation that the configuration asks for."""
     name = setup.config.objective.distill
     if name is None:
@@ -188,7 +188,7 @@ def teacher_of(setup: Setup, model: DiT) -> Distillation | None:
     return Distillation(model, load_backbone(name, setup.arguments["num_heads"]).to(setup.accelerator.device))
 
 
-def export(setup: Setup, trainer: Trainer) -> Path:
+def export(setup: TrainSetup, trainer: Trainer) -> Path:
     """The averaged weights as a `SiTPipeline` folder, `pipeline` in the run's folder; replaced at once.
 
     Raises:
@@ -201,7 +201,7 @@ def export(setup: Setup, trainer: Trainer) -> Path:
     return folder
 
 
-def _write_pipeline(setup: Setup, weights: dict[str, Tensor], folder: Path) -> None:
+def _write_pipeline(setup: TrainSetup, weights: dict[str, Tensor], folder: Path) -> None:
     averaged = DiT(**setup.arguments)
     averaged.load_state_dict(weights)
     pipe = pipeline_of(averaged.eval(), setup.dataset.class_names, setup.vae, setup.config.own_guidance)

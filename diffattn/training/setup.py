@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class Setup:
+class TrainSetup:
     """What a run needs before its first step."""
 
     config: TrainConfig
@@ -29,7 +29,7 @@ class Setup:
     say: Say
 
 
-def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup:
+def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> TrainSetup:
     """Open the data, decide the model, count the cost. Nothing is written.
 
     Raises:
@@ -58,7 +58,7 @@ def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> Setup
     for line in config.objective.warnings():
         say(line)
     plan = make_plan(config, arguments, len(dataset), hardware_of(accelerator))
-    return Setup(config, accelerator, dataset, vae, arguments, plan, say)
+    return TrainSetup(config, accelerator, dataset, vae, arguments, plan, say)
 
 
 def open_vae(source: str) -> AutoencoderKL:

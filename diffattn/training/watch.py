@@ -22,7 +22,7 @@ from diffattn.training.log import StepLog
 from diffattn.training.loop import Trainer
 from diffattn.training.processes import together
 from diffattn.training.samples import Grid, pipeline_of, save_grid, tile
-from diffattn.training.setup import Setup
+from diffattn.training.setup import TrainSetup
 from diffattn.training.signals import Stopped, StopRequest
 
 REFERENCE_PICTURES = 10_000
@@ -40,7 +40,7 @@ class Watcher:
         ValueError: the feature extractor of the evaluation is not there.
     """
 
-    def __init__(self, setup: Setup, stop: StopRequest) -> None:
+    def __init__(self, setup: TrainSetup, stop: StopRequest) -> None:
         self.setup, self.stop = setup, stop
         self.accelerator = setup.accelerator
         self.out = Path(setup.config.run.out)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffattn.architectures import architecture_of
 from diffattn.architectures.denoisers import denoisers_of, is_compiled
 from diffattn.drawing.draw import call_arguments, prepare
-from diffattn.drawing.request import EXACT, Request
+from diffattn.drawing.request import UNPATCHED, Request
 from diffattn.noise_level import NoiseLevels
 from diffattn.patching.patch import Patch, find_patch, patch
 
@@ -53,7 +53,7 @@ class Runs:
             raise ValueError("DiTPipeline cannot be tuned: it gives no latents (output_type 'latent') to compare")
         self.pipe, self.on_call = pipe, on_call
         self.requests = [
-            prepare(pipe, replace(request, method=EXACT, prompt=prompt, seed=request.seed + i))[0]
+            prepare(pipe, replace(request, method=UNPATCHED, prompt=prompt, seed=request.seed + i))[0]
             for i, prompt in enumerate(prompts)
         ]
         denoisers = denoisers_of(pipe)

@@ -16,9 +16,9 @@ from diffattn.benchmarks.mediators import (
     MODES,
     RESULT_FILE,
     TRAINING,
-    Job,
     MediatorBenchmark,
     MediatorBenchmarkConfig,
+    TimedCase,
     pays_from,
 )
 from diffattn.cli.bench import app
@@ -197,7 +197,7 @@ def test_resume_refuses_other_conditions(measured):
 
 def test_the_cheapest_comes_first(measured):
     jobs = [
-        Job(Subject(e["model"].split()[0], "tiny", e["size"], (4, 16), 1, CPU, torch.float32), e["mode"])
+        TimedCase(Subject(e["model"].split()[0], "tiny", e["size"], (4, 16), 1, CPU, torch.float32), e["mode"])
         for e in measured[1]["results"]
     ]
     work = [job.work for job in jobs]

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, HeunDiscreteScheduler
 from support import tiny, tiny_transformers, web
 
-from diffattn.app.jobs import Drawn, Progress
+from diffattn.app.jobs import Drawn, JobProgress
 from diffattn.app.jobs.preview import clean_estimate
 from diffattn.drawing.classes import draws_classes
 from diffattn.drawing.draw import call_arguments, generate, prepare
@@ -216,7 +216,7 @@ def test_the_pages_worker_draws_a_class_below_the_models_folder(folder: Path) ->
     assert events[-1].request.guidance == 4.0
     assert events[-1].report is not None
     assert events[-1].report.layers_accelerated == 2
-    assert any(event.preview is not None for event in events if isinstance(event, Progress))
+    assert any(event.preview is not None for event in events if isinstance(event, JobProgress))
     code = events[-1].code.replace("MODELS_DIR", str(folder))
     found: dict[str, Any] = {}
     exec(code, found)

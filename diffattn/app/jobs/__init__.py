@@ -3,10 +3,10 @@
 from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
 from diffattn.app.jobs.compare import Comparison, Variant
 from diffattn.app.jobs.limits import Limits
-from diffattn.app.jobs.quality_run import Measurement, Run
+from diffattn.app.jobs.quality_run import Measurement, QualityRun
 from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
-from diffattn.app.jobs.watch import Progress, Stopped
+from diffattn.app.jobs.watch import JobProgress, Stopped
 from diffattn.app.jobs.worker import Drawn, Worker
 from diffattn.drawing.batch import NotFinite
 
@@ -14,12 +14,12 @@ __all__ = [
     "AUTOMATIC",
     "Comparison",
     "Drawn",
+    "JobProgress",
     "Limits",
     "Measurement",
     "Models",
     "NotFinite",
-    "Progress",
-    "Run",
+    "QualityRun",
     "RunTrace",
     "Stopped",
     "Variant",

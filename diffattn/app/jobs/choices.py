@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.drawing.loading import EMBEDDED, HUB_ID, INDEX, embedded_folder, embedded_models
-from diffattn.drawing.request import EXACT
+from diffattn.drawing.request import UNPATCHED
 from diffattn.methods import METHODS
 from diffattn.metrics.extractors import EXTRACTORS
 
@@ -22,7 +22,7 @@ MAX_DEPTH = 2  # folders between the models' folder and a model, itself included
 
 def accelerations() -> list[str]:
     """The allowed values: "automatic", "none", and every "method/preset"."""
-    return [AUTOMATIC, EXACT, *(f"{name}/{preset}" for name, kind in METHODS.items() for preset in kind.presets)]
+    return [AUTOMATIC, UNPATCHED, *(f"{name}/{preset}" for name, kind in METHODS.items() for preset in kind.presets)]
 
 
 def method_and_preset(acceleration: object) -> tuple[str | None, str | None]:

@@ -16,7 +16,7 @@ from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.watch import Watch, noisy_input
 from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.draw import generate, prepare
-from diffattn.drawing.request import EXACT, Picture, Request
+from diffattn.drawing.request import UNPATCHED, Picture, Request
 from diffattn.measure.flops import count_gflops
 from diffattn.measure.interleave import rotated
 from diffattn.metrics.paired import SSIM_WINDOW, psnr, ssim
@@ -84,14 +84,14 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
         names: accelerations, see `choices.accelerations`, or "recipe".
         watch: makes the `Watch` of one picture, called as watch(request, patch, done, pictures, what).
     """
-    collected = {name: _variant(request, name) for name in (EXACT, *names)}
+    collected = {name: _variant(request, name) for name in (UNPATCHED, *names)}
     order, total = list(collected), len(collected) * request.num_images
     for name in order:
         warm_up(pipe, collected[name].request, watch)
     for i in range(request.num_images):
         for j, name in enumerate(rotated(order, i)):
             draw(pipe, collected[name], request.seed + i, watch, name, i * len(order) + j, total)
-    found = tuple(_summary(name, one, collected[EXACT].pictures) for name, one in collected.items())
+    found = tuple(_summary(name, one, collected[UNPATCHED].pictures) for name, one in collected.items())
     return Comparison(request, found)
 
 
@@ -153,7 +153,7 @@ def _summary(name: str, one: Collected, exact: Sequence[Picture]) -> Variant:
     assert one.trace is not None
     both = [pair for pair in zip(one.pictures, exact, strict=True) if not (pair[0].blanked or pair[1].blanked)]
     db = alike = None
-    if name != EXACT and both:
+    if name != UNPATCHED and both:
         own, reference = (torch.cat([pixels(picture.image) for picture in side]) for side in zip(*both, strict=True))
         db = _mean_of_finite(psnr(own, reference))
         alike = float(ssim(own, reference).mean()) if min(own.shape[2:]) >= SSIM_WINDOW else None

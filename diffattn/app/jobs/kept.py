@@ -3,29 +3,29 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffattn.app.jobs.quality_run import Run
+from diffattn.app.jobs.quality_run import QualityRun
 
 MOST = 12  # own runs that are kept; the oldest go first
 
 
-def keep(kept: Sequence[Mapping[str, Any]], new: Sequence[Run]) -> list[dict[str, Any]]:
+def keep(kept: Sequence[Mapping[str, Any]], new: Sequence[QualityRun]) -> list[dict[str, Any]]:
     """A visitor's runs, as JSON types, with new ones added: each title once, the latest `MOST`."""
     return list(_every(kept, new).values())[-MOST:]
 
 
-def not_kept(kept: Sequence[Mapping[str, Any]], new: Sequence[Run]) -> int:
+def not_kept(kept: Sequence[Mapping[str, Any]], new: Sequence[QualityRun]) -> int:
     """How many runs `keep` drops."""
     return max(len(_every(kept, new)) - MOST, 0)
 
 
-def runs_to_show(stored: Sequence[Run], kept: Sequence[Mapping[str, Any]]) -> list[Run]:
+def runs_to_show(stored: Sequence[QualityRun], kept: Sequence[Mapping[str, Any]]) -> list[QualityRun]:
     """The stored runs, then the visitor's own that are not among them."""
     titles = {run.title for run in stored}
-    own = [Run.from_dict(run) for run in kept]
+    own = [QualityRun.from_dict(run) for run in kept]
     return [*stored, *(run for run in own if run.title not in titles)]
 
 
-def _every(kept: Sequence[Mapping[str, Any]], new: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def _every(kept: Sequence[Mapping[str, Any]], new: Sequence[QualityRun]) -> dict[str, dict[str, Any]]:
     """Title -> run, the older ones first; a new run replaces an older one of the same title and moves to the end."""
     titles = {run.title for run in new}
     older = {run["title"]: dict(run) for run in kept if run["title"] not in titles}

@@ -1,6 +1,6 @@
 """How fast a model draws on this machine, learned from the pictures it has drawn."""
 
-from diffattn.drawing.request import EXACT, Request
+from diffattn.drawing.request import UNPATCHED, Request
 
 PIXELS = 256 * 256
 
@@ -25,7 +25,7 @@ class Pace:
         """
         assert request.width is not None
         assert request.height is not None
-        known = self._exact if request.method == EXACT else self._accelerated
+        known = self._exact if request.method == UNPATCHED else self._accelerated
         known[request.model] = seconds / request.steps * PIXELS / (request.width * request.height)
 
     def seconds(self, model: str, pixels: int, steps: int) -> float | None:

@@ -86,7 +86,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Run:
+class QualityRun:
     """All ways to draw with one model, under one protocol."""
 
     title: str
@@ -129,7 +129,7 @@ class Run:
         return found
 
 
-def read_runs(path: Path) -> list[Run]:
+def read_runs(path: Path) -> list[QualityRun]:
     """The runs in a file written by `save_runs`.
 
     Raises:
@@ -141,15 +141,15 @@ def read_runs(path: Path) -> list[Run]:
         raise ValueError(f"{path.name!r} is not a file of results saved by this page (format {FORMAT!r})")
     if len(data["runs"]) > MAX_RUNS:
         raise ValueError(f"{path.name!r} holds {len(data['runs'])} runs; at most {MAX_RUNS} are read")
-    return [Run.from_dict(run) for run in data["runs"]]
+    return [QualityRun.from_dict(run) for run in data["runs"]]
 
 
-def save_runs(runs: Sequence[Run], path: Path) -> None:
+def save_runs(runs: Sequence[QualityRun], path: Path) -> None:
     """Replace a JSON file with these runs."""
     write_json(path, {"format": FORMAT, "runs": [run.to_dict() for run in runs]})
 
 
-def runs_as_csv(runs: Sequence[Run]) -> str:
+def runs_as_csv(runs: Sequence[QualityRun]) -> str:
     """One row per line of every run: figures first, the whole protocol as JSON last."""
     text = io.StringIO()
     writer = csv.writer(text)
@@ -165,9 +165,9 @@ def runs_as_csv(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
-def comparable(runs: Sequence[Run], by_time: bool) -> list[list[Run]]:
+def comparable(runs: Sequence[QualityRun], by_time: bool) -> list[list[QualityRun]]:
     """Group runs whose figures can be compared: one protocol, and one machine if times are compared."""
-    groups: list[list[Run]] = []
+    groups: list[list[QualityRun]] = []
     for run in runs:
         for group in groups:
             protocols = (run.lines[0].quality.protocol, group[0].lines[0].quality.protocol)
@@ -179,7 +179,7 @@ def comparable(runs: Sequence[Run], by_time: bool) -> list[list[Run]]:
     return groups
 
 
-def why_apart(run: Run, other: Run) -> str:
+def why_apart(run: QualityRun, other: QualityRun) -> str:
     """Why the figures of two runs cannot be compared, in words; empty if they can."""
     found = run.lines[0].quality.protocol.differences(other.lines[0].quality.protocol)
     names = [name.replace("_", " ") for name in found]

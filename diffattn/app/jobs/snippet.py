@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from diffattn.drawing.loading import embedded_models
-from diffattn.drawing.request import EXACT, Request
+from diffattn.drawing.request import UNPATCHED, Request
 from diffattn.machine import dtype_name
 from diffattn.patching.recipe import is_tuned
 
@@ -34,7 +34,7 @@ def snippet(
     lines = ["import torch", "import diffattn", *imports, f"pipe = {load}"]
     if str(device) != "cpu":
         lines.append(f"pipe.to({str(device)!r})")
-    if request.method != EXACT:
+    if request.method != UNPATCHED:
         preset = f", preset={request.preset!r}" if request.preset else ""
         kept = {name: value for name, value in (request.recipe or {}).items() if name not in FOR_PEOPLE}
         recipe = f", recipe={kept!r}" if request.recipe is not None else ""

@@ -13,9 +13,9 @@ from torch import Tensor
 from diffattn.app.jobs.choices import AUTOMATIC, Models, method_and_preset
 from diffattn.app.jobs.compare import Collected, MakeWatch, draw, pixels, warm_up
 from diffattn.app.jobs.naming import naming
-from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, Line, Measurement, Run, read_runs
+from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, Line, Measurement, QualityRun, read_runs
 from diffattn.drawing.classes import draws_classes, num_classes
-from diffattn.drawing.request import EXACT, Picture, Request
+from diffattn.drawing.request import UNPATCHED, Picture, Request
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.machine import describe_machine
 from diffattn.measure.interleave import Timings, rotated
@@ -51,7 +51,7 @@ class _Job:
         return one.pictures.pop()
 
 
-def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: MakeWatch) -> Run:
+def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: MakeWatch) -> QualityRun:
     """Measure one model: N pictures of every variant, each timed, and their scores.
 
     Without a stored reference the pictures are measured against N exact ones of other seeds (seed + N and up): then
@@ -77,13 +77,13 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
     for one in variants.values():
         warm_up(pipe, one.request, watch)
     if reference is None:
-        reference = _exact_reference(job, variants[EXACT], extractor)
+        reference = _exact_reference(job, variants[UNPATCHED], extractor)
     features, timings = _draw_all(job, variants, extractor)
     lines = tuple(
         _line(job, label, variants[label], features[label], timings, reference, extractor) for label in variants
     )
     title = f"{name}, {asked.samples} pictures, {asked.steps} steps, {datetime.now():%Y-%m-%d %H:%M:%S}"
-    return Run(title, name, prompts, describe_machine(pipe.device), lines)
+    return QualityRun(title, name, prompts, describe_machine(pipe.device), lines)
 
 
 def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
     return found[0].prompts
 
 
-def stored_runs(folder: Path | None) -> list[Run]:
+def stored_runs(folder: Path | None) -> list[QualityRun]:
     """The runs stored beside a model; raises `ValueError` if their file is damaged."""
     path = folder / RUNS_FILE if folder else None
     return read_runs(path) if path and path.is_file() else []
@@ -144,7 +144,7 @@ def _reference_of(folder: Path | None) -> Reference | None:
 
 def variants_of(pipe: Any, request: Request, asked: Measurement) -> dict[str, Request]:
     """Label -> request of every variant, exact attention first."""
-    found = {EXACT: replace(request, method=EXACT)}
+    found = {UNPATCHED: replace(request, method=UNPATCHED)}
     for label in asked.accelerations:
         method, preset = method_and_preset(label)
         found[label] = replace(request, method=method, preset=preset)
@@ -187,7 +187,7 @@ def _draw_all(
         rounds.append(seconds)
     for label, found in features.items():
         _check_enough(len(found), job.asked.samples, label)
-    return {label: torch.cat(found) for label, found in features.items()}, Timings(EXACT, tuple(rounds))
+    return {label: torch.cat(found) for label, found in features.items()}, Timings(UNPATCHED, tuple(rounds))
 
 
 def _check_enough(kept: int, drawn: int, what: str) -> None:

@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a job has got."""
 
     step: int  # calls of the denoiser of this picture
@@ -45,7 +45,7 @@ class Audience:
     """Who follows the runs of a job, and may stop them."""
 
     stop: threading.Event  # ends the run
-    emit: Callable[[Progress], None]  # takes the events
+    emit: Callable[[JobProgress], None]  # takes the events
     preview: Preview | None = None  # makes their sketches; None: they have none
     learn: Callable[[Request, float], None] | None = None  # called with every whole picture's request and seconds
 
@@ -145,7 +145,7 @@ class Watch:
             found = output[0] if isinstance(output, tuple) else output.sample
             sketch = self.audience.preview(clean_estimate(self.pipe, x, t, found, self.request.guidance or 1))
         left = self._seconds_left(step, steps, now)
-        self.audience.emit(Progress(step, steps, self.done, self.pictures or 1, left, sketch, self.what))
+        self.audience.emit(JobProgress(step, steps, self.done, self.pictures or 1, left, sketch, self.what))
         self._last_event = time.perf_counter()
 
     def _seconds_left(self, step: int, steps: int, now: float) -> float | None:

@@ -21,13 +21,13 @@ from diffattn.app.jobs.limits import Limits
 from diffattn.app.jobs.naming import naming
 from diffattn.app.jobs.pace import Pace
 from diffattn.app.jobs.preview import Preview
-from diffattn.app.jobs.quality_run import Measurement, Run
+from diffattn.app.jobs.quality_run import Measurement, QualityRun
 from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
 from diffattn.app.jobs.stops import Stops
 from diffattn.app.jobs.turns import Turns
-from diffattn.app.jobs.watch import Audience, Progress, Stopped, Watch
+from diffattn.app.jobs.watch import Audience, JobProgress, Stopped, Watch
 from diffattn.drawing.classes import class_ids
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
@@ -76,7 +76,7 @@ class Worker:
         self._pace = Pace()
         self._loaded: tuple[str, Any, Preview | None] | None = None
 
-    def generate(self, session: str, request: Request) -> Iterator[Progress | Drawn]:
+    def generate(self, session: str, request: Request) -> Iterator[JobProgress | Drawn]:
         """Draw; yields progress after every step, and all pictures so far after every picture.
 
         Raises:
@@ -86,7 +86,7 @@ class Worker:
         """
         return self._stream(session, lambda emit, stop: self._generate(request, emit, stop))
 
-    def compare(self, session: str, request: Request, names: Sequence[str]) -> Iterator[Progress | Comparison]:
+    def compare(self, session: str, request: Request, names: Sequence[str]) -> Iterator[JobProgress | Comparison]:
         """Draw the same pictures unpatched and with every acceleration; raises as `generate`."""
         self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
 
@@ -100,8 +100,8 @@ class Worker:
 
         return self._stream(session, work)
 
-    def measure(self, session: str, asked: Measurement) -> Iterator[Progress | Run]:
-        """Measure speed and quality; yields one `Run` per model when it is done. Raises as `generate` and `measure`."""
+    def measure(self, session: str, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
+        """Measure speed and quality: a `QualityRun` per model once it is done. Raises as `generate` and `measure`."""
         for name in asked.models:
             extractor_for(name, asked.extractor, self.models)  # before anything is loaded
 
@@ -158,9 +158,9 @@ class Worker:
         self.limits.check_work(count, request.steps)
         return self._pace.seconds(request.model, width * height, request.steps * count)
 
-    def stored_runs(self) -> list[Run]:
+    def stored_runs(self) -> list[QualityRun]:
         """The measurements stored beside the models; a damaged file is skipped, with a line in the log."""
-        found: list[Run] = []
+        found: list[QualityRun] = []
         for name in self.models.names():
             try:
                 found += stored_runs(self.models.place(name))
@@ -219,7 +219,7 @@ class Worker:
         code = snippet(request, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
         return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
 
-    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> Run:
+    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> QualityRun:
         """Measure one model; no reference to it is kept, so that it is gone while the next one is loaded."""
         pipe, _ = self._model(name, emit)
 
@@ -239,7 +239,7 @@ class Worker:
         """The model of this name, which replaces one of another name."""
         source = self.models.source(name)
         if self._loaded is None or self._loaded[0] != source:
-            emit(Progress(0, 0, 0, 0, None, what=f"loading {name}"))
+            emit(JobProgress(0, 0, 0, 0, None, what=f"loading {name}"))
             self._unload()
             with naming(source, name), naming(HF_HUB_CACHE, "the cache"):
                 pipe: Any = load_pipeline(source, self.dtype).to(self.device)
@@ -265,7 +265,7 @@ class Worker:
         def run() -> None:
             last: Any = done
             try:
-                with self._turns.turn(stop, lambda ahead: found.put(Progress(0, 0, 0, 0, None, ahead=ahead))):
+                with self._turns.turn(stop, lambda ahead: found.put(JobProgress(0, 0, 0, 0, None, ahead=ahead))):
                     work(found.put, stop)
             except BaseException as error:  # raised again where the work was asked for
                 last = error

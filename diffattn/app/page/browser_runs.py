@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffattn.app.jobs import Run
+from diffattn.app.jobs import QualityRun
 from diffattn.app.jobs.kept import MOST
 
 KEY = "diffattn-runs"
@@ -15,12 +15,12 @@ def stored_in_browser() -> gr.BrowserState:
     return gr.BrowserState([], storage_key=KEY, secret=KEY)
 
 
-def checked(found: Any) -> list[Run]:
+def checked(found: Any) -> list[QualityRun]:
     """The latest runs among what a browser sent, which may be anything; anything else is dropped."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, QualityRun] = {}
     for data in found[-MOST:] if isinstance(found, list) else ():
         try:
-            run = Run.from_dict(data)
+            run = QualityRun.from_dict(data)
         except ValueError:
             continue
         runs[run.title] = run

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffattn.app.jobs import Comparison, Progress, Stopped, Worker
+from diffattn.app.jobs import Comparison, JobProgress, Stopped, Worker
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.app.page.files import Files
 from diffattn.app.page.generate import stopper
@@ -64,7 +64,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
             names = worker.limits.variants_of(accelerations, recipe is not None)
             asked = request_of(worker, given, acceleration="automatic")
             for event in worker.compare(str(request.session_hash), asked, names):
-                if isinstance(event, Progress):
+                if isinstance(event, JobProgress):
                     yield progress_html(event), *[blank] * 6
                 elif isinstance(event, Comparison):
                     chosen = _pairs(event, files)

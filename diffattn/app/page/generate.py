@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffattn.app.jobs import Drawn, Progress, Stopped, Worker
+from diffattn.app.jobs import Drawn, JobProgress, Stopped, Worker
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.app.page.files import Files
 from diffattn.app.page.inputs import describe_model, inputs, request_of, wire_model, wire_time
@@ -48,7 +48,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
         shown = 0
         try:
             for event in worker.generate(_session(request), request_of(worker, given)):
-                if isinstance(event, Progress):
+                if isinstance(event, JobProgress):
                     yield progress_html(event), blank, blank, blank, blank
                 elif isinstance(event, Drawn):
                     paths += save_pictures(event.pictures[shown:], place)

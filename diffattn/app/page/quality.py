@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from diffattn.app.jobs import AUTOMATIC, Progress, Run, Stopped, Worker, accelerations
+from diffattn.app.jobs import AUTOMATIC, JobProgress, QualityRun, Stopped, Worker, accelerations
 from diffattn.app.jobs.kept import MOST, keep, not_kept, runs_to_show
 from diffattn.app.jobs.limits import AGAINST, MIN_SAMPLES
 from diffattn.app.jobs.quality_run import read_runs, runs_as_csv, save_runs
@@ -104,7 +104,7 @@ class _Parts:
 class _Shelf:
     """The runs stored with the models, beside which a visitor's own ones are shown."""
 
-    stored: Sequence[Run]
+    stored: Sequence[QualityRun]
     files: Files
 
     def shown_now(self, visitor: _Visitor) -> tuple[str, list[str] | None]:
@@ -112,7 +112,7 @@ class _Shelf:
         chosen = [run for run in runs_to_show(self.stored, visitor.kept) if run.title in visitor.ticked]
         return results(chosen, visitor.axis), _save(chosen, self.files.subfolder()) if chosen else None
 
-    def added(self, visitor: _Visitor, new: Sequence[Run]) -> tuple[Any, ...]:
+    def added(self, visitor: _Visitor, new: Sequence[QualityRun]) -> tuple[Any, ...]:
         """What the visitor has with new runs, the boxes to tick, charts and files."""
         visitor.kept = keep(visitor.kept, new)
         every = [run.title for run in runs_to_show(self.stored, visitor.kept)]
@@ -143,7 +143,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
     keep_estimated(page, parts.time, estimate, parts.found.all(), done, api_name="estimate_measure")
 
 
-def _lay_out(worker: Worker, stored: Sequence[Run]) -> _Parts:
+def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
     gr.Markdown(INTRO)
     with gr.Row(elem_classes="diffattn-split"):
         with gr.Column(scale=2, min_width=280):
@@ -180,9 +180,9 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
         yield note("Starting …"), *blank
         try:
             for event in worker.measure(str(request.session_hash), _asked(worker, given)):
-                if isinstance(event, Progress):
+                if isinstance(event, JobProgress):
                     yield progress_html(event), *blank
-                elif isinstance(event, Run):
+                elif isinstance(event, QualityRun):
                     yield note(_summary(event)), *shelf.added(visitor, [event])
         except Stopped:
             yield note("Stopped: the run under way is dropped."), *blank
@@ -221,7 +221,7 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
     return parts.load.upload(load_runs, [parts.load, *parts.now], parts.outputs, api_name="load_runs", **QUICK)
 
 
-def _summary(run: Run) -> str:
+def _summary(run: QualityRun) -> str:
     blanked = {line.acceleration: line.quality.details.get("blanked", 0) for line in run.lines}
     which = ", ".join(f"{count} of {name}" for name, count in blanked.items() if count)
     black = f" Pictures blanked by the model's safety checker are left out: {which}." if which else ""
@@ -285,7 +285,7 @@ def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
     return line, seconds is not None
 
 
-def _save(runs: Sequence[Run], place: Path) -> list[str]:
+def _save(runs: Sequence[QualityRun], place: Path) -> list[str]:
     save_runs(runs, place / "speed-quality.json")
     (place / "speed-quality.csv").write_text(runs_as_csv(runs), encoding="utf-8", newline="")
     return [str(place / "speed-quality.json"), str(place / "speed-quality.csv")]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from diffattn.app.jobs.quality_run import Line, Run, comparable, why_apart
+from diffattn.app.jobs.quality_run import Line, QualityRun, comparable, why_apart
 from diffattn.app.page.shared import UNCOUNTED, note, table
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 62, 14, 30, 44
@@ -21,7 +21,7 @@ BARS = (
 Bar = tuple[float, float, float]  # value, low, high
 
 
-def results(runs: Sequence[Run], horizontal: str) -> str:
+def results(runs: Sequence[QualityRun], horizontal: str) -> str:
     """Charts and tables; runs whose figures cannot be compared stand apart, with the reason."""
     if not runs:
         return note("No run is chosen: tick one above, or measure.")
@@ -42,7 +42,7 @@ def results(runs: Sequence[Run], horizontal: str) -> str:
     return f'<div class="diffattn-results">{"".join(parts)}</div>'
 
 
-def _row(run: Run, line: Line) -> tuple[str, ...]:
+def _row(run: QualityRun, line: Line) -> tuple[str, ...]:
     s, scores = line.seconds, line.quality.scores
 
     def share(name: str) -> str:
@@ -55,7 +55,7 @@ def _row(run: Run, line: Line) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _charts(group: Sequence[Run], horizontal: str) -> str:
+def _charts(group: Sequence[QualityRun], horizontal: str) -> str:
     count = group[0].lines[0].quality.protocol.num_pictures
 
     def fid(line: Line) -> Bar:
@@ -70,7 +70,7 @@ def _charts(group: Sequence[Run], horizontal: str) -> str:
     return f'<div class="diffattn-panels">{"".join(panels)}</div>'
 
 
-def _panel(group: Sequence[Run], horizontal: str, vertical: str, value: Callable[[Line], Bar]) -> str:
+def _panel(group: Sequence[QualityRun], horizontal: str, vertical: str, value: Callable[[Line], Bar]) -> str:
     points = []
     for i, run in enumerate(group):
         for line in run.lines:
@@ -145,12 +145,12 @@ def _point(across: _Scale, upward: _Scale, x: Bar, y: Bar, colour: str, mark: st
     return f'{bars}<path d="{mark}" transform="translate({mid:.1f} {middle:.1f})" fill="{colour}">{hint}</path>'
 
 
-def _colours(group: Sequence[Run]) -> dict[str, str]:
+def _colours(group: Sequence[QualityRun]) -> dict[str, str]:
     names = dict.fromkeys(line.acceleration for run in group for line in run.lines)
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
-def _legend(group: Sequence[Run]) -> str:
+def _legend(group: Sequence[QualityRun]) -> str:
     """Colours are accelerations, shapes are runs."""
     items = [(MARKS[0], colour, name) for name, colour in _colours(group).items()]
     if len(group) > 1:

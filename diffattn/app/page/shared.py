@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffattn.app.jobs import NotFinite, Progress
+from diffattn.app.jobs import JobProgress, NotFinite
 from diffattn.app.jobs.compare import MAX_COUNTED_TOKENS
 
 log = logging.getLogger("diffattn.app.page")
@@ -79,7 +79,7 @@ def _words(error: Exception) -> tuple[str, str]:
     return BUG, "the job failed; the reason is in the log of the server. Other settings may work."
 
 
-def progress_html(progress: Progress) -> str:
+def progress_html(progress: JobProgress) -> str:
     """A bar, the step, the time left, and the preview inside the page itself."""
     if progress.ahead:
         jobs = "1 job runs" if progress.ahead == 1 else f"{progress.ahead} jobs run"

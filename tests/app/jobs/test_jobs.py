@@ -15,14 +15,14 @@ import torch
 from diffusers import AutoencoderTiny
 from support import web
 
-from diffattn.app.jobs import Comparison, Drawn, Limits, Models, Progress, Worker, accelerations
+from diffattn.app.jobs import Comparison, Drawn, JobProgress, Limits, Models, Worker, accelerations
 from diffattn.app.jobs.compare import WARMING_UP, compare
 from diffattn.app.jobs.preview import Preview
 from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.watch import Audience, Watch
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.drawing.loading import load_pipeline
-from diffattn.drawing.request import EXACT, Request, record_of
+from diffattn.drawing.request import UNPATCHED, Request, record_of
 from diffattn.patching.patch import Patch
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -120,7 +120,7 @@ def test_a_recipe_that_cannot_be_read_is_told_by_its_name(worker: Worker, tmp_pa
 
 def test_progress_previews_pictures_and_their_recipe(worker: Worker, tmp_path: Path) -> None:
     events = list(worker.generate("a", web.ask(worker, prompt="𠮷" * 99, num_images=2, acceleration="agent/fast")))
-    steps = [event for event in events if isinstance(event, Progress)]
+    steps = [event for event in events if isinstance(event, JobProgress)]
     drawn = events[-1]
     assert isinstance(drawn, Drawn)
     assert any(step.preview is not None for step in steps)
@@ -193,7 +193,7 @@ def test_the_preview_looks_like_the_picture() -> None:
         pytest.skip("the embedded model is not installed")
     worker = Worker(device="cpu")
     events: Any = list(worker.generate("a", worker.limits.request("emoji-sd", "T-Rex", steps=1, acceleration="none")))
-    sketch = next(event.preview for event in events if isinstance(event, Progress) and event.preview)
+    sketch = next(event.preview for event in events if isinstance(event, JobProgress) and event.preview)
     a, b = (np.asarray(x.resize((32, 32)), np.float32).ravel() for x in (sketch, events[-1].pictures[0].image))
     assert np.corrcoef(a, b)[0, 1] > 0.9
 
@@ -205,7 +205,7 @@ def test_a_vae_that_overflows_has_no_preview_but_pictures(tmp_path: Path) -> Non
     pipe.save_pretrained(folder / "one")
     worker = web.tiny_worker(folder)
     events = list(worker.generate("a", web.ask(worker)))
-    assert [event.preview for event in events if isinstance(event, Progress)] == [None] * (len(events) - 1)
+    assert [event.preview for event in events if isinstance(event, JobProgress)] == [None] * (len(events) - 1)
     assert isinstance(events[-1], Drawn)
 
 
@@ -244,7 +244,7 @@ def test_compare_draws_the_same_seeds_and_leaves_the_model_clean(worker: Worker)
     )[-1]
     assert isinstance(found, Comparison)
     exact, fast, balanced = found.variants
-    assert (exact.name, fast.name, balanced.name) == (EXACT, "agent/fast", "agent/balanced")
+    assert (exact.name, fast.name, balanced.name) == (UNPATCHED, "agent/fast", "agent/balanced")
     assert exact.gflops is not None
     assert fast.gflops is not None
     assert fast.gflops < exact.gflops
@@ -261,16 +261,16 @@ def test_compare_draws_the_same_seeds_and_leaves_the_model_clean(worker: Worker)
 
 def test_warming_up_says_no_time_and_is_no_picture(worker: Worker) -> None:
     list(worker.generate("a", web.ask(worker)))
-    pipe, events = web.loaded(worker), list[Progress]()
+    pipe, events = web.loaded(worker), list[JobProgress]()
 
     def watch(ready: Request, patch: Patch | None, *of_the_job: Any) -> Watch:
         return Watch(pipe, ready, patch, Audience(threading.Event(), events.append), *of_the_job)
 
     compare(pipe, web.ask(worker, num_images=2), ["agent/fast"], watch)
-    told = {what: [x for x in events if x.what == what] for what in (WARMING_UP, EXACT)}
+    told = {what: [x for x in events if x.what == what] for what in (WARMING_UP, UNPATCHED)}
     assert {(x.picture, x.pictures, x.seconds_left) for x in told[WARMING_UP]} == {(0, 1, None)}
-    assert {x.pictures for x in told[EXACT]} == {4}
-    assert told[EXACT][-1].seconds_left is not None
+    assert {x.pictures for x in told[UNPATCHED]} == {4}
+    assert told[UNPATCHED][-1].seconds_left is not None
 
 
 @pytest.mark.parametrize(("of_pairs", "mean"), [((20.0, math.inf, 30.0), 25), ((math.inf,) * 3, math.inf)])

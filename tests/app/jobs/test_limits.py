@@ -14,7 +14,7 @@ from diffattn.app.jobs import Drawn, Limits, Measurement, Models, Worker
 from diffattn.app.jobs.pace import Pace
 from diffattn.app.jobs.quality_run import REFERENCE_FILE
 from diffattn.app.jobs.speed_quality import extractor_for
-from diffattn.drawing.request import EXACT, Request
+from diffattn.drawing.request import UNPATCHED, Request
 from diffattn.metrics.extractors import load_extractor
 from diffattn.metrics.reference import Reference
 
@@ -138,7 +138,7 @@ def test_every_job_that_draws_teaches_the_pace(folder: Path, job: str) -> None:
 
 
 def test_exact_pictures_say_the_pace_and_accelerated_ones_until_there_are_any() -> None:
-    pace, exact = Pace(), Request("m", "", method=EXACT, steps=20, width=256, height=256)
+    pace, exact = Pace(), Request("m", "", method=UNPATCHED, steps=20, width=256, height=256)
     assert pace.seconds("m", 256 * 256, 10) is None
     pace.learn(replace(exact, method="agent", steps=10), seconds=1.0)
     assert pace.seconds("m", 256 * 256, 10) == pytest.approx(1)

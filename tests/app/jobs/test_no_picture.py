@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import faulty, tiny, web
 
-from diffattn.app.jobs import Comparison, Drawn, NotFinite, Run, Worker
+from diffattn.app.jobs import Comparison, Drawn, NotFinite, QualityRun, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
 
@@ -48,7 +48,7 @@ def test_nan_stops_a_job_with_one_sentence(worker: Worker, job: str) -> None:
     events = []
     with pytest.raises(NotFinite, match=r"NaN or infinite values instead of a picture \(seed 0, Stable"):
         events.extend(JOBS[job](worker, "nan"))
-    assert not [event for event in events if isinstance(event, Drawn | Comparison | Run)]
+    assert not [event for event in events if isinstance(event, Drawn | Comparison | QualityRun)]
     assert not web.loaded(worker).vae.decoder._forward_hooks
 
 
@@ -71,7 +71,7 @@ def test_blanked_pictures_are_counted(worker: Worker) -> None:
 
 
 def test_blanked_pictures_are_not_measured(worker: Worker) -> None:
-    [run] = [event for event in worker.measure("a", measurement(worker, "strict")) if isinstance(event, Run)]
+    [run] = [event for event in worker.measure("a", measurement(worker, "strict")) if isinstance(event, QualityRun)]
     exact = run.lines[0].quality
     assert exact.protocol.num_pictures == 7
     assert exact.details == {"blanked": 1}

@@ -14,7 +14,7 @@ import torch
 from support import web
 
 import diffattn.app.jobs.worker as worker_module
-from diffattn.app.jobs import Limits, Measurement, Progress, Run, Stopped, Worker
+from diffattn.app.jobs import JobProgress, Limits, Measurement, QualityRun, Stopped, Worker
 from diffattn.app.jobs.kept import MOST, keep, not_kept, runs_to_show
 from diffattn.app.jobs.quality_run import (
     REFERENCE_FILE,
@@ -44,16 +44,16 @@ def ask(worker: Worker, models: Any = ("one",), **changes: Any) -> Measurement:
     return worker.limits.measurement(list(models), **(given | changes))
 
 
-def measured(worker: Worker, asked: Measurement) -> list[Run]:
-    return [event for event in worker.measure("a", asked) if isinstance(event, Run)]
+def measured(worker: Worker, asked: Measurement) -> list[QualityRun]:
+    return [event for event in worker.measure("a", asked) if isinstance(event, QualityRun)]
 
 
 @pytest.fixture(scope="module")
-def run(worker: Worker) -> Run:
+def run(worker: Worker) -> QualityRun:
     return measured(worker, ask(worker))[0]
 
 
-def test_a_run_has_times_scores_and_their_protocol(run: Run) -> None:
+def test_a_run_has_times_scores_and_their_protocol(run: QualityRun) -> None:
     assert [line.acceleration for line in run.lines] == ["none", "agent/fast", "agent n=4"]
     exact, fast, four = run.lines
     assert exact.speedup == 1
@@ -68,14 +68,14 @@ def test_a_run_has_times_scores_and_their_protocol(run: Run) -> None:
     assert exact.quality.scores != fast.quality.scores
 
 
-def test_the_same_seeds_give_the_same_scores(worker: Worker, run: Run) -> None:
+def test_the_same_seeds_give_the_same_scores(worker: Worker, run: QualityRun) -> None:
     again = measured(worker, ask(worker, numbers=""))[0]
     for line, same in zip(again.lines, run.lines, strict=False):
         assert line.quality.scores == pytest.approx(same.quality.scores)
     assert len(comparable([run, again], by_time=True)) == 1
 
 
-def test_a_stored_reference_and_stored_prompts_are_used(tmp_path: Path, run: Run) -> None:
+def test_a_stored_reference_and_stored_prompts_are_used(tmp_path: Path, run: QualityRun) -> None:
     worker = web.tiny_worker(web.save_models(tmp_path / "models"))
     place = tmp_path / "models" / "one"
     save_runs([run], place / RUNS_FILE)
@@ -135,7 +135,7 @@ def test_what_is_timed_makes_no_previews(worker: Worker) -> None:
     assert worker._loaded is not None
     assert worker._loaded[2] is not None
     events = list(worker.measure("a", ask(worker, numbers="")))
-    told = [event for event in events if isinstance(event, Progress) and event.step]
+    told = [event for event in events if isinstance(event, JobProgress) and event.step]
     assert told
     assert all(event.preview is None for event in told)
 
@@ -143,7 +143,7 @@ def test_what_is_timed_makes_no_previews(worker: Worker) -> None:
 def test_stop_drops_the_run_and_leaves_the_model_clean(worker: Worker) -> None:
     def stop_soon() -> None:
         for event in worker.measure("a", ask(worker, samples=8, steps=50)):
-            if isinstance(event, Progress) and event.step:
+            if isinstance(event, JobProgress) and event.step:
                 worker.stop("a")
 
     with pytest.raises(Stopped):
@@ -175,7 +175,7 @@ def test_hostile_measurements_are_refused(worker: Worker, bad: dict[str, Any], s
         worker.limits.measurement(given.pop("models"), **given)
 
 
-def test_files_hold_the_runs_as_they_were(run: Run, tmp_path: Path) -> None:
+def test_files_hold_the_runs_as_they_were(run: QualityRun, tmp_path: Path) -> None:
     save_runs([run], tmp_path / "runs.json")
     assert read_runs(tmp_path / "runs.json") == [run]
     rows = list(csv.DictReader(io.StringIO(runs_as_csv([run, replace(run, title="=1+1")]))))
@@ -204,7 +204,7 @@ def test_files_hold_the_runs_as_they_were(run: Run, tmp_path: Path) -> None:
         lambda d: d.update(runs=d["runs"] * 101),
     ],
 )  # fmt: skip
-def test_damaged_files_are_refused_in_words(run: Run, tmp_path: Path, change: Any) -> None:
+def test_damaged_files_are_refused_in_words(run: QualityRun, tmp_path: Path, change: Any) -> None:
     save_runs([run], tmp_path / "runs.json")
     data = json.loads((tmp_path / "runs.json").read_text())
     change(data)
@@ -214,18 +214,18 @@ def test_damaged_files_are_refused_in_words(run: Run, tmp_path: Path, change: An
     assert str(tmp_path) not in str(refused.value)
 
 
-def test_a_figure_that_no_float_holds_is_refused(run: Run) -> None:
+def test_a_figure_that_no_float_holds_is_refused(run: QualityRun) -> None:
     data = run.to_dict()
     data["lines"][0]["speedup"] = 10**400
     with pytest.raises(ValueError, match=r"a figure must be a number of at most 1e\+12, got 1000"):
-        Run.from_dict(data)
+        QualityRun.from_dict(data)
 
 
 def nested(depth: int) -> dict[str, Any]:
     return {"a": nested(depth - 1)} if depth else {}
 
 
-def test_other_protocols_and_machines_stand_apart(run: Run) -> None:
+def test_other_protocols_and_machines_stand_apart(run: QualityRun) -> None:
     lines = tuple(
         replace(x, quality=replace(x.quality, protocol=replace(x.quality.protocol, steps=9))) for x in run.lines
     )
@@ -237,7 +237,7 @@ def test_other_protocols_and_machines_stand_apart(run: Run) -> None:
     assert why_apart(run, faster) == "machine"
 
 
-def test_own_runs_are_kept_up_to_a_number(run: Run) -> None:
+def test_own_runs_are_kept_up_to_a_number(run: QualityRun) -> None:
     kept: list[dict[str, Any]] = []
     for i in range(MOST + 3):
         kept = keep(kept, [replace(run, title=str(i))])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import tiny, tiny_transformers, web
 
-from diffattn.app.jobs import Drawn, Limits, Progress, Stopped, Worker
+from diffattn.app.jobs import Drawn, JobProgress, Limits, Stopped, Worker
 from diffattn.app.jobs.stops import Stops
 
 
@@ -285,7 +285,7 @@ def test_jobs_wait_in_line_and_can_leave_it(worker: Worker) -> None:
     def wait(name: str) -> None:
         try:
             for event in worker.generate(name, web.ask(worker)):
-                if isinstance(event, Progress) and event.ahead:
+                if isinstance(event, JobProgress) and event.ahead:
                     ahead[name].append(event.ahead)
         except Stopped:
             ahead[name].append(-1)
@@ -307,5 +307,5 @@ def test_jobs_wait_in_line_and_can_leave_it(worker: Worker) -> None:
     assert len(worker._turns) == 0
 
 
-def wait_for_a_step(events: Any) -> Progress:
-    return next(event for event in events if isinstance(event, Progress) and event.step)
+def wait_for_a_step(events: Any) -> JobProgress:
+    return next(event for event in events if isinstance(event, JobProgress) and event.step)
