@@ -27,7 +27,7 @@ def test_two_steps_with_every_attention(attention: str, pictures: Path, tmp_path
     assert set(model.attention) == {attention}
     said: list[str] = []
     run(pictures, tmp_path, *ONE_STEP, "run.steps=3", f"model.attention={attention}", said=said)
-    assert "going on at step 2" in said
+    assert "resuming at step 2" in said
     assert all(x.isfinite().all() for x in last(tmp_path)[0]["model"].values())
 
 
