@@ -172,10 +172,12 @@ def _from_hub(model: str, dtype: torch.dtype, variant: str | None) -> DiffusionP
     except RepositoryNotFoundError as error:
         raise ValueError(f"the hub has no model {model!r}, or it is private") from error
     except BROKEN as error:
-        message, there = str(error), variants_in(_files_on_hub(model))
+        message = str(error)
+        is_unreachable = _is_unreachable(error)
+        there = variants_in(_cached_files(model) if is_unreachable else _files_on_hub(model))
         if there and (chosen := choose_variant(model, there, variant)) != variant:  # the only one there is
             return _from_hub(model, dtype, chosen)
-        if "not fully cached" in message or "cached snapshot" in message:
+        if is_unreachable:
             why = "it is not in the local cache and the hub could not be reached"
         elif "safetensors" in message:
             why = "it has no safetensors weights, and pickles are refused"
@@ -184,12 +186,29 @@ def _from_hub(model: str, dtype: torch.dtype, variant: str | None) -> DiffusionP
         raise ValueError(f"model {model!r} could not be loaded: {why}") from error
 
 
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether an error of loading began with a hub that does not answer."""
+    message = str(error)
+    if "not fully cached" in message or "cached snapshot" in message:
+        return True
+    names = []
+    cause: BaseException | None = error
+    while cause is not None:
+        names.append(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    return not {"ConnectError", "ConnectTimeout", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}.isdisjoint(names)
+
+
 def _files_on_hub(model: str) -> list[str]:
-    """The files of a model on the hub, or of what the local cache has of it; none if neither can be had."""
+    """The files of a model on the hub, or in the local cache if the hub does not answer."""
     try:
         return list_repo_files(model)
     except (OSError, ValueError, HfHubHTTPError):
-        pass
+        return _cached_files(model)
+
+
+def _cached_files(model: str) -> list[str]:
+    """The files of a model of the hub in the local cache; none if it is not there."""
     try:
         return _files_in(Path(snapshot_download(model, local_files_only=True)))
     except (OSError, ValueError):

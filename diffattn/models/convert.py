@@ -112,7 +112,7 @@ def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
     if unexpected and not missing:
         raise ValueError(
             f"this checkpoint has all weights of the model, and others that it has no place for: {listed(unexpected)}; "
-            "remove those to convert the rest"
+            "remove those to load the rest"
         )
     if missing:
         raise ValueError(

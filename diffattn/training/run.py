@@ -1,5 +1,6 @@
 """One training run, from its configuration to the exported pipeline."""
 
+import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -136,6 +137,8 @@ def _start_trackers(setup: TrainSetup) -> None:
 def finish() -> None:
     """Let go of the other processes; the last thing that a program does."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # a sharded model holds groups of its own, whose threads must end before the program does
+        torch.distributed.barrier()  # nobody leaves while another one still talks to it
         torch.distributed.destroy_process_group()
 
 

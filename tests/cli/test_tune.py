@@ -48,7 +48,8 @@ def test_tune_writes_a_recipe_that_generate_reads(model: Path, prompts: Path, tm
     assert found["recipe"] == json.loads(recipe.read_text())
     assert found["recipe"]["protocol"]["prompts"] == 2
     assert any(check["rungs"] for check in found["checks"])
-    assert {r["preset"] for r in found["rivals"]} == {f"agent/{p}" for p in diffattn.METHODS["agent"].presets}
+    rivals = {f"{name}/{preset}" for name in ("agent", "inline") for preset in diffattn.METHODS[name].presets}
+    assert {r["preset"] for r in found["rivals"]} == rivals
 
     words = ("generate", "--model", model, "--prompt", "a cat", "--steps", 3, "--device", "cpu", "--dtype", "float32")
     drawn = call(*words, "--recipe", recipe, "--out", picture)
