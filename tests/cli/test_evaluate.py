@@ -154,10 +154,10 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give either --model, which draws, or --pictures"),
+        ((), "give either --model (to draw pictures) or --pictures"),
         (("--model", "sit", "--pictures", "a.npz"), "give either --model"),
         (("--pictures", "a.npz"), "there is nothing to measure"),
-        (("--pictures", "a.npz", "--paired"), "are for a --model"),
+        (("--pictures", "a.npz", "--paired"), "need --model"),
         (("--pictures", "a.npz", "--paired", "--paired-with", "b.npz"), "either --paired or --paired-with"),
         (("--pictures", "a.npz", "--paired-with", "b.npz"), "as many pictures on both sides, got 8 and 10"),
         (("--pictures", "a.npz", "--reference", "b.npz"), "pip install 'diffattn[inception]'"),
@@ -171,7 +171,7 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         (("--pictures", "a.npz", "--clip", "sit"), "needs the prompts"),
         (("--pictures", "no.npz", "--paired-with", "b.npz"), "no.npz' is not a readable .npz file"),
         (("--model", "sit", "--num-pictures", 1, "--reference", "b.npz"), "must be 2 or more, got 1"),
-        (("--model", "sit", "--paired", "--method", "none"), "has no pair"),
+        (("--model", "sit", "--paired", "--method", "none"), "takes no --paired"),
         (("--model", "sit", "--paired", "--method", "agent", "--option", "x"), "not of the form key=value"),
         (("--model", "sit", "--paired", "--option", "zap=1"), "zap"),
         (("--model", "sd", "--paired", "--option", "min_tokens=0"), "needs prompts (--prompts FILE)"),

@@ -68,4 +68,4 @@ def test_a_preset_that_is_nearer_than_every_recipe_does_not_cost_the_recipe(pipe
     rival = next(r for r in tuned.rivals if r.preset == "agent/balanced")
     assert 0 < rival.error < min(check.error for check in tuned.checks)
     assert (rival.tuned, rival.tuned_speedup, rival.is_beaten) == (None, None, False)
-    assert "NOT beaten, no recipe tried is as near" in _told(rival)
+    assert "NOT beaten, no recipe tried is as close" in _told(rival)
