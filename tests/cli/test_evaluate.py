@@ -210,7 +210,7 @@ def test_pictures_outside_the_extractors_domain_get_a_note(files: tuple[object, 
     """The offline extractors take any pictures; the printed note and the stored result say what that is worth."""
     done = call(*files, "--out", tmp_path / "run", "--json", tmp_path / "a.json")
     assert done.exit_code == 0, done.output
-    note = "the extractor knows CIFAR-10 only: its figures mean nothing for others"
+    note = "the extractor knows only CIFAR-10; its scores mean nothing for others"
     assert note in done.stdout.splitlines()
     assert json.loads((tmp_path / "a.json").read_text())["details"]["domain"] == "CIFAR-10"
 

@@ -120,7 +120,7 @@ def extractor_for(name: str, chosen: str, models: Models) -> str:
         found = reference.extractor if reference else EXTRACTOR_OF.get(name, OTHERWISE)
     if found not in allowed:
         raise ValueError(
-            f"extractor {found!r} would have to be downloaded, which is not allowed here; for the pictures of {name!r} "
+            f"extractor {found!r} would be downloaded, which is not allowed here; for the pictures of {name!r} "
             f"choose one of {', '.join(allowed)}"
         )
     return found
