@@ -72,7 +72,7 @@ def test_a_text_model_with_everything(place: Path, tmp_path: Path) -> None:
     assert len(result["details"]["latent_error_by_step"]) == 2
     assert "agent balanced" in result["subject"]
     assert "FID-3 (cifar-classifier, large.npz)" in done.stdout
-    assert "knows CIFAR-10 only" in done.stdout
+    assert "knows only CIFAR-10" in done.stdout
     assert read_pictures(tmp_path / "a.npz").shape == (3, 3, 32, 32)
     assert len(list((tmp_path / "run" / "unaccelerated").glob("*.png"))) == 3
     again = call(*words)  # all is there
@@ -176,7 +176,7 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         (("--model", "sit", "--paired", "--option", "zap=1"), "zap"),
         (("--model", "sd", "--paired", "--option", "min_tokens=0"), "needs prompts (--prompts FILE)"),
         (("--model", "sd", "--paired", "--prompts", "no.txt"), "cannot be read"),
-        (("--model", "emoji-sd", "--reference", "b.npz", "--extractor", "cifar-classifier"), "'emoji-classifier' is"),
+        (("--model", "emoji-sd", "--reference", "b.npz", "--extractor", "cifar-classifier"), "use its own, 'emoji"),
         (("--pictures", "one.npz", "--reference", "b.npz", "--extractor", "cifar-classifier"), "2 pictures or more"),
         (("--pictures", "a.npz", "--reference", "one.npz", "--extractor", "cifar-classifier"), "2 pictures or more"),
         (("--pictures", "a.npz", "--reference", "b.npz", "--extractor", "cifar-classifier", "--extractor-weights",

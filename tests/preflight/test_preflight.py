@@ -376,7 +376,7 @@ def test_other_models():
 
 
 def test_a_patched_or_compiled_model_is_refused(pipe):
-    with diffattn.patch(pipe), pytest.raises(ValueError, match="patched already; call diffattn"):
+    with diffattn.patch(pipe), pytest.raises(ValueError, match="already patched; call diffattn"):
         preflight(pipe)
     compiled = tiny.unet()
     compiled.compile()
