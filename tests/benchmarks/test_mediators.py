@@ -314,4 +314,4 @@ def test_the_command_says_when_the_time_was_up(tmp_path):
     ]
     result = CliRunner().invoke(app, [*command, "--device", "cpu", "--out", str(tmp_path), "--time-budget", "1e-9"])
     assert result.exit_code == 1
-    assert "go on with --resume" in result.output
+    assert "continue with --resume" in result.output
