@@ -1,4 +1,4 @@
-"""What this installation can do, for people and as JSON."""
+"""The capabilities of this installation, as JSON types."""
 
 from dataclasses import fields
 from typing import Any

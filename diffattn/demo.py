@@ -1,4 +1,4 @@
-"""The demo: an embedded model draws the same pictures unpatched and patched, to see how fast and how alike they are."""
+"""The demo: an embedded model draws the same pictures unpatched and patched, to compare their speed and look."""
 
 import json
 import math
@@ -35,15 +35,15 @@ SHEET, RESULT = "comparison.png", "result.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of the demo. With the defaults it takes well under 3 minutes on two CPU cores."""
+    """Settings of the demo. The defaults take well under 3 minutes on two CPU cores."""
 
     model: str = "emoji-sd"
-    method: str | None = None  # None: the one that fits the model
+    method: str | None = None  # None: the one that suits the model
     preset: str = "balanced"
     steps: int = 25
     guidance: float = 2.5
     seed: int = 0  # of every picture
-    rounds: int = 3  # how often every prompt is drawn and timed in both ways
+    rounds: int = 3  # how often every prompt is drawn and timed, unpatched and patched
     prompts: Sequence[str] = PROMPTS
     device: str = "auto"
     dtype: str = "auto"
@@ -53,7 +53,7 @@ class DemoSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not self.prompts:
-            raise ValueError("prompts must hold at least one")
+            raise ValueError("prompts must contain at least one")
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
 
@@ -90,7 +90,7 @@ class DemoResult:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether it is faster, by more than the spread of the measurement."""
+        """One sentence: whether patching is faster by more than the spread of the measurement."""
         low, high = self.spread
         measured = f"{self.speedup:.2f}x the speed (middle half of the measurements: {low:.2f}x to {high:.2f}x)"
         if not self.report.layers_accelerated:
@@ -115,7 +115,7 @@ class DemoResult:
         return found
 
     def save(self, folder: Path) -> tuple[Path, Path]:
-        """Write the sheet and the figures into a folder, made if missing. → their paths"""
+        """Write the sheet and the figures into a folder, creating it if necessary. → their paths"""
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         write_whole(folder / SHEET, partial(self.sheet.save, format="PNG"))
         write_whole(folder / RESULT, lambda part: part.write_text(text, encoding="utf-8"))
@@ -123,7 +123,7 @@ class DemoResult:
 
 
 class Demo:
-    """The model loaded twice, once unpatched and once patched, ready to run.
+    """Two copies of the model, one unpatched and one patched, ready to run.
 
     Raises:
         ValueError, TypeError: from the settings, see `load_demo`, `choose_device`, `choose_dtype` and `patch`.
@@ -138,17 +138,17 @@ class Demo:
 
     @property
     def num_pictures(self) -> int:
-        """Number of pictures that `run` draws, including those of the warm-up."""
+        """Number of pictures that `run` draws, including the warm-up."""
         return 2 + 2 * len(self.settings.prompts) * self.settings.rounds
 
     def run(self, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
-        """Draw every prompt in both ways, in turns, several times; the very first pair is a warm-up and not counted.
+        """Draw every prompt both ways, alternating, several times; the very first pair is an uncounted warm-up.
 
         Args:
             on_picture: called after every picture.
 
         Raises:
-            NotFinite: a picture came out NaN or infinite.
+            NotFinite: a picture has NaN or infinite values.
         """
         timings: list[Timings] = []
         pictures: dict[str, list[Tensor]] = {}
@@ -179,7 +179,7 @@ class Demo:
         return batch.images
 
     def _result(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> DemoResult:
-        """From times and pictures [P, 3, H, W] of all prompts."""
+        """The result, from times and pictures [P, 3, H, W] of all prompts."""
         rows = zip(self.settings.prompts, timings, psnr(fast, plain).tolist(), ssim(fast, plain).tolist(), strict=True)
         pairs = tuple(Pair(prompt, *_figures(times), db, alike) for prompt, times, db, alike in rows)
         together = Timings(UNPATCHED, tuple(r for times in timings for r in times.rounds))
@@ -222,5 +222,5 @@ def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None
 
 
 def _figures(times: Timings) -> tuple[float, float, float]:
-    """Median seconds unpatched and patched, and the median speed-up of neighbours in time."""
+    """Median seconds unpatched and patched, and the median speed-up of successive pairs."""
     return times.seconds(UNPATCHED).median, times.seconds(PATCHED).median, times.speedup(PATCHED)

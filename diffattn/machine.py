@@ -1,4 +1,4 @@
-"""Where and in which precision a model runs, and what this machine and installation are: every figure states it."""
+"""Chooses a model's device and precision, and describes this machine and installation for every reported figure."""
 
 import os
 import platform
@@ -16,10 +16,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """A device by name; "auto" is the first there is of cuda, mps, cpu.
+    """A device by name; "auto" is the first available of cuda, mps, cpu.
 
     Raises:
-        ValueError: not a device, or not one of this machine.
+        ValueError: not a device, or not available on this machine.
     """
     available = available_devices()
     if name == "auto":
@@ -52,7 +52,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def available_devices() -> list[str]:
-    """Device types of this machine, the fastest first."""
+    """Device types of this machine, fastest first."""
     found = ["cuda"] if torch.cuda.is_available() else []
     found += ["mps"] if torch.backends.mps.is_available() else []
     return [*found, "cpu"]
@@ -77,19 +77,19 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def describe_devices() -> dict[str, dict[str, Any]]:
-    """Every device of this machine by its name for torch."""
+    """Every device of this machine, by its torch name."""
     names = [f"{kind}:{i}" if kind == "cuda" else kind for kind in available_devices() for i in range(_count(kind))]
     return {name: describe_device(torch.device(name)) for name in names}
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of what pictures and times depend on."""
+    """Versions of this package and of the libraries that pictures and times depend on."""
     found = {name: metadata.version(name) for name in ("diffattn", "torch", "diffusers", "transformers")}
     return {**found, "python": platform.python_version()}
 
 
 def cpu_name() -> str:
-    """The processor's name as its maker writes it, or the architecture."""
+    """The processor's model name, or else its architecture."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -103,7 +103,7 @@ def cpu_name() -> str:
 
 
 def _cpu_bfloat16() -> str:
-    """Whether bfloat16 is worth using here: the instructions for it, or "emulated"."""
+    """The CPU's bfloat16 instructions, or "emulated"."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().partition("flags")[2].partition("\n")[0].split()) if info.is_file() else set()
     found = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
@@ -132,12 +132,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """The part of `describe_machine` that names what did the work."""
+    """The entry of `describe_machine` that names the device."""
     return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it; emulated it is far slower than float32. float16 on other GPUs."""
+    """bfloat16 if the hardware supports it; else float32 on the CPU (emulation is far slower), float16 on GPUs."""
     if device.type == "cpu":
         return torch.float32 if describe_device(device)["bfloat16"] == "emulated" else torch.bfloat16
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -149,7 +149,7 @@ def resolve(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Device and dtype by name; "auto" is the first device of cuda, mps, cpu, and its `fastest_dtype`.
 
     Raises:
-        ValueError: an unknown dtype, or a device that is not here.
+        ValueError: an unknown dtype, or a device that is not available.
     """
     found = choose_device(device)
     return found, fastest_dtype(found) if dtype == "auto" else choose_dtype(dtype, found)
@@ -159,7 +159,7 @@ def git_commit() -> str | None:
     """Commit of the working tree this package runs from ("-dirty" with changes), None if it is installed."""
     this = Path(__file__).resolve()
     try:
-        _git(this.parent, "ls-files", "--error-unmatch", this.name)  # not merely inside some repository
+        _git(this.parent, "ls-files", "--error-unmatch", this.name)  # not just located inside some other repository
         return _git(this.parent, "describe", "--always", "--dirty", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -179,7 +179,7 @@ def _version(package: str) -> dict[str, str]:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Within, torch uses so many CPU threads; None leaves the number as it is."""
+    """Limit torch to this many CPU threads within the block; None leaves the number unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -1,4 +1,4 @@
-"""From a scheduler's time steps to noise levels, on the host and without waiting for the device.
+"""Converts a scheduler's time steps to noise levels, on the host and without synchronising the device.
 
 The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1 is pure noise, 0 is data.
 """
@@ -16,19 +16,19 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 class Reading(NamedTuple):
-    """What a time step says."""
+    """The meaning of a time step."""
 
     levels: list[float]  # noise level in [0, 1]: one, or one per sample
-    to_come: list[float]  # noise levels from here to the end of the run, as far as they are known
-    run: object | None  # another object whenever the scheduler's time steps are set anew; None if that is not known
+    to_come: list[float]  # noise levels from here to the end of the run, as far as known
+    run: object | None  # a new object whenever the scheduler's time steps are reset; None if unknown
     known: bool = True  # False: the levels only fall with the time step, and say nothing about the noise
 
 
 class Convention(NamedTuple):
-    """How one kind of scheduler means its time steps."""
+    """The convention of one kind of scheduler for its time steps."""
 
     level: Callable[[float], float]  # time step -> noise level
-    covers: Callable[[float], bool]  # whether a number can be such a time step
+    covers: Callable[[float], bool]  # whether a number is a valid time step
 
     def __call__(self, timestep: float) -> float:
         """The noise level of a time step."""
@@ -41,23 +41,23 @@ class TimeReader(Protocol):
     def read(self, timestep: Tensor | float, training: Convention | None = None) -> Reading:
         """The noise level of a time step, a number or a tensor [] or [B]: one, or one per sample if they differ.
 
-        `training`: how the denoiser was trained, which holds where no scheduler is known; None: as Stable Diffusion.
+        `training`: the denoiser's training schedule, used if no scheduler is known; None: Stable Diffusion's.
         """
         ...
 
 
 class NoiseLevels:
-    """Reads noise levels off what a denoiser is given as its time step, as one scheduler means it.
+    """Converts a denoiser's time steps to noise levels by the convention of one scheduler.
 
     A time step of the run that the scheduler was prepared for has the scheduler's own σ; any other is read by the
     scheduler's convention: an index into `alphas_cumprod`, flow matching's σ, or another function of σ (EDM,
     continuous Euler), which is interpolated between the scheduler's own pairs.
     A time step that is a view of the scheduler's `timesteps`, as in every pipeline's loop, is recognised by its
-    place in memory, so that nothing waits for the device; those are copied to the host once per run.
+    place in memory, so that the device is not synchronised; those are copied to the host once per run.
     """
 
     def __init__(self, scheduler: Any = None) -> None:
-        """`scheduler`: a diffusers scheduler; None reads whole numbers by the denoiser's training schedule."""
+        """`scheduler`: a diffusers scheduler; None interprets whole numbers by the denoiser's training schedule."""
         self.scheduler = scheduler
         self._convention: Convention | None = None
         self._steps: Tensor | None = None  # the run's time steps
@@ -87,14 +87,14 @@ class NoiseLevels:
         return self._position(timestep) is not None
 
     def contains(self, values: Sequence[float]) -> bool:
-        """Whether all of some time steps are among those of the scheduler's run."""
+        """Whether all given time steps are among those of the scheduler's run."""
         if not isinstance(getattr(self.scheduler, "timesteps", None), Tensor):
             return False
         self._schedule()
         return all(t in self._level_at for t in values)
 
     def covers(self, values: Sequence[float]) -> bool:
-        """Whether all of some numbers can be time steps of the scheduler."""
+        """Whether all given numbers are valid time steps of the scheduler."""
         return all(self._meaning().covers(t) for t in values)
 
     def _position(self, timestep: Tensor | float) -> int | None:
@@ -136,7 +136,7 @@ class NoiseLevels:
 
 
 def values_of(timestep: Tensor | float) -> list[float]:
-    """A time step's value, or one per sample if they differ in a tensor [B]. On a device, this waits for it."""
+    """A time step's value, or one per sample if they differ in a tensor [B]. Synchronises the tensor's device."""
     if not isinstance(timestep, Tensor):
         return [float(timestep)]
     values = timestep.detach().flatten()
@@ -145,11 +145,11 @@ def values_of(timestep: Tensor | float) -> list[float]:
 
 
 UNKNOWN = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda t: False)
-"""Of a scheduler that says nothing about σ: noise levels only fall with the time step."""
+"""For a scheduler without any σ: levels that fall with the time step but are not noise levels."""
 
 
 def _convention_of(scheduler: Any) -> Convention:
-    """How one scheduler means its time steps."""
+    """The convention of one scheduler for its time steps."""
     if scheduler is None:
         return _stable_diffusion()
     config = scheduler.config
@@ -178,14 +178,14 @@ def _is_flow_matching(scheduler: Any) -> bool:
 
 
 def _sigma_levels(scheduler: Any, times: Sequence[float]) -> list[float] | None:
-    """Noise levels by the scheduler's own σ of its run's time steps; None where it has none that belong to them."""
+    """Noise levels by the scheduler's own σ of its run's time steps; None if it has none that match."""
     sigmas = getattr(scheduler, "sigmas", None)
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or not len(times) <= len(sigmas) <= len(times) + 2:
         return None
     values = sigmas.tolist()[: len(times)]
     for (s, r), (t, u) in zip(pairwise(values), pairwise(times), strict=True):
         if (s - r) * (t - u) < 0 or (s == r and t != u):
-            return None  # not prepared yet, or with σ of their own between the steps (KDPM2, DPM-Solver's SDE)
+            return None  # not prepared yet, or with additional σ between the steps (KDPM2, DPM-Solver's SDE)
     if _is_flow_matching(scheduler):
         inverted = bool(scheduler.config.get("invert_sigmas"))
         return [min(max(1 - s if inverted else s, 0.0), 1.0) for s in values]
@@ -223,8 +223,8 @@ def _products(betas: Iterable[float]) -> list[float]:
 def discrete(alphas_cumprod: Sequence[float]) -> Convention:
     """Time steps index ᾱ: u = √(1-ᾱ) / (√ᾱ + √(1-ᾱ)); fractional ones are interpolated.
 
-    Without a scheduler that made it, only a whole number counts as such a time step: a fraction may as well be flow
-    matching's 1000σ, or a function of EDM's σ.
+    Without a known scheduler, only a whole number counts as such a time step: a fraction may also be flow matching's
+    1000σ, or a function of EDM's σ.
     """
     levels = [sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)) for a in (min(max(a, 0.0), 1.0) for a in alphas_cumprod)]
 

@@ -1,4 +1,4 @@
-"""Schedules: which options of a method apply at which noise level, or after how much change. Pure Python.
+"""Schedules: the options of a method by noise level or by the change of the latents. Pure Python.
 
 The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1 is pure noise, 0 is data, and it
 equals the time of flow matching. Sampling goes from high to low.
@@ -11,10 +11,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 EXACT = "exact"
 
-MAX_PHASES = 64  # of a schedule: a run of a hundred steps changes its options less often
+MAX_PHASES = 64  # of a schedule: more than a run of a hundred steps needs
 
 Options = Mapping[str, Any] | None
-"""Options laid over those of the method for one phase; None is exact attention."""
+"""Options that override the method's for one phase; None is exact attention."""
 
 
 @runtime_checkable
@@ -27,11 +27,11 @@ class Schedule(Protocol):
         ...
 
     def start(self, batch: int) -> None:
-        """A new run begins with `batch` samples."""
+        """Begin a new run with `batch` samples."""
         ...
 
     def observe(self, latents: Any, noise_levels: Sequence[float]) -> None:
-        """Before each call of the denoiser: its noisy input and the noise level, one or one per sample."""
+        """Called before each denoiser call with its noisy input and the noise level, one or one per sample."""
         ...
 
     def phase(self) -> int | tuple[int, ...]:
@@ -44,7 +44,7 @@ class Schedule(Protocol):
 
 
 def needs_level(schedule: Schedule) -> bool:
-    """Whether the phase depends on the noise level; a schedule without the attribute `needs_level` is taken to."""
+    """Whether the phase depends on the noise level; True for a schedule without the attribute `needs_level`."""
     return len(schedule.phases) > 1 and bool(getattr(schedule, "needs_level", True))
 
 
@@ -87,7 +87,7 @@ class NoiseSchedule:
         return {self.phase_at(u) for u in noise_levels}
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries as JSON can hold them; the constructor reads them back."""
+        """The entries as JSON types, accepted by the constructor."""
         return {str(b): EXACT if p is None else dict(p) for b, p in zip(self.bounds, self.phases, strict=True)}
 
 
@@ -106,7 +106,7 @@ class LatentChangeSchedule:
     Args:
         entries: options or "exact", one more than `thresholds`.
         thresholds: r_1 >= r_2 >= ... above 0, as shares of Δ₀.
-        first: how many changes Δ₀ is the mean of; none of them can lead on.
+        first: how many changes Δ₀ averages; the phase cannot change during these.
         distance: "l1", mean |x_k - x_{k-1}|, or "l2", mean (x_k - x_{k-1})².
         per_sample: decide for every sample by its own change; otherwise the mean over the batch decides for all.
 
@@ -115,7 +115,7 @@ class LatentChangeSchedule:
     """
 
     KIND = "latent_change"
-    needs_level = False  # noise levels only tell the calls of one step from those of the next
+    needs_level = False  # noise levels only distinguish the calls of one step from those of the next
 
     def __init__(
         self,
@@ -141,12 +141,12 @@ class LatentChangeSchedule:
         self.start(1)
 
     def start(self, batch: int) -> None:
-        self._step: list[float] | None = None  # noise levels of the step under way
-        self._steps = 0  # begun so far
+        self._step: list[float] | None = None  # noise levels of the current step
+        self._steps = 0  # started so far
         self._before: Any = None  # the state before that step
         self._state: Any = None  # the state of that step
-        self._changes: list[list[float]] = []  # of the steps before, for the batch or every sample
-        self._change: list[float] | None = None  # of the step under way
+        self._changes: list[list[float]] = []  # of the previous steps, for the batch or every sample
+        self._change: list[float] | None = None  # of the current step
         self._current: int | tuple[int, ...] = 0
 
     @property
@@ -155,13 +155,13 @@ class LatentChangeSchedule:
         return self._change if self.per_sample or self._change is None else self._change[0]
 
     def observe(self, latents: Any, noise_levels: Sequence[float]) -> None:
-        """`latents` [B, ...]: a batch that grows by whole copies of itself, as for guidance, is the same samples."""
+        """`latents` [B, ...]: a batch that grows by whole copies of itself, as for guidance, has the same samples."""
         if self._state is not None and self._state.shape[1:] != latents.shape[1:]:
             self.start(len(latents))
         if self._step != list(noise_levels):
             self._begin_step(list(noise_levels))
         if self._steps > 1:
-            self._state = latents.detach().clone()  # a scheduler may go on to change it in place
+            self._state = latents.detach().clone()  # a scheduler may later change it in place
         if self._before is not None:
             self._change = self._measure(latents.detach())
             samples = range(len(self._change))
@@ -199,7 +199,7 @@ class LatentChangeSchedule:
         return set(range(len(self.phases)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types; `from_dict` and a recipe's "schedule" read it back."""
+        """Everything as JSON types, accepted by `from_dict` and a recipe's "schedule"."""
         return {
             "kind": self.KIND,
             "entries": [EXACT if p is None else dict(p) for p in self.phases],
@@ -211,7 +211,7 @@ class LatentChangeSchedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The schedule that `to_dict` wrote; `ValueError` for a key that is missing or unknown."""
+        """The schedule that `to_dict` wrote; raises `ValueError` for a missing or unknown key."""
         given = {key: value for key, value in values.items() if key != "kind"}
         needed, allowed = ("entries", "thresholds"), ("entries", "thresholds", "first", "distance", "per_sample")
         if missing := [key for key in needed if key not in given]:
@@ -227,7 +227,7 @@ def read_schedule(values: Mapping[Any, Any]) -> NoiseSchedule | LatentChangeSche
     """A schedule from JSON types: the entries of a `NoiseSchedule`, or {"kind": "latent_change", ...}.
 
     Raises:
-        ValueError: another kind, or not what that kind takes.
+        ValueError: an unknown kind, or invalid fields for it.
     """
     if "kind" not in values:
         return NoiseSchedule(values)
@@ -250,9 +250,9 @@ def _bound(key: float | str) -> float:
     try:
         bound = float(key)
     except (TypeError, ValueError):
-        raise ValueError(f"a schedule's bounds are noise levels from 0 to 1, got {short(key)}") from None
+        raise ValueError(f"a schedule's bounds must be noise levels from 0 to 1, got {short(key)}") from None
     if not (isfinite(bound) and 0 <= bound < 1):
-        raise ValueError(f"a schedule's bounds are noise levels of at least 0 and below 1, got {short(key)}")
+        raise ValueError(f"a schedule's bounds must be noise levels of at least 0 and below 1, got {short(key)}")
     return bound
 
 
@@ -261,7 +261,7 @@ def _options(entry: Mapping[str, Any] | str) -> Options:
         return dict(entry)
     if entry == EXACT:
         return None
-    raise ValueError(f"a schedule's entries are options or {EXACT!r}, got {short(entry)}")
+    raise ValueError(f"a schedule's entries must be options or {EXACT!r}, got {short(entry)}")
 
 
 def _thresholds(values: Sequence[float], num_phases: int) -> tuple[float, ...]:
@@ -271,7 +271,7 @@ def _thresholds(values: Sequence[float], num_phases: int) -> tuple[float, ...]:
         raise ValueError(f"thresholds must be falling numbers above 0, got {short(values)}")
     if num_phases != len(values) + 1 or not values:
         raise ValueError(
-            f"a schedule needs one entry more than thresholds, and a threshold, got {num_phases} entries "
+            f"a schedule needs at least one threshold and one more entry than thresholds, got {num_phases} entries "
             f"and {len(values)} thresholds"
         )
     return tuple(float(r) for r in values)

@@ -1,4 +1,4 @@
-"""Tables of text, for reports in a terminal."""
+"""Text tables for reports in a terminal."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, drop_empty
 
     Args:
         head: names of the columns.
-        rows: cells, as many in each row as there are columns.
-        drop_empty: leave out columns without a single entry.
+        rows: cells, one per column in each row.
+        drop_empty: omit columns without any entry.
 
     Raises:
-        ValueError: a row of another length than the head.
+        ValueError: a row whose length differs from the head's.
     """
     for row in rows:
         if len(row) != len(head):

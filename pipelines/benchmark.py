@@ -10,7 +10,7 @@ What happens, in order (`diffattn/evaluation/attention_benchmark.py`):
 
 1. `BenchmarkConfig` checks what was asked for.
 2. For each model a UNet is built; for each size every variant is applied, timed, and removed, round after round.
-3. attention.json is rewritten after every round, so an interrupted run goes on with `--resume`.
+3. attention.json is rewritten after every round, so `--resume` continues an interrupted run.
 4. The table is printed, and drawn as attention.png.
 """
 

@@ -53,7 +53,7 @@ class Variant:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the pipeline draws this way."""
+        """Make the pipeline draw this way within the block."""
         if self.num_mediators:
             self.pipe.transformer.set_num_mediators(self.num_mediators)
         scheduled = patch(self.pipe, "mediator", schedule=self.schedule) if self.schedule else nullcontext()
@@ -115,7 +115,7 @@ def why_no_caching() -> str | None:
 
 @contextmanager
 def block_caching(pipe: SiTPipeline, interval: int) -> Iterator[None]:
-    """Within, all blocks but the first run in every `interval`-th step; what they add is kept for the steps between."""
+    """Run all blocks but the first only in every `interval`-th step; their output is cached for the steps between."""
     import cache_dit
 
     model = pipe.transformer

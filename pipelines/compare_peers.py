@@ -49,7 +49,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default as torch finds them.")]
 Rounds = Annotated[int, typer.Option(min=0, help="Timed runs of every variant.")]
 WarmUp = Annotated[int, typer.Option(min=0, help="Steps of a run of every variant before the first that counts.")]
-Resume = Annotated[bool, typer.Option(help="Keep what the folder holds and do what is missing.")]
+Resume = Annotated[bool, typer.Option(help="Keep existing results in the folder and measure only what is missing.")]
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 MinTokens = Annotated[int | None, typer.Option(help="Of the agents; default the thresholds they ship with.")]
 
@@ -211,7 +211,7 @@ def _results(path: Path, made: Mapping[str, Any], resume: bool) -> Results:
 
 
 def _protocol(setting: Setting, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What both modes state. The digest of the agents tells apart presets and thresholds that have changed since."""
+    """The protocol of both modes. The digest of the agents reveals presets and thresholds that have changed since."""
     presets = {name: asdict(preset) for name, preset in AgentAttention.presets.items()}
     agents = {"defaults": asdict(AgentAttention()), "presets": presets, "thresholds": load_thresholds()}
     return {

@@ -7,7 +7,7 @@
 Several processes on CPUs: torchrun --standalone --nproc-per-node 2 pipelines/train.py … --device cpu
 
 `diffattn train` is the same program; `--help` lists its options, `--dry-run` prints what a run costs and how it is
-spread. SIGTERM, SIGUSR1 and Ctrl+C save a checkpoint and stop; the same command resumes there.
+spread. SIGTERM, SIGUSR1 and Ctrl+C save a checkpoint and stop; the same command resumes.
 
 The machines of one run must share run.out (the main process alone writes checkpoints and cannot send them), and have
 the same pictures and starting weights; where they do not agree, every process ends with an error. Latents may be cached

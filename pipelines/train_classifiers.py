@@ -3,7 +3,7 @@
     python pipelines/train_classifiers.py cifar --train cifar10-train.zip --test cifar10-test.zip --minutes 20
     python pipelines/train_classifiers.py emoji --data noto-emoji-512.zip --minutes 6
 
-The same command again goes on where a killed run stopped; on a finished run it measures and exports once more.
+The same command again resumes a killed run; on a finished run it measures and exports once more.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build(job: Job, options: dict[str, Any], data: Labelled) -> Classifier:
 
 
 def run(job: Job, model: Classifier, batches: BatchOf, name: str) -> tuple[Classifier, dict[str, Any]]:
-    """Train and export. → the model as it is loaded from its folder, and what is known of the run"""
+    """Train and export. → the model loaded from its folder, and the facts about the run"""
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         size = model.config["input_size"]
         model.eval()(torch.zeros(1, 3, size, size, device=job.recipe.device))
@@ -85,7 +85,7 @@ def finish(job: Job, figures: dict[str, Any], card: str) -> None:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-Work = Annotated[Path, typer.Option(help="Folder of decoded pictures and checkpoints; an unfinished run goes on.")]
+Work = Annotated[Path, typer.Option(help="Folder of decoded pictures and checkpoints; an unfinished run is resumed.")]
 Out = Annotated[Path, typer.Option(help="Folder of the exported model.")]
 Minutes = Annotated[float, typer.Option(help="Budget of training in minutes, without reading the pictures.")]
 Steps = Annotated[int | None, typer.Option(help="Budget in steps, instead of minutes.")]

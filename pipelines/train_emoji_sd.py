@@ -6,7 +6,7 @@
 Stages: autoencoder → tokenizer → UNet and text encoder on small latents → the same on large latents → export.
 With `--start` everything begins from an exported pipeline, and of the autoencoder only the decoder is trained.
 
-Ctrl-C and SIGTERM save and stop; the same command goes on from there, also after a crash. `export` writes the averaged
+Ctrl-C and SIGTERM save and stop; the same command resumes, also after a crash. `export` writes the averaged
 weights of a run that is still going on. `train --dry-run` prints the plan.
 """
 
@@ -33,10 +33,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 Data = Annotated[Path, typer.Option(help="Zip of captioned pictures (imagefolder layout).", exists=True)]
 PresetName = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
-Work = Annotated[Path, typer.Option(help="Folder of checkpoints and sample grids; an unfinished run there goes on.")]
+Work = Annotated[Path, typer.Option(help="Folder of checkpoints and sample grids; an unfinished run is resumed.")]
 Start = Annotated[
     Path | None,
-    typer.Option(help="Begin from this exported pipeline instead of fresh weights; its latents stay as they are."),
+    typer.Option(help="Start from this exported pipeline instead of fresh weights; its latents stay unchanged."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder of the exported model.  [default: WORK/model]")]
 Model = Annotated[Path, typer.Option(help="Folder of an exported model.")]
@@ -87,7 +87,7 @@ def train_command(
     seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
-    """Train every stage, or go on with what is unfinished, and export the pipeline."""
+    """Train every stage, resuming unfinished ones, and export the pipeline."""
     with option_errors():
         sizes, folder = choose_preset(preset, minutes), choose_out(out, work, start)
         parts = load_start(start, sizes) if start else None
@@ -104,7 +104,7 @@ def train_command(
 
 @app.command("export")
 def export_command(work: Work, preset: PresetName = "cpu", start: Start = None, out: Out = None) -> None:
-    """Export the averaged weights of the newest checkpoints, also while the run goes on."""
+    """Export the averaged weights of the newest checkpoints, even while training is running."""
     with option_errors():
         sizes, folder = choose_preset(preset), choose_out(out, work, start)
         parts = load_start(start, sizes) if start else None

@@ -1,4 +1,4 @@
-"""One training loop for every small model here: budget, progress line, checkpoints to go on from, a stop that saves.
+"""One training loop for every small model here: budget, progress line, checkpoints to resume from, a stop that saves.
 
 Random numbers come from (seed, step), so a run that is stopped or killed and started again does what the
 uninterrupted run does.
@@ -149,7 +149,7 @@ def train(
         log.line()
         trainee.save(checkpoint)
     if progress.done(cfg.budget) < 1:
-        print(f"{name}: stopped and saved at step {progress.step}; the same command goes on from here", flush=True)
+        print(f"{name}: stopped and saved at step {progress.step}; run the same command to resume", flush=True)
         raise SystemExit(STOPPED)
 
 

@@ -258,7 +258,7 @@ def test_any_schedule_goes_through_json_and_back(schedule: LatentChangeSchedule 
         ({"entries": 5}, "entries must be a list of options or 'exact', got 5"),
         ({"entries": {"num_mediators": 4}}, "entries must be a list"),
         ({"entries": ["exactly", {}, {}]}, "options or 'exact', got 'exactly'"),
-        ({"entries": [{}, {}]}, "one entry more than thresholds, and a threshold, got 2 entries and 2 thresholds"),
+        ({"entries": [{}, {}]}, "one more entry than thresholds, got 2 entries and 2 thresholds"),
         ({"entries": [{}], "thresholds": []}, "got 1 entries and 0 thresholds"),
         ({"thresholds": [0.4, 0.8]}, r"falling numbers above 0, got \[0.4, 0.8\]"),
         ({"thresholds": [0.8, 0.0]}, "falling numbers above 0"),

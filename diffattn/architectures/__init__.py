@@ -11,10 +11,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (UNetArchitecture(), Transformer2DArch
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The family a denoiser belongs to.
+    """The architecture family of a denoiser.
 
     Raises:
-        TypeError: none of those supported; the message names the model's class and all that are.
+        TypeError: not supported; the message names the model's class and all supported ones.
     """
     for architecture in ARCHITECTURES:
         if architecture.matches(model):

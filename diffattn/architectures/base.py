@@ -1,4 +1,4 @@
-"""What an architecture is, and the processor that runs a method in one of its layers."""
+"""The interface of an architecture, and the processor that runs a method in one of its layers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -22,10 +22,10 @@ from diffattn.schedules import EXACT
 
 
 class Processor(Protocol):
-    """Ours, in the place of one layer's own processor."""
+    """Our processor, which replaces one layer's own."""
 
-    original: Any  # the processor object that was there
-    active: bool  # False once the patch is removed: behaves like the original wherever it still is
+    original: Any  # the processor object that it replaced
+    active: bool  # False once the patch is removed: it then behaves like the original wherever it is still in use
     owner: Any  # the patch
 
     def reason_exact(self, phase: int, grid: tuple[int, int], num_tokens: int, device: str, mask_rows: int) -> str:
@@ -34,11 +34,11 @@ class Processor(Protocol):
 
 
 class Architecture(Protocol):
-    """How one family of denoisers is taken apart. One file per family."""
+    """How to access the parts of one family of denoisers. One file per family."""
 
-    title: str  # what is supported, as error messages list it
-    sample_name: str  # what `forward` calls its noisy input
-    time_name: str  # what `forward` calls its time step
+    title: str  # supported classes, as listed in error messages
+    sample_name: str  # name of the noisy input of `forward`
+    time_name: str  # name of the time step of `forward`
 
     def matches(self, model: nn.Module) -> bool:
         """Whether this family covers the model."""
@@ -53,7 +53,7 @@ class Architecture(Protocol):
         ...
 
     def entry(self, model: nn.Module) -> nn.Module:
-        """A part that every forward runs, before any attention, and that gradient checkpointing does not repeat."""
+        """A submodule that every forward runs before any attention, and that gradient checkpointing does not repeat."""
         ...
 
     def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
@@ -61,16 +61,16 @@ class Architecture(Protocol):
         ...
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
-        """The noise level of a time step that the model was given; `levels` knows the scheduler that draws."""
+        """The noise level of a time step passed to the model; `levels` knows the scheduler in use."""
         ...
 
     def processor(self, **parts: Any) -> Processor:
-        """Our processor for one layer of this family, made of the arguments of `MethodProcessor`."""
+        """Our processor for one layer of this family, built from the arguments of `MethodProcessor`."""
         ...
 
 
 class MethodProcessor(NotPickled):
-    """Runs a method where it applies, and what the layer does by itself everywhere else. A subclass per layout."""
+    """Runs a method where it applies, and the layer's own attention everywhere else. One subclass per layout."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class MethodProcessor(NotPickled):
         self.run = run
         self.tally = tally
         self.owner = owner
-        self.active = True  # a processor put back after its patch was removed behaves like the original
+        self.active = True  # a processor reinstalled after its patch was removed behaves like the original
 
     def reason_exact(self, phase: int, grid: tuple[int, int], num_tokens: int, device: str, mask_rows: int) -> str:
         """Why a call in a phase runs exact, or `ACCELERATED`; `grid`: rows and columns of the layer's tokens."""
@@ -102,7 +102,7 @@ class MethodProcessor(NotPickled):
         return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
 
     def _call_under_way(self) -> DenoiserCall | None:
-        """None outside the denoiser, which is counted, and once the patch is removed."""
+        """The current call; None outside the denoiser (which is counted), and once the patch is removed."""
         if not self.active:
             return None
         call = self.run.current()
@@ -111,7 +111,7 @@ class MethodProcessor(NotPickled):
         return call
 
     def _reason_together(self, call: DenoiserCall, batch: int) -> str | None:
-        """Why the samples of a call cannot be told apart where each is in a phase of its own, or None."""
+        """Why the samples of a call, each in its own phase, cannot be distinguished, or None."""
         if isinstance(call.phase, int) or batch == len(call.phase):
             return None
         return f"a batch of {batch} where {len(call.phase)} samples are in phases of their own"
@@ -121,12 +121,12 @@ class MethodProcessor(NotPickled):
             self.tally.add(self.layer.name, reason)
 
     def _function(self, call: DenoiserCall, phase: int, reason: str) -> AttentionFn | None:
-        """The method's function for a phase, None if there is a reason to run exact; counts which."""
+        """The method's function for a phase; None if there is a reason to run exact, which is counted."""
         self._count(call, reason)
         return self.functions[phase] if reason == ACCELERATED else None
 
     def _apply(self, function: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """The method's function, [B, H, N, D]; counts the heads that it ran exact."""
+        """The output of the method's function [B, H, N, D]; counts the heads that it ran exact."""
         out = function(q, k, v, call)
         if call.exact_heads:
             self.tally.add(self.layer.name, EXACT_HEADS, call.exact_heads)
@@ -138,7 +138,7 @@ def by_phase(phases: int | tuple[int, ...], run: Callable[..., Tensor], *tensors
 
     Args:
         phases: of the batch, or one per sample.
-        run: gives a tensor [B, ...] for the samples it is given.
+        run: returns a tensor [B, ...] for the samples passed to it.
         tensors: [B, ...], or [B·heads, ...] sample by sample, or [1, ...] for all samples.
     """
     if isinstance(phases, int):
@@ -155,7 +155,7 @@ def by_phase(phases: int | tuple[int, ...], run: Callable[..., Tensor], *tensors
 
 
 def genuine(processor: Any) -> Any:
-    """The processor itself; for one of ours that was put back after its removal, what it stands for."""
+    """The processor itself, or the original of one of ours that was reinstalled after its removal."""
     while isinstance(processor, MethodProcessor) and not processor.active:
         processor = processor.original
     return processor

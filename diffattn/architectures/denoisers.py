@@ -10,7 +10,7 @@ from diffattn.architectures import ARCHITECTURES, architecture_of
 from diffattn.methods.base import LayerSpec
 
 CONTROL = ("controlnet", "adapter")
-"""What pipelines call the networks that steer the denoiser."""
+"""Attribute names of the networks that steer a pipeline's denoiser."""
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -47,9 +47,9 @@ def denoisers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
 
 
 def uncovered_networks(pipe_or_model: Any) -> list[str]:
-    """One sentence for every control network of a pipeline that `denoisers_of` leaves out, with the reason."""
+    """One sentence for every control network of a pipeline that `denoisers_of` excludes, with the reason."""
     return [
-        f"{name} ({type(uncompiled(net)).__name__}) runs as it is: {_reason_uncovered(uncompiled(net))}"
+        f"{name} ({type(uncompiled(net)).__name__}) runs unpatched: {_reason_uncovered(uncompiled(net))}"
         for name, net in _control_networks(pipe_or_model)
         if not _is_supported(net)
     ]
@@ -62,7 +62,7 @@ def self_attention_layers(model: nn.Module) -> list[tuple[LayerSpec, Any]]:
 
 
 def _control_networks(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, network) of everything that steers the denoiser, also of several in one."""
+    """(name, network) of everything that steers the denoiser, including the members of multi-networks."""
     if not isinstance(pipe, DiffusionPipeline):
         return
     for name in CONTROL:

@@ -13,7 +13,7 @@ from diffattn.noise_level import Reading, TimeReader
 
 
 class Transformer2DArchitecture:
-    """`DiTTransformer2DModel` and `PixArtTransformer2DModel`; PixArt's cross-attention to the text is left alone."""
+    """`DiTTransformer2DModel` and `PixArtTransformer2DModel`; PixArt's cross-attention to the text is not patched."""
 
     title = "DiTTransformer2DModel (DiT) and PixArtTransformer2DModel (PixArt-alpha, PixArt-Sigma)"
     sample_name = "hidden_states"
@@ -35,7 +35,7 @@ class Transformer2DArchitecture:
 
     def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
         config: Any = model.config
-        return [(height // config.patch_size, width // config.patch_size)]  # rows that fill no patch are cut off
+        return [(height // config.patch_size, width // config.patch_size)]  # rows that do not fill a patch are cut off
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         return read_dit_time(time, levels)

@@ -7,7 +7,7 @@ from diffattn.noise_level import Convention, Reading, TimeReader, discrete, dit_
 
 
 def read_dit_time(time: Any, levels: TimeReader) -> Reading:
-    """A time step of the scheduler that draws, or where none is known one of DiT's training schedule."""
+    """The noise level of a time step of the scheduler in use or, if none is known, of DiT's training schedule."""
     return levels.read(time, _training())
 
 

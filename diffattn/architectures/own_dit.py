@@ -20,7 +20,7 @@ from diffattn.models.mediator import MediatorAttention
 from diffattn.noise_level import Reading, TimeReader, values_of
 
 STEPS_TO_COME = 64
-"""How finely the noise levels of the rest of a run are told, where its steps are not known."""
+"""Resolution of the noise levels of the rest of a run whose steps are unknown."""
 
 
 class SiTArchitecture:
@@ -51,10 +51,11 @@ class SiTArchitecture:
         return [token_grid((height, width), _dit(model).patch_size)]
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
-        """With time from noise to data u = 1 - t, as on the linear path, and the run goes on from there to 0.
+        """For time from noise to data, u = 1 - t, as on the linear path, and the run continues from there to 0.
 
-        The GVP path falls as steadily, with another noise level. Time from data to noise is a discrete step: of the
-        pipeline's scheduler, or without one of DiT's training schedule. A time on the CPU is read without waiting.
+        On the GVP path u also falls monotonically, with another noise level. Time from data to noise is a discrete
+        step: of the pipeline's scheduler or, without one, of DiT's training schedule. A time on the CPU is read without
+        waiting.
         """
         if _dit(model).config["time_direction"] == "noise_to_data":
             now = [min(max(1 - t, 0.0), 1.0) for t in values_of(time)]
@@ -118,14 +119,14 @@ class SiTProcessor(MethodProcessor):
         grid: tuple[int, int],
         num_mediators: int,
     ) -> Tensor:
-        """What the layer does without us."""
+        """The layer's output without a method."""
         if self.original is None:
             return layer.attend(q, k, v, grid, num_mediators)
         return self.original(layer, x, q, k, v, grid, num_mediators)
 
 
 def _mediate(layer: AttentionLayer, grid: tuple[int, int]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
-    """Mediator attention as the layer learned it, with a number of mediators to choose."""
+    """The layer's learned mediator attention, with a given number of mediators."""
     if not isinstance(layer, MediatorAttention):
         return None
     return lambda q, k, v, num_mediators: layer.attend(q, k, v, grid, num_mediators)

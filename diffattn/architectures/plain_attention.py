@@ -29,11 +29,11 @@ PLAIN_PROCESSORS = (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
-"""Processors that compute plain softmax attention and nothing else, so that one of ours can stand in."""
+"""Processors that compute plain softmax attention and nothing else, so that ours can replace them."""
 
 
 HONOUR_SCALE = (AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
-"""Those of them whose softmax takes `attn.scale`; the others take 1/√D whatever it is."""
+"""Those of them whose softmax takes `attn.scale`; the others always use 1/√D."""
 
 HONOUR_NORMS = (AttnProcessor2_0,)
 """Those of them that apply `attn.norm_q` and `attn.norm_k`."""
@@ -52,7 +52,7 @@ def reason_exact(module: torch.nn.Module) -> str | None:
 
 
 def spec_of(name: str, module: torch.nn.Module, level: int) -> LayerSpec:
-    """What is known of a layer, of whatever attention class."""
+    """What is known about a layer, whatever its attention class."""
     heads = int(getattr(module, "heads", 1))
     return LayerSpec(
         name=name,
@@ -68,7 +68,7 @@ class SelfAttentionProcessor(MethodProcessor):
     """Runs a method where it applies, and the layer's original processor object everywhere else."""
 
     def __new__(cls, *parts: Any, **named_parts: Any) -> Any:
-        """`load_ip_adapter` makes new processors as `processor.__class__()`: it gets diffusers' plain one."""
+        """`load_ip_adapter` creates processors as `processor.__class__()`; it gets diffusers' plain one."""
         return super().__new__(cls) if parts or named_parts else AttnProcessor2_0()
 
     def __init__(self, layer: LayerSpec, original: Any, *parts: Any, **named_parts: Any) -> None:
@@ -109,7 +109,7 @@ class SelfAttentionProcessor(MethodProcessor):
         attention_mask: Tensor | None,
         temb: Tensor | None,
     ) -> Tensor:
-        """All samples are in one phase: accelerate, or find the reason not to."""
+        """For samples in one phase: accelerate, or find the reason not to."""
         is_image = hidden_states.ndim == 4
         grid = (hidden_states.shape[2], hidden_states.shape[3]) if is_image else call.grids[self.layer.level]
         num_tokens = hidden_states.shape[-2] * (hidden_states.shape[-1] if is_image else 1)
@@ -129,7 +129,7 @@ class SelfAttentionProcessor(MethodProcessor):
     def _exact(
         self, attn: Attention, hidden_states: Tensor, context: Tensor | None, mask: Tensor | None, temb: Tensor | None
     ) -> Tensor:
-        """The original processor object, called as it would have been."""
+        """Call the original processor object as usual."""
         named = {"temb": temb} if self._original_takes_temb else {}
         return self.original(attn, hidden_states, encoder_hidden_states=context, attention_mask=mask, **named)
 
@@ -149,7 +149,7 @@ class SelfAttentionProcessor(MethodProcessor):
         mask: Tensor | None,
         temb: Tensor | None,
     ) -> Tensor:
-        """What diffusers' `AttnProcessor2_0` does, with `function` in the place of its softmax attention."""
+        """Diffusers' `AttnProcessor2_0` with `function` in place of its softmax attention."""
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -171,7 +171,7 @@ class SelfAttentionProcessor(MethodProcessor):
         return out / attn.rescale_output_factor
 
     def _project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, N, C] -> q, k, v [B, H, N, D], normalised and scaled where the original processor does that."""
+        """x [B, N, C] -> q, k, v [B, H, N, D], normalised and scaled like in the original processor."""
         if self._fused:
             projected = attn.to_qkv(x).chunk(3, dim=-1)
         else:
@@ -182,6 +182,6 @@ class SelfAttentionProcessor(MethodProcessor):
         if self._honours_norms and attn.norm_k is not None:
             k = attn.norm_k(k)
         ratio = attn.scale * sqrt(q.shape[-1]) if self._honours_scale else 1.0  # a method's logits have 1/√D
-        if abs(ratio - 1) > 1e-6:  # half on each side, so that products with pooled queries have it once as well
+        if abs(ratio - 1) > 1e-6:  # half on each side, so that products with pooled queries also have it once
             q, k = q * sqrt(ratio), k * sqrt(ratio)
         return q, k, v

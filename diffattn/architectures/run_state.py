@@ -1,4 +1,4 @@
-"""The run under way, per thread, and the count of what happened: what the processors of one patch share."""
+"""The state shared by the processors of one patch: the current run, per thread, and the call counts."""
 
 import copy
 import pickle
@@ -14,28 +14,28 @@ from diffattn.noise_level import NoiseLevels
 from diffattn.schedules import Schedule
 
 ACCELERATED = "accelerated"
-"""What is counted for a call that was accelerated; anything else is the reason why it was not."""
+"""The count of accelerated calls; any other key is the reason why calls were not accelerated."""
 
 EXACT_HEADS = "heads that ran exact in accelerated calls"
-"""What is counted beside calls: heads of all samples."""
+"""A count besides calls: heads over all samples."""
 
 OUTSIDE = "called outside a call of the denoiser, for instance by model.forward"
-"""The reason of a layer that no call of the denoiser led to."""
+"""The reason for a layer that ran outside any call of the denoiser."""
 
 EXACT_PHASE = -1
-"""The phase of a call whose noise level the schedule needs and nobody knows: exact attention."""
+"""The phase of a call whose noise level is needed but unknown: exact attention."""
 
 LONGEST_TRACE = 10_000
-"""Calls that a trace holds: of a model that is called by hand at one noise level for ever, the last ones."""
+"""Maximum calls in a trace; a model that is called at one noise level forever keeps the last ones."""
 
 
 class NotPickled:
-    """Part of a patched model: can be deep-copied with it, but not pickled."""
+    """Base of the parts of a patched model, which can be deep-copied with it but not pickled."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise pickle.PicklingError(
             "a model patched by diffattn cannot be pickled, saved whole with torch.save or sent to another process: "
-            "call diffattn.unpatch first, and diffattn.patch where it is loaded (its state_dict can be saved as it is)"
+            "call diffattn.unpatch first, and diffattn.patch where it is loaded (its state_dict can be saved as usual)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -47,7 +47,7 @@ class NotPickled:
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """What a processor needs to know of the denoiser call it is part of."""
+    """What a processor needs to know about the current denoiser call."""
 
     phase: int | tuple[int, ...]  # of the schedule, for the batch or one per sample; or EXACT_PHASE
     grids: Sequence[tuple[int, int]]  # rows and columns of the tokens, by level
@@ -55,23 +55,23 @@ class DenoiserCall:
 
 
 class Latest:
-    """The call that began last in any thread: what autograd's own threads recompute."""
+    """The most recent call of any thread, which autograd's own threads recompute."""
 
     call: DenoiserCall | None = None
 
 
 class RunState(threading.local):
-    """The run under way, one per thread. Written outside the denoiser, before and after its calls; read inside.
+    """The current run of each thread. Written outside the denoiser, before and after its calls; read inside.
 
     Attributes:
-        call: the call under way, or the last one.
-        inside: whether a call is under way.
+        call: the current or the last call.
+        inside: whether a call is in progress.
         bypassed: whether the denoiser's `forward` was entered without its hooks since.
         schedule: this run's own copy of the schedule.
-        noise_levels: reads the time steps of the scheduler that draws.
+        noise_levels: reads the time steps of the scheduler in use.
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
-        trace: what happened in every call of this run, as JSON types.
+        trace: a record of every call of this run, as JSON types.
     """
 
     call: DenoiserCall | None = None
@@ -88,7 +88,7 @@ class RunState(threading.local):
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
 
     def begin(self, call: DenoiserCall) -> None:
-        """A call of the denoiser begins in this thread."""
+        """Begin a call of the denoiser in this thread."""
         self.call = self.latest.call = call
         self.inside, self.bypassed = True, False
 
@@ -118,7 +118,7 @@ class Tally(NotPickled):
         self._lock = threading.Lock()
 
     def add(self, layer: str, reason: str, number: int = 1) -> None:
-        """Count calls of a layer that were accelerated, or ran exact for a reason."""
+        """Count calls of a layer that were accelerated, or ran exact for the given reason."""
         with self._lock:
             self._counts[layer, reason] += number
 

@@ -56,7 +56,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def _level(name: str, num_levels: int) -> int:
-    """Level of a block by its place: down_blocks count down, up_blocks count back up."""
+    """Level of a block by its position: down_blocks count down, up_blocks count back up."""
     place, _, rest = name.partition(".")
     if place == "down_blocks":
         return int(rest.partition(".")[0])

@@ -1,1 +1,1 @@
-"""The programs behind `diffattn bench`: what is compared, in turns, and the reports."""
+"""The programs behind `diffattn bench`: the variants, their interleaved timing, and the reports."""

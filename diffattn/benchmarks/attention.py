@@ -1,7 +1,7 @@
 """How much faster one denoising step is: exact attention, agents, token merging, and the floor under them all.
 
-One UNet with random weights per model; all variants of one size take turns on it (see `speed.interleave`). The
-results are one JSON file, whole after every round; `resume` goes on where it ends.
+One UNet with random weights per model; all variants of one size take turns on it (see `measure.interleave`). The
+results are one JSON file, complete after every round; `resume` continues from it.
 """
 
 import copy
@@ -32,7 +32,7 @@ class BenchmarkConfig:
     """What to measure.
 
     Raises:
-        ValueError: a name or number that is not allowed; the message has it and what is.
+        ValueError: a name or number that is not allowed; the message names it and the allowed ones.
     """
 
     models: tuple[str, ...] = ("sd15", "sdxl")
@@ -43,10 +43,10 @@ class BenchmarkConfig:
     batch: int = 2  # guidance: the unconditional and the conditional half
     levels: tuple[int, ...] | None = None  # whose self-attention is compared; None: the model's own
     min_tokens: int | None = None  # of the agents; None: the thresholds of this machine
-    device: str = "auto"  # the first there is of cuda, mps, cpu
+    device: str = "auto"  # the first available of cuda, mps, cpu
     dtype: str = "auto"  # see `machine.fastest_dtype`
-    threads: int | None = None  # CPU threads; None: as torch finds them
-    compile: bool = False  # measure compiled too
+    threads: int | None = None  # CPU threads; None: torch's default
+    compile: bool = False  # also measure compiled
 
     def __post_init__(self) -> None:
         _check_names("model", self.models, MODELS)
@@ -73,7 +73,7 @@ class BenchmarkConfig:
 
     @property
     def all_variants(self) -> tuple[str, ...]:
-        """The variants with the reference first, whether it was named or not."""
+        """The variants, with the reference first whether or not it was named."""
         return (SDPA, *(name for name in dict.fromkeys(self.variants) if name != SDPA))
 
     @property
@@ -85,7 +85,7 @@ class Benchmark:
     """One benchmark, checked and ready to run; its results are `RESULT_FILE` in the folder `out`."""
 
     def __init__(self, config: BenchmarkConfig, out: Path, *, resume: bool = False) -> None:
-        """With `resume`, what the folder holds is kept and only what is missing is measured.
+        """With `resume`, existing results in the folder are kept and only missing ones are measured.
 
         Raises:
             ValueError: the device cannot be used, or the results to resume were made under other conditions.
@@ -96,12 +96,12 @@ class Benchmark:
             self.results = ResultFile(out / RESULT_FILE, _conditions(config, self.device, self.dtype), resume)
 
     def run(self, *, time_budget: float | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
-        """Measure, and return what the result file then holds.
+        """Measure, and return the content of the result file.
 
         Args:
-            time_budget: seconds; no round begins that would end later, apart from the first of a model and size
-                under way. What was cut short has `complete` false, or is not there.
-            say: is told of the progress, line by line.
+            time_budget: seconds; no round starts that would end later, apart from the first of the current model and
+                size. Results that were cut short have `complete` false, or are missing.
+            say: called with lines about the progress.
         """
         deadline = None if time_budget is None else time.monotonic() + time_budget
         with cpu_threads(self.config.threads):
@@ -119,7 +119,7 @@ class Benchmark:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything is measured."""
+        """Whether everything has been measured."""
         return not any(self._missing(name) for name in self.config.models)
 
     def _missing(self, model: str) -> list[tuple[int, str]]:
@@ -205,7 +205,7 @@ def _prepare_eager(
 def _prepare_compiled(
     unet: nn.Module, names: list[str], levels: tuple[int, ...], config: BenchmarkConfig, inputs: Any
 ) -> Iterator[Prepared]:
-    """One compiled UNet per variant, for good: changing a compiled one would compile it anew. They share weights."""
+    """One compiled UNet per variant, kept throughout: changing one would recompile it. They share weights."""
     args, kwargs = inputs
     torch._dynamo.reset()
     with ExitStack() as stack, torch._dynamo.config.patch(recompile_limit=64):  # no variant falls back to eager
@@ -220,7 +220,7 @@ def _prepare_compiled(
 
 
 def _twin(unet: nn.Module) -> nn.Module:
-    """A copy of the modules with the very same weights."""
+    """A copy of the modules that shares the weights."""
     return copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
 
 

@@ -13,7 +13,7 @@ HEAD = ("variant", *TIMING_HEAD, "of floor's saving", "layers", "peak MiB")
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Every result as a text table, with what it was measured on."""
+    """All results as text tables, with the machine they were measured on."""
     return "\n\n".join([conditions(results), *(_section(entry) for entry in results["results"])])
 
 
@@ -47,7 +47,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def style_of(name: str) -> dict[str, Any]:
-    """How a variant is drawn, the same in every plot; one that is not among `VARIANTS` gets a colour too."""
+    """The style of a variant, the same in every plot; one that is not in `VARIANTS` also gets a colour."""
     if name == FLOOR:
         return {"label": "floor (no attention)", "color": "0.55", "linestyle": "--"}
     known = [variant for variant in VARIANTS if variant not in (SDPA, FLOOR)]

@@ -1,4 +1,4 @@
-"""The mediator benchmark's results for people: tables, from where mediators pay, and a plot."""
+"""The mediator benchmark's results for people: tables, the token counts from which mediators pay, and a plot."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ from diffattn.measure.tables import TIMING_HEAD, conditions, rounds_of, timing_c
 from diffattn.tables import text_table
 
 HEAD = ("variant", *TIMING_HEAD, "GFLOPs", "peak MiB")
-NOTE = "training is forward and backward, without an optimizer; peak MiB is what a call held beyond weights and inputs"
+NOTE = "training is forward and backward, without an optimizer; peak MiB is a call's memory beyond weights and inputs"
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Every result as a text table, with what it was measured on, then from how many tokens on mediators pay."""
+    """All results as text tables, with the machine, and the token counts from which mediators pay."""
     left_out = [f"{e['model']}, {e['size']} tokens, {e['mode']}: left out, {e['why']}" for e in results["left_out"]]
     entries = sorted(results["results"], key=lambda e: (e["model"], e["mode"], e["size"]))
     head = f"{conditions(results)}\n{NOTE}"

@@ -1,4 +1,4 @@
-"""What the mediator benchmark times: a block or a whole DiT, with softmax and with mediators over the same weights.
+"""The subjects of the mediator benchmark: a block or a whole DiT, with softmax and with mediators on the same weights.
 
 Shapes: B batch, N = side² tokens, C hidden channels, n mediators.
 """
@@ -32,8 +32,8 @@ WIDTHS = {**SIZES, "tiny": {"hidden_size": 32, "num_layers": 2, "num_heads": 2}}
 class Subject:
     """One block or model with softmax, one with mediators, and inputs for both.
 
-    The weights are random, the same every time, and shared by the two: only one set of them, and one of their
-    gradients, is ever in memory.
+    The weights are random but reproducible, and shared by the two: only one set of weights, and one of gradients, is
+    ever in memory.
 
     Attributes:
         what: "block" or "model".
@@ -42,7 +42,7 @@ class Subject:
         mediators: every n.
         batch: B.
         device, dtype: of weights and inputs. On the meta device nothing is computed.
-        num_layers: of a model; None: as many as the width has.
+        num_layers: of a model; None: the published depth of the width.
     """
 
     what: str
@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Names of what is compared; softmax first."""
+        """Names of the variants; softmax first."""
         return (SOFTMAX, *map(str, self.mediators))
 
     @property
@@ -75,7 +75,7 @@ class Subject:
         module.to_empty(device=self.device)
         generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(0)
         with torch.no_grad():
-            for parameter in module.parameters():  # no zeros: no gate is closed
+            for parameter in module.parameters():  # no zeros, so that no gate is closed
                 parameter.normal_(std=0.02, generator=generator)
             for name, buffer in module.named_buffers():
                 assert name == "pos_embed", name
@@ -84,7 +84,7 @@ class Subject:
 
     @cached_property
     def exact(self) -> nn.Module:
-        """The module with softmax attention, and the weights of the other."""
+        """The module with softmax attention, sharing the weights of the other."""
         module, weights = self._empty("softmax"), dict(self.mediating.named_parameters())
         module.load_state_dict({name: weights[name] for name, _ in module.named_parameters()}, assign=True)
         if isinstance(module, DiT):
@@ -92,7 +92,7 @@ class Subject:
         return module
 
     def _empty(self, attention: str) -> nn.Module:
-        """On the meta device."""
+        """The subject on the meta device."""
         size, grid = WIDTHS[self.width], (self.side, self.side)
         with torch.device("meta"):
             if self.what == MODEL:
@@ -125,7 +125,7 @@ class Subject:
         return step
 
     def _forward(self, module: nn.Module, n: int, training: bool) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """A forward pass, and its inputs that get gradients."""
+        """A forward pass, and the inputs that get gradients."""
         if isinstance(module, DiT):
             pixels = self.side * PATCH
             x, t = self._random(self.batch, CHANNELS, pixels, pixels), torch.full((self.batch,), 0.5).to(self.device)
@@ -147,7 +147,7 @@ class Subject:
 
 
 def memory_needed(subject: Subject, training: bool) -> float:
-    """About how many bytes a step with the most mediators needs: weights, gradients, what is kept for backward."""
+    """Approximate bytes of a step with the most mediators: weights, gradients, and what is kept for backward."""
     return _over_depth([_held(twin, training) for twin in _on_meta(subject)], subject.depth)
 
 
@@ -161,7 +161,7 @@ def gflops(subject: Subject, training: bool) -> dict[str, float]:
 
 
 def _on_meta(subject: Subject) -> list[Subject]:
-    """A block; or models of one and of two layers, which tell for any depth, since all layers are the same."""
+    """A block; or models of one and of two layers, which suffice for any depth since all layers are the same."""
     twin = replace(subject, device=torch.device("meta"))
     return [twin] if subject.what == BLOCK else [replace(twin, num_layers=layers) for layers in (1, 2)]
 

@@ -1,8 +1,8 @@
-"""How much faster mediator attention is than softmax attention: a transformer block and a whole model, forward and in
+"""Speed of mediator attention against softmax attention: a transformer block and a whole model, forward and in
 training, over the number of tokens.
 
-Softmax and every number of mediators take turns (see `speed.interleave`) on the same weights. The results are one
-JSON file, whole after every round; `resume` goes on where it ends.
+Softmax and every number of mediators take turns (see `measure.interleave`) on the same weights. The results are one
+JSON file, complete after every round; `resume` continues from it.
 """
 
 import os
@@ -38,7 +38,7 @@ class MediatorBenchmarkConfig:
     """What to measure.
 
     Raises:
-        ValueError: a name or number that is not allowed; the message has it and what is.
+        ValueError: a name or number that is not allowed; the message names it and the allowed ones.
     """
 
     what: tuple[str, ...] = WHAT
@@ -48,9 +48,9 @@ class MediatorBenchmarkConfig:
     mediators: tuple[int, ...] = (4, 16, 64)
     rounds: int = 9
     batch: int = 1
-    device: str = "auto"  # the first there is of cuda, mps, cpu
+    device: str = "auto"  # the first available of cuda, mps, cpu
     dtype: str = "auto"  # see `machine.fastest_dtype`
-    threads: int | None = None  # CPU threads; None: as torch finds them
+    threads: int | None = None  # CPU threads; None: torch's default
 
     def __post_init__(self) -> None:
         for name, allowed in (("what", WHAT), ("widths", tuple(WIDTHS)), ("modes", MODES)):
@@ -89,7 +89,7 @@ class TimedCase:
 
     @property
     def work(self) -> float:
-        """About how many operations a call of every variant makes together, to order and to foresee."""
+        """Approximate operations of one call of every variant together, to order and predict the work."""
         s = self.subject
         dim = WIDTHS[s.width]["hidden_size"]
         per_token = 24 * dim**2 * len(s.variants) + 4 * s.tokens * dim
@@ -100,7 +100,7 @@ class MediatorBenchmark:
     """One benchmark, checked and ready to run; its results are `RESULT_FILE` in the folder `out`."""
 
     def __init__(self, config: MediatorBenchmarkConfig, out: Path, *, resume: bool = False) -> None:
-        """With `resume`, what the folder holds is kept and only what is missing is measured.
+        """With `resume`, existing results in the folder are kept and only missing ones are measured.
 
         Raises:
             ValueError: the device cannot be used, or the results to resume were made under other conditions.
@@ -115,12 +115,12 @@ class MediatorBenchmark:
         self._too_large: set[tuple[str, int, str]] = set()
 
     def run(self, *, time_budget: float | None = None, say: Say = print) -> dict[str, Any]:
-        """Measure, the cheapest first, and return what the result file then holds.
+        """Measure, cheapest first, and return the content of the result file.
 
         Args:
-            time_budget: seconds; what would take longer than what is left of them is left out, and dear comparisons
-                get fewer rounds, so that all have some. What was cut short has `complete` false.
-            say: is told of the progress, line by line.
+            time_budget: seconds; comparisons that would exceed the remaining time are skipped, and costly ones get
+                fewer rounds, so that each gets some. Results that were cut short have `complete` false.
+            say: called with lines about the progress.
         """
         deadline = None if time_budget is None else time.monotonic() + time_budget
         missing = self._missing()
@@ -140,7 +140,7 @@ class MediatorBenchmark:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything is measured that the memory has room for."""
+        """Whether everything that fits in memory has been measured."""
         return all(job.key in self._too_large for job in self._missing())
 
     def _missing(self) -> list[TimedCase]:
@@ -153,19 +153,18 @@ class MediatorBenchmark:
         return sorted(open_, key=lambda job: job.work)
 
     def _reason_to_skip(self, job: TimedCase, seconds_left: float | None, expected: float) -> str | None:
-        """Why this comparison cannot be made; `expected` is how long its warm-up and first round would take, 0
-        where nothing tells."""
+        """Why this comparison cannot be made; `expected`: seconds of its warm-up and first round, 0 if unknown."""
         needed, there = memory_needed(job.subject, job.mode == TRAINING) / 2**30, _memory(self.device) / 2**30
         if needed > MEMORY_SHARE * there:
             self._too_large.add(job.key)
-            return f"it needs about {needed:.1f} GiB of memory, and there are {there:.1f}"
+            return f"it needs about {needed:.1f} GiB of memory, but there are {there:.1f}"
         if seconds_left is not None and expected and expected > seconds_left:
             return f"a round would take about {expected / 120:.1f} minutes, too long for the time budget"
         return None
 
     def _measure(self, job: TimedCase, deadline: float | None, say: Say) -> None:
         """All variants of one comparison, interleaved after one call each that is not timed."""
-        subject = replace(job.subject)  # which holds the weights only for as long as this takes
+        subject = replace(job.subject)  # which only holds the weights during this call
         training, rounds = job.mode == TRAINING, self.config.rounds
         model, size, mode = job.key
         names = subject.variants
@@ -201,9 +200,9 @@ class MediatorBenchmark:
 
 
 def pays_from(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, int | None]]]:
-    """Block or model -> mode -> number of mediators -> the smallest number of tokens measured from which on, up to
-    the largest measured, they are faster than softmax: the upper quartile of their time ratio is below 1. None if
-    they are not at the largest."""
+    """Block or model -> mode -> number of mediators -> the smallest measured number of tokens from which mediators are
+    faster than softmax up to the largest measured one: the upper quartile of their time ratio is below 1. None if they
+    are not faster at the largest."""
     table: dict[str, dict[str, dict[str, int | None]]] = {}
     entries = sorted(results["results"], key=lambda entry: entry["size"], reverse=True)
     slower: set[tuple[str, str, str]] = set()
@@ -222,7 +221,7 @@ def pays_from(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, int |
 
 
 def _memory(device: torch.device) -> float:
-    """Bytes of memory of a device, infinite where nothing tells."""
+    """Bytes of memory of a device, infinite if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu" and hasattr(os, "sysconf"):

@@ -7,7 +7,7 @@ from typing import Any
 from diffattn.measure.tables import conditions
 
 COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#E69F00", "#F0E442")
-"""Told apart by the colour-blind too (Okabe and Ito)."""
+"""Distinguishable by the colour-blind too (Okabe and Ito)."""
 
 MARKERS = ("o", "s", "^", "v", "D", "x")
 
@@ -24,11 +24,11 @@ def save_panels(
     """One panel for each group of the results, side by side, by size from left to right.
 
     Args:
-        results: what a benchmark's result file holds.
-        path: of the picture; its folder is made.
+        results: the content of a benchmark's result file.
+        path: of the picture; its folder is created.
         group: the title of the panel that an entry belongs to.
         panel: draws the entries of one group, sorted by size, on its axes.
-        ylabel: of the first panel; they share their scale.
+        ylabel: of the first panel; all panels share the scale.
 
     Raises:
         ValueError: matplotlib is not installed, or there is no result.
@@ -68,10 +68,10 @@ def draw_ratios(axis: Any, entries: Entries, name: str, **style: Any) -> None:
 
 
 def style_of_number(i: int) -> dict[str, str]:
-    """Colour and marker of the i-th variant: the colours in turn, then again with another marker."""
+    """Colour and marker of the i-th variant: cycles through the colours, then again with another marker."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
 
 
 def variants_in(entries: Entries) -> list[str]:
-    """The names of all variants, each once, in the order in which they first come."""
+    """The names of all variants without duplicates, in order of first appearance."""
     return list(dict.fromkeys(name for entry in entries for name in entry["variants"]))

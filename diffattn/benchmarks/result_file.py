@@ -1,4 +1,4 @@
-"""The benchmark's result file: whole after every round, and the place to resume from."""
+"""The benchmark's result file: complete after every round, and the basis for resuming."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,10 +8,10 @@ from diffattn.files import read_json, write_json
 
 
 class ResultFile:
-    """The results so far, on disk after every change."""
+    """The results so far, saved to disk after every change."""
 
     def __init__(self, path: Path, conditions: Mapping[str, Any], resume: bool) -> None:
-        """Raises `ValueError` for results to resume that were made under other conditions."""
+        """Raise `ValueError` if the results to resume were made under other conditions."""
         self.path = path
         self.data: dict[str, Any] = {**conditions, "results": []}
         if resume and path.is_file():
@@ -30,14 +30,14 @@ class ResultFile:
         return next((e for e in self.data["results"] if (e["model"], e["size"], e["mode"]) == key), None)
 
     def is_done(self, model: str, size: int, mode: str, rounds: int, variants: Collection[str]) -> bool:
-        """Whether all these variants have so many rounds."""
+        """Whether all these variants have this many rounds."""
         entry = self.find(model, size, mode)
         if entry is None or entry["rounds"] < rounds:
             return False
         return set(variants) <= {*entry["variants"], *entry["left_out"]}
 
     def rounds_of(self, model: str, size: int, mode: str, names: Collection[str]) -> list[dict[str, float]]:
-        """Rounds measured before, if they had these very variants."""
+        """Rounds measured before, if they had exactly these variants."""
         entry = self.find(model, size, mode)
         if entry is None or set(entry["variants"]) != set(names):
             return []
@@ -45,14 +45,14 @@ class ResultFile:
         return [{name: seconds[name][i] for name in names} for i in range(entry["rounds"])]
 
     def put(self, entry: Mapping[str, Any]) -> None:
-        """Add or replace one result, and write."""
+        """Add or replace one result, and save."""
         old = self.find(entry["model"], entry["size"], entry["mode"])
         self.data["results"] = [e for e in self.data["results"] if e is not old] + [dict(entry)]
         write_json(self.path, self.data)
 
 
 def _comparable(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for rounds to belong together."""
+    """The conditions that must be equal for rounds to belong together."""
     machine, settings = conditions.get("machine", {}), conditions.get("settings", {})
     return {
         **{key: machine.get(key) for key in ("cpu", "gpu", "threads")},

@@ -1,4 +1,4 @@
-"""Measures from how many tokens on agents beat exact attention on a device: the table of `methods.thresholds`.
+"""Measures the number of tokens from which agents beat exact attention on a device: the table of `methods.thresholds`.
 
 Both are timed as operations on q, k, v: attention through landmarks, sampling included, against one SDPA call,
 interleaved. Pooled queries cost less than landmarks, which therefore decide for both.
@@ -46,13 +46,13 @@ def measure_thresholds(
     time_budget: float = 100.0,
     say: Callable[[str], None] = print,
 ) -> list[SizeResult]:
-    """Time every number of agents on every grid, small ones first.
+    """Time every number of agents on every grid, smallest first.
 
     Args:
         device, dtype: where and in what precision.
         sides: rows, and columns, of the grids.
-        time_budget: seconds. Grids that would take longer than what is left are not measured.
-        say: is told of the progress, line by line.
+        time_budget: seconds. Grids that would exceed the remaining time are not measured.
+        say: called with lines about the progress.
     """
     end = time.monotonic() + time_budget
     results: list[SizeResult] = []
@@ -74,7 +74,7 @@ _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 25
 
 
 def _measure_size(side: int, device: torch.device, dtype: torch.dtype, seconds_left: float) -> SizeResult:
-    """As many rounds as take about a tenth of the time that is left."""
+    """As many rounds as fit in about a tenth of the remaining time."""
     worst: dict[str, float] = {}
     rounds = _MOST_ROUNDS
     for head_dim in HEAD_DIMS:
@@ -102,7 +102,7 @@ def _variants(
     for n in NUM_AGENTS:
         if 2 * n < side * side:
             yield str(n), lambda n=n: landmark_attention(q, k, v, *(sample_tokens(x, (side, side), n) for x in (q, k)))
-    # The dearer of the two phases of the published recipe: attention between merged tokens.
+    # The costlier of the two phases of the published recipe: attention between merged tokens.
     layer = LayerSpec("layer", 0, HEADS, head_dim)
     merged = AgentAttention.from_options(dict(AgentAttention.presets["paper"].options) | {"agent_ratio": 0.5})
     x = torch.randn(BATCH, side * side, HEADS * head_dim, generator=generator, device=device, dtype=dtype)
@@ -110,7 +110,7 @@ def _variants(
 
 
 def thresholds_from(results: list[SizeResult], margin: float = MARGIN) -> dict[str, int]:
-    """Agents -> the smallest number of tokens from which on, up to the largest measured, they are faster.
+    """Agents -> the smallest number of tokens from which they are faster up to the largest measured one.
 
     Agents that are not faster at the largest number measured get one token more than that: beyond what was
     measured they count as faster, because exact attention grows with the square of the tokens.
@@ -134,7 +134,7 @@ def save_thresholds(path: Path, device: torch.device, dtype: torch.dtype, result
         The row: number of agents -> tokens.
 
     Raises:
-        ValueError: the file is there and is not a table.
+        ValueError: the file exists but is not a table.
     """
     data = read_json(path) if path.is_file() else {}
     row = thresholds_from(results)

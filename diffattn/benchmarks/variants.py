@@ -1,4 +1,4 @@
-"""What the benchmark compares: each variant changes a UNet for the length of a `with` block, then puts it back."""
+"""The variants of the benchmark: each changes a UNet within a `with` block, and then restores it."""
 
 import warnings
 from collections import ChainMap
@@ -20,7 +20,7 @@ VARIANTS = (SDPA, *PRESETS, TOME, FLOOR)
 TOME_RATIO = 0.5
 
 Coverage = Callable[[], int]
-"""How many self-attention layers ran differently; asked after a call."""
+"""The number of self-attention layers that ran differently; queried after a call."""
 
 
 class LeftOut(Exception):
@@ -31,13 +31,13 @@ class LeftOut(Exception):
 def apply_variant(
     name: str, unet: nn.Module, levels: Collection[int], min_tokens: int | None = None
 ) -> Iterator[Coverage]:
-    """The UNet with the self-attention of `levels` as the named variant has it.
+    """Apply the named variant to the self-attention of `levels` within the block.
 
     Args:
         name: one of `VARIANTS`.
         unet: a `UNet2DConditionModel`, compiled or not.
         levels: resolutions whose layers are changed, 0 the highest.
-        min_tokens: of the agents; None keeps the thresholds they ship with.
+        min_tokens: of the agents; None keeps their thresholds.
 
     Raises:
         LeftOut: tomesd is missing, or the preset covers none of these levels.
@@ -64,7 +64,7 @@ def _agents(unet: nn.Module, levels: Collection[int], preset: str, min_tokens: i
     except ValueError as error:
         raise LeftOut(str(error)) from None
     with handle, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DiffAttnWarning)  # the coverage says how many layers are accelerated
+        warnings.simplefilter("ignore", DiffAttnWarning)  # the coverage counts the accelerated layers
         yield lambda: handle.report().layers_accelerated
 
 
@@ -83,7 +83,7 @@ def _values_only(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]
 
 
 class ValueProcessor:
-    """Attention that returns each token's own value: what is left when attention costs nothing."""
+    """Attention that returns each token's own value: what remains when attention costs nothing."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states)))
@@ -91,7 +91,7 @@ class ValueProcessor:
 
 @contextmanager
 def _merged(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
-    """Token merging as tomesd does it, and nothing of it left behind (its own removal leaves attributes)."""
+    """Token merging by tomesd, without leaving anything behind (its own removal leaves attributes)."""
     try:
         import tomesd
     except ImportError:

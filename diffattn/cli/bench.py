@@ -1,4 +1,4 @@
-"""`diffattn bench`: how fast this machine is with and without agents."""
+"""`diffattn bench`: speed of attention on this machine, exact and accelerated."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ NOT_FINISHED = 1
 
 T = TypeVar("T")
 app = typer.Typer(
-    help="Measure speed on this machine: whole denoising steps, mediators, or the thresholds of the agents.",
+    help="Measure speed on this machine: whole denoising steps, mediators, or the token counts from which agents pay.",
     no_args_is_help=True,
 )
 
@@ -21,18 +21,22 @@ app = typer.Typer(
 @app.command("attention")
 def attention(
     models: Annotated[str, typer.Option(help="UNets with random weights: sd15, sdxl.")] = "sd15,sdxl",
-    sizes: Annotated[str, typer.Option(help="Sides of the square pictures, in pixels.")] = "512,768,1024,1536",
+    sizes: Annotated[str, typer.Option(help="Side lengths of the square pictures, in pixels.")] = "512,768,1024,1536",
     variants: Annotated[
-        str, typer.Option(help="What to compare with sdpa: presets of the agents, tome (tomesd), floor (no attention).")
+        str,
+        typer.Option(
+            help="What to compare with sdpa: presets of agent attention, tome (tomesd), floor (no attention)."
+        ),
     ] = "sdpa,balanced,fast,paper,tome,floor",
-    rounds: Annotated[int, typer.Option(help="Times every variant is timed; they take turns.")] = 9,
-    warmup: Annotated[int, typer.Option(help="Calls of every variant before the first round.")] = 1,
-    batch: Annotated[int, typer.Option(help="Batch of one step; 2 is one picture with guidance.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Timings per variant; the variants take turns.")] = 9,
+    warmup: Annotated[int, typer.Option(help="Untimed calls of each variant before the first round.")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch size of one step; 2 is one picture with guidance.")] = 2,
     levels: Annotated[
-        str | None, typer.Option(help="Levels whose self-attention is compared. [default: sd15 0,1; sdxl 1,2]")
+        str | None, typer.Option(help="UNet levels whose self-attention is compared. [default: sd15 0,1; sdxl 1,2]")
     ] = None,
     min_tokens: Annotated[
-        int | None, typer.Option(help="Layers with fewer tokens run exact. [default: this machine's thresholds]")
+        int | None,
+        typer.Option(help="Layers with fewer tokens use exact attention. [default: this machine's thresholds]"),
     ] = None,
     device: Device = "auto",
     dtype: BenchDtype = "auto",
@@ -40,12 +44,12 @@ def attention(
     compile: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for attention.json and attention.png.")] = Path("outputs/bench"),
     resume: Resume = False,
-    time_budget: Annotated[float | None, typer.Option(help="Minutes after which no round begins.")] = None,
+    time_budget: Annotated[float | None, typer.Option(help="Start no further round after this many minutes.")] = None,
     json: JsonFile = None,
 ) -> None:
     """Time one denoising step: exact attention, agents, token merging, and no attention at all.
 
-    The results are written after every round: interrupt at any time, and resume with --resume.
+    Results are written after every round, so you can interrupt at any time and resume with --resume.
     """
     check_writable(out, folder=True)
     check_writable(json)
@@ -75,27 +79,28 @@ def mediator(
         str, typer.Option(help="A transformer block, a whole DiT of patch size 2, or both.")
     ] = "block,model",
     widths: Annotated[str, typer.Option(help="Published sizes: S, B, L, XL.")] = "S,XL",
-    sizes: Annotated[str, typer.Option(help="Tokens, of square grids.")] = "256,1024,4096,16384",
+    sizes: Annotated[str, typer.Option(help="Numbers of tokens; perfect squares.")] = "256,1024,4096,16384",
     mode: Annotated[
-        str, typer.Option(help="A forward pass; or forward and backward, without an optimizer.")
+        str, typer.Option(help="A forward pass, or forward and backward without an optimizer.")
     ] = "forward,training",
-    mediators: Annotated[str, typer.Option(help="Numbers of mediators, perfect squares.")] = "4,16,64",
-    rounds: Annotated[int, typer.Option(help="Times every variant is timed; they take turns.")] = 9,
-    batch: Annotated[int, typer.Option(help="Samples in one call.")] = 1,
+    mediators: Annotated[str, typer.Option(help="Numbers of mediators; perfect squares.")] = "4,16,64",
+    rounds: Annotated[int, typer.Option(help="Timings per variant; the variants take turns.")] = 9,
+    batch: Annotated[int, typer.Option(help="Batch size of one call.")] = 1,
     device: Device = "auto",
     dtype: BenchDtype = "auto",
     threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder for mediator.json and mediator.png.")] = Path("outputs/bench"),
     resume: Resume = False,
     time_budget: Annotated[
-        float | None, typer.Option(help="Minutes; what would take longer is left out, dear sizes get fewer rounds.")
+        float | None,
+        typer.Option(help="Minutes; sizes that would take longer are skipped, costly ones get fewer rounds."),
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Time mediator attention against softmax attention, and find from how many tokens on it pays.
+    """Time mediator attention against softmax attention, and find the number of tokens from which it pays.
 
-    Every comparison has the time ratio, counted GFLOPs and the peak memory of a call. What the memory has no room
-    for is left out. The results are written after every round: interrupt at any time, and resume with --resume.
+    Each comparison reports the time ratio, counted GFLOPs and peak memory of a call. Sizes that do not fit in memory
+    are skipped. Results are written after every round, so you can interrupt at any time and resume with --resume.
     """
     check_writable(out, folder=True)
     check_writable(json)
@@ -123,14 +128,16 @@ def mediator(
 def thresholds(
     device: Device = "auto",
     dtype: BenchDtype = "auto",
-    time_budget: Annotated[float, typer.Option(help="Minutes; grids that would take longer are left out.")] = 1.7,
+    time_budget: Annotated[float, typer.Option(help="Minutes; grids that would take longer are skipped.")] = 1.7,
     shipped: Annotated[
-        bool, typer.Option("--shipped", help="Write the table inside the package, for maintainers.")
+        bool, typer.Option("--shipped", help="Overwrite the table inside the package (for maintainers).")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write there instead. [default: your thresholds file]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write to this file instead. [default: your thresholds file]")
+    ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Measure from how many tokens on agents are faster than exact attention here; diffattn then goes by it."""
+    """Measure the number of tokens from which agents beat exact attention on this machine; diffattn then uses it."""
     check_writable(out)
     check_writable(json)
     with bad_input():
@@ -139,7 +146,7 @@ def thresholds(
         from diffattn.methods.thresholds import read_thresholds, shipped_file, user_file
 
         if shipped and out:
-            raise ValueError("--shipped and --out name two places; give one")
+            raise ValueError("--shipped and --out are mutually exclusive")
         path = shipped_file() if shipped else out or user_file()
         if path.is_file():
             read_thresholds(path)
@@ -149,7 +156,7 @@ def thresholds(
     row = save_thresholds(path, found_device, found_dtype, results)
     write_json(json, {"file": str(path), "device": found_device.type, "thresholds": row})
     for num_agents, tokens in row.items():
-        stdout.print(f"{num_agents} agents are faster from {tokens} tokens on")
+        stdout.print(f"{num_agents} agents are faster from {tokens} tokens up")
     stdout.print(f"written to {path}", markup=False)
 
 

@@ -21,7 +21,7 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands whose every complaint about its input is one line on stderr and exit code 2."""
+    """A command group that reports bad input as one line on stderr and exits with code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
@@ -30,34 +30,34 @@ class OneLineErrors(TyperGroup):
         except typer.Abort:
             sys.exit(1)
         except Exception as error:
-            if not hasattr(error, "format_message"):  # not one of typer's: a bug, with its traceback
+            if not hasattr(error, "format_message"):  # not raised by typer: a bug, so keep its traceback
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(error.format_message())  # type: ignore[attr-defined]
                 sys.exit(BAD_INPUT)
-            fail(_told(error))
+            fail(_message(error))
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _told(error: Any) -> str:
-    """The message of one of typer's errors, the offending value named."""
+def _message(error: Any) -> str:
+    """The message of a typer error, with the offending value."""
     details = getattr(error.__cause__, "errors", list)()
     value = f": {details[0]['input']!r}" if details else ""
     return error.format_message() + value
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, exit code 2."""
+    """Print one line on stderr and exit with code 2."""
     print("diffattn:", " ".join(message.split()), file=sys.stderr)
     sys.exit(BAD_INPUT)
 
 
 @contextmanager
 def bad_input(*errors: type[Exception]) -> Iterator[None]:
-    """Within, what the library says about its arguments ends the program; only for the steps before the work.
+    """Turn the library's errors about its arguments into `fail`; only for the steps before the actual work.
 
     Args:
-        errors: what it says it with; none: ValueError and TypeError.
+        errors: exception types to catch; by default ValueError and TypeError.
     """
     kinds = errors or (ValueError, TypeError)
     try:
@@ -68,7 +68,7 @@ def bad_input(*errors: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """A status line instead of the libraries' own progress bars and log lines while a model is loaded."""
+    """Show one status line while a model loads, instead of the libraries' own progress bars and log lines."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -89,7 +89,7 @@ def loading(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr; the function it gives advances it by one."""
+    """A progress bar on stderr; yields a function that advances it by one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=total)
@@ -97,17 +97,17 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def show_warning(message: Warning | str, *where: Any) -> None:
-    """One line on stderr, without the place in the source; for `warnings.showwarning`."""
+    """Print a warning as one line on stderr, without its source location; for `warnings.showwarning`."""
     print("diffattn: warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def check_writable(path: Path | None, folder: bool = False) -> None:
-    """End the program before the work is done if its result could not be written; missing folders are fine."""
+    """Fail early if the result could not be written later; missing folders are fine."""
     if path is None:
         return
     try:
         _check_place(path, folder)
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for example a name that is too long
         fail(f"cannot write to {str(path)!r}: {error.strerror}")
 
 
@@ -124,14 +124,14 @@ def _check_place(path: Path, folder: bool) -> None:
 
 
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
-    """Write results if a file was asked for; makes the folder."""
+    """Write results if a file was given, creating its folder."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_options(pairs: list[str]) -> dict[str, Any]:
-    """`key=value`, the value read as JSON, or else as the bare word it is."""
+    """Parse `key=value`; a value that is not JSON is kept as a string."""
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -145,7 +145,7 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file, empty lines left out; what counts as a line, see `diffattn.files.read_lines`."""
+    """The prompts in a file without empty lines; lines are split as in `diffattn.files.read_lines`."""
     from diffattn.files import read_lines
 
     try:

@@ -13,7 +13,7 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="Official .pt or .safetensors file, or a folder of a DiT or DiTTransformer2DModel."
+            metavar="SOURCE", help="Official .pt or .safetensors file, or the folder of a DiT or DiTTransformer2DModel."
         ),
     ],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder, or a .safetensors file for --to official.")],
@@ -23,12 +23,13 @@ def convert(
     key: Annotated[
         str | None,
         typer.Option(
-            help="Dotted path of the weights, such as state_dict.model.",
-            show_default="found by their names, averaged ones first",
+            help="Dotted path of the weights inside the file, e.g. state_dict.model.",
+            show_default="detected by name, EMA weights first",
         ),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(help="Attention heads.", show_default="of the biases, or of S, B, L, XL by width")
+        int | None,
+        typer.Option(help="Attention heads.", show_default="from the biases, or from the width of S, B, L, XL"),
     ] = None,
     prediction: Annotated[
         str | None,
@@ -41,7 +42,7 @@ def convert(
         typer.Option(help="Interpolant of a velocity model: linear or gvp.", show_default="linear"),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Classes, if the label table has no null row.", show_default="rows - 1")
+        int | None, typer.Option(help="Number of classes, if the label table has no null row.", show_default="rows - 1")
     ] = None,
     sample_size: Annotated[
         str | None,
@@ -49,16 +50,18 @@ def convert(
     ] = None,
     num_mediators: Annotated[
         int | None,
-        typer.Option(help="Mediators whose biases an official file gets.", show_default="the model's largest"),
+        typer.Option(
+            help="Number of mediators whose biases are written to an official file.", show_default="the model's largest"
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="as it is")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace DEST if it is there.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="unchanged")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DEST if it exists.")] = False,
     json: JsonFile = None,
 ) -> None:
     """Convert a checkpoint between the official layout, diffattn's and diffusers'.
 
-    Official files are those of DiT, SiT and published mediator checkpoints. A .pt file is read as tensors and plain
-    values only; code in it is never run. Weights are written as safetensors.
+    Official files are DiT, SiT and published mediator checkpoints. Only tensors and plain values are read from a .pt
+    file; code in it is never run. Weights are written as safetensors.
     """
     check_writable(dest, folder=to != "official")
     check_writable(json)
@@ -94,6 +97,6 @@ def _size(text: str | None) -> int | tuple[int, ...] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"--sample-size is one number, or height x width such as 32x64, got {text!r}")
+        raise ValueError(f"--sample-size must be one number, or height x width such as 32x64, got {text!r}")
     numbers = tuple(map(int, parts))
     return numbers[0] if len(numbers) == 1 else numbers

@@ -18,21 +18,23 @@ def demo(
     model: Annotated[str, typer.Option(help="Embedded model.")] = "emoji-sd",
     method: Annotated[
         str | None,
-        typer.Option(help="Attention method, see `diffattn info`.", show_default="the one that fits the model"),
+        typer.Option(help="Attention method, see `diffattn info`.", show_default="the one that suits the model"),
     ] = None,
     preset: Annotated[str, typer.Option(help="Preset of the method, see `diffattn info`.")] = "balanced",
     steps: Annotated[int, typer.Option(help="Sampling steps per picture.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 and below: none.")] = 2.5,
-    rounds: Annotated[int, typer.Option(help="How often every prompt is drawn and timed in both ways.")] = 3,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance scale; 1 or less turns guidance off.")
+    ] = 2.5,
+    rounds: Annotated[int, typer.Option(help="How often each prompt is drawn and timed, unpatched and patched.")] = 3,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """See and time the same pictures unpatched and patched.
+    """Draw the same pictures unpatched and patched, and compare looks and speed.
 
-    The embedded model draws every prompt in both ways, in turns. The sheet shows the pictures and their
-    difference, the figures the times and how alike the pictures are.
+    The embedded model draws every prompt both ways, alternating. The sheet shows the pictures and their difference;
+    the figures give times and similarity.
     """
     check_writable(out, folder=True)
     check_writable(json)

@@ -43,13 +43,13 @@ OWN_EXTRACTOR = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"
 PICTURES = 1000  # drawn by default
 OUT = Path("outputs/evaluate")
 REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
-NUM_PICTURES = "How many pictures to draw, or to take of those given: every folder has its share."
+NUM_PICTURES = "How many pictures to draw, or to take from those given, with a share from every folder."
 SPREAD = "How many to take, spread evenly over the classes."
-PAIRED_WITH = "Or compare with these pictures, matched by name or number, else in order."
-PAIRED = "Also draw the same seeds unaccelerated: PSNR, SSIM, latent error."
+PAIRED_WITH = "Compare with these pictures instead, matched by name or number, else in order."
+PAIRED = "Also draw the same seeds unaccelerated, for PSNR, SSIM and latent error."
 
 app = typer.Typer(
-    help="Score pictures, or what a pipeline draws: against pictures, prompts, and the unaccelerated pipeline.",
+    help="Score pictures, or what a pipeline draws, against pictures, prompts, or the unaccelerated pipeline.",
     invoke_without_command=True,
 )
 
@@ -59,7 +59,9 @@ def evaluate(
     context: typer.Context,
     model: MaybeModel = None,
     variant: Variant = None,
-    pictures: Annotated[Path | None, typer.Option(help="Or score these: a folder, a zip, or an ADM .npz.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Score these pictures instead: a folder, a zip, or an ADM .npz.")
+    ] = None,
     reference: Annotated[Path | None, typer.Option(help=REFERENCE)] = None,
     prompts: Prompts = None,
     num_pictures: Annotated[int | None, typer.Option(help=NUM_PICTURES, show_default="1000 drawn; all given")] = None,
@@ -73,7 +75,9 @@ def evaluate(
         "auto"
     ),
     extractor_weights: ExtractorWeights = None,
-    clip: Annotated[str | None, typer.Option(metavar="PATH", help="CLIP model, folder or hub id: CLIP score.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(metavar="PATH", help="CLIP model (folder or hub id) for the CLIP score.")
+    ] = None,
     lpips_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS.")] = None,
     size: Side = None,
     skip_bad: SkipBad = False,
@@ -82,8 +86,10 @@ def evaluate(
     width: Width = None,
     height: Height = None,
     batch: Annotated[int, typer.Option(help="Pictures per call of the pipeline.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder; an interrupted run there is resumed.")] = OUT,
-    save_npz: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write pictures as an ADM .npz.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results; an interrupted run in it can be resumed.")] = OUT,
+    save_npz: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the pictures as an ADM .npz.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -92,8 +98,9 @@ def evaluate(
     """Score pictures, or what a pipeline draws. Every result carries its protocol.
 
     With --reference: FID, KID, FID for infinitely many pictures, precision, recall, and sFID where the extractor has
-    spatial features. With --clip and --prompts: CLIP score. With --paired or --paired-with: PSNR (of the foreground
-    too), SSIM, and LPIPS with --lpips-weights. Several processes share the work under `accelerate launch -m diffattn`.
+    spatial features. With --clip and --prompts: CLIP score. With --paired or --paired-with: PSNR (also of the
+    foreground), SSIM, and LPIPS with --lpips-weights. Several processes share the work under
+    `accelerate launch -m diffattn`.
     """
     if context.invoked_subcommand is not None:
         return
@@ -107,7 +114,7 @@ def evaluate(
         from diffattn.machine import choose_device
 
         if (model is None) == (pictures is None):
-            raise ValueError("give either --model, which draws, or --pictures")
+            raise ValueError("give either --model (to draw pictures) or --pictures")
         if paired and paired_with is not None:
             raise ValueError("give either --paired or --paired-with")
         among, place = processes(choose_device(device))
@@ -137,13 +144,14 @@ def evaluate(
 @app.command("compare")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="A result.")],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="The result to compare with it.")],
     may_differ: Annotated[
-        str, typer.Option(help="Fields of the protocol that are the very thing compared, such as steps,guidance.")
+        str,
+        typer.Option(help="Protocol fields that may differ because they are what you compare, e.g. steps,guidance."),
     ] = "",
     json: JsonFile = None,
 ) -> None:
-    """What the second result scores above the first. Refused if their protocols differ; the fields are named."""
+    """Print the second result's scores minus the first's. Refuses results whose protocols differ, naming the fields."""
     check_writable(json)
     with bad_input():
         from diffattn.evaluation.quality import QualityResult
@@ -171,10 +179,10 @@ def reference(
     skip_bad: SkipBad = False,
     device: Device = "auto",
 ) -> None:
-    """Take the features of reference pictures once, for --reference of later evaluations.
+    """Compute the features of reference pictures once, to pass as --reference in later evaluations.
 
-    KID, precision, recall and, of new pictures, sFID need a .safetensors file or the pictures themselves; an .npz
-    holds mu and sigma (with mu_s and sigma_s where the extractor has spatial features), which other programs read.
+    KID, precision and recall (and sFID, with an extractor that has spatial features) need a .safetensors file or the
+    pictures themselves. An .npz holds mu and sigma (and mu_s and sigma_s for spatial features) for other programs.
     """
     check_writable(out)
     with loading(str(pictures)), bad_input():
@@ -185,7 +193,7 @@ def reference(
         from diffattn.metrics.extractors import load_extractor
 
         if out.suffix not in (".safetensors", ".npz"):
-            raise ValueError(f"a reference is saved as .safetensors or .npz, got {str(out)!r}")
+            raise ValueError(f"a reference must be saved as .safetensors or .npz, got {str(out)!r}")
         eye = load_extractor(extractor, extractor_weights, choose_device(device))
     with bad_input():
         found = open_pictures(
@@ -200,10 +208,12 @@ def reference(
 
 
 def _extractor(name: str, model: str | None) -> str:
-    """The extractor by name; "auto" is the embedded model's own, or inception."""
+    """The extractor of this name; "auto" is the embedded model's own, else inception."""
     own = OWN_EXTRACTOR.get(model or "")
     if name in OWN_EXTRACTOR.values() and own not in (None, name):
-        raise ValueError(f"the figures of {name!r} mean nothing for pictures of {model!r}: {own!r} is its own")
+        raise ValueError(
+            f"scores of extractor {name!r} are meaningless for pictures of {model!r}; use its own, {own!r}"
+        )
     return (own or "inception") if name == "auto" else name
 
 
@@ -222,7 +232,7 @@ def _subject(
 
     if model is None:
         if paired or any(given.values()):
-            raise ValueError("--paired, --variant and the options of an acceleration are for a --model")
+            raise ValueError("--paired, --variant and acceleration options need --model")
         return pictures, DrawConfig(), None, None
     subject, acceleration, name = _load(model, place, dtype, given, paired)
     if sampling["num_pictures"] is None:
@@ -248,7 +258,7 @@ def _load(
     wanted = bool(method or preset or options or recipe or paired)
     if not wanted or method == UNPATCHED:
         if paired or preset or options or recipe:
-            raise ValueError(f"method {UNPATCHED!r} has no pair, no preset, no options and no recipe")
+            raise ValueError(f"method {UNPATCHED!r} takes no --paired, preset, options or recipe")
         return pipe, None, f"{model} unaccelerated"
     found: dict[str, Any] = {"method": method or default_method(pipe), "preset": preset, **options}
     if recipe is not None:
@@ -285,5 +295,5 @@ def _show(result: Any) -> None:
     for name, why in result.details.get("left_out", {}).items():
         stdout.print(f"no {name}: {why}", markup=False)
     if result.details.get("domain"):
-        stdout.print(f"the extractor knows {result.details['domain']} only: its figures mean nothing for others",
+        stdout.print(f"the extractor knows only {result.details['domain']}; its scores mean nothing for others",
                      markup=False)  # fmt: skip

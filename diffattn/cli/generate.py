@@ -26,15 +26,15 @@ from diffattn.cli.options import (
 )
 
 OUT = Path("outputs/generate")
-NEGATIVE = 'What to keep out of the picture. To some models, such as SDXL, "" is not the same as none.'
+NEGATIVE = 'What to keep out of the picture. For some models, e.g. SDXL, "" differs from none.'
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to draw, may be empty; for a DiT or SiT a class name or id.")],
+    prompt: Annotated[str, typer.Option(help="What to draw (may be empty); for a DiT or SiT a class name or id.")],
     model: Model = "emoji-sd",
     variant: Variant = None,
-    negative_prompt: Annotated[str | None, typer.Option(help=NEGATIVE, show_default="none at all")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help=NEGATIVE, show_default="none")] = None,
     method: Method = None,
     preset: Preset = None,
     option: Options = None,
@@ -43,8 +43,8 @@ def generate(
     guidance: Guidance = None,
     width: Width = None,
     height: Height = None,
-    num_images: Annotated[int, typer.Option(help="Number of pictures; picture i has the seed SEED + i.")] = 1,
-    out: Annotated[Path, typer.Option(help="PNG file, or folder for files named by prompt and seed.")] = OUT,
+    num_images: Annotated[int, typer.Option(help="Number of pictures; picture i uses seed SEED + i.")] = 1,
+    out: Annotated[Path, typer.Option(help="PNG file, or a folder for files named after prompt and seed.")] = OUT,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -81,7 +81,7 @@ def generate(
 
 
 def _say_how(pipe: Any, request: Any, given: float | None) -> None:
-    """Sampler, steps and guidance, and why there is none where the model has no null class."""
+    """Sampler, steps and guidance; where a model without a null class rules guidance out, why."""
     from diffattn.drawing.classes import unguided_note
 
     guidance = "the pipeline's own guidance" if request.guidance is None else f"guidance {request.guidance:g}"
@@ -91,14 +91,14 @@ def _say_how(pipe: Any, request: Any, given: float | None) -> None:
 
 
 def _draw(pipe: Any, request: Any, names: list[Path], advance: Callable[[], None]) -> list[dict[str, Any]]:
-    """Draw and save every picture of a request. → what the JSON file says of each"""
+    """Draw and save every picture of a request. → the JSON entry of each"""
     from diffattn.drawing.batch import NotFinite
     from diffattn.drawing.draw import generate as draw
 
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     drawn = draw(pipe, request, advance)
-    with bad_input(ValueError):  # some of what cannot be is first noticed by the scheduler or at the first step
+    with bad_input(ValueError):  # some bad input is only noticed by the scheduler or at the first step
         first = next(drawn)
     with bad_input(NotFinite):
         for name, picture in zip(names, chain([first], drawn), strict=True):
@@ -112,10 +112,10 @@ def _draw(pipe: Any, request: Any, names: list[Path], advance: Callable[[], None
 
 
 def _names(out: Path, prompt: str, seed: int, num_images: int) -> list[Path]:
-    """Where the pictures go: one file as it is named, several with their seeds behind the name."""
+    """Paths of the pictures: a single one as named, several with their seeds appended."""
     try:
         names = _files(out, prompt, range(seed, seed + num_images))
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for example a name that is too long
         fail(f"cannot write to {str(out)!r}: {error.strerror}")
     for name in names:
         check_writable(name)
@@ -125,7 +125,7 @@ def _names(out: Path, prompt: str, seed: int, num_images: int) -> list[Path]:
 def _files(out: Path, prompt: str, seeds: range) -> list[Path]:
     if out.suffix.lower() in PICTURES and not out.is_dir():
         if out.suffix.lower() != ".png":
-            fail(f"--out {str(out)!r}: pictures are written as .png")
+            fail(f"--out {str(out)!r}: pictures can only be written as .png")
         return [out] if len(seeds) == 1 else [out.with_name(f"{out.stem}-{s}{out.suffix}") for s in seeds]
     from diffattn.files import stem_of
 

@@ -16,7 +16,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Ask whether patching this model pays here: embedded model, folder, or hub id (owner/name).",
+            help="Tell whether patching this model pays here: embedded model, folder, or hub id (owner/name).",
             show_default=False,
         ),
     ] = None,
@@ -27,14 +27,16 @@ def info(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="With --model: attention method.", show_default="the one that fits the model"),
+        typer.Option(help="With --model: attention method.", show_default="the one that suits the model"),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="With --model: preset of the method.", show_default="balanced")
     ] = None,
-    batch: Annotated[int, typer.Option(help="With --model: samples in a call; 2 is one picture with guidance.")] = 2,
-    rounds: Annotated[int, typer.Option(help="With --model: times each kind of call is timed; they take turns.")] = 5,
-    time_budget: Annotated[float, typer.Option(help="With --model: minutes after which no round begins.")] = 5.0,
+    batch: Annotated[int, typer.Option(help="With --model: batch size of a call; 2 is one picture with guidance.")] = 2,
+    rounds: Annotated[int, typer.Option(help="With --model: timings per kind of call; the kinds take turns.")] = 5,
+    time_budget: Annotated[
+        float, typer.Option(help="With --model: start no further round after this many minutes.")
+    ] = 5.0,
     layers: Annotated[
         bool, typer.Option("--layers", help="With --model: one row per layer, not per kind of layer.")
     ] = False,
@@ -42,14 +44,13 @@ def info(
     dtype: Dtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Versions, devices and what is supported; with --model, whether patching is worth it here.
+    """Show versions, devices and what is supported; with --model, whether patching pays on this machine.
 
-    Lists the denoisers, the methods with their options and presets, the embedded models and the thresholds in use.
+    Lists denoisers, methods with their options and presets, embedded models, and the thresholds in use.
 
-    With --model one denoiser call is timed, layer by layer: how much of it self-attention takes, the most that any
-    method could save, and what the preset saves. Patching is worth it where the attention of the layers that the
-    preset accelerates, projections aside, takes 10 % of a call or more, and a patched call took less time in three
-    quarters of the rounds.
+    With --model, times one denoiser call layer by layer: the share of self-attention, the most that any method could
+    save, and what the preset saves. Patching pays if the attention of the accelerated layers, without projections,
+    takes at least 10 % of a call, and a patched call was faster in at least three quarters of the rounds.
     """
     check_writable(json)
     if model is not None:
@@ -65,7 +66,7 @@ def info(
     given = {"--size": size, "--method": method, "--preset": preset, "--variant": variant}
     for option, value in given.items():
         if value is not None:
-            fail(f"{option} {value!r} is about a model: give --model too")
+            fail(f"{option} {value!r} applies to a model: give --model too")
     _capabilities(json)
 
 
@@ -73,7 +74,7 @@ def _preflight(
     model: str, size: str | None, device: str, dtype: str, time_budget: float, json: Path | None,
     variant: str | None = None, **options: Any,
 ) -> Any:  # fmt: skip
-    """The preflight of a model at a size, written as JSON if asked for."""
+    """Run the preflight of a model at a size; write it as JSON if asked to."""
     height, width = (None, None) if size is None else _size(size)
     if not time_budget > 0:
         fail(f"--time-budget must be above 0 minutes, got {time_budget}")
@@ -92,7 +93,7 @@ def _preflight(
 
 
 def _print_preflight(found: Any, by_layer: bool) -> None:
-    """A table of the layers, the figures of the whole call, and the verdict."""
+    """Print a table of the layers, the figures of the whole call, and the verdict."""
     if by_layer:
         stdout.print(str(found), markup=False)
         return
@@ -111,7 +112,7 @@ def _size(text: str) -> tuple[int, int]:
     """Height and width from "HxW" or "N"."""
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     if found is None:
-        fail(f"--size takes pixels as HxW or N, such as 512x768 or 512, got {text!r}")
+        fail(f"--size must be pixels as HxW or N, such as 512x768 or 512, got {text!r}")
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -146,7 +147,7 @@ def _print(title: str, rows: Mapping[str, str]) -> None:
 
 
 def _method(name: str, method: Mapping[str, Any]) -> Table:
-    """One row per option, one column per preset; the last row is what changes with the noise level."""
+    """One row per option, one column per preset; the last row shows what changes with the noise level."""
     table = Table(title=f"method {name}: options and presets", title_justify="left")
     presets = method["presets"].values()
     for head in ("option", "default", *method["presets"]):

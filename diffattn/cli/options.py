@@ -23,9 +23,7 @@ MaybeModel = Annotated[str | None, typer.Option(help=f"Draw with this model: {WH
 
 Variant = Annotated[
     str | None,
-    typer.Option(
-        help="Variant of the weights, such as fp16.", show_default="plain weights, or the only variant there is"
-    ),
+    typer.Option(help="Variant of the weights, e.g. fp16.", show_default="plain weights, or the only variant"),
 ]
 
 # Its acceleration.
@@ -33,7 +31,7 @@ Variant = Annotated[
 METHOD = "Attention method, see `diffattn info`; none leaves the model unpatched."
 Method = Annotated[str | None, typer.Option(help=METHOD, show_default="the one that fits the model")]
 EvaluatedMethod = Annotated[
-    str | None, typer.Option(help=METHOD, show_default="none; with --paired the one that fits the model")
+    str | None, typer.Option(help=METHOD, show_default="none; with --paired the one that suits the model")
 ]
 Preset = Annotated[
     str | None, typer.Option(help="Preset of the method, see `diffattn info`.", show_default="the method's own")
@@ -66,15 +64,18 @@ EXTRACTORS = "inception, dinov2, clip, emoji-classifier or cifar-classifier"
 ExtractorWeights = Annotated[
     str | None,
     typer.Option(
-        help="Weights file of inception, or a folder or hub id for the others.", show_default="where the library looks"
+        help="Weights file of inception, or a folder or hub id for the others.",
+        show_default="the library's own location",
     ),
 ]
 Side = Annotated[
     int | None, typer.Option(help="Crop every picture to a square and resize it to SIZE pixels.", show_default="as is")
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out pictures that cannot be read.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip pictures that cannot be read.")]
 
 # Output.
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Keep the results in the folder and measure what is missing.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep the results in the folder and measure only what is missing.")
+]

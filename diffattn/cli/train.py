@@ -13,26 +13,28 @@ from diffattn.cli.options import JsonFile
 def train(
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings, such as optim.lr=1e-3 model.attention=softmax; they win over preset and file."),
+        typer.Argument(help="Settings, e.g. optim.lr=1e-3 model.attention=softmax; they override preset and file."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Pictures: class folders, a zip, a Hugging Face name. Same as data.source=…")
+        str | None,
+        typer.Option(help="Pictures: class folders, a zip, or a Hugging Face data set. Same as data.source=…"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Same as run.out=…")] = None,
     preset: Annotated[str | None, typer.Option(help="cifar-sit, cifar-sit-cpu, cifar-linear-cpu or sit-256.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or YAML file of settings.", metavar="FILE")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as run.seed=…  [default: 0]")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or auto: what accelerate finds.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, or auto: accelerate's choice.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or auto. Same as run.precision=…")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print parameters, GFLOPs, memory, processes, precision, steps; stop.")
+        bool,
+        typer.Option("--dry-run", help="Print parameters, GFLOPs, memory, processes, precision and steps, then stop."),
     ] = False,
     json: JsonFile = None,
 ) -> None:
     """Train a class-conditional SiT; the same command again resumes where a killed run stopped.
 
-    model.attention is softmax, agent, mediator, inline, focused_linear, mlla or circulant, or a list with one for each
-    layer; model.steps=[[64,2],[128,4]] widens the tokens on the way. diffattn info says what each is.
+    model.attention is softmax, agent, mediator, inline, focused_linear, mlla or circulant, or a list with one per
+    layer; model.steps=[[64,2],[128,4]] widens the tokens on the way. diffattn info describes each.
 
     SIGTERM, SIGUSR1 and Ctrl+C save a checkpoint first. Several processes or GPUs: accelerate launch
     pipelines/train.py with the same arguments; all machines need the same pictures and one shared run.out.
@@ -68,9 +70,9 @@ def train(
         raise typer.Exit(error.exit_code) from None
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is RuntimeError:
-            raise  # torch's own: a bug, with its traceback
+            raise  # raised by torch: a bug, so keep its traceback
         if is_shared(error) and not setup.accelerator.is_main_process:
-            raise typer.Exit(BAD_INPUT) from None  # the main process says it
+            raise typer.Exit(BAD_INPUT) from None  # the main process reports it
         fail(str(error))
     finish()
     write_json(json, {"config": read.to_dict(), "plan": setup.plan.to_dict(), "pipeline": str(folder)})

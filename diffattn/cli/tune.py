@@ -21,15 +21,15 @@ from diffattn.cli.options import Device, Dtype, Height, JsonFile, Model, Prompts
 OUT = Path("outputs/recipe.json")
 MAX_ERROR = "Largest relative error of the final latents (mean over the prompts), up to 1."
 GUIDANCE = "Classifier-free guidance scale; 1 or less turns guidance off."
-PRESETS = "Also measure the fixed presets, each against a recipe that is as close. [default: no-presets]"
-BUDGET = "With mediators: GFLOPs of a picture as a share of those with the most mediators, up to 1."
-SAMPLES = "With mediators: pictures that every candidate draws, cycling through the classes."
+PRESETS = "Also measure the fixed presets, each against a recipe with at most its error. [default: no-presets]"
+BUDGET = "With mediators: GFLOPs per picture as a share of those with the most mediators, up to 1."
+SAMPLES = "With mediators: pictures drawn per candidate, cycling through the classes."
 DISTANCE = "With mediators: distance between successive latents, l1 or l2."
 PER_SAMPLE = "With mediators: switch each sample by its own change, or all together. [default: per-sample]"
 
 BY_ERROR = ("--prompts", "--max-error", "--min-speedup", "--bands", "--cost", "--width", "--height", "--presets")
 BY_BUDGET = ("--budget", "--samples", "--batch", "--distance", "--per-sample")
-"""Options of the two ways of tuning that the other does not have."""
+"""Options that only one of the two ways of tuning has."""
 
 
 def tune(
@@ -37,7 +37,9 @@ def tune(
     variant: Variant = None,
     prompts: Prompts = None,
     max_error: Annotated[float | None, typer.Option(help=MAX_ERROR)] = None,
-    min_speedup: Annotated[float | None, typer.Option(help="Or the least speed-up of a run's calls, above 1.")] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Instead of --max-error: the least speed-up of a run's calls, above 1.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="25; 50 with mediators")] = None,
     guidance: Annotated[float | None, typer.Option(help=GUIDANCE, show_default="the model's own")] = None,
     width: Width = None,
@@ -58,12 +60,12 @@ def tune(
 ) -> None:
     """Find the fastest settings within a budget, and write them as a recipe.
 
-    With --prompts and --max-error or --min-speedup: chooses, for every self-attention layer and band of noise levels,
-    the cheapest setting; draws every prompt with and without the recipe, and promises the mean error that it measures
-    plus two standard errors.
+    With --prompts and --max-error or --min-speedup: chooses the cheapest setting for every self-attention layer and
+    band of noise levels, draws every prompt with and without the recipe, and promises the measured mean error plus two
+    standard errors.
 
-    For a SiT with mediators, with --budget: finds the thresholds at which it switches to more mediators. Prints for
-    every choice the GFLOPs of a picture, counted, and the relative error of the latents against the most mediators.
+    For a SiT with mediators, with --budget: finds the thresholds at which it switches to more mediators. For every
+    choice it prints the counted GFLOPs per picture and the relative error of the latents against the most mediators.
     """
     check_writable(json)
     check_writable(out)
@@ -127,19 +129,19 @@ def _settings(
         f"promised: error {tuned.recipe['promised']['error']:.4f}; denoiser {tuned.speedup:.3f}x faster, {unit}"
     )
     for rival in tuned.rivals:
-        stdout.print(_told(rival), markup=False)
+        stdout.print(_rival_line(rival), markup=False)
     checks, rivals = ([x.to_dict() for x in found] for found in (tuned.checks, tuned.rivals))
     return {"recipe": tuned.recipe, "checks": checks, "rivals": rivals}
 
 
-def _told(rival: Any) -> str:
-    """A preset beside the recipe that is as near."""
+def _rival_line(rival: Any) -> str:
+    """One line that compares a preset with the recipe of at most its error."""
     if rival.is_beaten is None:
         return f"preset {rival.preset}: accelerates nothing at this size"
     if rival.tuned is None:
         return (
             f"preset {rival.preset}: error {rival.error:.4f} at {rival.speedup:.3f}x; NOT beaten, no recipe tried is "
-            "as near"
+            "as close"
         )
     word = "beaten" if rival.is_beaten else "NOT beaten"
     return (
@@ -177,12 +179,12 @@ def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, A
 
 
 def _given(*groups: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """All that is not None: the rest is left to the library's defaults."""
+    """All values that are not None; the library's defaults apply to the rest."""
     merged = {name: value for group in (*groups, values) for name, value in group.items()}
     return {name: value for name, value in merged.items() if value is not None}
 
 
 def _refuse(what: str, options: dict[str, Any]) -> None:
-    """Raise for options that were given and do not belong to a model."""
+    """Raise `ValueError` for options that do not apply to this model."""
     if wrong := [name for name, value in options.items() if value is not None]:
         raise ValueError(f"{what} is not tuned with {', '.join(wrong)}; see diffattn tune --help")

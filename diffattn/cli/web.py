@@ -1,4 +1,4 @@
-"""`diffattn app`; not named so, since the package itself has an `app`."""
+"""`diffattn app`; the module is named differently because the package itself has an `app`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,26 +11,30 @@ from diffattn.cli.options import Device, Dtype
 
 def app(
     models_dir: Annotated[
-        Path | None, typer.Option(help="Folder of models in diffusers' layout that may be chosen.", metavar="FOLDER")
+        Path | None, typer.Option(help="Folder of selectable models in diffusers' layout.", metavar="FOLDER")
     ] = None,
-    hub: Annotated[bool, typer.Option(help="Allow models of the hub (owner/name).")] = True,
+    hub: Annotated[bool, typer.Option(help="Allow models from the hub (owner/name).")] = True,
     port: Annotated[
-        int | None, typer.Option(help="Port.", show_default="the first free from 7860 on", min=1, max=65535)
+        int | None, typer.Option(help="Port.", show_default="the first free one from 7860 up", min=1, max=65535)
     ] = None,
-    listen: Annotated[bool, typer.Option("--listen", help="Serve all network addresses; needs --auth.")] = False,
-    share: Annotated[bool, typer.Option("--share", help="Public link through Gradio's servers; needs --auth.")] = False,
+    listen: Annotated[bool, typer.Option("--listen", help="Listen on all network addresses; needs --auth.")] = False,
+    share: Annotated[
+        bool, typer.Option("--share", help="Create a public link through Gradio's servers; needs --auth.")
+    ] = False,
     auth: Annotated[
         str | None,
-        typer.Option(help="Name and password that the page asks for.", metavar="NAME:PASSWORD", envvar="DIFFATTN_AUTH"),
+        typer.Option(
+            help="Name and password required to open the page.", metavar="NAME:PASSWORD", envvar="DIFFATTN_AUTH"
+        ),
     ] = None,
-    max_side: Annotated[int, typer.Option(help="Largest width and height, in pixels.", min=8)] = 1024,
-    max_steps: Annotated[int, typer.Option(help="Most steps.", min=1)] = 100,
-    max_images: Annotated[int, typer.Option(help="Most pictures of one job.", min=1)] = 8,
-    browser: Annotated[bool, typer.Option("--browser", help="Show the page in a browser.")] = False,
+    max_side: Annotated[int, typer.Option(help="Maximum width and height, in pixels.", min=8)] = 1024,
+    max_steps: Annotated[int, typer.Option(help="Maximum number of steps.", min=1)] = 100,
+    max_images: Annotated[int, typer.Option(help="Maximum number of pictures per job.", min=1)] = 8,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Open the web page: draw, compare with exact attention, measure speed and FID, see what the time steps do.
+    """Open the web page: draw, compare with exact attention, measure speed and FID, inspect the time steps.
 
     Only this computer can reach it, unless --listen or --share is given. Needs the extra "app".
     """
@@ -52,7 +56,7 @@ def app(
                 open_browser=browser,
             )  # fmt: skip
         except OSError as error:
-            fail(f"the page cannot be served at port {port or '7860 and up'}: {error}")
+            fail(f"cannot serve the page on port {port or '7860 and up'}: {error}")
 
 
 def _auth(given: str | None) -> tuple[str, str] | None:
@@ -60,5 +64,5 @@ def _auth(given: str | None) -> tuple[str, str] | None:
         return None
     name, _, password = given.partition(":")
     if not (name and password):
-        raise ValueError("--auth must be NAME:PASSWORD, both not empty")
+        raise ValueError("--auth must be NAME:PASSWORD, with neither empty")
     return name, password

@@ -70,7 +70,7 @@ class _Level:
 
 
 def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
-    """Find the class folders by what is in the folders.
+    """Find the class folders by the contents of the folders.
 
     Args:
         files: of the data set.
@@ -78,7 +78,7 @@ def choose(files: Files, pictures: Sequence[str], split: str) -> Place:
         split: the part to take, where the pictures lie in parts: a name of `SPLITS`, or of any folder of folders.
 
     Raises:
-        ValueError: no such split, or folders that can be read in two ways; the message says how to choose.
+        ValueError: an unknown split, or ambiguous folders; the message says how to choose.
     """
     known, base, around, unused, chosen = set(files.names), "", [""], [], False
     while True:
@@ -138,7 +138,7 @@ def _parts(level: _Level) -> dict[str, str]:
 
 
 def _are_splits(level: _Level, where: str, parts: Mapping[str, str], others: Sequence[str]) -> bool:
-    """Whether folders with the names of splits are such, although there are others beside them."""
+    """Whether folders with the names of splits are splits, although there are others beside them."""
     nested = [level.nested(top) for top in parts]
     several = len(set(parts.values())) > 1
     if not any(nested) and not several:

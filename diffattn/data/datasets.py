@@ -76,7 +76,7 @@ class ImageDataset(LabelledDataset):
         size: S.
         skipped: names of the unreadable pictures that were left out.
         base: the folder that the classes were found in, with a slash at its end; empty for the whole.
-        notes: for people: what else is there and not used.
+        notes: human-readable lines about unused files.
     """
 
     base: str = ""
@@ -126,7 +126,7 @@ class ImageDataset(LabelledDataset):
         return self.files.names[int(self.rows[index])]
 
     def lines(self) -> list[str]:
-        """For people: which classes were found, in which folder, and what is not used."""
+        """Human-readable lines: the classes found, their folder, and what is not used."""
         origin = f" from {self.base}" if self.base else ""
         names = ", ".join(self.class_names[:SHOWN]) + (", …" if len(self.class_names) > SHOWN else "")
         skipped = f"left out: {plural(len(self.skipped), 'unreadable picture')}: {few(self.skipped)}"
@@ -154,7 +154,7 @@ class ImageDataset(LabelledDataset):
         return _mirror(torch.stack([self[i][0] for i in indices.tolist()]), mirrored)
 
     def unreadable(self, progress: OnProgress | None = None) -> dict[int, str]:
-        """Decode every picture; index -> reason of those that cannot be read."""
+        """Decode every picture; returns index -> reason for unreadable ones."""
 
         def check(index: int) -> str | None:
             try:

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 COMMON = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Endings that messages name for all."""
+"""Example file extensions for messages."""
 
 NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 """Formats that Pillow recognises but cannot decode, or only by running another program on the file.
@@ -45,7 +45,7 @@ def ending_of(name: str) -> str:
 def may_be_picture(name: str) -> bool:
     """Whether a file that cannot be opened may well be a picture: it is no document by its ending or name."""
     file = name[name.rfind("/") + 1 :]
-    return ending_of(name) not in DOCUMENTS and not (file.isalpha() and file.isupper())  # such as LICENSE
+    return ending_of(name) not in DOCUMENTS and not (file.isalpha() and file.isupper())  # e.g. LICENSE
 
 
 def left_out(names: Iterable[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Which picture of one set belongs to which of another: by name, by a number in the name, or by order.
+"""Pairs the pictures of two sets: by name, by a number in the name, or by order.
 
 Shapes: N pictures in each set.
 """
@@ -136,7 +136,7 @@ def _stem(name: str) -> str:
 
 
 def _partly(first: Sequence[str], second: Sequence[str]) -> str:
-    """Who has no partner by the keys that some pictures share but not all; empty if none are shared."""
+    """Pictures without a partner by keys that only some pictures share; empty if none are shared."""
     for keys in (_by_number, _by_name):
         for a in keys(first):
             for b in keys(second):

@@ -1,4 +1,4 @@
-"""Names in messages."""
+"""Formatting of names and counts in messages."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The order of names that people expect, and a few of many names that stand for all of them."""
+"""Natural ordering of names, and representative selections from them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ _NUMBER = re.compile(r"([0-9]+)")
 
 
 def natural_key(name: str) -> Any:
-    """What to sort names by so that numbers in them count as numbers: "2.png" before "10.png".
+    """Sort key under which numbers in names are compared as numbers: "2.png" before "10.png".
 
     Folders, separated by slashes, are compared one by one. Names that differ in leading zeros only are ordered as text.
     """
@@ -36,7 +36,7 @@ def natural_order(names: Iterable[str]) -> list[str]:
 
 
 def stratified(names: Sequence[str], count: int, spread: bool = False) -> list[int]:
-    """Which of the names to take so that every folder has its share.
+    """Select names so that every folder has its share.
 
     Args:
         names: paths with forward slashes, in the order that counts.
@@ -60,7 +60,7 @@ def stratified(names: Sequence[str], count: int, spread: bool = False) -> list[i
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
-    """That many of the indices, evenly, but not in equal steps: those might meet one class again and again."""
+    """Choose `count` indices evenly, but not at equal steps, which might always hit the same class."""
     found: dict[int, None] = {}
     multiple = 0.5
     while len(found) < count:

@@ -1,4 +1,4 @@
-"""Every file below a folder, once: links are followed, but not to what is there already."""
+"""Every file below a folder, once: links are followed, except to files already included."""
 
 import os
 import stat
@@ -42,12 +42,12 @@ def walk(root: Path) -> Found:
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a file or folder counts: it is not hidden, and none of macOS' notes."""
+    """Whether a file or folder counts, i.e. is neither hidden nor macOS metadata."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
 def _enter(folder: Path, base: str, found: Found, seen: set[str]) -> list[tuple[str, Path]]:
-    """Take what lies below a folder without following links, which are returned with their names."""
+    """Collect everything below a folder without following links, which are returned with their names."""
     links = []
     for here, inner, files in os.walk(folder, onerror=_refuse):
         below = Path(here).relative_to(folder).as_posix()
@@ -72,7 +72,7 @@ def _first(here: str, name: str, seen: set[str]) -> bool:
 
 
 def _follow(root: Path, name: str, link: Path, found: Found, seen: set[str]) -> list[tuple[str, Path]]:
-    """Take what a link leads to if it is not there yet; the links below it."""
+    """Collect the target of a link if it is new; returns the links below it."""
     target = Path(os.path.realpath(link))
     if not _exists(target):
         found.sizes[name] = -1

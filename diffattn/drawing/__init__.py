@@ -1,1 +1,1 @@
-"""A pipeline by name, a request, and the pictures it draws."""
+"""Loads pipelines by name and draws the pictures of a request."""

@@ -1,4 +1,4 @@
-"""One call of a pipeline: every picture from a seed of its own, and checked for being a picture at all.
+"""One call of a pipeline: every picture has its own seed, and is checked for NaN and infinite values.
 
 Shapes: B pictures of a call, c channels, H, W pixels.
 """
@@ -18,7 +18,7 @@ from diffattn.drawing.classes import draws_classes
 from diffattn.machine import dtype_name
 
 BLANKED = ("nsfw_content_detected", "nsfw_detected")
-"""What diffusers' outputs call the pictures that a safety checker made black."""
+"""The fields of diffusers' outputs that mark pictures blanked by a safety checker."""
 
 
 class NotFinite(ValueError):
@@ -44,23 +44,23 @@ class Batch:
 
 
 def draw_batch(pipe: Any, subjects: Sequence[Any], seeds: Sequence[int], arguments: Mapping[str, Any]) -> Batch:
-    """Draw one picture per subject, each with a generator of its own: picture i is the same alone and in a batch.
+    """Draw one picture per subject, each with its own generator: picture i is the same alone and in a batch.
 
-    The latents are checked once, before they are decoded, and the pictures once more, since a VAE can overflow by
-    itself. Nothing is read from the device between the steps.
+    The latents are checked once, before they are decoded, and the pictures once more, since a VAE can overflow on
+    its own. Nothing is read from the device between the steps.
 
     Args:
         pipe: on its device.
         subjects: B prompts, or class ids for a pipeline that draws classes.
         seeds: B seeds.
-        arguments: what else the pipeline is called with.
+        arguments: further arguments of the pipeline's call.
 
     Raises:
         NotFinite: none of the latents is finite, so there is nothing to decode.
-        ValueError: decoded values outside 0..1; what the pipeline raises.
+        ValueError: decoded values outside 0..1; errors of the pipeline itself.
     """
     given = dict(arguments)
-    if isinstance(given.get("negative_prompt"), str):  # diffusers wants both prompts of one type
+    if isinstance(given.get("negative_prompt"), str):  # diffusers requires both prompts to have the same type
         given["negative_prompt"] = [given["negative_prompt"]] * len(subjects)
     given["class_labels" if draws_classes(pipe) else "prompt"] = list(subjects)
     screen = _Screen(pipe, seeds)
@@ -82,7 +82,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 
 
 class _Screen:
-    """Which rows of the latents and of what the VAE decodes are finite; read from the device at the end only."""
+    """Which rows of the latents and of the decoded pictures are finite; read from the device only at the end."""
 
     def __init__(self, pipe: Any, seeds: Sequence[int]) -> None:
         self.pipe, self.seeds = pipe, seeds
@@ -92,7 +92,7 @@ class _Screen:
 
     @contextmanager
     def watching(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Within, the decoder is watched; without one the latents are, by adding to the pipeline's arguments."""
+        """Watch the decoder within the block, or without one the latents, by adding to the pipeline's arguments."""
         decoder = getattr(getattr(self.pipe, "vae", None), "decoder", None)
         if not isinstance(decoder, nn.Module):
             self._watch_steps(arguments)
@@ -109,7 +109,7 @@ class _Screen:
                 handle.remove()
 
     def finite(self) -> Tensor:
-        """bool [B] on the CPU; waits for the device."""
+        """bool [B] on the CPU; synchronises the device."""
         found = self._per_picture(self._latents) & self._per_picture(self._pixels)
         return found if self._last is None else found & _finite_rows(self._last).cpu()
 
@@ -126,7 +126,7 @@ class _Screen:
             self._pixels.append(_finite_rows(output))
 
     def _per_picture(self, calls: list[Tensor]) -> Tensor:
-        """A VAE decodes all pictures at once, in tiles, or (sliced) one picture after the other, each in tiles."""
+        """A VAE decodes all pictures at once, in tiles, or (sliced) one picture at a time, each in tiles."""
         count = len(self.seeds)
         if not calls:
             return torch.ones(count, dtype=torch.bool)
@@ -155,7 +155,7 @@ def _finite_rows(x: Tensor) -> Tensor:
 
 
 def _tensor(images: Any) -> Tensor:
-    """[B, c, H, W] float32 on the CPU; a `DiTPipeline` gives arrays [B, H, W, c] whatever it is asked for."""
+    """[B, c, H, W] float32 on the CPU; a `DiTPipeline` always returns arrays [B, H, W, c]."""
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images).permute(0, 3, 1, 2)
     return torch.as_tensor(images).to("cpu", torch.float32, copy=True)

@@ -9,11 +9,11 @@ from diffattn.sampling.labels import ClassNames
 from diffattn.sampling.pipeline import SiTPipeline
 
 NULL_CLASS = 1000
-"""The class that `DiTPipeline` takes for the null class, whatever its model."""
+"""The class that `DiTPipeline` uses as the null class, whatever its model."""
 
 
 def draws_classes(pipe: Any) -> bool:
-    """Whether a pipeline draws classes, rather than what a text describes."""
+    """Whether a pipeline draws classes rather than from text."""
     return isinstance(pipe, SiTPipeline | DiTPipeline)
 
 
@@ -24,7 +24,7 @@ def num_classes(pipe: Any) -> int:
 
 
 def class_ids(pipe: Any, words: Sequence[int | str]) -> list[int]:
-    """The classes of a pipeline that draws them; which word stands for which class, see `ClassNames.ids`.
+    """The class ids for some labels, see `ClassNames.ids` for how names are resolved.
 
     Raises:
         ValueError: an unknown or ambiguous name, or an id out of range; the message says what is allowed.
@@ -44,7 +44,7 @@ def class_names(pipe: Any) -> ClassNames:
 
 
 def _saved_names(pipe: DiTPipeline) -> dict[int, str]:
-    """Id -> names as the saved pipeline has them; empty if it is not at hand, or if `labels` were changed since.
+    """Id -> names in the saved pipeline; empty if it is not available, or if `labels` were changed since.
 
     `labels` keeps only the last class of a name that several have: ImageNet has two cranes.
     """
@@ -58,25 +58,25 @@ def _saved_names(pipe: DiTPipeline) -> dict[int, str]:
 
 
 def why_unguided(pipe: Any) -> str | None:
-    """Why a pipeline of classes cannot be guided, or None if it can."""
+    """Why a class-conditional pipeline cannot use guidance, or None if it can."""
     if isinstance(pipe, SiTPipeline) and not pipe.transformer.config["null_class"]:
         return "the model was trained without a null class (label dropout 0)"
     if isinstance(pipe, DiTPipeline) and (found := num_classes(pipe)) != NULL_CLASS:
         return (
-            f"{type(pipe).__name__} guides away from class {NULL_CLASS}, which a model of {found} classes does "
-            "not have for its null class"
+            f"{type(pipe).__name__} guides away from class {NULL_CLASS}, which is not the null class of a "
+            f"model with {found} classes"
         )
     return None
 
 
 def unguided_note(pipe: Any, guidance: float | None) -> str | None:
-    """What to tell a user who gave this guidance (None: none) and will get pictures without; None otherwise."""
+    """The note for a user whose guidance (None: not given) has no effect; None otherwise."""
     if guidance is not None or not draws_classes(pipe) or (why := why_unguided(pipe)) is None:
         return None
     return f"drawn without guidance: {why}"
 
 
 def check_null_class(pipe: Any, guidance: float) -> None:
-    """Raise `ValueError` if guidance above 1 would lead away from anything but a trained null class."""
+    """Raise `ValueError` for guidance above 1 if the model has no trained null class."""
     if guidance > 1 and (why := why_unguided(pipe)) is not None:
         raise ValueError(f"{why}; guidance must be at most 1, got {guidance:g}")

@@ -1,4 +1,4 @@
-"""Pictures from text, or from the name of a class."""
+"""Draws pictures from text or class names."""
 
 import inspect
 import time
@@ -25,14 +25,14 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
     """Check a request against a pipeline, and patch the pipeline if the request asks for a method.
 
     Returns:
-        The request with its size, guidance and preset filled in, and the patch (None for method "none"). What is filled
-        in is what the pipeline itself takes for an argument that is not given. A negative prompt stays as it is: to
-        SDXL none at all is another thing than an empty one.
+        The request with its size, guidance and preset filled in, and the patch (None for method "none"). The filled-in
+        values are the pipeline's own defaults. A negative prompt is left alone, because SDXL distinguishes an empty one
+        from none.
 
     Raises:
         TypeError: the pipeline draws neither from text alone nor from classes, or its architecture is not supported.
         ValueError: a size the pipeline cannot draw; an unknown class; a negative prompt for a pipeline that takes none;
-            as `diffattn.patch`.
+            see also `diffattn.patch`.
     """
     guidance = guidance_for(pipe, request.guidance, request.model)
     if not draws_classes(pipe):
@@ -60,16 +60,16 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
 
 
 def own_guidance(pipe: Any, model: str = "") -> float | None:
-    """The guidance scale of a model that is given none; it belongs to the model.
+    """The model's own guidance scale, used when none is given.
 
     Args:
         pipe: any pipeline.
-        model: the name it was loaded by.
+        model: the name it was loaded with.
 
     Returns:
         What the card of an embedded model recommends, what a `SiTPipeline` was saved with, else the default of the
-        pipeline's own call (7.5 for Stable Diffusion, 5 for SDXL, 4 for DiT). 1, which is none, for a model of classes
-        without a null class. None where the default is no number: the pipeline then decides by itself.
+        pipeline's own call (7.5 for Stable Diffusion, 5 for SDXL, 4 for DiT). 1 (no guidance) for a class-conditional
+        model without a null class. None if the default is not a number: the pipeline then decides.
     """
     if draws_classes(pipe) and why_unguided(pipe) is not None:
         return 1.0
@@ -82,28 +82,28 @@ def own_guidance(pipe: Any, model: str = "") -> float | None:
 
 
 def guidance_for(pipe: Any, given: float | None, model: str = "") -> float | None:
-    """The guidance scale to draw with: the one given, or `own_guidance`; at least 1 for a SiT, where 1 is none."""
+    """The guidance scale to draw with: the given one or `own_guidance`; at least 1 (off) for a SiT."""
     guidance = own_guidance(pipe, model) if given is None else given
     return guidance if guidance is None or not isinstance(pipe, SiTPipeline) else max(guidance, 1.0)
 
 
 def takes_negative_prompt(pipe: Any) -> bool:
-    """Whether a pipeline can be called with one."""
+    """Whether a pipeline accepts a negative prompt."""
     return "negative_prompt" in inspect.signature(pipe.__call__).parameters
 
 
 def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], None] | None = None) -> Iterator[Picture]:
-    """Draw the pictures of a request that went through `prepare`, one after the other.
+    """Draw the pictures of a request returned by `prepare`, one at a time.
 
-    Each has its own generator, so that it can be drawn again alone.
+    Each has its own generator, so that it can be redrawn on its own.
 
     Args:
-        pipe: on the device it is to run on.
+        pipe: on its target device.
         request: what to draw.
-        on_step: called after every sampling step, `request.steps` times a picture.
+        on_step: called after every sampling step, `request.steps` times per picture.
 
     Raises:
-        NotFinite: a picture came out NaN or infinite; nothing is drawn after it.
+        NotFinite: a picture has NaN or infinite values; no further pictures are drawn.
     """
     subject, settings = _subject(pipe, request), _settings(pipe, request)
     for seed in range(request.seed, request.seed + request.num_images):
@@ -119,7 +119,7 @@ def generate(pipe: DiffusionPipeline, request: Request, on_step: Callable[[], No
 
 
 def call_arguments(pipe: DiffusionPipeline, request: Request) -> dict[str, Any]:
-    """The arguments of a pipeline for a request that went through `prepare`, except the generator."""
+    """The pipeline's arguments for a request returned by `prepare`, except the generator."""
     subject = _subject(pipe, request)
     key = {"class_labels": [subject]} if draws_classes(pipe) else {"prompt": subject}
     return key | _settings(pipe, request)
@@ -131,7 +131,7 @@ def _subject(pipe: Any, request: Request) -> str | int:
 
 
 def _settings(pipe: Any, request: Request) -> dict[str, Any]:
-    """All other arguments; what the request leaves open is not passed on, since a pipeline may treat it differently."""
+    """All other arguments; unset ones are omitted, since a pipeline may treat None differently."""
     found: dict[str, Any] = {"num_inference_steps": request.steps}
     if request.guidance is not None:
         found["guidance_scale"] = request.guidance
@@ -151,7 +151,7 @@ def _check_draws_from_text(pipe: Any) -> None:
 
 @contextmanager
 def _reporting(pipe: Any, steps: int, on_step: Callable[[], None] | None) -> Iterator[dict[str, Any]]:
-    """Within, `on_step` is called after every step: by the argument of the pipeline that is given, or by a hook."""
+    """Call `on_step` after every step within the block, through the pipeline's callback argument or a hook."""
     if on_step is None:
         yield {}
         return
@@ -164,9 +164,9 @@ def _reporting(pipe: Any, steps: int, on_step: Callable[[], None] | None) -> Ite
 
 
 def _counter(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[], None]:
-    """To be called after every call of the denoiser: calls `on_step` after the last one of every step.
+    """A hook for the denoiser that calls `on_step` after the last call of every step.
 
-    A scheduler of order 2 makes two calls per step except the last; PNDM makes one call more than there are steps.
+    A scheduler of order 2 makes two calls per step except the last; PNDM makes one call more than the number of steps.
     """
     calls, reported = count(1), count(1)
 
@@ -180,7 +180,7 @@ def _counter(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[],
 
 
 def _record(pipe: Any, request: Request, seed: int) -> dict[str, Any]:
-    """All it takes to draw one picture again."""
+    """Everything needed to redraw one picture."""
     return _fields(request) | {
         "num_images": 1,
         "seed": seed,

@@ -19,15 +19,15 @@ from diffattn.sampling import SiTPipeline
 
 INDEX = "model_index.json"
 BROKEN = (OSError, ValueError, AttributeError, SafetensorError)
-"""What loading raises for files that are damaged or missing."""
+"""Errors raised when loading damaged or missing files."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # 96: the longest names of the hub
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # 96: the longest name on the hub
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that comes with the package."""
+    """A model shipped with the package."""
 
     what: str
     guidance: float  # the scale its card recommends
@@ -40,7 +40,7 @@ EMBEDDED = {
 
 
 def embedded_folder(name: str) -> Path:
-    """Where an embedded model lies."""
+    """The folder of an embedded model."""
     return Path(str(files("diffattn") / "assets" / name))
 
 
@@ -53,7 +53,7 @@ def load_demo(name: str = "emoji-sd", dtype: torch.dtype = torch.float32) -> Dif
     """An embedded model as a ready diffusers pipeline, without a network, on the CPU.
 
     Raises:
-        ValueError: no embedded model of this name; the message lists those there are.
+        ValueError: no embedded model of this name; the message lists the existing ones.
     """
     if name not in embedded_models():
         raise ValueError(f"unknown embedded model {name!r}; available: {', '.join(embedded_models()) or 'none'}")
@@ -71,8 +71,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, variant: str |
             only variant that there is.
 
     Raises:
-        ValueError: none of these; a folder that is not a model; weights that are pickles; a variant that is not
-            there; a hub that has no such model or cannot be reached.
+        ValueError: none of these; a folder that is not a model; weights that are pickles; a missing variant; a model
+            that is not on the hub, or a hub that cannot be reached.
     """
     if model in embedded_models():
         if variant is not None:
@@ -96,7 +96,7 @@ def _exists(name: str) -> bool:
 
 
 def _from_pretrained(model: str | Path, dtype: torch.dtype, variant: str | None = None) -> DiffusionPipeline:
-    """With the class that the model's index names: diffusers knows its own and not ours."""
+    """Load with the class named in the model's index, since diffusers only knows its own classes."""
     own = {kind.__name__: kind for kind in (SiTPipeline,)}
     index: Any = DiffusionPipeline.load_config(model)
     name = index["_class_name"]
@@ -106,7 +106,7 @@ def _from_pretrained(model: str | Path, dtype: torch.dtype, variant: str | None 
 
 
 def _check_complete(model: str | Path, pipe: DiffusionPipeline) -> None:
-    """Raise for weights that the files lack: diffusers logs them, and leaves them on the device without values."""
+    """Raise for weights missing from the files, which diffusers only logs and leaves uninitialised."""
     lacking = [
         f"{part}.{name}"
         for part, module in pipe.components.items()
@@ -128,7 +128,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Diffu
     files = _files_in(folder)
     variant = choose_variant(str(folder), variants_in(files, parts), variant)
     bare = [f for f in files if "." not in f.rpartition("/")[2] and f.partition("/")[0] in parts]
-    if variant is not None and bare:  # which diffusers takes for a name with a variant in it
+    if variant is not None and bare:  # which diffusers mistakes for a name with a variant
         raise ValueError(f"variants cannot be read beside {bare[0]!r}, a name without a dot; remove it from {folder}")
     try:
         return _from_pretrained(folder, dtype, variant)

@@ -25,26 +25,26 @@ MAX_SEED = 2**63 - 1
 class Request:
     """What to draw.
 
-    None means not given, and the pipeline is then called without that argument or with its own default.
+    None means not given: the pipeline is then called without that argument or with its own default.
 
     Raises:
         ValueError: a value out of range. The model and the size are checked by `prepare`, which knows the pipeline.
     """
 
-    model: str  # as it was asked for; written into the record
+    model: str  # as requested; written into the record
     prompt: str  # may be empty; for a DiT or SiT the name or id of a class
-    negative_prompt: str | None = None  # "" is one too: SDXL draws another picture with it than with none
-    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: the one that fits the model
+    negative_prompt: str | None = None  # "" counts too: SDXL draws a different picture with it than with none
+    method: str | None = None  # a name in `diffattn.METHODS`, or "none"; None: the one that suits the model
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
-    recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and what else is not given here
+    recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and anything not given here
     steps: int = 25
-    guidance: float | None = None  # 1 and below: without; None: see `own_guidance`
+    guidance: float | None = None  # 1 or less: off; None: see `own_guidance`
     width: int | None = None  # pixels; None: what the model was trained for
     height: int | None = None
     num_images: int = 1  # image i has the seed `seed + i`
     seed: int = 0
-    variant: str | None = None  # of the weights, as `load_pipeline` was given it; written into the record
+    variant: str | None = None  # of the weights, as passed to `load_pipeline`; written into the record
 
     def __post_init__(self) -> None:
         _check(self.steps >= 1, "steps", self.steps, "1 or more")
@@ -63,18 +63,18 @@ class Picture:
     image: Image.Image
     seed: int
     seconds: float
-    record: Mapping[str, Any]  # all it takes to draw it again
-    blanked: bool = False  # made black by the pipeline's safety checker
+    record: Mapping[str, Any]  # everything needed to redraw it
+    blanked: bool = False  # blanked by the pipeline's safety checker
 
     def save(self, path: Path) -> None:
-        """Write a PNG that carries the record, and create its folder."""
+        """Write a PNG that contains the record, creating its folder."""
         text = PngImagePlugin.PngInfo()
         text.add_text(PNG_KEY, json.dumps(self.record))  # JSON escapes what a tEXt chunk cannot hold
         write_whole(path, partial(self.image.save, format="PNG", pnginfo=text))
 
 
 def record_of(path: Path) -> dict[str, Any]:
-    """The record a PNG carries.
+    """The record in a PNG.
 
     Raises:
         ValueError: not a PNG, or not one that `Picture.save` wrote.

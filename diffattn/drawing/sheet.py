@@ -1,4 +1,4 @@
-"""Sheets of pictures with labelled rows and columns, and differences made strong enough to be seen."""
+"""Sheets of pictures with labelled rows and columns, and differences amplified to be visible."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
 FACTORS = (1, 2, 5, 10, 20, 50, 100)
-"""What differences are multiplied by; round, so that they can be read off a sheet."""
+"""Factors for differences; round numbers, so that they are easy to read on a sheet."""
 
-CLIPPED = 0.005  # share of the values that may be cut off at white
+CLIPPED = 0.005  # share of the values that may be clipped to white
 
 
 def amplified(a: Tensor, b: Tensor) -> tuple[Tensor, int]:
-    """The absolute difference of pictures, brightened until it can be seen.
+    """The absolute difference of pictures, brightened to be visible.
 
     Args:
-        a, b: pictures [B, c, H, W] in 0..1; all get the same factor, so that they compare with each other.
+        a, b: pictures [B, c, H, W] in 0..1; all get the same factor, so that they can be compared.
 
     Returns:
-        The difference times the factor in 0..1, and the factor: the largest of `FACTORS` that cuts off no more than
+        The difference times the factor in 0..1, and the factor: the largest of `FACTORS` that clips no more than
         `CLIPPED` of the values; 1 for identical pictures.
     """
     difference = (a - b).abs()
@@ -34,7 +34,7 @@ def amplified(a: Tensor, b: Tensor) -> tuple[Tensor, int]:
 
 
 def comparison_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
-    """One picture of many, in a grid.
+    """Combine many pictures into one grid.
 
     Args:
         rows: label and pictures of every row, one picture per column; all pictures of one size.
@@ -44,7 +44,7 @@ def comparison_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns:
         RGB, labels left and above.
 
     Raises:
-        ValueError: no picture, a row of another length than `columns`, or pictures of different sizes.
+        ValueError: no pictures, a row whose length differs from `columns`, or pictures of different sizes.
     """
     sizes = {picture.size for _, pictures in rows for picture in pictures}
     if len(sizes) != 1:

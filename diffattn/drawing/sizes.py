@@ -1,4 +1,4 @@
-"""The sizes that a pipeline draws, in pixels."""
+"""The picture sizes of a pipeline, in pixels."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ MIN_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines refuse other sizes, wh
 
 
 def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str, int]:
-    """The size arguments of a pipeline's call; None for its own size. A `DiTPipeline` draws no other and takes none.
+    """The size arguments of a pipeline's call; None for its own size, the only one of a `DiTPipeline`.
 
     Raises:
         ValueError: another size for a `DiTPipeline`.
@@ -25,7 +25,7 @@ def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str
 
 
 def check_size(pipe: DiffusionPipeline, width: int, height: int) -> None:
-    """Raise `ValueError` for pixels the pipeline cannot draw, naming the nearest sizes it can."""
+    """Raise `ValueError` for a size that the pipeline cannot draw, naming the nearest valid ones."""
     if isinstance(pipe, DiTPipeline):
         own = default_size(pipe)
         if (width, height) != own:
@@ -42,7 +42,7 @@ def check_size(pipe: DiffusionPipeline, width: int, height: int) -> None:
 
 
 def pixels_per_latent(pipe: Any) -> int:
-    """Pixels along the side of a latent; `DiTPipeline` does not say it."""
+    """Pixels per latent along one side; `DiTPipeline` does not state it."""
     if isinstance(pipe, DiTPipeline):
         return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     return int(getattr(pipe, "vae_scale_factor", 1))

@@ -1,4 +1,4 @@
-"""Variants of a saved pipeline's weights, such as "fp16": which there are, and which one to load.
+"""Variants of a saved pipeline's weights, such as "fp16": which exist, and which one to load.
 
 A component's weights are `<name>.safetensors`, in shards `<name>-00001-of-00002.safetensors`; those of a variant are
 `<name>.fp16.safetensors`, in shards `<name>.fp16-00001-of-00002.safetensors`, formerly
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 PLAIN = "plain"
-"""What messages call weights that are no variant."""
+"""The name of weights without a variant in messages."""
 
 SHARD = r"-\d{5}-of-\d{5}"
 WEIGHTS = re.compile(
@@ -19,7 +19,7 @@ WEIGHTS = re.compile(
 NAME = re.compile(r"\w[\w-]*", re.ASCII)
 
 OnDisk = Mapping[str, Sequence[str | None]]
-"""Component -> the variants of its weights, None for those that are no variant."""
+"""Component -> the variants of its weights, None for plain weights."""
 
 
 def variants_in(files: Iterable[str], components: Iterable[str] | None = None) -> OnDisk:
@@ -27,7 +27,7 @@ def variants_in(files: Iterable[str], components: Iterable[str] | None = None) -
 
     Args:
         files: paths in the pipeline's folder, "unet/diffusion_pytorch_model.fp16.safetensors".
-        components: those that belong to the pipeline; None: all.
+        components: the pipeline's components; None: all.
     """
     wanted = None if components is None else set(components)
     found: dict[str, set[str | None]] = {}
@@ -45,11 +45,11 @@ def choose_variant(model: str, there: OnDisk, asked: str | None) -> str | None:
     Args:
         model: the pipeline's name, for messages.
         there: from `variants_in`.
-        asked: None: plain weights, or the only variant where some component has no plain ones.
+        asked: None: plain weights, or the only variant if some component has no plain weights.
 
     Raises:
         ValueError: no such variant, a component that has neither it nor plain weights, or several to choose from; the
-            message lists what is there.
+            message lists what exists.
     """
     if asked is not None and not NAME.fullmatch(asked):
         raise ValueError(f"variant must be a word such as fp16, got {asked!r}")
@@ -71,6 +71,6 @@ def choose_variant(model: str, there: OnDisk, asked: str | None) -> str | None:
 
 
 def listed_variants(there: OnDisk) -> str:
-    """For a message: what every component has."""
+    """The variants of every component, for a message."""
     parts = (f"{component}: {', '.join(v or PLAIN for v in found)}" for component, found in there.items())
     return "; ".join(parts) or "no weights in safetensors"

@@ -90,7 +90,7 @@ def picture_name(number: int) -> str:
 
 
 def accelerated(pipe: Any, acceleration: Mapping[str, Any] | None) -> AbstractContextManager[Any]:
-    """Within, the pipeline is patched with these arguments of `diffattn.patch`; None leaves it unchanged."""
+    """Patch the pipeline within the block, with these arguments of `diffattn.patch`; None leaves it unchanged."""
     return nullcontext() if acceleration is None else patch(pipe, **acceleration)
 
 

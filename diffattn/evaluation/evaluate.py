@@ -224,7 +224,7 @@ class _Job:
         return load_extractor(given, self.config.extractor_weights, self.device)
 
     def _check_sizes(self, source: Source | None) -> None:
-        """Of what is there before anything is drawn; `draw_set` checks the first pictures that it draws."""
+        """Check the sizes known before drawing; `draw_set` checks the first pictures that it draws."""
         side, name = self.config.side, "the drawn pictures"
         mine = None if side is None else (side, side)
         if self.pictures is not None:

@@ -149,7 +149,7 @@ def _options(setup: Evaluated) -> dict[str, Any]:
 
 
 def _patch_of(pipe: Any) -> str | None:
-    """A pipeline's patch, in words."""
+    """A pipeline's patch as text."""
     found = _find(pipe)
     return found and f"{found.plan.method} {found.plan.preset or ''} {dict(found.plan.options) or ''}".strip()
 

@@ -71,11 +71,11 @@ class LeftOut:
         }
 
     def sentences(self) -> list[str]:
-        """In words, one per reason and folder."""
+        """One sentence per reason and folder."""
         return left_out_sentences(self.details(), self.config.num_pictures)
 
     def warn(self) -> None:
-        """Say so."""
+        """Warn about them."""
         for sentence in self.sentences():
             warnings.warn(sentence, stacklevel=2)
 
@@ -88,7 +88,7 @@ class LeftOut:
 
 
 def left_out_sentences(details: Mapping[str, Any], total: int) -> list[str]:
-    """What `LeftOut.details` says, in words; other details are passed over.
+    """The content of `LeftOut.details` as sentences; other details are ignored.
 
     Args:
         details: of a `QualityResult` too.

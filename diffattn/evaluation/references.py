@@ -107,7 +107,7 @@ def open_reference(
 def make_reference(
     pictures: PictureSet, extractor: FeatureExtractor, progress: ProgressBar = no_progress
 ) -> tuple[Reference, Statistics | None]:
-    """A reference to save, and the moments of its spatial features if the extractor has such.
+    """A reference to save, and the moments of its spatial features if the extractor has any.
 
     Raises:
         ValueError: features that are NaN or infinite.

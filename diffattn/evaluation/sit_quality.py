@@ -74,7 +74,7 @@ def sit_quality(
     subject: str,
     on_batch: Callable[[int], None] | None = None,
 ) -> QualityResult:
-    """Scores of the pipeline as it is set or patched.
+    """Scores of the pipeline in its present state, patched or not.
 
     "accuracy" is among them where the extractor is a classifier of as many classes as the pipeline draws: the share
     of pictures that it takes for the class they were drawn for.

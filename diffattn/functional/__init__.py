@@ -1,4 +1,4 @@
-"""Pure tensor functions. Nothing here knows of diffusers, layers or configuration."""
+"""Pure tensor functions. Nothing here depends on diffusers, layers or configuration."""
 
 from diffattn.functional.agent import agent_attention
 from diffattn.functional.circulant import circulant_attention

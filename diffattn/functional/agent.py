@@ -17,7 +17,7 @@ def agent_attention(
     shortcut: float = 0.075,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention through a few agents: they gather from keys and values, then hand back to every query.
+    """Attention through a few agent tokens, which aggregate keys and values and broadcast the result to every query.
 
         V_A = softmax(s·A Kᵀ) V             aggregate, s = D^(-1/2)
         O   = softmax(s^κ·Q Aᵀ) V_A + c·V   broadcast and shortcut

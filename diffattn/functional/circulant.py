@@ -11,21 +11,21 @@ from diffattn.functional.precision import at_least_fp32, no_autocast
 
 
 def circulant_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int]) -> Tensor:
-    """Softmax attention of which every query has the same weights, moved to where it stands: one softmax per channel.
+    """Softmax attention with the same weights for every query, shifted to its position: one softmax per channel.
 
         a_c[τ] = N^(-1/2) Σ_s q_c[s] k_c[s + τ]     the logit of a shift, s + τ on a torus of h by w tokens
         O_c[s] = Σ_τ softmax_τ(a_c)[τ] v_c[s + τ]
 
     Both sums are products of Fourier transforms, so the cost is O(N·log N·C) instead of O(N²·C). The transforms and the
-    softmax are computed in fp32 at least, whatever the dtype and autocast. The means of the keys are taken off first:
-    they add the same to all logits of a channel, and would drown the differences.
+    softmax are computed in fp32 at least, whatever the dtype and autocast. The means of the keys are subtracted
+    first: they add a constant to all logits of a channel, which would drown the differences.
 
-    Logits grow with √N. Where a model runs on another grid than it was trained on, its module scales the queries by
+    Logits grow with √N. If a model runs on a different grid than in training, its module scales the queries by
     √(N_train / N); this function does not.
 
     Args:
         q, k, v: queries, keys and values [B, N, C]; there are no heads.
-        grid: (h, w) with h·w = N, of any aspect ratio. Tokens without a place on it have no part in this.
+        grid: (h, w) with h·w = N, of any aspect ratio. Tokens outside the grid are not supported.
 
     Returns:
         Output [B, N, C], in the dtype of `v`.
@@ -46,7 +46,7 @@ def circulant_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int
 def correlate(x: Tensor, y: Tensor) -> Tensor:
     """Σ_s x[s] y[s + τ] at every τ of a torus [B, C, h, w], for fp32 and fp64.
 
-    The size is given to the inverse, which could not tell an odd number of columns from the even one below.
+    The inverse gets the size, since it cannot distinguish an odd number of columns from the even one below.
     """
     spectrum = torch.fft.rfft2(x).conj() * torch.fft.rfft2(y)  # [B, C, h, w // 2 + 1]
     return torch.fft.irfft2(spectrum, s=x.shape[-2:])

@@ -33,9 +33,9 @@ def focused_linear_attention(
         q: queries [B, N, C], before the feature map.
         k: keys [B, M, C], with their position encoding; M may be smaller than N.
         v: values [B, M, C].
-        scale: σ [C], positive: the softplus of what is learned.
+        scale: σ [C], positive: the softplus of the learned parameter.
         num_heads: H, which divides C.
-        power: p, a finite number of at least 1; 1 leaves the directions alone.
+        power: p, a finite number of at least 1; 1 leaves the directions unchanged.
 
     Returns:
         Output [B, N, C], in the dtype of `v`.
@@ -58,7 +58,7 @@ def focused_linear_attention(
 
 
 def check_power(power: float) -> None:
-    """Raises `ValueError` unless p is a finite number of at least 1."""
+    """Raise `ValueError` unless p is a finite number of at least 1."""
     if isinstance(power, bool) or not isinstance(power, int | float) or not isfinite(power) or power < 1:
         raise ValueError(f"power must be a finite number of at least 1, got {power!r}")
 
@@ -66,7 +66,7 @@ def check_power(power: float) -> None:
 def focus(x: Tensor, scale: Tensor, power: float) -> Tensor:
     """φ of `focused_linear_attention`: tokens [B, N, C] -> [B, N, C], in fp32 at least."""
     u = (at_least_fp32(x).relu() + FLOOR) / scale
-    largest = u.detach().amax(dim=-1, keepdim=True)  # any factor would do: φ does not depend on it, nor its gradient
+    largest = u.detach().amax(dim=-1, keepdim=True)  # any factor works: neither φ nor its gradient depends on it
     u = u / largest
     focused = u if power == 1 else u**power
     norm, focused_norm = (torch.linalg.vector_norm(y, dim=-1, keepdim=True) for y in (u, focused))

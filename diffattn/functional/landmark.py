@@ -1,4 +1,4 @@
-"""Attention through landmarks: agents whose two steps are corrected by a third between them.
+"""Attention through landmarks: agents with a correction step between aggregation and broadcast.
 
 The Nyström approximation of a softmax (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902, eq. 13), with a
 damped inverse per head in place of a fixed number of Newton-Schulz steps, and a check on a few exact answers.
@@ -12,29 +12,29 @@ from torch.nn.functional import scaled_dot_product_attention
 
 MAX_DAMPING = 1e-3
 PROBES = 8  # queries whose exact answer is computed beside the landmarks'
-TRUSTED = 0.8  # a correction that fits the probes this well is taken whole
+TRUSTED = 0.8  # a correction that fits the probes this well is used in full
 GOLDEN = 0.618034  # places probes evenly in both directions of any grid
 
 
 def landmark_attention(
     q: Tensor, k: Tensor, v: Tensor, query_landmarks: Tensor, key_landmarks: Tensor, *, damping: float = 1e-5
 ) -> Tensor:
-    """Gather at landmarks, undo their overlap, hand back to every query.
+    """Gather at landmarks, undo their overlap, broadcast to every query.
 
         V_A = softmax(s·Q̃ Kᵀ) V                     aggregate, s = D^(-1/2); m = mean of V_A over the landmarks
         Z   = (WᵀW + λ I)⁻¹ Wᵀ (V_A - m)             correct, W = softmax(s·Q̃ K̃ᵀ)
         O   = softmax(s·Q K̃ᵀ) (m + γ Z)              broadcast
 
     A query that is a landmark gets its exact attention as λ goes to 0 (and γ is 1). The damping λ keeps the inverse
-    sane: it is `damping`·max(1, σ)³, at most 0.001, times the bound ‖W‖₁‖W‖∞ of the largest eigenvalue, where σ is the
-    standard deviation of the head's logits between landmarks, so that heads with sharp logits are damped more. W and
-    all that follows from it are computed in fp32, whatever the dtype and autocast.
+    stable: it is `damping`·max(1, σ)³, at most 0.001, times the bound ‖W‖₁‖W‖∞ of the largest eigenvalue, where σ is
+    the standard deviation of the head's logits between landmarks, so that heads with sharp logits are damped more. W
+    and everything derived from it are computed in fp32, whatever the dtype and autocast.
 
-    γ is 1 unless the correction does harm. Of a head with sharp logits and nothing in common between neighbours, the
-    landmarks know too little, and Z amplifies noise: up to four times the true output's norm at logits with a standard
-    deviation of 2 to 6. So the exact attention of 8 of the queries is gathered with the landmarks', and γ is the factor
-    of Z that fits it best, over 0.8 and between 0 and 1 (see `trust`). Such heads then have a relative error of 0.9 to
-    1.1, as agents that are not corrected: no method of this cost follows them, and `exact_where_missed` computes them
+    γ is 1 unless the correction does harm. In a head with sharp logits and dissimilar neighbours, the landmarks carry
+    too little information, and Z amplifies noise: up to four times the true output's norm at logits with a standard
+    deviation of 2 to 6. Therefore exact attention is also computed for 8 of the queries, and γ is the factor of Z
+    that fits it best, divided by 0.8 and clamped to 0..1 (see `trust`). Such heads then have a relative error of 0.9 to
+    1.1, like uncorrected agents: no method of this cost can approximate them, and `exact_where_missed` computes them
     exactly.
 
     The cost is O((N + M)·n·D + n³): as cheap as `agent_attention` for n well below N.
@@ -76,16 +76,16 @@ def landmark_attention_and_error(
 def exact_where_missed(
     out: Tensor, error: Tensor, q: Tensor, k: Tensor, v: Tensor, max_error: float
 ) -> tuple[Tensor, int]:
-    """Exact attention in the place of the heads whose error is above a limit; reading the error waits for the device.
+    """Recompute heads whose error exceeds a limit with exact attention; reading the error synchronises the device.
 
     Args:
         out: of all heads [B, H, N, D].
-        error: of each [B, H]; one that is not a number is above any limit.
-        q, k, v: as `landmark_attention` has them.
+        error: of each head [B, H]; NaN counts as above any limit.
+        q, k, v: as in `landmark_attention`.
         max_error: the limit.
 
     Returns:
-        [B, H, N, D], and how many heads of all samples were computed, at a cost of O(N·M·D) each.
+        [B, H, N, D], and the number of heads recomputed over all samples, at a cost of O(N·M·D) each.
     """
     missed = (~(error <= max_error)).nonzero(as_tuple=True)  # samples and heads
     if not len(missed[0]):
@@ -102,13 +102,13 @@ def correct(
     """The middle step of `landmark_attention`: V_A -> m + γ Z [B, H, n, D], and the probes' relative error [B, H].
 
     The rows of the last softmax sum to 1, so m may be added here, to n tokens rather than to N. A head whose matrix
-    cannot be factorised in fp32, since λ is lost beside its entries, keeps V_A as it is, and its error is infinite.
+    cannot be factorised in fp32, since λ vanishes next to its entries, keeps V_A unchanged, and its error is infinite.
 
     Args:
         asked: Q̃ and any probes after them [B, H, n + p, D]. Without probes γ is 1, and there is no error.
         key_landmarks: K̃ [B, H, n, D].
         gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
-        damping: as `landmark_attention` has it.
+        damping: as in `landmark_attention`.
     """
     n = key_landmarks.shape[-2]
     with torch.autocast(gathered.device.type, enabled=False):
@@ -124,9 +124,9 @@ def correct(
         z = torch.cholesky_solve(w.mT @ centred[..., :n, :], factor)
         gamma, error = torch.ones_like(mean), None
         if asked.shape[-2] > n:
-            found, wanted = weights[..., n:, :] @ z, centred[..., n:, :]
-            gamma = trust(found, wanted)
-            missed = torch.linalg.vector_norm(gamma * found - wanted, dim=(-2, -1))
+            got, wanted = weights[..., n:, :] @ z, centred[..., n:, :]
+            gamma = trust(got, wanted)
+            missed = torch.linalg.vector_norm(gamma * got - wanted, dim=(-2, -1))
             size = torch.linalg.vector_norm(exact[..., n:, :], dim=(-2, -1))
             error = (missed / size.clamp(min=1e-12)).masked_fill(info != 0, torch.inf)
         corrected = torch.where((info == 0)[..., None, None], torch.addcmul(mean, gamma, z), values)
@@ -143,11 +143,11 @@ def damp(logits: Tensor, w: Tensor, damping: float) -> Tensor:
 
 
 def trust(x: Tensor, y: Tensor) -> Tensor:
-    """γ [B, H, 1, 1] = ⟨Y, X⟩ / ⟨X, X⟩ / 0.8, within 0 and 1.
+    """γ [B, H, 1, 1] = ⟨Y, X⟩ / ⟨X, X⟩ / 0.8, clamped to 0..1.
 
     Args:
-        x: what the probes would be handed back of Z, softmax(s·Q_p K̃ᵀ) Z [B, H, p, D].
-        y: what they should be, their exact attention less m [B, H, p, D].
+        x: the broadcast of Z to the probes, softmax(s·Q_p K̃ᵀ) Z [B, H, p, D].
+        y: the target, their exact attention minus m [B, H, p, D].
     """
     x, y = x.flatten(-2), y.flatten(-2)
     size = torch.linalg.vecdot(x, x) * TRUSTED
@@ -155,7 +155,7 @@ def trust(x: Tensor, y: Tensor) -> Tensor:
 
 
 def probe_tokens(x: Tensor) -> list[Tensor]:
-    """8 tokens of [B, H, N, D] spread over the picture (all of fewer): [B, H, 1, D] each."""
+    """8 tokens of [B, H, N, D] spread over the picture (all if there are fewer): [B, H, 1, D] each."""
     tokens = x.shape[-2]
     number = min(PROBES, tokens)
     every = tokens // number

@@ -18,15 +18,15 @@ ROTARY_BASE = 10000.0
 
 
 def mamba_like_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int], num_heads: int) -> Tensor:
-    """Linear attention whose place in the picture comes from rotated queries and keys, in place of Mamba's decay.
+    """Linear attention with positions encoded by rotated queries and keys instead of Mamba's decay.
 
         O = R(Q') (R(K')ᵀ V / N) / (Q'·k̄' + ε)     Q' = ELU(Q) + 1, K' likewise, k̄' its mean, ε = 1e-6, head by head
 
-    The rotation R is in the numerator alone. It acts on all C channels before they are split into heads, pair by pair:
+    The rotation R is only in the numerator. It acts on all C channels before they are split into heads, pair by pair:
     the first half of the channels turns by the row, the second by the column, see `rotate`.
 
     The cost is O(N·C·D) instead of O(N²·C). Features, sums and the division are computed in fp32 at least, whatever
-    the dtype and autocast, and nothing is complex-valued, so that every backend takes it.
+    the dtype and autocast, and nothing is complex-valued, so that every backend supports it.
 
     Args:
         q, k: queries and keys [B, N, C], before ELU + 1.
@@ -81,7 +81,7 @@ def rotate(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _angles(size: int, channels: int, like: Tensor) -> Tensor:
-    """Of positions 0 to size - 1 along one axis [size, C/4]."""
+    """Angles of positions 0 to size - 1 along one axis [size, C/4]."""
     number = channels // 4
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     theta = ROTARY_BASE ** -(torch.arange(number, dtype=dtype, device=like.device) / number)

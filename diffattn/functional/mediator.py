@@ -22,12 +22,12 @@ def mediator_attention(
     gather_bias: Tensor | None = None,
     spread_bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention through a few mediators: they gather from keys and values, then spread to every query.
+    """Attention through a few mediator tokens, which gather keys and values and spread the result to every query.
 
         V_M = softmax(s·M Kᵀ + B₁) V     gather, s = D^(-1/2)
         O   = softmax(s·Q Mᵀ + B₂) V_M   spread
 
-    The cost is O(N·n·D) instead of O(N²·D). The depth-wise convolution that the paper adds to O is the layer's.
+    The cost is O(N·n·D) instead of O(N²·D). The depth-wise convolution that the paper adds to O is left to the layer.
     Logits and softmax are fp32 in half precision too, see `sdpa.biased_attention`.
 
     Args:
@@ -85,7 +85,7 @@ def mediator_side(num_mediators: int, grid: tuple[int, int] | None = None) -> in
     """√n, for a number of mediators that is a perfect square and, if a grid is given, fits on it.
 
     Raises:
-        ValueError: it is not, or it does not; the message says what is allowed.
+        ValueError: it is not a perfect square, or does not fit; the message says what is allowed.
     """
     if not isinstance(num_mediators, int) or isinstance(num_mediators, bool) or num_mediators < 1:
         raise ValueError(f"num_mediators must be a perfect square (1, 4, 9, 16, …), got {num_mediators!r}")

@@ -78,7 +78,7 @@ def resize_axis(bias: Tensor, dim: int, size: int) -> Tensor:
 
 
 def resize_mediators(bias: Tensor, dim: int, num_mediators: int) -> Tensor:
-    """Resize the axis of the mediators as the m×m image it is: bilinear between the centres of their cells.
+    """Resize the axis of the mediators as an m×m image: bilinear between the centres of their cells.
 
     Args:
         bias: any shape, with m·m entries along `dim`.

@@ -1,4 +1,4 @@
-"""Softmax attention with a bias, in the formulation that is fastest where it runs.
+"""Softmax attention with a bias, in whichever formulation is fastest on the device.
 
 Shapes: B batch, H heads, N queries, M keys, D channels per head.
 """
@@ -11,9 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(s·Q Kᵀ + B) V with s = D^(-1/2), for few queries or few keys.
 
-    This is `scaled_dot_product_attention` but for one case. No fused kernel gives a mask its gradient: on the CPU a
-    learned bias sends it to a general path that takes many passes over the logits. In fp32 and fp64 two plain
-    products and a softmax do the same in fewer. Logits and softmax are fp32 in half precision either way.
+    This is `scaled_dot_product_attention` except in one case. No fused kernel computes the gradient of a mask: on the
+    CPU a learned bias falls back to a general path with many passes over the logits. In fp32 and fp64, two plain
+    products and a softmax need fewer. Logits and softmax are fp32 in half precision either way.
 
     Args:
         q: queries [B, H, N, D].

@@ -1,4 +1,4 @@
-"""Fewer tokens out of many: pooling over the grid, and merging by similarity.
+"""Reduces the number of tokens: pooling over the grid, and merging by similarity.
 
 Shapes: B batch, H heads, N = h·w image tokens in row-major order on a grid (h, w), D channels per head,
 C channels, S destination tokens, R = N - S source tokens, r merged source tokens.
@@ -51,15 +51,15 @@ def pool_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
         return cells.mean(dim=(3, 5)).flatten(2, 3)
     image = x.transpose(2, 3).reshape(batch * heads, dim, h, w)
     pooled = adaptive_avg_pool2d(image, (rows, columns))
-    # Contiguous: attention is several times slower on tokens whose channels do not lie side by side.
+    # Contiguous: attention is several times slower on tokens whose channels are not adjacent in memory.
     return pooled.flatten(2).transpose(1, 2).contiguous().unflatten(0, (batch, heads))
 
 
 def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
     """The middle of every cell of a coarser grid: the mean of the 2x2 tokens around its centre.
 
-    Unlike the mean over whole cells (`pool_tokens`) this keeps the spread of the tokens, which landmarks need: where
-    all tokens of a cell are averaged, what is sharp is gone.
+    Unlike the mean over whole cells (`pool_tokens`) this keeps the spread of the tokens, which landmarks need:
+    averaging all tokens of a cell removes sharp detail.
 
     Args:
         x: tokens [B, H, N, D], row-major on `grid`.
@@ -67,8 +67,8 @@ def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
         num_tokens: the number wanted; `pooled_grid` gives the rows and columns, as for `pool_tokens`.
 
     Returns:
-        Tokens [B, H, n, D], n = rows·columns, row-major. Along an axis with less than two tokens per cell, the token
-        in the middle alone.
+        Tokens [B, H, n, D], n = rows·columns, row-major. Along an axis with fewer than two tokens per cell, only the
+        middle token is used.
 
     Raises:
         ValueError: the grid does not match the tokens, or `num_tokens` is out of range.
@@ -89,7 +89,7 @@ def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
 
 
 def _inner(length: int) -> tuple[int, ...]:
-    """The two positions around the centre of a cell, or its one."""
+    """The two positions around the centre of a cell, or its only one."""
     first = (length - 1) // 2
     return (first, first + 1) if length > 1 else (first,)
 
@@ -133,7 +133,7 @@ def match_tokens(
     """Pair every token with its most similar destination; one destination per full stride×stride cell.
 
     Args:
-        metric: what similarity (cosine) is measured on [B, N, C]. An all-zero token is similar to none.
+        metric: the tensor on which cosine similarity is measured [B, N, C]. An all-zero token is similar to none.
         grid: (h, w) with h·w = N.
         stride: (sy, sx), the size of a cell.
         generator: draws the destination inside each cell; without one it is the cell's top-left token.
@@ -177,7 +177,7 @@ def merge_tokens(x: Tensor, matching: Matching, num_merged: int) -> Tensor:
     Args:
         x: tokens [B, ..., N, D]; leading dimensions between batch and tokens (heads) share one matching.
         matching: from `match_tokens`.
-        num_merged: r; more than there are sources merges all of them.
+        num_merged: r; a number above that of the sources merges all of them.
 
     Returns:
         [B, ..., N - r, D]: the sources that stay, most similar first, then all destinations in grid order.
@@ -192,7 +192,7 @@ def merge_tokens(x: Tensor, matching: Matching, num_merged: int) -> Tensor:
 
 
 def unmerge_tokens(y: Tensor, matching: Matching, num_merged: int) -> Tensor:
-    """Hand every merged token's value back to all tokens that went into it.
+    """Copy every merged token's value back to all tokens that were merged into it.
 
     Args:
         y: merged tokens [B, ..., N - r, D], in the order of `merge_tokens`.
@@ -206,7 +206,7 @@ def unmerge_tokens(y: Tensor, matching: Matching, num_merged: int) -> Tensor:
 
 
 def merged_slots(matching: Matching, num_merged: int) -> Tensor:
-    """For every token of the grid, the index of the merged token that holds it [B, N]."""
+    """For every token of the grid, the index of the merged token that contains it [B, N]."""
     r = min(max(num_merged, 0), matching.max_merged)
     batch, num_sources = matching.sources.shape
     num_kept = num_sources - r

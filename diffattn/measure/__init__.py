@@ -1,1 +1,1 @@
-"""How things are timed and counted."""
+"""Timing, counting operations, and memory."""

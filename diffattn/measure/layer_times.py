@@ -25,14 +25,14 @@ class LayerSeconds:
 
     @property
     def core(self) -> float:
-        """What is not projections: products of q, k and v, softmax, and moving tensors about."""
+        """Everything except projections: products of q, k and v, softmax, and tensor copies."""
         return self.whole - self.projections
 
 
 class LayerTimer:
     """Times modules, and the linear layers inside each, with hooks that are there within a `with` block only.
 
-    On CUDA with events on the current stream, so that nothing waits; elsewhere the device is waited for at both ends.
+    On CUDA with events on the current stream, so that nothing waits; elsewhere the device is synchronised at both ends.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The most memory that a call holds."""
+"""The peak memory of a call."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory, in MiB, that a call held beyond what was held before it. It runs the call once.
+    """Peak memory of a call in MiB, beyond what was allocated before it. Runs the call once.
 
     On CUDA by the allocator's own count. On the CPU by every allocation and release of torch's allocator during
     the call, which leaves out what libraries below it take (packed weights of matrix products). None elsewhere.

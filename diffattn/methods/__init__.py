@@ -15,10 +15,10 @@ METHODS: dict[str, type[AttentionMethod]] = {
 
 
 def method_for(layers: Iterable[LayerSpec]) -> str:
-    """The name of the method that a model with these layers takes when none is named.
+    """The name of the default method for a model with these layers.
 
-    Of the methods that suit the layers (`AttentionMethod.suits`), one for attention that the model learned comes
-    before one that stands in for softmax; among equals, and where no method suits, the first in `METHODS`.
+    Among the methods that suit the layers (`AttentionMethod.suits`), one for attention that the model learned comes
+    before one that replaces softmax; among equals, and if no method suits, it is the first in `METHODS`.
     """
     layers = [layer for layer in layers if not layer.is_cross_attention]
     suitable = [method for method in METHODS.values() if method.suits(layers)]

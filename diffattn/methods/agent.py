@@ -39,38 +39,38 @@ DEFAULT_AGENTS, DEFAULT_RATIO = 64, 31 / 32
 DEFAULT_HEAD_ERROR = 0.5
 
 TUNED_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
-"""Agents per token among which tuning chooses landmarks."""
+"""Ratios of landmarks to tokens that tuning chooses from."""
 
 TUNED_POOLED = ((1 / 16, 1.0, 0.0), (1 / 16, 0.3, 0.075), (1 / 64, 1.0, 0.0), (1 / 64, 0.3, 0.075))
-"""Pooled agents among which it chooses: agents per token, scale exponent, shortcut."""
+"""Pooled agents that tuning chooses from: ratio of agents to tokens, scale exponent, shortcut."""
 
 
 @dataclass(frozen=True)
 class AgentAttention(AttentionMethod):
     """Options of agent attention.
 
-    The number of agents of a layer with N tokens is the larger of `num_agents` and (1 - `agent_ratio`)·N, as far as
-    they are given; the larger of 64 and N/32 if neither is. A layer runs exact where agents cannot pay: when 2·n >= N,
-    or below `min_tokens`.
+    The number of agents of a layer with N tokens is the larger of `num_agents` and (1 - `agent_ratio`)·N, whichever
+    are given; the larger of 64 and N/32 if neither is. A layer runs exact where agents cannot pay: if 2·n >= N, or
+    below `min_tokens`.
     """
 
-    num_agents: int | None = None  # this many agents; beside agent_ratio at least so many
+    num_agents: int | None = None  # number of agents; with agent_ratio, the minimum
     agent_ratio: float | None = None  # share of tokens that do not become agents, in (0, 1)
     agents: AgentSource | None = None
     """"pool": average-pooled queries. "merge": tokens merged by similarity (the published recipe). "landmarks": tokens
     sampled from queries and keys, with a correction between the two steps; by far the closest to exact attention.
     None: landmarks, or pooled queries where `scale_exponent` or `shortcut` is given."""
-    damping: float = 1e-5  # "landmarks": of the correction, in (0, 0.001]; more is smoother
+    damping: float = 1e-5  # "landmarks": damping of the correction, in (0, 0.001]; more is smoother
     max_head_error: float | None = None
-    """"landmarks": heads that miss exact attention by more than this run exact, and the report says how many; the
-    relative error of eight queries, above 0. None: 0.5 on a CPU; elsewhere none do, since that waits for the device.
-    Not checked where the denoiser is compiled."""
+    """"landmarks": heads whose relative error, estimated on eight queries, exceeds this fall back to exact attention;
+    the report counts them. Above 0. None: 0.5 on a CPU; elsewhere no check, since it would synchronise the device. Not
+    checked in a compiled denoiser."""
     merge_ratio: float = 0.4  # "merge": share of tokens merged away before attention, in [0, 1)
     merge_stride: int = 2  # "merge": one destination token per stride x stride cell
     scale_exponent: float | None = None  # κ: exponent on the scale of the broadcast softmax, in [0, 1]; None: 0.3
     shortcut: float | None = None  # share of each token's own value added to its output; None: 0.075
     min_tokens: int | None = None  # layers with fewer tokens run exact; None: this device's measured threshold
-    max_level: int | None = None  # deepest level that is touched, 0 is the highest resolution; None: all
+    max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
     upcast: bool | None = None  # logits in fp32; None: where the layer asks for it and works in fp16
 
     name: ClassVar[str] = "agent"
@@ -78,7 +78,7 @@ class AgentAttention(AttentionMethod):
     presets: ClassVar[Mapping[str, Preset]] = {
         # Corrected agents, at every noise level.
         "balanced": Preset(),
-        # A quarter of them.
+        # A quarter of the agents of "balanced".
         "fast": Preset(options={"num_agents": 16, "agent_ratio": 127 / 128}),
         # Pooled queries while the picture is noise; exact once detail appears.
         "pooled": Preset(
@@ -129,7 +129,7 @@ class AgentAttention(AttentionMethod):
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
-        # min_tokens is 0 because tuning measures for itself where agents pay.
+        # min_tokens is 0 because tuning itself measures where agents pay.
         landmarks = [{"agents": "landmarks"} | cls._share(share) for share in TUNED_SHARES]
         pooled = [
             cls._share(share) | {"scale_exponent": kappa, "shortcut": shortcut}
@@ -158,7 +158,7 @@ class AgentAttention(AttentionMethod):
 
     @property
     def source(self) -> AgentSource:
-        """What the agents are, with None resolved."""
+        """The kind of agents, with None resolved."""
         if self.agents is not None:
             return self.agents
         return "landmarks" if self.scale_exponent is None and self.shortcut is None else "pool"
@@ -200,7 +200,7 @@ class AgentAttention(AttentionMethod):
         return None
 
     def build(self, layer: LayerSpec) -> AttentionFn:
-        _ = self._thresholds  # a damaged table is told of when patching, not in the middle of a run
+        _ = self._thresholds  # report a damaged table when patching, not in the middle of a run
         attend = {"pool": self._attend_pooled, "merge": self._attend_merged, "landmarks": self._attend_landmarks}[
             self.source
         ]

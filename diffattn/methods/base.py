@@ -1,4 +1,4 @@
-"""What a method is: options, and what happens to (q, k, v) of one attention layer.
+"""The interface of a method: its options, and what it does to (q, k, v) of one attention layer.
 
 Shapes: B batch, H heads, N query tokens, M key tokens, D channels per head, C = H·D.
 """
@@ -17,7 +17,7 @@ SOFTMAX = "softmax"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One attention layer, as far as it is known when patching."""
+    """What is known about one attention layer when patching."""
 
     name: str  # dotted path inside the denoiser
     level: int  # 0 is the highest resolution; one more for every halving
@@ -25,7 +25,7 @@ class LayerSpec:
     head_dim: int
     is_cross_attention: bool = False
     upcast: bool = False  # the layer asks for fp32 logits (Stable Diffusion 2.x)
-    kind: str = SOFTMAX  # what the layer computes by itself: exact attention, or what it was trained with
+    kind: str = SOFTMAX  # what the unpatched layer computes: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
 
 
@@ -35,12 +35,12 @@ class LayerCall:
 
     x: Tensor  # the layer's input [B, N, C], already normalised by the block
     grid: tuple[int, int]  # rows, columns of the image tokens
-    num_context: int = 0  # tokens without a place on the grid; always exact keys, never pooled
+    num_context: int = 0  # tokens outside the grid; always exact keys, never pooled
     mask: Tensor | None = None  # additive, [B, H, 1 or N, M]
     phase: int = 0  # which entry of the schedule applies
-    exact_heads: int = 0  # told by the function: heads, of all samples, that it ran exact
+    exact_heads: int = 0  # set by the function: heads, over all samples, that it ran exact
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
-    """What the layer itself learned, if it did: (q, k, v, number of mediators) -> [B, H, N, D]."""
+    """The layer's own learned mediators, if any: (q, k, v, number of mediators) -> [B, H, N, D]."""
 
 
 class AttentionFn(Protocol):
@@ -51,7 +51,7 @@ class AttentionFn(Protocol):
 
 @dataclass(frozen=True)
 class Preset:
-    """Options that go together, and the noise levels at which they apply (see `schedules.NoiseSchedule`)."""
+    """A named set of options, and the noise levels at which they apply (see `schedules.NoiseSchedule`)."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[float, Mapping[str, Any] | str] | None = None
@@ -60,21 +60,21 @@ class Preset:
 class AttentionMethod(ABC):
     """Base of every method: subclass it as a frozen dataclass whose fields are the method's options.
 
-    All that the rest of the package asks about a method is answered here; what has a default below needs overriding
-    only where the method has something of its own to say.
+    This is everything that the rest of the package asks of a method; members with a default below only need to be
+    overridden where a method differs.
     """
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Preset]]  # "balanced" among them
-    replaces: ClassVar[str] = SOFTMAX  # the kind of layer it stands in for, see `LayerSpec.kind`
+    replaces: ClassVar[str] = SOFTMAX  # the kind of layer it replaces, see `LayerSpec.kind`
     size_name: ClassVar[str | None] = None  # what `size` counts, in the plural; None: the method has no size
     tuned_by_change: ClassVar[bool] = False
-    """Tuning looks for thresholds of the latents' change (`tuning.mediators`), instead of one of `candidates` for
-    every layer and noise level."""
+    """Whether tuning searches for thresholds of the latents' change (`tuning.mediators`), rather than for one of
+    `candidates` per layer and noise level."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Build from named options; an unknown one raises `ValueError` listing those there are."""
+        """Build from named options; an unknown one raises `ValueError` listing the allowed ones."""
         allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         unknown = sorted(set(options) - set(allowed))
         if unknown:
@@ -85,12 +85,12 @@ class AttentionMethod(ABC):
 
     @classmethod
     def suits(cls, layers: Sequence[LayerSpec]) -> bool:
-        """Whether a model with these self-attention layers may get this method when its user names none."""
+        """Whether this method may be the default for a model with these self-attention layers."""
         return any(layer.kind == cls.replaces for layer in layers)
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
-        """The options that tuning chooses from where its user gives none; empty: the method is not considered."""
+        """The options that tuning chooses from by default; empty: the method is not considered."""
         return ()
 
     @classmethod
@@ -103,20 +103,20 @@ class AttentionMethod(ABC):
         raise ValueError(f"method {cls.name!r} has no size to choose, got {size}")
 
     def size(self, num_tokens: int) -> int | None:
-        """How many of what `size_name` says a layer with `num_tokens` tokens gets; None: the method has no size."""
+        """The size (in `size_name`) of a layer with `num_tokens` tokens; None: the method has no size."""
         return None
 
     def out_of_range(self, given: Collection[str], num_tokens: int) -> str | None:
-        """The error for an option that leaves nothing to accelerate at the size of a picture, or None.
+        """The error message for an option that leaves nothing to accelerate at this picture size, or None.
 
         Args:
-            given: names of the options that the user gave; others are no reason for an error.
+            given: names of the options that the user gave; only these can be an error.
             num_tokens: tokens of the largest layer.
         """
         return None
 
     def fit(self, layers: Sequence[LayerSpec]) -> Self:
-        """The method for the layers of one model, with what depends on them filled in.
+        """The method for the layers of one model, with everything that depends on them filled in.
 
         Raises:
             ValueError: an option out of the range of what the layers allow.
@@ -124,14 +124,14 @@ class AttentionMethod(ABC):
         return self
 
     def why_not(self, layer: LayerSpec) -> str | None:
-        """Why the method can do nothing for a layer, whatever the size of the picture, or None."""
+        """Why the method cannot accelerate a layer at any picture size, or None."""
         if layer.kind != self.replaces:
             return f"{layer.kind} attention, which method {self.name!r} does not replace"
         return None if self.supports(layer) else f"level {layer.level} is not covered with these options"
 
     @abstractmethod
     def supports(self, layer: LayerSpec) -> bool:
-        """Whether this method can do anything for the layer, whatever the size of the picture."""
+        """Whether this method can accelerate the layer at some picture size."""
 
     @abstractmethod
     def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
@@ -141,7 +141,7 @@ class AttentionMethod(ABC):
             layer: the layer.
             num_tokens: N of this call.
             device: torch device type, such as "cpu" or "cuda".
-            mask_rows: 0 without a mask, 1 for one mask over the keys, N for a mask of its own per query.
+            mask_rows: 0 without a mask, 1 for one mask over the keys, N for a separate mask per query.
         """
 
     @abstractmethod
@@ -150,5 +150,5 @@ class AttentionMethod(ABC):
 
 
 def half_overflows(layer: LayerSpec, dtype: torch.dtype) -> bool:
-    """Whether the layer's logits need fp32: it asks for it and works in fp16, whose range ends at 65,504."""
+    """Whether the layer's logits need fp32: the layer asks for it and runs in fp16, whose range ends at 65,504."""
     return layer.upcast and dtype == torch.float16

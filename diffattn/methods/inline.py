@@ -27,17 +27,18 @@ MIN_TOKENS = 1024
 class InLineAttention(AttentionMethod):
     """Options of InLine attention without its learned residual.
 
-    The expansion is of first order, so it is good where the logits of a head are flat: the error is 0.02 at a standard
+    The first-order expansion is accurate where the logits of a head are flat: the error is 0.02 at a standard
     deviation of 0.25, 0.11 at 1, and useless at 2. Which heads are flat changes with the layer, the noise level and
-    the picture, so it is measured in every call: eight queries are computed exactly beside it, and a head that misses
-    them runs exact. The report says how many.
+    the picture, so every call measures it: eight queries are also computed exactly, and a head whose error on them is
+    too large falls back to exact attention. The report counts these heads.
     """
 
     max_head_error: float = FLAT
-    """Heads whose relative error on eight queries is above this run exact; above 0. Reading it waits for the device.
-    Where the denoiser is compiled both are computed, and nothing is saved. `inf`: no head is checked."""
+    """Heads whose relative error, estimated on eight queries, exceeds this fall back to exact attention. Above 0.
+    Reading the error synchronises the device; in a compiled denoiser both are computed and nothing is saved. `inf`: no
+    check."""
     min_tokens: int | None = None  # layers with fewer tokens run exact; None: 1,024
-    max_level: int | None = None  # deepest level that is touched, 0 is the highest resolution; None: all
+    max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
 
     name: ClassVar[str] = "inline"
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -58,7 +59,7 @@ class InLineAttention(AttentionMethod):
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
-        """What the tuner tries. It measures for itself from how many tokens on this pays."""
+        """Options for tuning, which itself measures the number of tokens from which this pays."""
         return [{"max_head_error": error, "min_tokens": 0} for error in (FLAT / 2, FLAT, 3 * FLAT)]
 
     def supports(self, layer: LayerSpec) -> bool:

@@ -14,15 +14,15 @@ from diffattn.functional import mediator_side
 from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset
 
 SHARES = ("min", "mid", "max")
-"""The smallest, middle and largest of the numbers a model learned; the middle of an even number is the larger one."""
+"""The smallest, middle and largest of the numbers a model learned; of two middle ones, the larger."""
 
 
 @dataclass(frozen=True)
 class MediatorAttention(AttentionMethod):
     """Options of mediator attention, for layers that learned it.
 
-    The layer's own computation runs with another number of mediators than the model is set to; "exact" in a schedule
-    is the layer as the model runs it (see `DiT.set_num_mediators`).
+    The layer's own computation runs with a different number of mediators than the model is set to; "exact" in a
+    schedule means the model's own setting (see `DiT.set_num_mediators`).
     """
 
     # A perfect square from the smallest to the largest number the model learned, or one of `SHARES`, which fit every
@@ -38,7 +38,7 @@ class MediatorAttention(AttentionMethod):
         "balanced": Preset(
             schedule={0.7: {"num_mediators": "min"}, 0.4: {"num_mediators": "mid"}, 0.0: {"num_mediators": "max"}}
         ),
-        # Never the largest number.
+        # Never the largest number of mediators.
         "fast": Preset(schedule={0.5: {"num_mediators": "min"}, 0.0: {"num_mediators": "mid"}}),
     }
 

@@ -1,4 +1,4 @@
-"""From how many tokens on agents beat exact attention, as measured per device by `diffattn bench thresholds`."""
+"""The number of tokens from which agents beat exact attention, measured per device by `diffattn bench thresholds`."""
 
 import json
 import os
@@ -10,11 +10,11 @@ Thresholds = Mapping[str, Mapping[str, int]]
 """device type -> number of agents (landmarks), or `MERGE` -> smallest number of tokens at which they were faster."""
 
 MERGE = "merge"
-"""The row of agents merged by similarity, which cost more than others whatever their number."""
+"""The row for agents merged by similarity, which cost more than others whatever their number."""
 
 
 def user_file() -> Path:
-    """Where a machine's own measurements are kept; `DIFFATTN_THRESHOLDS` names another file."""
+    """The file of this machine's own measurements; `DIFFATTN_THRESHOLDS` overrides its path."""
     if path := os.environ.get("DIFFATTN_THRESHOLDS"):
         return Path(path)
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "diffattn" / "thresholds.json"
@@ -26,7 +26,7 @@ def shipped_file() -> Path:
 
 
 def load_thresholds() -> Thresholds:
-    """The shipped table, with every device that was measured on this machine replaced by its own figures.
+    """The shipped table, with the rows of devices measured on this machine replaced.
 
     Raises:
         ValueError: the machine's own file is damaged.
@@ -67,9 +67,9 @@ def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> in
 
     Args:
         table: from `load_thresholds`.
-        device: torch device type; one nobody has measured counts as "cuda".
-        num_agents: of landmarks or pooled agents: on a line between measured numbers, above the largest in proportion
-            to it. None: agents merged by similarity.
+        device: torch device type; an unmeasured one counts as "cuda".
+        num_agents: number of landmarks or pooled agents; interpolated linearly between measured numbers, and in
+            proportion above the largest. None: agents merged by similarity.
     """
     row = table.get(device, table["cuda"])
     pooled = {int(n): tokens for n, tokens in row.items() if n != MERGE}

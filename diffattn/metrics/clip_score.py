@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts (Hessel et al. 2021).
+"""CLIP score: how well pictures match their prompts (Hessel et al. 2021).
 
 torchmetrics 1.9 has it, but fails with the outputs of transformers 5.
 """

@@ -1,4 +1,4 @@
-"""How many generated pictures look real, and how much of what is real is generated.
+"""Improved precision and recall: how many generated pictures look real, and how much of the real data is covered.
 
 Shapes: N generated pictures, M of the reference, d features.
 """

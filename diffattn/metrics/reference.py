@@ -76,7 +76,7 @@ class Statistics:
 class Reference:
     """A set of pictures as one extractor sees it."""
 
-    name: str  # for people: "CIFAR-10 train"
+    name: str  # human-readable, e.g. "CIFAR-10 train"
     hash: str  # sha256 of the pictures, or of the file the statistics came from
     extractor: str
     extractor_hash: str
@@ -118,7 +118,7 @@ class Reference:
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: not such a file, or values that are NaN or infinite; the message names it.
+            ValueError: not a reference file, or values that are NaN or infinite; the message names it.
         """
         try:
             with safe_open(path, "pt") as file:

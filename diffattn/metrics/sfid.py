@@ -62,7 +62,7 @@ def both_features(extractor: FeatureExtractor, images: Tensor) -> tuple[Tensor, 
 
 
 def read_spatial_statistics(path: str | Path) -> Statistics | None:
-    """`mu_s` and `sigma_s` of an ADM `.npz`; None if it has none, or is no such file.
+    """`mu_s` and `sigma_s` of an ADM `.npz`; None if it has none, or is not such a file.
 
     Raises:
         ValueError: as `Statistics`; the message names the file.

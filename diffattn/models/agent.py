@@ -12,12 +12,12 @@ from diffattn.models.attention_layer import AttentionLayer, AttentionOptions
 
 
 class PooledAgentAttention(AttentionLayer):
-    """Agent attention with pooled queries, exact where agents are no fewer than half the tokens.
+    """Agent attention with pooled queries, exact if there are at least half as many agents as tokens.
 
     It has the weights of `SoftmaxAttention`, so a softmax checkpoint runs with it untrained.
     """
 
-    is_official = True  # as the softmax layer whose weights it has
+    is_official = True  # shared with the softmax layer
     learns = False
 
     def __init__(self, dim: int, options: AttentionOptions) -> None:

@@ -1,4 +1,4 @@
-"""The attentions that a layer of the backbone can have. A new one is a file beside this one, and a line here."""
+"""The kinds of attention for layers of the backbone. A new one is a file beside this one, and a line here."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ ATTENTION: Mapping[str, type[Attention]] = {
     "mlla": MambaLikeMixer,
     "circulant": CirculantAttention,
 }
-"""What a layer's attention is called in the configuration."""
+"""Name in the configuration -> class of a layer's attention."""
 
 
 def name_of(layer: object) -> str:

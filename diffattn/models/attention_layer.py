@@ -1,4 +1,4 @@
-"""What layers of attention have in common. A new one is a file with a subclass, and a line in `attention.ATTENTION`.
+"""The base of attention layers. A new one is a file with a subclass, and a line in `attention.ATTENTION`.
 
 Shapes: B batch, H heads, N = h·w tokens in row-major order on a grid (h, w), D channels per head,
 C = H·D channels.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffattn.functional.checks import check_grid
 
 SOFTMAX_PARTS = ("qkv", "proj", "q_norm", "k_norm")
-"""The modules of a softmax layer; what else a layer has is its own."""
+"""The modules of a softmax layer; any others are specific to a layer."""
 
 OPEN = 1.2784645
 """SiLU of this is 1: the bias of a gate that lets everything through."""
@@ -24,7 +24,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What the layers of one model have in common."""
+    """The options shared by the layers of one model."""
 
     num_heads: int
     grid: tuple[int, int]  # of the sample size; other grids resize the position biases
@@ -55,7 +55,7 @@ class TokenConv(nn.Conv2d):
 
 
 class Attention(nn.Module, ABC):
-    """What stands in the place of attention in a block, and what the block, a start and a conversion ask of it."""
+    """The attention of a block, and its interface for the block, for initial weights and for conversion."""
 
     convolves_before: ClassVar[tuple[str, ...]] = ()
     """Where its block adds a depth-wise convolution of the tokens first: before "attention", before "mlp"."""
@@ -67,17 +67,17 @@ class Attention(nn.Module, ABC):
         """x [B, N, C] -> [B, N, C]; `num_mediators` is for the layers that have any."""
 
     def own_names(self) -> set[str]:
-        """Its weights for which a softmax layer has nothing."""
+        """Its weights that a softmax layer does not have."""
         return {name for name in self.state_dict() if name.split(".")[0] not in SOFTMAX_PARTS}
 
     def softmax_weights(self) -> dict[str, Tensor]:
-        """Its weights that a softmax layer has too."""
+        """Its weights that a softmax layer also has."""
         return {name: weight for name, weight in self.state_dict().items() if name not in self.own_names()}
 
     def take(self, other: "Attention") -> dict[str, Tensor]:
-        """What a layer decides of this one's weights, by their names here.
+        """The weights of this layer taken from another one, by their names here.
 
-        Those of `own_names` that are left out keep what they have, or are set to something neutral.
+        Omitted ones among `own_names` keep their values, or are set to something neutral.
         """
         if type(other) is type(self):
             return other.state_dict()
@@ -93,7 +93,7 @@ class Attention(nn.Module, ABC):
 
 
 class LayerProcessor(Protocol):
-    """What can stand in the place of a layer's `attend`: a plain object, which is not saved with the model.
+    """A replacement for a layer's `attend`: a plain object, not saved with the model.
 
     It gets the layer, its input x [B, N, C], the projected and normed q, k, v [B, H, N, D], and what `attend` gets
     besides; it returns [B, H, N, D].
@@ -137,7 +137,7 @@ class AttentionLayer(Attention):
         return self.proj(self.finish(join(out), x, v, grid))
 
     def set_processor(self, processor: LayerProcessor | None) -> None:
-        """Put a processor in the place of `attend`; None takes it out again."""
+        """Replace `attend` by a processor; None restores it."""
         self.processor = processor
 
     @abstractmethod
@@ -145,10 +145,10 @@ class AttentionLayer(Attention):
         """q, k, v [B, H, N, D] -> [B, H, N, D]"""
 
     def finish(self, out: Tensor, x: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What comes after attention and before the output projection, such as a local term or a gate.
+        """Applied between attention and output projection, e.g. a local term or a gate.
 
         Args:
-            out: what `attend` gave, heads joined [B, N, C].
+            out: the output of `attend`, heads joined [B, N, C].
             x: the layer's input [B, N, C].
             v: values [B, H, N, D].
             grid: (h, w).
@@ -167,7 +167,7 @@ def split(x: Tensor, num_heads: int) -> Tensor:
 
 
 def on_grid(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
-    """The tokens [B, H, N, D] of a grid, and how many there are before them without a place on it.
+    """The tokens [B, H, N, D] of a grid, and the number of preceding tokens without a place on it.
 
     Raises:
         ValueError: the grid has more tokens than there are.
@@ -179,7 +179,7 @@ def on_grid(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
 
 
 def check_all_on_grid(name: str, x: Tensor, grid: tuple[int, int]) -> None:
-    """Raises `ValueError` if there are other tokens [B, N, C] than those of the grid."""
+    """Raise `ValueError` if there are tokens [B, N, C] outside the grid."""
     if (apart := x.shape[1] - grid[0] * grid[1]) > 0:
         raise ValueError(
             f"{name} attention takes no global tokens: a grid of {grid[0]}x{grid[1]} has {x.shape[1] - apart} tokens, "

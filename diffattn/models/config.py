@@ -27,7 +27,7 @@ PATHS = ("linear", "gvp")
 
 
 def check_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises `ValueError` naming the option, its value and what is allowed."""
+    """Raise `ValueError` naming the option, its value and what is allowed."""
     if value not in allowed:
         raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
 
@@ -67,7 +67,7 @@ def attention_per_layer(attention: str | Sequence[str], num_layers: int) -> tupl
 def options_by_attention(
     options: Mapping[str, Mapping[str, Any]] | None, attention: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """What single attentions are given besides: the named arguments of their layers.
+    """Options of single kinds of attention: named arguments of their layers.
 
     Raises:
         ValueError: an attention that no layer has, or an option that it does not have. What a value may be, its layer

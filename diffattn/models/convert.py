@@ -1,7 +1,7 @@
 """The layout of official DiT and SiT checkpoints, and of published mediator checkpoints.
 
-Our own layout is the official one but for two things: the position embedding is not stored, and the position biases
-stand under `attn.biases.{n}`, so that several numbers of mediators have room. Nothing here builds a model.
+Our own layout is the official one except for two things: the position embedding is not stored, and the position biases
+are under `attn.biases.{n}`, to allow several numbers of mediators. Nothing here builds a model.
 """
 
 import re
@@ -18,7 +18,7 @@ from diffattn.models.mediator import MEDIATOR_AXIS
 Weights = Mapping[str, Tensor]
 
 TIME_DIRECTION = {"velocity": "noise_to_data", "epsilon": "data_to_noise"}
-"""Prediction -> direction of time of the official checkpoints that make it: SiT, DiT."""
+"""Prediction -> time direction of its official checkpoints: SiT, DiT."""
 
 LINEAR = ("weight", "bias")
 TOP_KEYS = {
@@ -54,13 +54,13 @@ DIMENSIONS = {
     "final_layer.linear.weight": 2,
     "y_embedder.embedding_table.weight": 2,
 }
-"""The weights whose shapes are read, by the ends of their names."""
+"""The weights whose shapes are read, by the suffixes of their names."""
 
 
 def official_config(
     weights: Weights, num_heads: int, prediction: str, num_classes: int | None, sample_size: Sequence[int] | int | None
 ) -> dict[str, Any]:
-    """The configuration of an official checkpoint, read off its names and shapes; see `DiT.from_official`."""
+    """The configuration of an official checkpoint, derived from its names and shapes; see `DiT.from_official`."""
     if prediction not in TIME_DIRECTION:
         raise ValueError(f"prediction must be one of {', '.join(TIME_DIRECTION)}, got {prediction!r}")
     attention = _check_names(weights)
@@ -88,7 +88,7 @@ def official_config(
 
 
 def _check_names(weights: Weights) -> list[str]:
-    """The attention of every block, once it is clear that all weights are there and no others.
+    """The attention of every block, after checking that exactly the expected weights are present.
 
     Raises:
         ValueError: naming the missing and the unexpected weights.
@@ -141,8 +141,8 @@ def check_loaded(source: object, found: Mapping[str, Sequence[str]]) -> None:
     """Raises one `ValueError` that names the weights a saved model lacks, and those it should not have.
 
     Args:
-        source: where it lies.
-        found: what diffusers returns for `output_loading_info=True`; by itself it only logs it.
+        source: its path.
+        found: the information from `output_loading_info=True`, which diffusers only logs by default.
     """
     missing, unexpected = found.get("missing_keys", ()), found.get("unexpected_keys", ())
     if missing or unexpected:

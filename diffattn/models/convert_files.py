@@ -1,4 +1,4 @@
-"""Checkpoint files in every layout: read into a `DiT` whatever they hold, and written in any layout.
+"""Checkpoint files: read into a `DiT` from any layout, and written in any layout.
 
 official    one file: DiT, SiT, published mediators; .pt with pickled tensors is read, never written
 diffattn    a folder, as `DiT.save_pretrained` writes it
@@ -39,7 +39,7 @@ CLASSES: Mapping[str, type[DiT] | type[DiTTransformer2DModel]] = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the weights do not say. Only `prediction` and `path` are for folders too, those of diffusers.
+    """Settings that the weights do not determine. Only `prediction` and `path` also apply to (diffusers) folders.
 
     Attributes:
         key: dotted path of the weights in a file; None: found by their names, see `convert_names.find_weights`.
@@ -111,7 +111,7 @@ def _read_folder(source: Path, options: ReadOptions) -> tuple[DiT, str]:
 
 
 def _class_in(folder: Path) -> type[DiT] | type[DiTTransformer2DModel]:
-    """The class that a model folder names."""
+    """The class named in a model folder."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         hint = "; of a pipeline, give the folder of its transformer" if (folder / "model_index.json").is_file() else ""
@@ -136,7 +136,7 @@ def _first_weights(folder: Path) -> Path:
 
 
 def _read_weights(source: Path, key: str | None) -> dict[str, Tensor]:
-    """The weights of an official file by name; where they lie and what precedes their names is found alike."""
+    """The weights of an official file by name; their location and name prefix are detected in either format."""
     if source.suffix == SAFE:
         try:
             return find_weights(load_file(source), key, source.name)
@@ -151,7 +151,7 @@ def _read_weights(source: Path, key: str | None) -> dict[str, Tensor]:
 
 
 def _read_pickle(source: Path) -> Any:
-    """What a .pt file holds, tensors and plain values only; the arguments of a program are such."""
+    """The content of a .pt file, tensors and plain values only (including a program's arguments)."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on old or foreign pickles
@@ -161,7 +161,7 @@ def _read_pickle(source: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, in one sentence; torch's own messages are advice to switch the protection off."""
+    """The problem in one sentence; torch's own messages advise switching the protection off."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
         return f"it holds more than weights ({found[1].rstrip(',')}), which could run code; save a state_dict() alone"
@@ -181,7 +181,7 @@ def _num_heads(weights: Mapping[str, Tensor]) -> int:
             return weight.shape[0] if weight.ndim else 1
     patch = weights.get("x_embedder.proj.weight")
     if patch is None or not patch.ndim:
-        return 1  # it is no such checkpoint, which the check of the names will say
+        return 1  # not such a checkpoint, as the check of the names will report
     if patch.shape[0] not in HEADS:
         widths = ", ".join(f"{width}: {heads}" for width, heads in HEADS.items())
         raise ValueError(f"a width of {patch.shape[0]} is none of the published ones ({widths}); give num_heads")
@@ -194,18 +194,18 @@ def _num_heads(weights: Mapping[str, Tensor]) -> int:
 def write_model(
     model: DiT, dest: Path, layout: str, *, num_mediators: int | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a model; what is not written whole is not there.
+    """Write a model atomically.
 
     Args:
         model: cast to `dtype` in place.
-        dest: a .safetensors file for the official layout, a folder for the others; replaced if it is there.
+        dest: a .safetensors file for the official layout, a folder for the others; replaced if it exists.
         layout: one of `LAYOUTS`.
         num_mediators: n whose position biases an official file gets; see `DiT.to_official`.
-        dtype: None: that of the weights.
+        dtype: None: the weights' own.
 
     Raises:
         ValueError: see `check_destination`, or the layout has no room for this model.
-        OSError: the disk is full, or not to be written on.
+        OSError: the disk is full or not writable.
     """
     check_destination(dest, layout, force=True)
     if num_mediators is not None and layout != OFFICIAL:

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie in a checkpoint, and what programs put before their names.
+"""Locates the weights of a model in a checkpoint, whatever prefixes programs add to their names.
 
 Training programs nest tables of weights ("ema", "state_dict", ...), and wrappers lengthen every name ("module.",
 "_orig_mod.", "model.", ...). Both are recognised by the names that a DiT's own weights have, whatever precedes them.
@@ -16,7 +16,7 @@ from torch import Tensor
 from diffattn.models.convert import BLOCK_KEYS, MEDIATOR_KEYS, QK_NORM_KEYS, TOP_KEYS, listed
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-"""What torch.compile, data parallelism and their like insert anywhere in a name."""
+"""Name parts inserted by torch.compile, data parallelism and similar wrappers."""
 
 PREFERRED = ("", "model", "state_dict")
 """The first part of the path of a model that is taken before others, unless there are averaged weights."""
@@ -29,7 +29,7 @@ OWN_NAME = re.compile(
     )
 )
 TELLING = re.compile(r"(^|\.)([xty]_embedder|final_layer|adaLN_modulation)\.")
-"""Names that a DiT has and other transformers have not."""
+"""Names that a DiT has and other transformers do not."""
 
 COUNTER = re.compile(r"(^|\.)(decay|num_updates|n_averaged|initted|(global_)?step|epoch)$")
 """What averages and trainings keep among the weights."""
@@ -45,7 +45,7 @@ class Place:
 
     table: str  # dotted path of the mapping, "" for the whole file
     prefix: str  # "" or ending in a dot
-    num_own: int  # how many names there are those of a DiT
+    num_own: int  # the number of names there that belong to a DiT
 
     @property
     def path(self) -> str:
@@ -98,7 +98,7 @@ def find_weights(content: Mapping[Any, Any], key: str | None, source: str) -> di
 
 
 def _groups(names: Sequence[str]) -> str:
-    """What names begin with, and how many begin so."""
+    """Prefixes of names, and how many names have each."""
     return listed(f"{first} ({n})" for first, n in Counter(name.split(".")[0] for name in names).items())
 
 
@@ -159,7 +159,7 @@ def _is_below(path: str, key: str | None) -> bool:
 def _below(
     key: str, places: Sequence[Place], tables: Mapping[str, Table], source: str
 ) -> tuple[list[Place], dict[str, Table]]:
-    """What lies under a key."""
+    """The content under a key."""
     found = [place for place in places if _is_below(place.path, key)]
     inner = {path: table for path, table in tables.items() if _is_below(path, key)}
     if not found and not inner:
@@ -170,7 +170,7 @@ def _below(
 
 
 def _preferred(places: Sequence[Place], source: str) -> Place:
-    """The model to take; `ValueError` if two are as good."""
+    """The model to use; `ValueError` if two are equally good."""
     first = min(places, key=lambda place: place.rank)
     if equal := [place.path for place in places if place.rank == first.rank and place != first]:
         raise ValueError(f"{source!r} holds several models ({listed([first.path, *equal])}); name one with its key")
@@ -180,7 +180,7 @@ def _preferred(places: Sequence[Place], source: str) -> Place:
 def _named(
     lists: Mapping[str, Sequence[Tensor]], tables: Mapping[str, Table], places: Sequence[Place], source: str
 ) -> dict[str, Tensor]:
-    """Averaged weights without names, which are those of the model beside them, in its order."""
+    """Averaged weights without names, matched to the model beside them in its order."""
     for place in sorted(places, key=lambda place: place.rank):
         model = {n.removeprefix(place.prefix): x for n, x in tables[place.table].items() if place.has(n)}
         for trained in (model, {n: x for n, x in model.items() if n != "pos_embed"}):  # which is fixed
@@ -196,7 +196,7 @@ def _named(
 
 
 def _other_weights(tables: Mapping[str, Table], source: str) -> dict[str, Tensor]:
-    """The largest table, where none is a DiT's: the check of the names will say so."""
+    """The largest table if none is a DiT's; the check of the names will report that."""
     if not tables:
         raise ValueError(f"{source!r} holds no weights by name")
     return dict(max(tables.values(), key=len))

@@ -49,7 +49,7 @@ class DiT(ModelMixin, ConfigMixin):
         patch_size: side p of the square that becomes a token.
         in_channels: c.
         hidden_size: C, a multiple of `num_heads` and of 4.
-        num_layers, num_heads: as they say.
+        num_layers, num_heads: of the transformer.
         mlp_ratio: hidden width of the MLPs over C.
         num_classes: classes, with ids from 0.
         null_class: the id `num_classes` stands for "no class", which guidance needs.
@@ -57,8 +57,8 @@ class DiT(ModelMixin, ConfigMixin):
             out of its output.
         prediction: "velocity" (SiT) or "epsilon" (DiT).
         time_direction: "noise_to_data": t from 0 (noise) to 1 (data), as SiT; "data_to_noise": t from 0 (data) to 999
-            (noise), as DiT. It is for whoever samples; t reaches the embedder as it is given.
-        path: "linear" or "gvp", the interpolant that a velocity model was trained on; for whoever samples, too.
+            (noise), as DiT. Only used by samplers; t is passed to the embedder unchanged.
+        path: "linear" or "gvp", the interpolant that a velocity model was trained on; also only used by samplers.
         attention: a name of `models.attention.ATTENTION`, such as "softmax", "mediator" or "inline", for all layers, or
             one name per layer.
         attention_options: name of an attention -> options of its own, such as {"focused_linear": {"power": 4}}.
@@ -156,7 +156,7 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             x: noisy images or latents [B, c, H, W], H and W multiples of the patch size.
             t: times [B], or one for all, as the checkpoint was trained (see `time_direction`).
-            y: class ids [B]. Their range is checked on the CPU; elsewhere that would wait for the device.
+            y: class ids [B]. Their range is checked on the CPU; elsewhere that would synchronise the device.
             return_dict: False for a plain tuple.
 
         Returns:
@@ -196,7 +196,7 @@ class DiT(ModelMixin, ConfigMixin):
         return "+".join(dict.fromkeys(self.attention))
 
     def set_num_mediators(self, num_mediators: int) -> None:
-        """Choose n for the calls to come; a new or loaded model runs with its largest.
+        """Set n for future calls; a new or loaded model uses its largest.
 
         Args:
             num_mediators: one of the configured `mediators`, or a perfect square between two of them, for which
@@ -210,9 +210,9 @@ class DiT(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As diffusers loads a saved model, but all of its weights must be there, and no others.
+        """Load a saved model like diffusers, but require exactly its weights.
 
-        With `output_loading_info=True` what is amiss is returned beside the model instead.
+        With `output_loading_info=True`, mismatches are returned along with the model instead.
 
         Raises:
             ValueError: naming the missing and the unexpected weights.
@@ -237,7 +237,7 @@ class DiT(ModelMixin, ConfigMixin):
 
         Args:
             state_dict: the weights by their official names.
-            num_heads: which the shapes do not tell.
+            num_heads: not determined by the shapes.
             prediction: "velocity" (SiT, mediators; time from noise to data) or "epsilon" (DiT; from data to noise).
             num_classes: only needed when the label table has no null row.
             sample_size: only needed when the grid is not square and there are no mediators.
@@ -253,7 +253,7 @@ class DiT(ModelMixin, ConfigMixin):
         """The weights by their official names, as copies; mediator layers with the biases of one n.
 
         Args:
-            num_mediators: n, as in `set_num_mediators`; None: the present one. Agent layers are written as the
+            num_mediators: n, as in `set_num_mediators`; None: the current one. Agent layers are written as the
                 softmax layers whose weights they have.
 
         Raises:
@@ -287,14 +287,14 @@ class DiT(ModelMixin, ConfigMixin):
         return cls(**config, path=path)._load(weights)
 
     def to_diffusers(self) -> DiTTransformer2DModel:
-        """diffusers' DiT with these weights. It returns all channels, and knows nothing of the direction of time.
+        """diffusers' DiT with these weights. It returns all channels, and does not record the direction of time.
 
         Warns:
             UserWarning: unless `frequency_shift` is 1, since diffusers divides the exponent of the time frequencies by
                 127 and not 128: at t = 999 they are up to 2.9 radians apart, and outputs differ.
 
         Raises:
-            ValueError: something that class does not have, such as mediator layers.
+            ValueError: a feature that class does not have, such as mediator layers.
         """
         config = convert_diffusers.config_to_diffusers(self.config, self.attention, self.grid, len(self.steps))
         theirs = DiTTransformer2DModel(**config)

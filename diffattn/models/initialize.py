@@ -1,11 +1,11 @@
-"""What the weights of a new backbone are."""
+"""Initial weights of a new backbone."""
 
 from torch import nn
 
 
 def initialize(model: nn.Module) -> None:
-    """adaLN-Zero: every block begins as the identity, and the output as zero. What a kind of attention has besides
-    linear layers keeps what its own file gave it."""
+    """adaLN-Zero: every block begins as the identity, and the output as zero. Attention parameters
+    other than linear layers keep the values set in their own file."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

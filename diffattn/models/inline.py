@@ -13,7 +13,7 @@ from diffattn.models.attention_layer import AttentionLayer, AttentionOptions, jo
 
 
 class InLineAttention(AttentionLayer):
-    """The linear expansion of a softmax, and a 3×3 convolution of the values whose weights the input decides.
+    """The linear expansion of a softmax, and a 3×3 convolution of the values with input-dependent weights.
 
         O = v̄ + s·Q Cov(K, V) + DWConv3×3(V; r),  r = MLP(mean of x over the tokens)
 

@@ -15,7 +15,7 @@ FREQUENCIES = 128
 """Frequencies of the time embedding; each gives a cosine and a sine."""
 
 NORM_EPS = 1e-6
-"""Of every norm but the one before an MLP, which is configured."""
+"""Epsilon of every norm except the one before an MLP, which is configurable."""
 
 
 def position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
@@ -72,7 +72,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(self.rows, dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        if y.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+        if y.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would synchronise the device
             self.check(y)
         return self.embedding_table(y.to(self.embedding_table.weight.device))
 
@@ -103,7 +103,7 @@ class DiTBlock(nn.Module):
     """Attention and MLP, each between a norm that the condition shifts and scales and a gate that it opens (adaLN-Zero:
     Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023).
 
-    Where an attention asks for it, a depth-wise convolution of the tokens is added before itself or before the MLP; it
+    If an attention asks for it, a depth-wise convolution of the tokens is added before it or before the MLP; it
     begins at zero, so that a new block is the identity whatever its attention.
     """
 

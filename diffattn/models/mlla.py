@@ -14,7 +14,7 @@ from diffattn.models.attention_layer import OPEN, Attention, AttentionOptions, T
 
 
 class MambaLikeAttention(nn.Module):
-    """Linear attention between rotated queries and keys, of which the input itself is the values:
+    """Linear attention between rotated queries and keys, with the input itself as the values:
 
     O = R(Q') (R(K')ᵀ x / N) / (Q'·k̄' + ε) + DWConv3×3(x)
     """
@@ -31,7 +31,7 @@ class MambaLikeAttention(nn.Module):
 
 
 class MambaLikeMixer(Attention):
-    """What a Mamba-like block has between its norm and its residual connection.
+    """The part of a Mamba-like block between its norm and its residual connection.
 
         g = SiLU(x W_a),  u = SiLU(DWConv3×3(x W_i)),  O = (Attention(u) ⊙ g) W_o
 

@@ -1,4 +1,4 @@
-"""Progressive width (StepsNet): early blocks are narrow, and each step widens the tokens by channels that waited.
+"""Progressive width (StepsNet): early blocks are narrow, and each step adds channels held back until then.
 
     x = [x₁ … x_n],  C_i = d_1 + … + d_i
     y₁ = F₁(x₁),  y_i = F_i([y_{i-1}, x_i])        F_i: blocks of width C_i
@@ -60,7 +60,7 @@ def steps_of(
 def projections(steps: Sequence[Step], hidden_size: int) -> nn.ModuleDict:
     """The conditioning to the width of each narrow step, by the number of the step.
 
-    No `ModuleList`: what caches blocks (cache-dit) takes every list of modules for one of blocks.
+    Not a `ModuleList`: block caches (cache-dit) take every list of modules for a list of blocks.
     """
     narrow = {str(i): step.width for i, step in enumerate(steps) if step.width < hidden_size}
     return nn.ModuleDict({number: nn.Linear(hidden_size, width) for number, width in narrow.items()})
@@ -78,7 +78,7 @@ def run_steps(
 
     Args:
         steps: of the model.
-        blocks: of the model, or what a cache of blocks has put in the place of all of them.
+        blocks: of the model, or the replacement installed by a block cache.
         conditions: from `projections`.
         run_block: (block, tokens [B, N, C_i], condition [B, C_i]) -> tokens.
         x: tokens [B, N, C].

@@ -1,1 +1,1 @@
-"""The only code that changes someone else's model: patch, the handle it returns, and the way back."""
+"""The only code that modifies a user's model: `patch`, the handle it returns, and the removal of a patch."""

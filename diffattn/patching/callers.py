@@ -1,4 +1,4 @@
-"""Look at the variables of the code that called a denoiser, without changing anything there."""
+"""Inspect the variables of the code that called a denoiser, without changing them."""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ SKIPPED = ("torch.", "diffattn.patching.", "diffattn.architectures.")
 
 
 def callers() -> Iterator[FrameType]:
-    """The frames above, the nearest first."""
+    """The calling frames, nearest first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if not str(frame.f_globals.get("__name__")).startswith(SKIPPED):
@@ -50,6 +50,6 @@ def _attributes(value: Any) -> list[Any]:
 
 
 def is_kept_by_caller(value: Any) -> bool:
-    """Whether a caller has an object in a dictionary of its own, as pipelines do that will put a processor back."""
+    """Whether a caller holds an object in a local dictionary, as pipelines do that will restore a processor."""
     dicts = (found for frame in callers() for found in frame.f_locals.values() if type(found) is dict)
     return any(part is value for found in dicts for part in list(found.values()))

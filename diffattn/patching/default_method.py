@@ -1,4 +1,4 @@
-"""The method that a model takes when its user names none: the same in Python, on the command line and on the page."""
+"""The method used when none is named: the same in Python, on the command line and on the web page."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from diffattn.methods.base import LayerSpec
 
 
 def default_method(pipe_or_model: DiffusionPipeline | nn.Module) -> str:
-    """The name in `diffattn.METHODS` that fits a pipeline or a denoiser, see `methods.method_for`.
+    """The name in `diffattn.METHODS` that suits a pipeline or a denoiser, see `methods.method_for`.
 
     Raises:
         TypeError: the architecture is not supported.
@@ -21,7 +21,7 @@ def default_method(pipe_or_model: DiffusionPipeline | nn.Module) -> str:
 
 
 def layers_of(denoisers: Mapping[str, nn.Module]) -> list[LayerSpec]:
-    """Every self-attention layer of the denoisers of a pipeline (prefix -> denoiser), under its own name."""
+    """Every self-attention layer of a pipeline's denoisers (prefix -> denoiser), under its own name."""
     return [
         spec if not prefix else replace(spec, name=prefix + spec.name)
         for prefix, model in denoisers.items()

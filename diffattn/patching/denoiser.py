@@ -1,4 +1,4 @@
-"""One denoiser of a patch: its layers, the size it works at, and why a layer would run exact."""
+"""One patched denoiser: its layers, its working size, and why a layer would run exact."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ class PatchedLayer:
     spec: LayerSpec
     module: Any  # has set_processor and processor
     processor: Processor | None = None  # ours
-    left_alone: str | None = None  # why there is none of ours
-    displaced_by: str | None = None  # class of what took our place
+    left_alone: str | None = None  # why it has no processor of ours
+    displaced_by: str | None = None  # class of the processor that replaced ours
 
     def look(self) -> str | None:
-        """The class of the processor that stands in our place now, None if that is ours, or one that wraps it."""
+        """The class of the processor that replaced ours; None if it is still ours or wraps it."""
         there = self.module.processor
         ours = [there, *getattr(there, "__dict__", {}).values()]
         if self.processor is None or any(part is self.processor for part in ours):
@@ -41,7 +41,7 @@ class PatchedDenoiser:
         model: the denoiser, compiled or not.
         layers: all of its attention layers, in order.
         grids: rows and columns of the tokens by level, of the last call.
-        compiled: whether a part of it is compiled, as of the beginning of the run.
+        compiled: whether any part of it was compiled at the start of the run.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, layers: Sequence[PatchedLayer]) -> None:
@@ -53,7 +53,7 @@ class PatchedDenoiser:
 
     @property
     def entry(self) -> nn.Module:
-        """The part that every forward runs first."""
+        """The submodule that every forward runs first."""
         return self.architecture.entry(uncompiled(self.model))
 
     @property
@@ -62,11 +62,11 @@ class PatchedDenoiser:
         return [layer for layer in self.layers if layer.processor is not None]
 
     def read_time(self, time: Any, levels: TimeReader) -> Reading:
-        """The noise level of a time step that the denoiser was given."""
+        """The noise level of a time step passed to the denoiser."""
         return self.architecture.read_time(uncompiled(self.model), time, levels)
 
     def set_size(self, height: int, width: int) -> None:
-        """Calls on latents of this size are coming."""
+        """Prepare for calls on latents of this size."""
         self.grids = self.grids_for(height, width)
 
     def grids_for(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -74,7 +74,7 @@ class PatchedDenoiser:
         return self.architecture.grids(uncompiled(self.model), height, width)
 
     def begin_run(self, height: int, width: int) -> None:
-        """A run on latents of this size begins, perhaps with another denoiser of the same patch."""
+        """Begin a run on latents of this size, possibly together with another denoiser of the patch."""
         self.set_size(height, width)
         self.compiled = is_compiled(self.model)
 
@@ -86,7 +86,7 @@ class PatchedDenoiser:
         return rows * columns
 
     def reasons(self, phase: int, device: str, mask_rows: int) -> list[tuple[str, str]]:
-        """(layer, why exact) in one phase at the size of the last call, of the layers that our processors run."""
+        """(layer, why exact) for the layers with our processors, in one phase at the size of the last call."""
         return [
             (layer.spec.name, self._reason(layer, self.grids, phase, device, mask_rows))
             for layer in self.patched
@@ -94,7 +94,7 @@ class PatchedDenoiser:
         ]
 
     def explain(self, height: int, width: int, num_phases: int) -> Mapping[str, list[str | None]]:
-        """Self-attention layer -> why it runs exact in every phase, None where it is accelerated."""
+        """Self-attention layer -> why it runs exact in each phase, None where it is accelerated."""
         grids, device = self.grids_for(height, width), next(self.model.parameters()).device.type
         found: dict[str, list[str | None]] = {}
         for layer in self.layers:
@@ -115,6 +115,6 @@ class PatchedDenoiser:
 
 
 def attention_layers(prefix: str, model: nn.Module, architecture: Architecture) -> list[PatchedLayer]:
-    """Every attention layer of a denoiser, named with the prefix; none of them is touched."""
+    """Every attention layer of a denoiser, named with the prefix; nothing is changed."""
     layers = architecture.layers(uncompiled(model))
     return [PatchedLayer(replace(spec, name=prefix + spec.name), module) for spec, module in layers]

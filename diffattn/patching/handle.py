@@ -1,7 +1,7 @@
-"""The handle of a patched model: what was put where, what ran, and the way back.
+"""The handle of a patched model: what was replaced, what ran, and how to undo it.
 
-Everything is built first and swapped in last, so that a failure leaves no trace; removing puts back the very
-objects that were there.
+Everything is built first and swapped in last, so that a failure leaves no trace; removing restores the very same
+objects.
 """
 
 import copy
@@ -22,7 +22,7 @@ from diffattn.patching.report import LayerReport, Report
 from diffattn.patching.run import Runs
 from diffattn.patching.target import Target
 
-SHARED = "pipelines made from this one with from_pipe share its denoiser and run patched too"
+SHARED = "pipelines made from this one with from_pipe share its denoiser and are patched too"
 
 
 class Patch(NotPickled):
@@ -65,7 +65,7 @@ class Patch(NotPickled):
         return type(uncompiled(self._runs.denoisers[0].model)).__name__
 
     def _build(self, layer: PatchedLayer, architecture: Architecture) -> None:
-        """Everything that one layer needs, without touching it."""
+        """Build everything that one layer needs, without changing the layer."""
         spec = layer.spec
         if spec.is_cross_attention:
             layer.left_alone = "cross-attention"
@@ -97,7 +97,7 @@ class Patch(NotPickled):
             raise
 
     def remove(self) -> None:
-        """Put everything back as it was; what others have put in our place stays. Idempotent."""
+        """Restore everything except processors that others have replaced since. Idempotent."""
         for layer in self._layers:
             if layer.processor is not None:
                 layer.processor.active = False
@@ -131,7 +131,7 @@ class Patch(NotPickled):
         )
 
     def explain(self, height: int, width: int) -> Mapping[str, list[str | None]]:
-        """What would run exact, without running anything.
+        """Report what would run exact, without running anything.
 
         Args:
             height, width: of the latents.
@@ -146,42 +146,42 @@ class Patch(NotPickled):
         return found
 
     def trace(self) -> list[dict[str, Any]]:
-        """What happened in every call of the latest run of the calling thread, as JSON types.
+        """Every call of the calling thread's latest run, as JSON types.
 
-        Each call has "noise_level" (1 noise ... 0 data, None where it is not known), "phase" (which entry of the
+        Each call has "noise_level" (1 noise ... 0 data, None if unknown), "phase" (which entry of the
         schedule, None where that needs the noise level), "options" (of that entry, or "exact") and "change" (Δ_k of a
         `LatentChangeSchedule`, or None): of the batch, or a list with one per sample where they differ.
         """
         return copy.deepcopy(list(self._runs.state.trace))
 
     def last_call(self) -> Mapping[str, Any] | None:
-        """The last entry of `trace`, to be read only: it is no copy. None before the first call."""
+        """The last entry of `trace`; not a copy, so do not modify it. None before the first call."""
         trace = self._runs.state.trace
         return trace[-1] if trace else None
 
     def accelerated(self, layer: str) -> int:
-        """Calls of a layer that ran accelerated, as `report` counts them."""
+        """Accelerated calls of a layer, as counted by `report`."""
         return self._runs.tally.of(layer).get(ACCELERATED, 0)
 
     def begin_run(self, *args: Any, **kwargs: Any) -> None:
-        """Begin a run as a call of the denoiser with these arguments would, without calling it.
+        """Begin a run as if the denoiser were called with these arguments, without calling it.
 
-        What a run does once is then done: calls that follow at this noise level, or below, belong to the run.
+        This does the once-per-run work; later calls at this noise level or below belong to the run.
         """
         self.expect_new_run()
         self._hooks[0].begin_call(args, kwargs)
         self._runs.end_call()
 
     def expect_new_run(self) -> None:
-        """The next call in this thread begins a new run, whatever its noise level.
+        """Make the next call in this thread begin a new run, whatever its noise level.
 
-        A rising noise level, or time steps that a scheduler sets anew, begin one anyway. For pipelines whose denoiser
-        is given another time than the scheduler's own: a run that was broken off in its first step leaves no trace.
+        A rising noise level, or new time steps in the scheduler, begin a run anyway. Needed for pipelines that pass the
+        denoiser another time than the scheduler's own, where a run aborted in its first step goes unnoticed.
         """
         self._runs.state.schedule = None
 
     def quiet(self) -> None:
-        """Give no warning from now on about runs in which nothing is accelerated."""
+        """Stop warning about runs in which nothing is accelerated."""
         self._runs.quiet()
 
     def _layer_report(self, layer: PatchedLayer, tokens: int | None) -> LayerReport:

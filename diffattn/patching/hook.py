@@ -1,4 +1,4 @@
-"""The hooks of one denoiser: they report each of its calls to the run, from outside anything compiled."""
+"""The hooks of one denoiser: they report each call to the run, from outside any compiled code."""
 
 import inspect
 from typing import Any, Protocol
@@ -14,14 +14,14 @@ _outside_compiled: Any = torch.compiler.disable
 
 
 class DiffAttnWarning(UserWarning):
-    """Something about a patched model is not as its user would expect."""
+    """A patched model does something that its user may not expect."""
 
 
 class Listener(Protocol):
     """What the hooks of a denoiser report to."""
 
     def begin_call(self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, mask_rows: int, traced: bool) -> None:
-        """A call is about to happen, on latents `sample` [B, c, h, w]; `traced`: from inside a compiled caller."""
+        """Called before a call on latents `sample` [B, c, h, w]; `traced`: from inside a compiled caller."""
         ...
 
     def end_call(self) -> None:
@@ -29,7 +29,7 @@ class Listener(Protocol):
         ...
 
     def enter_forward(self, denoiser: PatchedDenoiser) -> None:
-        """The denoiser's forward runs, with or without a call that began."""
+        """Called when the denoiser's forward runs, with or without a preceding `begin_call`."""
         ...
 
 
@@ -37,7 +37,7 @@ class RunHook(NotPickled):
     """The hooks of one denoiser; the object itself is its forward pre-hook."""
 
     def __init__(self, owner: Any, listener: Listener, denoiser: PatchedDenoiser) -> None:
-        """`owner`: the patch that the denoiser is found to carry."""
+        """`owner`: the patch reported for the denoiser."""
         self.owner = owner
         self.listener = listener
         self.denoiser = denoiser
@@ -63,7 +63,7 @@ class RunHook(NotPickled):
 
     @_outside_compiled
     def begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], traced: bool = False) -> None:
-        """One call of the denoiser with these arguments is about to happen."""
+        """Report that the denoiser is about to be called with these arguments."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         architecture = self.denoiser.architecture
         self.listener.begin_call(
@@ -80,7 +80,7 @@ class RunHook(NotPickled):
         self.listener.end_call()
 
     def _is_traced_inside(self, module: nn.Module) -> bool:
-        """Whether `OutsideCompiled` calls the hook, so that here it is only traced."""
+        """Whether `OutsideCompiled` calls the hook, so that this call is only traced."""
         return self.outside is not None and module._compiled_call_impl is self.outside
 
     def register(self) -> None:
@@ -94,7 +94,7 @@ class RunHook(NotPickled):
         self.denoiser.entry.register_forward_pre_hook(self.enter)
 
     def unregister(self) -> None:
-        """Undo `register`. Works on deep copies too, whose hook handles point nowhere."""
+        """Undo `register`. Also works on deep copies, whose hook handles are dangling."""
         model = self.denoiser.model
         for module in uncompiled(model).modules():
             _forget(module, "pre", self.enter)
@@ -106,7 +106,7 @@ class RunHook(NotPickled):
 
 
 class OutsideCompiled(NotPickled):
-    """Stands in for the `_compiled_call_impl` that `module.compile()` leaves, to run the hooks outside of it."""
+    """Replaces the `_compiled_call_impl` set by `module.compile()`, to run the hooks outside of it."""
 
     def __init__(self, hook: RunHook, compiled: Any) -> None:
         self.hook = hook
@@ -122,12 +122,12 @@ class OutsideCompiled(NotPickled):
 
 
 def hooks_of(model: nn.Module) -> list[RunHook]:
-    """The hooks of ours that a denoiser carries, compiled or not."""
+    """Our hooks on a denoiser, compiled or not."""
     return [h for m in (model, uncompiled(model)) for h in m._forward_pre_hooks.values() if isinstance(h, RunHook)]
 
 
 def _forget(module: nn.Module, when: str, hook: Any) -> None:
-    """Take a hook out of a module, as `RemovableHandle.remove` would."""
+    """Remove a hook from a module, as `RemovableHandle.remove` would."""
     hooks, more = {
         "pre": (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         "post": (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
@@ -138,7 +138,7 @@ def _forget(module: nn.Module, when: str, hook: Any) -> None:
 
 
 def _refuse_export() -> None:
-    """Raise `RuntimeError` while the model is exported or traced: what is written down once has no run to follow."""
+    """Raise `RuntimeError` while the model is exported or traced: a static graph cannot follow a run."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         raise RuntimeError(
             "a model patched by diffattn cannot be exported (torch.export, ONNX) or traced (torch.jit.trace): "

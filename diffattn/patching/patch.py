@@ -1,4 +1,4 @@
-"""patch and unpatch; they and the `Patch` they make are all that changes someone else's model."""
+"""`patch` and `unpatch`; only they and the `Patch` they create modify a user's model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,22 +27,22 @@ def patch(
     schedule: Schedule | Mapping[Any, Any] | None = None,
     **options: Any,
 ) -> Patch:
-    """Make a pipeline of diffusers or of this package, or its denoiser, use another attention.
+    """Make a diffusers or diffattn pipeline, or its denoiser, use another attention.
 
-    Undone by `patch.remove()`, by `unpatch`, or at the end of a `with` block. A pipeline made with `from_pipe`
-    shares the denoiser and so the patch. Compile first, then patch.
+    Undo it with `patch.remove()`, `unpatch`, or by leaving the `with` block. A pipeline made with `from_pipe`
+    shares the denoiser and hence the patch. Compile first, then patch.
 
     Args:
         pipe_or_model: a pipeline with a supported denoiser (its ControlNets are patched with it), or a denoiser.
-        method: a name in `diffattn.METHODS`; None: the one that fits the model, see `default_method`.
+        method: a name in `diffattn.METHODS`; None: the one that suits the model, see `default_method`.
         preset: a named set of options; "balanced" if neither `preset`, `recipe` nor `schedule` is given.
         recipe: a mapping, or the path of a JSON file, with any of method, preset, options, layers, schedule.
-            What is given beside it wins, the method excepted. One that `diffattn.tune` wrote has settings for every
-            layer; beside it only `layers` may be given, which leaves all others exact.
-        layers: names of layers (as in the report), or a predicate on `LayerSpec`; default all that are supported.
+            Other arguments override it, except `method`. A recipe from `diffattn.tune` has settings for every layer;
+            it may only be combined with `layers`, which leaves all other layers exact.
+        layers: names of layers (as in the report), or a predicate on `LayerSpec`; default: all supported ones.
         schedule: options by noise level (1 noise ... 0 data) or by the latents' change: a `Schedule`, the mapping of
             `NoiseSchedule`, or that of `LatentChangeSchedule.to_dict`.
-        **options: fields of the method's configuration; they win over the preset's.
+        **options: fields of the method's configuration; they override the preset's.
 
     Returns:
         The handle: `report()`, `remove()`, and a context manager.
@@ -50,14 +50,14 @@ def patch(
     Raises:
         TypeError: the architecture is not supported.
         ValueError: unknown method, preset, option or layer; an option out of range; a recipe that cannot be read or
-            was tuned for a model with other layers; no layer to patch; a model that is patched already.
+            was tuned for a model with other layers; no layer to patch; a model that is already patched.
     """
     denoisers = denoisers_of(pipe_or_model)
     plan = Plan.read(method, preset, recipe, layers, schedule, options, layers_of(denoisers))
     for model in denoisers.values():
         if _patches_of(model):
             raise ValueError(
-                f"this {type(uncompiled(model)).__name__} is patched already, perhaps through a pipeline that "
+                f"this {type(uncompiled(model)).__name__} is already patched, perhaps through a pipeline that "
                 "shares it; call diffattn.unpatch first"
             )
     return Patch(pipe_or_model, plan)
@@ -85,7 +85,7 @@ def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> Patch | None:
 
 
 def _patches_of(model: nn.Module) -> list[Patch]:
-    """The patches a denoiser carries, found by their hooks and processors."""
+    """The patches on a denoiser, identified by their hooks and processors."""
     inner = uncompiled(model)
     owners = [hook.owner for hook in hooks_of(model)]
     for module in inner.modules():

@@ -1,4 +1,4 @@
-"""From what the user asked for to a checked plan, before any model is looked at."""
+"""Turns the user's arguments into a checked plan, before any model is inspected."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,8 +24,8 @@ class Plan:
     methods: tuple[AttentionMethod | None, ...]  # one per phase of the schedule; None is exact
     schedule: Schedule
     layers: LayerFilter | None
-    options: Mapping[str, Any]  # those the user gave
-    by_layer: LayerRecipe | None = None  # a tuned recipe, which has methods for every layer by itself
+    options: Mapping[str, Any]  # as given by the user
+    by_layer: LayerRecipe | None = None  # a tuned recipe, which has its own methods for every layer
 
     @classmethod
     def read(
@@ -38,11 +38,11 @@ class Plan:
         options: Mapping[str, Any],
         of_model: Sequence[LayerSpec] = (),
     ) -> Self:
-        """The plan for the arguments of `patch`, which documents them; raises `ValueError` as it does.
+        """The plan for the arguments of `patch`, which documents them and the `ValueError`s.
 
         Args:
-            of_model: the layers of the model, by which a method is chosen where neither `method` nor the recipe
-                names one.
+            of_model: the layers of the model, used to choose a method if neither `method` nor the recipe names
+                one.
         """
         if recipe is not None:
             recipe = read_recipe(recipe)
@@ -61,8 +61,8 @@ class Plan:
         base: Mapping[str, Any] = {}
         if preset is not None:
             base = _lookup(f"preset of method {method!r}", preset, kind.presets).options
-        kind.from_options({**base, **options})  # names every bad option, even one that no phase uses
-        if schedule is None:  # the preset's own schedule gives way to the user's options
+        kind.from_options({**base, **options})  # report every bad option, even one that no phase uses
+        if schedule is None:  # the user's options replace the preset's own schedule
             entries = kind.presets[preset].schedule if preset is not None else None
             chosen: Schedule = NoiseSchedule(entries) if entries else constant()
             phases = [None if p is None else {**base, **p, **options} for p in chosen.phases]
@@ -76,9 +76,9 @@ class Plan:
 
     @classmethod
     def _tuned(cls, recipe: Mapping[str, Any], layers: LayerFilter | None, alone: bool) -> Self:
-        """The plan of a tuned recipe. Its `methods` are those of the first layer that a phase accelerates."""
+        """The plan of a tuned recipe. In each phase, `methods` has the method of the first accelerated layer."""
         if not alone:
-            raise ValueError("a tuned recipe is complete: it goes with no preset, schedule or options beside it")
+            raise ValueError("a tuned recipe is complete: it cannot be combined with a preset, schedule or options")
         found = LayerRecipe.read(recipe)
         phases = range(len(found.schedule.phases))
         methods = tuple(next((m[p] for m in found.methods.values() if m[p]), None) for p in phases)
@@ -92,7 +92,7 @@ class Plan:
         return tuple(m if m is not None and not m.why_not(layer) else None for m in methods)
 
     def method_name(self, layer: LayerSpec) -> str:
-        """The name of the method that covers a layer; of several, joined by "+"."""
+        """The name of the method that covers a layer; several names are joined by "+"."""
         return self.method if self.by_layer is None else names_of(self.methods_of(layer))
 
     def fit(self, layers: Sequence[LayerSpec]) -> Self:
@@ -111,7 +111,7 @@ class Plan:
         return replace(fitted, by_layer=replace(self.by_layer, methods=methods))
 
     def why_not(self, layer: LayerSpec) -> str | None:
-        """Why the method can do nothing for the layer in any phase, or None."""
+        """Why the method cannot accelerate the layer in any phase, or None."""
         methods = self.methods if self.by_layer is None else self.by_layer.methods.get(layer.name, ())
         reasons = [m.why_not(layer) for m in methods if m is not None]
         if not reasons:
@@ -119,23 +119,23 @@ class Plan:
         return reasons[0] if all(reasons) else None
 
     def options_at(self, phase: int) -> dict[str, Any] | str:
-        """What applies in a phase as JSON types: "exact", or the options that are not the method's defaults.
+        """The setting of a phase as JSON types: "exact", or the options that differ from the method's defaults.
 
-        Of a tuned recipe: the same for every layer, by name.
+        For a tuned recipe, this is a mapping from every layer's name to its setting.
         """
         if self.by_layer is not None and self.methods[phase] is not None:
-            return {name: _told(methods[phase]) for name, methods in self.by_layer.methods.items()}
-        return _told(self.methods[phase])
+            return {name: _non_defaults(methods[phase]) for name, methods in self.by_layer.methods.items()}
+        return _non_defaults(self.methods[phase])
 
     def chooses(self, layer: LayerSpec) -> bool:
-        """Whether the layer is among those asked for."""
+        """Whether the layer is among those the user chose."""
         return _chooses(self.layers, layer)
 
     def check_size(self, num_tokens: int) -> None:
-        """Raise `ValueError` for an option the user gave that leaves nothing to accelerate.
+        """Raise `ValueError` if an option given by the user leaves nothing to accelerate.
 
         Args:
-            num_tokens: tokens of the largest layer at the size of the picture.
+            num_tokens: tokens of the largest layer at this picture size.
         """
         for method in self.methods:
             if method is not None and (error := method.out_of_range(self.options, num_tokens)):
@@ -153,14 +153,14 @@ class Plan:
 
 
 def _chooses(layers: LayerFilter | None, layer: LayerSpec) -> bool:
-    """Whether a filter lets a layer through; None lets all."""
+    """Whether a filter selects a layer; None selects all."""
     if layers is None:
         return True
     return bool(layers(layer)) if callable(layers) else layer.name in layers
 
 
-def _told(method: AttentionMethod | None) -> dict[str, Any] | str:
-    """The options that are not the defaults, or "exact"."""
+def _non_defaults(method: AttentionMethod | None) -> dict[str, Any] | str:
+    """The options that differ from the defaults, or "exact"."""
     if method is None:
         return EXACT
     values = {f.name: (getattr(method, f.name), f.default) for f in fields(method)}  # type: ignore[arg-type]

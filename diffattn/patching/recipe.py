@@ -1,14 +1,14 @@
-"""Recipes: what `diffattn.patch(recipe=...)` reads, by hand or as `diffattn.tune` wrote it.
+"""Recipes for `diffattn.patch(recipe=...)`, written by hand or by `diffattn.tune`.
 
-A recipe by hand holds arguments of `patch`. A tuned one says for every self-attention layer which setting applies at
-which noise level:
+A handwritten recipe contains arguments of `patch`. A tuned one gives the setting of every self-attention layer by
+noise level:
 
     {"diffattn_recipe": 1,
      "settings": {"agent-1": {"method": "agent", "options": {"num_agents": null, "agent_ratio": 0.9375}}},
      "layers": {"mid_block.attentions.0.transformer_blocks.0.attn1": {"0.6": "agent-1", "0.0": "exact"}, ...},
      "promised": {...}, "verified": {...}, "protocol": {...}}
 
-"layers" are read as the entries of a `NoiseSchedule` are; the last three are for people and programs that compare.
+"layers" are read like the entries of a `NoiseSchedule`; the last three are for people and for programs that compare.
 """
 
 import reprlib
@@ -23,15 +23,15 @@ from diffattn.methods.base import AttentionMethod
 from diffattn.schedules import EXACT, MAX_PHASES, NoiseSchedule
 
 VERSION_KEY, VERSION = "diffattn_recipe", 1
-"""The key that a tuned recipe is known by, and the version that is written and read here."""
+"""The key that marks a tuned recipe, and the version written and read here."""
 
 KEYS = ("method", "preset", "options", "layers", "schedule")
-"""What a recipe by hand may hold, and "protocol": how it was found."""
+"""Keys of a handwritten recipe; "protocol" says how it was found."""
 
 TUNED_KEYS = (VERSION_KEY, "settings", "layers", "promised", "verified", "protocol")
 
 SHOWN = 4  # names in an error message
-MAX_NAMES = 1024  # layers or settings: more than any model has
+MAX_NAMES = 1024  # of layers or settings: more than any model has
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -50,7 +50,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"a recipe is a mapping with the keys {', '.join(KEYS)}, got {_short(recipe)}")
     version = recipe.get(VERSION_KEY, VERSION)
     if type(version) is not int or version != VERSION:
-        raise ValueError(f"recipe of version {_short(version)}: this diffattn reads version {VERSION}")
+        raise ValueError(f"recipe has version {_short(version)}; this diffattn reads version {VERSION}")
     allowed = TUNED_KEYS if is_tuned(recipe) else (*KEYS, "protocol")
     if unknown := sorted(set(recipe) - set(allowed)):
         raise ValueError(f"unknown recipe key {_some(unknown)}; allowed: {', '.join(allowed)}")
@@ -60,53 +60,53 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_types(recipe: Mapping[str, Any]) -> None:
-    """Of a recipe by hand; what the names stand for is checked where they are looked up."""
+    """Check a handwritten recipe; the meaning of its names is checked where they are looked up."""
     for key in ("method", "preset"):
         if not isinstance(recipe.get(key, ""), str | None):
-            raise ValueError(f"a recipe's {key} is a name, got {_short(recipe[key])}")
+            raise ValueError(f"a recipe's {key} must be a name, got {_short(recipe[key])}")
     if not isinstance(recipe.get("options", {}), Mapping):
-        raise ValueError(f"a recipe's options are a mapping from name to value, got {_short(recipe['options'])}")
+        raise ValueError(f"a recipe's options must be a mapping from name to value, got {_short(recipe['options'])}")
     layers = recipe.get("layers")
     if layers is None or isinstance(layers, str) or callable(layers):
         return
     if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
-        raise ValueError(f"a recipe's layers are a list of names, got {_short(layers)}")
+        raise ValueError(f"a recipe's layers must be a list of names, got {_short(layers)}")
     _check_number("layers", layers)
 
 
 def _short(value: object) -> str:
-    """For a message; names of layers are whole."""
+    """A value shortened for a message; layer names stay whole."""
     found = reprlib.Repr()
     found.maxstring = 100
     return found.repr(value)
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few, for a message."""
+    """The first few names, for a message."""
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(str(name)[:100] for name in names[:SHOWN]) + rest
 
 
 def _check_number(what: str, names: Collection[Any]) -> None:
     if len(names) > MAX_NAMES:
-        raise ValueError(f"a recipe has at most {MAX_NAMES} {what}, got {len(names)}")
+        raise ValueError(f"a recipe may have at most {MAX_NAMES} {what}, got {len(names)}")
 
 
 def is_tuned(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe speaks of every layer by itself."""
+    """Whether a recipe has its own settings for every layer."""
     return VERSION_KEY in recipe
 
 
 @dataclass(frozen=True)
 class LayerRecipe:
-    """What a tuned recipe says: a method, or None for exact attention, per layer and phase."""
+    """The content of a tuned recipe: a method, or None for exact attention, per layer and phase."""
 
     schedule: NoiseSchedule  # the phases: all bounds of all layers
     methods: Mapping[str, tuple[AttentionMethod | None, ...]]  # layer -> one per phase
 
     @classmethod
     def read(cls, recipe: Mapping[str, Any]) -> Self:
-        """From a mapping that went through `read_recipe`.
+        """Parse a mapping returned by `read_recipe`.
 
         Raises:
             ValueError: settings or layers that are missing or not of the form above; a method, option or noise level
@@ -116,7 +116,7 @@ class LayerRecipe:
         layers = {name: _schedule(name, entry, settings) for name, entry in _mapping(recipe, "layers").items()}
         bounds = sorted({bound for schedule in layers.values() for bound in schedule.bounds}, reverse=True)
         if len(bounds) > MAX_PHASES:
-            raise ValueError(f"the layers of a recipe have at most {MAX_PHASES} noise levels, got {len(bounds)}")
+            raise ValueError(f"the layers of a recipe may have at most {MAX_PHASES} noise levels, got {len(bounds)}")
         methods = {
             name: tuple(_setting_at(schedule, bound, settings) for bound in bounds) for name, schedule in layers.items()
         }
@@ -127,17 +127,17 @@ class LayerRecipe:
 
     @property
     def method_names(self) -> str:
-        """Every method it uses, such as "agent" or "agent+corrected"."""
+        """Names of all its methods, such as "agent" or "agent+corrected"."""
         return names_of(m for methods in self.methods.values() for m in methods)
 
     def check_layers(self, names: Collection[str]) -> None:
-        """Raise `ValueError` unless the model has these self-attention layers; a ControlNet's are not counted."""
+        """Raise `ValueError` unless the model has exactly these self-attention layers; ControlNets are ignored."""
         own = [name for name in names if not name.startswith("controlnet.")]
         missing = [name for name in self.methods if name not in own]
         unexpected = [name for name in own if name not in self.methods]
         if missing or unexpected:
-            told = [_listed("the model lacks", missing), _listed("the recipe does not know", unexpected)]
-            raise ValueError(f"the recipe was tuned for another model: {'; '.join(filter(None, told))}")
+            problems = [_listed("the model lacks", missing), _listed("the recipe does not know", unexpected)]
+            raise ValueError(f"the recipe was tuned for another model: {'; '.join(filter(None, problems))}")
 
 
 def names_of(methods: Any) -> str:
@@ -148,7 +148,7 @@ def names_of(methods: Any) -> str:
 def _mapping(recipe: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = recipe.get(key)
     if not isinstance(found, Mapping) or (key == "layers" and not found):
-        raise ValueError(f"a tuned recipe's {key} are a mapping by name, got {_short(found)}")
+        raise ValueError(f"a tuned recipe's {key} must be a mapping by name, got {_short(found)}")
     _check_number(key, found)
     return found
 
@@ -160,7 +160,7 @@ def _method(name: str, entry: Any) -> AttentionMethod:
         raise ValueError(f"unknown method: {_short(entry['method'])}; allowed: {', '.join(METHODS)}")
     if not isinstance(entry["options"], Mapping):
         options = _short(entry["options"])
-        raise ValueError(f"options of setting {_short(name)} are a mapping from name to value, got {options}")
+        raise ValueError(f"options of setting {_short(name)} must be a mapping from name to value, got {options}")
     return METHODS[entry["method"]].from_options(entry["options"])
 
 

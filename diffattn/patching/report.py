@@ -16,14 +16,14 @@ class LayerReport:
     method: str  # the method's name, or "-" for a layer left alone
     tokens: int | None = None  # image tokens at the size of the last run, None before the first
     accelerated: int = 0  # calls
-    exact_heads: int = 0  # of all samples: heads that ran exact in accelerated calls
+    exact_heads: int = 0  # over all samples: heads that ran exact in accelerated calls
     passed_through: Mapping[str, int] = field(default_factory=dict)  # reason -> calls
     left_alone: str | None = None  # why the layer was not patched
-    displaced_by: str | None = None  # class of the processor that took our place
+    displaced_by: str | None = None  # class of the processor that replaced ours
 
     @property
     def note(self) -> str:
-        """Everything that kept the layer exact, in words."""
+        """Everything that kept the layer exact, as text."""
         if self.left_alone:
             return f"left alone: {self.left_alone}"
         notes = [f"{n} x {reason}" for reason, n in sorted(self.passed_through.items())]
@@ -38,13 +38,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a patch covers and what ran accelerated so far. `str()` is a table, `to_dict()` goes to JSON."""
+    """What a patch covers and what ran accelerated so far. `str()` is a table, `to_dict()` has JSON types."""
 
     model: str
     method: str
     preset: str | None
     layers: tuple[LayerReport, ...]
-    runs: int  # runs begun: a rising noise level begins one
+    runs: int  # runs started; a rising noise level starts one
     calls: int  # calls of the denoiser
     removed: bool
     notes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Follows the runs of a patched model: from the arguments of each call to the phase that its layers are in."""
+"""Follows the runs of a patched model and derives the phase of its layers from each call's arguments."""
 
 import copy
 import warnings
@@ -28,15 +28,15 @@ from diffattn.schedules import EXACT, needs_level
 class Runs(NotPickled):
     """Every run of one patched model.
 
-    One call of a denoiser: its hook calls `begin_call`, which reads the noise level, begins a run where one does,
-    asks the schedule for the phase, and leaves a `DenoiserCall` in `state` for the processors; then `end_call`.
+    For every call of a denoiser, its hook calls `begin_call`, which reads the noise level, begins a run if needed,
+    asks the schedule for the phase, and leaves a `DenoiserCall` in `state` for the processors; and then `end_call`.
 
     Attributes:
         plan: which options apply in which phase.
         state: the run under way, one per thread.
         tally: calls of all runs by layer and reason.
         denoisers: the main one first.
-        num_runs, num_calls: begun so far, of the main denoiser.
+        num_runs, num_calls: started so far, of the main denoiser.
     """
 
     def __init__(self, plan: Plan, target: Target) -> None:
@@ -91,11 +91,11 @@ class Runs(NotPickled):
         )
 
     def quiet(self) -> None:
-        """Give no warning from now on about runs in which nothing is accelerated."""
+        """Stop warning about runs in which nothing is accelerated."""
         self._warned.add("nothing")
 
     def displaced(self) -> list[str]:
-        """Names of the layers whose processor was replaced since the last look."""
+        """Names of the layers whose processor was replaced since the last check."""
         names = []
         for layer in (layer for denoiser in self.denoisers for layer in denoiser.patched):
             before = layer.displaced_by
@@ -104,11 +104,11 @@ class Runs(NotPickled):
         return names
 
     def _is_enough(self, reading: Reading) -> bool:
-        """Whether what is known of the noise level will do for the schedule."""
+        """Whether the known noise level is enough for the schedule."""
         return reading.known or not self._needs_level
 
     def _begin_run(self, sample: Tensor, reading: Reading, device: str, mask_rows: int) -> None:
-        """Count the run, and warn of what its user would not expect."""
+        """Count the run, and warn about anything its user would not expect."""
         state = self.state
         state.schedule = copy.deepcopy(self.plan.schedule)
         state.schedule.start(sample.shape[0])
@@ -128,7 +128,7 @@ class Runs(NotPickled):
             self._check_reachable(state.schedule.reachable(reading.to_come), device, mask_rows)
 
     def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
-        """A run in which nothing can be accelerated: an error if an option of the user rules it out, else a warning."""
+        """Handle a run without any acceleration: an error if a user's option causes it, else a warning."""
         reasons = [r for d in self.denoisers for p in sorted(phases) for _, r in d.reasons(p, device, mask_rows)]
         if not reasons or ACCELERATED in reasons:
             return
@@ -138,7 +138,7 @@ class Runs(NotPickled):
         self._warn_once("nothing", f"diffattn accelerates no layer in this run: {why}")
 
     def _look_for_displaced(self) -> None:
-        """Warn of layers that run without diffattn, with advice where there is some."""
+        """Warn about layers that run without diffattn, with advice where possible."""
         names = self.displaced()
         layers = [layer for denoiser in self.denoisers for layer in denoiser.patched if layer.displaced_by]
         if not names:
@@ -148,7 +148,7 @@ class Runs(NotPickled):
         if all(is_kept_by_caller(layer.processor) for layer in layers):
             self._warn_once(
                 f"swapped by {by}",
-                f"{many} exact: the pipeline puts {by} there in each of its calls, and the layer's own processor back "
+                f"{many} exact: the pipeline installs {by} there in each call and restores the layer's own processor "
                 "afterwards (as perturbed-attention and self-attention guidance do); the report counts these calls, "
                 "and all other layers are accelerated",
             )
@@ -172,7 +172,7 @@ class Runs(NotPickled):
                 self.tally.add(layer.spec.name, f"replaced by {by} during the call")
 
     def _count(self, denoiser: PatchedDenoiser, phase: int | tuple[int, ...], device: str, mask_rows: int) -> None:
-        """What the processors inside compiled code cannot count."""
+        """Count what the processors inside compiled code cannot."""
         for p in sorted({phase} if isinstance(phase, int) else set(phase)):
             for name, reason in denoiser.reasons(p, device, mask_rows):
                 self.tally.add(name, reason)

@@ -1,4 +1,4 @@
-"""Finds the scheduler that made a denoiser's time step: that of the pipeline, or loop, whose call is under way."""
+"""Finds the scheduler that made a denoiser's time step: that of the running pipeline or sampling loop."""
 
 from collections.abc import Sequence
 from types import FrameType
@@ -16,14 +16,14 @@ from diffattn.patching.callers import callers, schedulers_in
 class SchedulerInUse:
     """Reads the time steps of one denoiser call; a `TimeReader`.
 
-    What a scheduler made is a view of its `timesteps`: proof enough, at no cost, for every call but the first of a
-    run. Otherwise the callers are looked through: for the scheduler that the time step is a view of, then for a
-    pipeline that holds the denoiser, then for a scheduler with this time step in its run. The patched pipeline's own
-    is the last resort, for calls by hand, and only for numbers that can be its time steps.
+    A scheduler's time step is a view of its `timesteps`, which identifies it at no cost in every call but the first of
+    a run. Otherwise the callers are searched: for the scheduler that the time step is a view of, then for a pipeline
+    that holds the denoiser, then for a scheduler with this time step in its run. The patched pipeline's own scheduler
+    is the last resort, for manual calls, and only for numbers that can be its time steps.
     """
 
     def __init__(self, state: RunState, model: nn.Module, own: Any) -> None:
-        """`state`: remembers the scheduler from call to call; `own`: of the patched pipeline, if it has one."""
+        """`state`: remembers the scheduler between calls; `own`: of the patched pipeline, if it has one."""
         self._state, self._model, self._own = state, uncompiled(model), own
 
     def read(self, timestep: Tensor | float, training: Convention | None = None) -> Reading:
@@ -40,7 +40,7 @@ class SchedulerInUse:
         return reading._replace(known=reading.known and last.covers(values_of(timestep)))
 
     def _find(self, timestep: Tensor | float) -> tuple[Any, bool]:
-        """The scheduler, None if there is none, and whether it is sure to have made the time step."""
+        """The scheduler (None if there is none), and whether it certainly made the time step."""
         if self._own is not None and NoiseLevels(self._own).made(timestep):
             return self._own, True
         seen = list({id(s): s for frame in callers() for s in schedulers_in(frame)}.values())  # nearest first
@@ -57,7 +57,7 @@ class SchedulerInUse:
         return self._own, False
 
     def _pipeline(self, frame: FrameType) -> DiffusionPipeline | None:
-        """The pipeline that a frame is a method of, if it holds the denoiser."""
+        """The pipeline whose method a frame is, if it holds the denoiser."""
         caller = frame.f_locals.get("self")
         if not issubclass(type(caller), DiffusionPipeline):
             return None

@@ -1,4 +1,4 @@
-"""What was patched, remembered without keeping it alive."""
+"""A weak reference to what was patched."""
 
 import weakref
 from typing import Any, Self
@@ -22,7 +22,7 @@ class Target(NotPickled):
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's scheduler of this moment, the last one if it is gone; None for a denoiser."""
+        """The pipeline's current scheduler, or its last one if the pipeline is gone; None for a denoiser."""
         self._scheduler = getattr(self._ref(), "scheduler", self._scheduler)
         return self._scheduler
 

@@ -1,4 +1,4 @@
-"""What self-attention costs a pipeline here, and whether patching is worth it."""
+"""Measures what self-attention costs a pipeline on this machine, and whether patching pays."""
 
 from diffattn.preflight.result import Preflight
 from diffattn.preflight.run import preflight

@@ -1,4 +1,4 @@
-"""What a preflight found: shares of time, bounds, and the rule by which patching is worth it."""
+"""The result of a preflight: shares of time, bounds, and the rule that decides whether patching pays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -30,12 +30,12 @@ class LayerTime:
     share: Spread  # of the call's time, in the same round
     core_share: Spread  # likewise without the layer's projections
     gflops: float | None  # of the whole layer
-    why_exact: str | None  # why the preset leaves it exact in this call; None: it accelerates it
+    why_exact: str | None  # why the preset leaves it exact in this call; None: accelerated
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What the preset accelerates from a noise level up (1 noise, 0 data), to the next phase's."""
+    """What the preset accelerates from this noise level (1 noise, 0 data) up to the next phase's."""
 
     noise_level: float
     layers: int
@@ -43,7 +43,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What one call of a denoiser costs here, and what patching could save. `str()` is a table.
+    """The cost of one denoiser call on this machine, and what patching could save. `str()` is a table.
 
     Attributes:
         model: class of the denoiser.
@@ -54,11 +54,11 @@ class Preflight:
         core_share: likewise without their projections, which methods such as agents keep.
         covered_share: likewise in the layers that the preset accelerates.
         time_ratio: of a patched call over an unpatched one in the same round; None where the preset covers no layer.
-        layers: all with self-attention; cross-attention is not among them.
+        layers: all self-attention layers, without cross-attention.
         phases: what the preset accelerates over a run.
-        gflops: counted for a call, a multiply-add counts two; None where the model cannot be counted.
-        peak_mib: the most memory that a call held beyond weights and inputs; None where it cannot be told.
-        weights_mib: the weights of the denoiser.
+        gflops: counted for a call, a multiply-add counts as two; None if the model cannot be counted.
+        peak_mib: peak memory of a call beyond weights and inputs; None if unknown.
+        weights_mib: memory of the denoiser's weights.
     """
 
     model: str
@@ -89,22 +89,22 @@ class Preflight:
 
     @property
     def bound(self) -> float | None:
-        """The most that any method could be faster: without self-attention, and its projections, altogether."""
+        """The largest speed-up of any method: without self-attention and its projections altogether."""
         return bound(self.share.median)
 
     @property
     def core_bound(self) -> float | None:
-        """The most for methods that keep the projections."""
+        """The largest speed-up of methods that keep the projections."""
         return bound(self.core_share.median)
 
     @property
     def covered_bound(self) -> float | None:
-        """The most for the layers that the preset accelerates: those above this device's thresholds."""
+        """The largest speed-up in the layers that the preset accelerates: those above this device's thresholds."""
         return bound(self.covered_share.median)
 
     @property
     def attention_gflops(self) -> float | None:
-        """Counted in all self-attention layers."""
+        """GFLOPs counted in all self-attention layers."""
         counted = [layer.gflops for layer in self.layers if layer.gflops is not None]
         return sum(counted) if len(counted) == len(self.layers) else None
 
@@ -116,7 +116,7 @@ class Preflight:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether patching is worth it here, and which part of `RULE` decided."""
+        """One sentence: whether patching pays on this machine, and which part of `RULE` decided."""
         name, at_most = f"{self.method} ({self.preset})", _times(self.covered_bound)
         if not self.covered or self.time_ratio is None:
             why = max(self.layers, key=lambda layer: layer.tokens).why_exact
@@ -137,7 +137,7 @@ class Preflight:
         return f"Worth patching here: {measured} the speed of an unpatched call; {share}."
 
     def summary(self) -> dict[str, str]:
-        """The figures of the whole call, by what they are, for people."""
+        """The figures of the whole call, with labels, for people."""
         ms, machine = _scaled(self.seconds, 1e3), where(dict(self.machine))
         kept = f"{_percent(self.core_share)} without the projections: at most {_times(self.core_bound)} as fast"
         figures = {
@@ -162,7 +162,7 @@ class Preflight:
         return [_row(layer) for layer in self.layers]
 
     def group_rows(self) -> list[tuple[str, ...]]:
-        """`GROUP_HEAD`, then a row for all layers of a level that fare alike; shares are sums of medians."""
+        """`GROUP_HEAD`, then one row per group of a level's layers treated alike; shares are sums of medians."""
         groups: dict[tuple[int, int, str | None], list[LayerTime]] = {}
         for layer in sorted(self.layers, key=lambda layer: layer.level):
             groups.setdefault((layer.level, layer.tokens, layer.why_exact), []).append(layer)
@@ -173,7 +173,7 @@ class Preflight:
         return "\n\n".join([text_table(HEAD, self.rows()), figures, self.verdict])
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure as JSON types, with bounds, rule and verdict; `from_dict` reads it back."""
+        """Every figure as JSON types, with bounds, rule and verdict; the inverse is `from_dict`."""
         derived = ("bound", "core_bound", "covered_bound", "attention_gflops", "worth_it", "verdict")
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain |= {name: None if plain[name] is None else plain[name].to_dict() for name in _SPREADS}
@@ -183,7 +183,7 @@ class Preflight:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` made, after a journey through JSON."""
+        """The inverse of `to_dict`, also after a round trip through JSON."""
         own = {f.name: values[f.name] for f in fields(cls)}
         own |= {name: _spread(own[name]) for name in _SPREADS}
         own["layers"] = tuple(_layer_from_dict(layer) for layer in own["layers"])
@@ -195,7 +195,7 @@ _SPREADS = ("seconds", "share", "core_share", "covered_share", "time_ratio")
 
 
 def bound(share: float) -> float | None:
-    """1 / (1 - share): how many times as fast a call is without what takes this share of it. None for all of it."""
+    """1 / (1 - share): how many times as fast a call is without the part with this share. None for a share of 1."""
     return 1 / (1 - share) if share < 1 else None
 
 

@@ -1,6 +1,6 @@
-"""The preflight: what self-attention costs a pipeline here, layer by layer, and whether patching is worth it.
+"""The preflight: what self-attention costs a pipeline on this machine, layer by layer, and whether patching pays.
 
-Nothing is left behind: hooks and patch are there during the calls that need them, and no longer.
+Nothing is left behind: hooks and patch exist only during the calls that need them.
 """
 
 import time
@@ -51,21 +51,21 @@ def preflight(
     inputs: Inputs | None = None,
     on_round: Callable[[], None] = lambda: None,
 ) -> Preflight:
-    """Time one denoiser call near the beginning of a run, and its self-attention; see `Preflight` for what is found.
+    """Time one denoiser call near the beginning of a run, and its self-attention; see `Preflight` for the results.
 
     Three kinds of calls take turns, round after round, after a warm-up: as the denoiser is; with hooks around its
-    self-attention; and patched. It runs where it is and in the dtype it has, and is afterwards what it was before.
-    The ControlNets of a pipeline are not run.
+    self-attention; and patched. It runs on its own device and in its own dtype, and is left
+    unchanged. The ControlNets of a pipeline are not run.
 
     Args:
         pipe_or_model: a pipeline with a supported denoiser, or a denoiser; neither patched nor compiled.
-        height, width: of the picture in pixels; of a denoiser without a pipeline, of its latents. None: its own.
-        method, preset: what patching would use, see `diffattn.patch`; method None: the one that fits the model;
+        height, width: of the picture in pixels; of the latents for a denoiser without a pipeline. None: its own.
+        method, preset: what patching would use, see `diffattn.patch`; method None: the one that suits the model;
             preset None: "balanced".
         batch: samples in a call; 2 is one picture with guidance.
         rounds: how often each kind of call is timed.
-        time_budget: seconds; no round begins that would end later, the first one excepted.
-        inputs: (args, kwargs) of the denoiser call, where its conditions are unusual; latents of the given size.
+        time_budget: seconds; apart from the first, no round starts that would end later.
+        inputs: (args, kwargs) of the denoiser call, if its conditions are unusual; latents of the given size.
         on_round: called after every round.
 
     Raises:
@@ -108,7 +108,7 @@ class PreflightRun:
         self.modules = {spec.name: module for spec, module in found}
         self.specs = {spec.name: spec for spec, _ in found}
         self.tokens = {spec.name: grids[spec.level] for spec, _ in found}
-        with patch(pipe_or_model, self.method, preset=self.preset) as handle:  # raises where there is nothing to patch
+        with patch(pipe_or_model, self.method, preset=self.preset) as handle:  # raises if there is nothing to patch
             plan, explained = handle.plan, handle.explain(*latents)
         reasons = {name: explained[name] for name in self.specs}
         self.why_exact = {name: of_phases[_phase_at_start(plan)] for name, of_phases in reasons.items()}
@@ -116,7 +116,7 @@ class PreflightRun:
         self.inputs = inputs or make_denoiser_inputs(self.model, *latents, batch)
 
     def __call__(self, *, time_budget: float | None = None, on_round: Callable[[], None] = lambda: None) -> Preflight:
-        """Measure; the arguments are those of `preflight`."""
+        """Measure; arguments as in `preflight`."""
         args, kwargs = self.inputs
         deadline = None if time_budget is None else time.monotonic() + time_budget
         gflops = count_layer_gflops(self.model, list(self.modules), args, kwargs)
@@ -139,7 +139,7 @@ class PreflightRun:
         elif kind == PATCHED:
             with patch(self.target, self.method, preset=self.preset) as handle, warnings.catch_warnings():
                 warnings.simplefilter("ignore", DiffAttnWarning)
-                handle.begin_run(*self.inputs[0], **self.inputs[1])  # a run begins once, not in every call
+                handle.begin_run(*self.inputs[0], **self.inputs[1])  # so that a run begins only once
                 yield
         else:
             yield
@@ -147,7 +147,7 @@ class PreflightRun:
     def _result(
         self, timings: Timings, calls: Sequence[OneCall], peak: float | None, gflops: Gflops | None
     ) -> Preflight:
-        """From the rounds and, round by round, the seconds of the layers."""
+        """The result, from the rounds and the layers' seconds in each round."""
         totals = [r[TIMED] for r in timings.rounds]
         every, covered = list(self.specs), [name for name, why in self.why_exact.items() if why is None]
         weights = list(self.model.parameters())
@@ -193,23 +193,23 @@ def _whole(calls: Sequence[OneCall], names: Sequence[str]) -> list[float]:
 
 
 def _core(calls: Sequence[OneCall], names: Sequence[str]) -> list[float]:
-    """Likewise without their projections."""
+    """The same without their projections."""
     return [sum(call[name].core for name in names) for call in calls]
 
 
 def _plain(pipe_or_model: Any) -> nn.Module:
-    """The main denoiser; `ValueError` if it is patched or compiled, whose times would not be its own."""
+    """The main denoiser; `ValueError` if it is patched or compiled, which would distort its times."""
     model = next(iter(denoisers_of(pipe_or_model).values()))
     inner = uncompiled(model)
     if find_patch(pipe_or_model) is not None:
-        raise ValueError(f"this {type(inner).__name__} is patched already; call diffattn.unpatch first")
+        raise ValueError(f"this {type(inner).__name__} is already patched; call diffattn.unpatch first")
     if is_compiled(model):
-        raise ValueError(f"this {type(inner).__name__} is compiled; the preflight takes it as it was before")
+        raise ValueError(f"this {type(inner).__name__} is compiled; the preflight needs it uncompiled")
     return inner
 
 
 def _size(target: Any, model: nn.Module, height: int | None, width: int | None) -> tuple[int, int, tuple[int, int]]:
-    """Height and width as they are given or the model's own, and those of the latents."""
+    """Height and width, given or the model's own, and those of the latents."""
     scale = pixels_per_latent(target) if isinstance(target, DiffusionPipeline) else 1
     config: Any = model.config
     own = config.get("sample_size")
@@ -230,7 +230,7 @@ def _phase_at_start(plan: Plan) -> int:
 
 
 def _phases(plan: Plan, reasons: Any) -> tuple[Phase, ...]:
-    """What is covered from each bound of the schedule up."""
+    """The layers covered from each bound of the schedule up."""
     assert isinstance(plan.schedule, NoiseSchedule), "every preset has one"
     counts = [sum(why is None for why in of_phase) for of_phase in zip(*reasons, strict=True)]
     return tuple(Phase(u, n) for u, n in zip(plan.schedule.bounds, counts, strict=True))

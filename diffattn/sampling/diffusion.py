@@ -1,4 +1,4 @@
-"""How much noise the SDE adds and the score takes away: the diffusion forms of SiT (Ma et al., ECCV 2024, table 8).
+"""The diffusion forms of the SDE of SiT (Ma et al., ECCV 2024, table 8).
 
 D(t) is half of the squared noise rate of dx = [v + D·score]dt + √(2D)dW; every D ≥ 0 has the same marginals, and D = 0
 is the ODE. Time t runs from 0 (noise) to 1 (data); c is the strength.

@@ -28,8 +28,8 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         path: on which the model was trained, "linear" or "gvp"; `transformer.config.path` of a `DiT`.
         diffusion: the form of D, see `diffusion.DIFFUSIONS`.
         diffusion_norm: its strength c.
-        last_step: from t = 1 - last_step_size to 1. "mean": a step as all others, without noise; "euler": of the ODE;
-            "tweedie": the expected data; None: there is none, noisy steps lead up to t = 1.
+        last_step: from t = 1 - last_step_size to 1. "mean": a step like all others, without noise; "euler": of the ODE;
+            "tweedie": the expected data; None: no last step, noisy steps lead up to t = 1.
         last_step_size: of the last step, in t.
         sbdm_start: t at which "sbdm" starts, since its D is infinite at 0. The other forms start at 0.
 
@@ -77,11 +77,11 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say at which index of `timesteps` the steps begin, so that the first need not look it up on the device."""
+        """Set the index of `timesteps` at which the steps begin, which saves looking it up on the device."""
         self._begin_index = begin_index
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Lay a uniform grid.
+        """Set a uniform grid.
 
         Args:
             num_inference_steps: N evaluations of the model. With a last step, N - 1 noisy ones lead to
@@ -120,7 +120,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         *,
         noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """From one time step to the next. Does not wait for the device, if `set_begin_index` was called.
+        """From one time step to the next. Does not synchronise the device if `set_begin_index` was called.
 
         Args:
             model_output: -v [B, ...].
@@ -134,7 +134,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             `.prev_sample` [B, ...], in fp32, or in fp64 if the sample is.
 
         Raises:
-            ValueError: `set_timesteps` was not called; the steps are used up; no such time step.
+            ValueError: `set_timesteps` was not called; all steps have been taken; an unknown time step.
         """
         i = self._next_index(timestep)
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
@@ -173,7 +173,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         if i is None:
             i = self._index_of(float(timestep)) if self._begin_index is None else self._begin_index
         if i >= len(self._times):
-            raise ValueError(f"all {len(self._times)} steps are taken; call set_timesteps to begin anew")
+            raise ValueError(f"all {len(self._times)} steps have been taken; call set_timesteps to start again")
         return i
 
     def _index_of(self, timestep: float) -> int:

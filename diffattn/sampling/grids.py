@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def set_uniform_timesteps(scheduler: Any, num_steps: int, device: str | torch.device | None = None) -> None:
-    """Lay a uniform grid of N steps from noise to data, to be bent by the scheduler's own shift if it has one.
+    """Set a uniform grid of N steps from noise to data, to which the scheduler applies its own shift, if any.
 
     Euler evaluates the model N times, at 1, 1 - 1/N, ..., 1/N in the noise level 1 - t; Heun 2N - 1 times, since its
     last step is Euler's; for Euler-Maruyama see `EulerMaruyamaScheduler.set_timesteps`.
@@ -35,5 +35,5 @@ def _set_heun(scheduler: FlowMatchHeunDiscreteScheduler, num_steps: int, device:
 
 
 def times(scheduler: Any) -> Tensor:
-    """t = 1 - timestep/num_train_timesteps of every evaluation to come [T], fp32, where the time steps are."""
+    """t = 1 - timestep/num_train_timesteps of all upcoming evaluations [T], fp32, on the device of the time steps."""
     return 1 - scheduler.timesteps.to(torch.float32) / scheduler.config.num_train_timesteps

@@ -56,7 +56,7 @@ def check_at_least_1(name: str, number: int) -> None:
 
 
 def check_guidance(config: Any, scale: float, channels: int | None) -> None:
-    """Raise `ValueError` for guidance that a transformer of this configuration cannot give."""
+    """Raise `ValueError` for guidance that a transformer of this configuration does not support."""
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance_scale must be 0 or more, got {scale}")
     if scale != 1 and not config.null_class:
@@ -80,7 +80,7 @@ def check_output_type(config: Any, output_type: str, has_vae: bool) -> None:
 
 
 def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
-    """Raise `ValueError` for tensors that a callback cannot be given."""
+    """Raise `ValueError` for tensors that callbacks do not support."""
     if unknown := set(names) - set(allowed):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs may have {', '.join(allowed)}, got {', '.join(sorted(unknown))}"

@@ -1,11 +1,11 @@
-"""Interpolants between noise and data, and what a velocity on them implies (Ma et al., SiT, ECCV 2024, section 2).
+"""Interpolants between noise and data, and what follows from a velocity (Ma et al., SiT, ECCV 2024, section 2).
 
 Time t runs from 0 (noise) to 1 (data); a sample on the path is x_t = α(t)·data + σ(t)·noise, and its velocity
 v = α̇(t)·data + σ̇(t)·noise. Both paths here have a constant W = α̇σ - ασ̇, so that x and v give back
 
     data = (σv - σ̇x) / W        noise = (α̇x - αv) / W        score = -noise / σ
 
-without a division by zero, the score at t = 1 excepted.
+without a division by zero, except for the score at t = 1.
 
 Shapes: data, noise, x, v [B, ...]; t [B], or a scalar tensor for all samples.
 """

@@ -50,14 +50,14 @@ class SiTPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
     """B pictures; [B, H, W, c] or [B, c, H, W] in [0, 1]; or latents [B, c, H, W]."""
     trace: list[dict[str, Any]] | None = None
-    """Of every call of the transformer, see `Patch.trace`; empty if it is not patched, None if not asked for."""
+    """Every call of the transformer, see `Patch.trace`; empty if it is not patched, None if not requested."""
 
 
 class SiTPipeline(DiffusionPipeline):
     """Images from class labels with a velocity model (Ma et al., "SiT", ECCV 2024).
 
     A saved pipeline is loaded with `SiTPipeline.from_pretrained`, from a folder or from the hub. diffusers' own
-    `DiffusionPipeline.from_pretrained` knows pipeline classes of diffusers only. `model_index.json` names the modules
+    `DiffusionPipeline.from_pretrained` only knows pipeline classes of diffusers. `model_index.json` names the modules
     that define the parts (such as `diffattn.models.dit`), so their names belong to the format.
 
     Args:
@@ -66,7 +66,7 @@ class SiTPipeline(DiffusionPipeline):
             `EulerMaruyamaScheduler` for the SDE.
         vae: decodes the latents; None: the transformer draws pixels from -1 to 1.
         id2label: class id -> its names, separated by commas.
-        guidance_scale: the model's own, which a call without one takes; it is saved with the pipeline. None: 1, no
+        guidance_scale: the model's own, the default of a call; saved with the pipeline. None: 1, no
             guidance.
 
     Raises:
@@ -107,7 +107,7 @@ class SiTPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name: "owner/name".
-            **kwargs: cache_dir, revision, token, force_download, local_files_only as diffusers has them.
+            **kwargs: cache_dir, revision, token, force_download, local_files_only as in diffusers.
 
         Returns:
             The folder.
@@ -136,13 +136,13 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def own_guidance(self) -> float:
-        """The guidance scale of a call that names none: what the model was saved with, else 1."""
+        """The default guidance scale of a call: the one saved with the model, else 1."""
         saved = self.config.get("guidance_scale")
         return 1.0 if saved is None else float(saved)
 
     @property
     def guidance_scale(self) -> float:
-        """Of the run under way."""
+        """The guidance scale of the current run."""
         return self._guidance_scale
 
     @property
@@ -157,7 +157,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback, and the run ends before its next step."""
+        """Whether to stop: set `pipe._interrupt = True` in a callback to end the run before its next step."""
         return self._interrupt
 
     @torch.no_grad()
@@ -191,10 +191,10 @@ class SiTPipeline(DiffusionPipeline):
             latents: start from this noise [B, c, H, W].
             output_type: "pil", "np", "pt", or "latent" to leave out the VAE.
             return_dict: False for a tuple (images,), or (images, trace).
-            return_trace: also return what a patch did in every call.
+            return_trace: also return a record of what a patch did in every call.
             callback_on_step_end: called as f(pipe, step, timestep, tensors) after every evaluation; it may return
                 other tensors to continue with.
-            callback_on_step_end_tensor_inputs: names of the tensors it is given; there is "latents".
+            callback_on_step_end_tensor_inputs: names of the tensors passed to it; only "latents" is available.
 
         Returns:
             `.images`, and `.trace`. The state between the steps is fp32, whatever the transformer is.
@@ -218,7 +218,9 @@ class SiTPipeline(DiffusionPipeline):
         device = self._execution_device
         x = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents.to(device).float()
         y = torch.tensor(ids, device=device)
-        set_uniform_timesteps(self.scheduler, num_inference_steps, "cpu")  # where patches read times without waiting
+        set_uniform_timesteps(
+            self.scheduler, num_inference_steps, "cpu"
+        )  # where patches read times without synchronising
         timesteps, t = self.scheduler.timesteps, times(self.scheduler)
         self._num_timesteps = len(timesteps)
         if patch := find_patch(self.transformer):

@@ -1,4 +1,4 @@
-"""Processes, device and precision as accelerate's launcher and the configuration ask for them: honoured or refused."""
+"""Processes, device and precision requested by accelerate's launcher and the configuration: honoured or refused."""
 
 import os
 from datetime import timedelta
@@ -22,7 +22,7 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-"""What the launcher's environment asks for -> its name. Training has replicated (DDP) and sharded (FSDP2) models."""
+"""Launcher variables of unsupported features -> their names. Training replicates (DDP) or shards (FSDP2) the model."""
 
 A_YEAR = 365 * 24 * 60.0  # minutes
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16"}
@@ -36,7 +36,7 @@ def make_accelerator(config: TrainConfig, device: str = "auto") -> Accelerator:
         device: "cpu", or "auto" for what accelerate finds.
 
     Raises:
-        ValueError: the launcher asks for something that training does not have; the message names it.
+        ValueError: the launcher asks for something that training does not support; the message names it.
     """
     _check_launcher()
     trackers = [name for name in config.run.trackers if name != "tensorboard" or find_spec("tensorboard")]
@@ -56,7 +56,7 @@ def make_accelerator(config: TrainConfig, device: str = "auto") -> Accelerator:
 
 
 def hardware_of(accelerator: Accelerator) -> Hardware:
-    """What a run has, for its plan."""
+    """The hardware of a run, for its plan."""
     return Hardware(
         processes=accelerator.num_processes,
         device=accelerator.device.type,
@@ -73,7 +73,7 @@ def _check_launcher() -> None:
     for variable, name in REFUSED.items():
         if _asked(variable):
             raise ValueError(
-                f"the launcher asks for {name}, which training does not have; it replicates the model (no "
+                f"the launcher asks for {name}, which training does not support; it replicates the model (no "
                 "--config_file), or shards it with pipelines/accelerate/fsdp2.yaml"
             )
     if _asked("ACCELERATE_USE_FSDP") and (found := os.environ.get("FSDP_VERSION", "1")) != "2":
@@ -85,18 +85,18 @@ def _check_launcher() -> None:
 
 
 def _precision(config: TrainConfig, device: str) -> str:
-    """ "fp32" or "bf16": `run.precision`, else what the launcher asks for, else what the hardware has."""
+    """ "fp32" or "bf16": `run.precision`, else the launcher's choice, else what the hardware supports."""
     if config.run.precision != "auto":
         return config.run.precision
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in PRECISIONS:
-        raise ValueError(f"the launcher asks for mixed_precision {asked!r}; training has {', '.join(PRECISIONS)}")
+        raise ValueError(f"the launcher asks for mixed_precision {asked!r}; training supports {', '.join(PRECISIONS)}")
     has_bf16 = device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return "bf16" if has_bf16 else PRECISIONS[asked]
 
 
 def _shard(accelerator: Accelerator) -> None:
-    """Shard on CPUs, too, where accelerate itself replicates in spite of what its launcher asked for."""
+    """Also shard on CPUs, where accelerate itself replicates despite its launcher's request."""
     state: Any = accelerator.state
     sharded = state.distributed_type == DistributedType.FSDP and getattr(state, "fsdp_plugin", None) is not None
     if accelerator.num_processes == 1 or sharded:

@@ -1,4 +1,4 @@
-"""Batches that follow from (seed, step) alone.
+"""Batches that depend on (seed, step) alone.
 
 Shapes: N samples, G of a global batch, b = G/P of one process, S the side of a picture, latents [c, h, w].
 """
@@ -17,9 +17,9 @@ from diffattn.training.random import FLIP, LATENT_NOISE, SHUFFLE, step_generator
 class Batches:
     """What each process sees in each step.
 
-    Every epoch is a new shuffle of all samples; epochs run on across the borders of batches, so none is dropped.
-    Step k depends on (seed, k) only: a resumed run continues with the very same batches, and P processes see together,
-    in the order of their ranks, what one process sees.
+    Every epoch is a new shuffle of all samples; batches may span two epochs, so no sample is dropped.
+    Step k depends on (seed, k) only: a resumed run continues with the very same batches, and P processes together see,
+    in rank order, what a single process would.
 
     Attributes:
         dataset: the samples.
@@ -44,16 +44,16 @@ class Batches:
         """
         Args:
             dataset: pictures, on demand or in memory, or latents.
-            batch_size: samples in a step of all processes together.
+            batch_size: samples per step, over all processes.
             seed: of the run.
             rank: of this process, 0 to world_size - 1.
             world_size: P.
             flip: mirror each sample left to right with probability 1/2.
-            num_workers: processes that read ahead, unless the data are in memory; 0 reads in this process.
+            num_workers: prefetching processes, unless the data are in memory; 0 reads in this process.
             device: of the batches.
 
         Raises:
-            ValueError: an empty data set, a batch that does not divide into the processes, or a number out of range.
+            ValueError: an empty data set, a batch size that the processes cannot share, or a number out of range.
         """
         if not len(dataset):
             raise ValueError("the data set is empty")
@@ -95,7 +95,7 @@ class Batches:
         return torch.rand(self.batch_size, generator=step_generator(self.seed, step, FLIP)) < 0.5
 
     def iterate(self, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's batches from a step on, without end.
+        """This process's batches from a step on, endlessly.
 
         Yields:
             x, float32: pictures in -1 ... 1 [b, 3, S, S], or latents [b, c, h, w] as the model takes them, drawn from
@@ -114,7 +114,7 @@ class Batches:
                 sampler=_Count(start_step),
                 num_workers=self.num_workers,
                 pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # leaves the global one alone
+                generator=torch.Generator(),  # leaves the global generator alone
             )
         for batch in batches:
             if isinstance(batch, ValueError):
@@ -123,7 +123,7 @@ class Batches:
             yield (x if x.is_floating_point() else x.float().div_(127.5).sub_(1)), y
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's samples of a step as the data set has them, on the CPU: pictures are uint8."""
+        """This process's samples of a step in the data set's format, on the CPU: pictures are uint8."""
         indices = self.indices(step)[self.rows]
         noise = None
         if self.dataset.needs_noise:
@@ -140,7 +140,7 @@ class Batches:
 
 
 class _Count:
-    """start, start + 1, … again whenever it is iterated."""
+    """start, start + 1, …; every iteration starts over."""
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -153,7 +153,7 @@ class _Count:
 
 
 class _Steps(Dataset):
-    """Step -> batch, for workers. An error is handed over as it is, so that its message stays one line."""
+    """Step -> batch, for workers. Errors are passed on unchanged, so that their messages stay one line."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches

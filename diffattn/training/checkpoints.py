@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is a folder `step-00001000` with safetensors and JSON, written under a temporary name, flushed to disk,
-marked complete and renamed. Whatever is not complete is never read, and goes when the next save begins. Old
-checkpoints are removed only when a new one is in place, and lose their name first. The state holds a SHA-256 of every
-file of tensors, so that bytes that a disk lost later are noticed.
+marked complete and renamed. Incomplete checkpoints are never read, and deleted when the next save begins. Old
+checkpoints are removed only once a new one is in place, and are renamed first. The state holds a SHA-256 of every file
+of tensors, so that later corruption on disk is detected.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ COMPLETE = "COMPLETE"
 STATE = "state.json"
 CHECKSUMS = "checksums"  # of the state: file of tensors -> SHA-256
 TENSORS = ("model", "ema", "optimizer", "random")
-"""Each is a file of tensors by name."""
+"""Files of named tensors."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -40,13 +40,13 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[s
 
     Args:
         root: the folder of all checkpoints.
-        step: steps done.
-        tensors: by the names in `TENSORS`.
-        state: everything else, as JSON holds it.
+        step: steps completed.
+        tensors: keyed by the names in `TENSORS`.
+        state: everything else, as JSON types.
         keep: checkpoints to keep, this one included.
 
     Raises:
-        OSError: it could not be written (a full disk); what was there before is untouched.
+        OSError: it could not be written (e.g. a full disk); existing checkpoints are untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     final, temporary = folder_of(root, step), root / f".writing-{step:08d}"
@@ -114,7 +114,7 @@ def _file(name: str) -> str:
 def random_states() -> dict[str, Tensor]:
     """The state of every global random number generator.
 
-    Training itself draws from generators of its own, by seed and step; these are for what users add.
+    Training itself uses its own generators, by seed and step; these are for code that users add.
     """
     version, python, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
@@ -132,7 +132,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Tensors) -> None:
-    """Undo what happened to the generators since `random_states`."""
+    """Restore the generators to the state from `random_states`."""
     torch.set_rng_state(states["torch"])
     version, *python = states["python"].tolist()
     gauss = states["python_gauss"].tolist()
@@ -145,7 +145,7 @@ def restore_random_states(states: Tensors) -> None:
 
 
 def _put_aside(folder: Path) -> Path:
-    """Out of sight in one move, so that a kill while it is deleted leaves nothing that looks complete."""
+    """Rename it before deletion, so that a kill during deletion leaves nothing that looks complete."""
     aside = folder.with_name(f".removing-{folder.name}")
     folder.rename(aside)
     _flush(folder.parent)
@@ -153,7 +153,7 @@ def _put_aside(folder: Path) -> Path:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """What a kill left while a checkpoint was written or removed."""
+    """Delete what a kill left behind while a checkpoint was written or removed."""
     for folder in root.iterdir():
         unmarked = re.fullmatch(r"step-\d+", folder.name) and not (folder / COMPLETE).is_file()
         if unmarked or re.fullmatch(r"\.(writing|removing-step)-\d+", folder.name):
@@ -163,7 +163,7 @@ def _remove_leftovers(root: Path) -> None:
 def _write_tensors(path: Path, tensors: Tensors) -> None:
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:  # also what the system says of a full disk
+    except SafetensorError as error:  # also raised for a full disk
         raise OSError(str(error)) from error
     _flush(path)
 
@@ -174,9 +174,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Flush a file or folder to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
+        return  # folders cannot be opened on this platform
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
 """All settings of a training run: defaults, presets, files and command-line settings.
 
-Later ones win, in the order defaults, preset, file, `section.field=value` settings.
+Later ones override earlier ones: defaults, preset, file, `section.field=value` settings.
 """
 
 import hashlib
@@ -30,32 +30,32 @@ class DataConfig:
     split: str = "train"  # of a Hugging Face dataset
     vae: str | None = None  # folder or hub id of an AutoencoderKL; None trains on pixels
     cache: str | None = None  # folder of the cached VAE moments; None: inside the run's folder
-    flip: bool = True  # mirror half of the pictures
+    flip: bool = True  # mirror each picture with probability 1/2
     in_memory: bool = True  # decode all pictures once and keep them; for latents memory-mapped shards are used
     num_workers: int = 0  # loader processes, when pictures are not in memory
-    skip_bad: bool = False  # leave unreadable pictures out, named and counted, instead of stopping
+    skip_bad: bool = False  # skip unreadable pictures, named and counted, instead of stopping
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The backbone, see `diffattn.models.DiT`."""
 
-    size: str | None = None  # "S/2" to "XL/8"; it sets patch_size, hidden_size, num_layers and num_heads
+    size: str | None = None  # "S/2" to "XL/8"; sets patch_size, hidden_size, num_layers and num_heads
     patch_size: int = 2
     hidden_size: int = 384
     num_layers: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
     attention: str | tuple[str, ...] = "mediator"  # for all layers, or one name per layer; `diffattn info` lists them
-    attention_options: dict[str, Any] | None = None  # of one attention, such as {focused_linear: {power: 4}}
+    attention_options: dict[str, Any] | None = None  # per attention, e.g. {focused_linear: {power: 4}}
     steps: tuple[tuple[int, ...], ...] | None = None  # progressive width: [[width, depth], …], see `models.steps`
-    mediators: tuple[int, ...] = (4, 16, 64)  # trained together; each step draws one of them
+    mediators: tuple[int, ...] = (4, 16, 64)  # numbers trained together; each step draws one of them
     qk_norm: bool = False
     learn_sigma: bool = False
     norm_eps: float = 1e-6  # of the norm before each MLP
     frequency_shift: float = 0.0  # of the time frequencies: 0 official, 1 diffusers
-    start: str | None = None  # weights to begin from: our folder, or an official .safetensors
-    freeze_backbone: bool = False  # train only what the layers have beside a softmax layer's weights
+    start: str | None = None  # initial weights: a diffattn folder, or an official .safetensors
+    freeze_backbone: bool = False  # train only the weights that a softmax layer does not have
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class ObjectiveConfig:
     time: str = "uniform"  # how t is drawn: "uniform" or "logit_normal" (Esser et al., 2024)
     logit_mean: float = 0.0
     logit_std: float = 1.0
-    label_dropout: float = 0.1  # share of samples trained without class, which guidance needs
+    label_dropout: float = 0.1  # share of samples trained without class; guidance needs it
     min_snr: float | None = None  # γ of min-SNR weighting (Hang et al., ICCV 2023); None weights all times alike
-    distill: str | None = None  # softmax teacher, our folder or an official .safetensors
-    distill_weight: float = 1.0  # of the relative error of each layer that learns another attention
+    distill: str | None = None  # softmax teacher: a diffattn folder or an official .safetensors
+    distill_weight: float = 1.0  # weight of the relative error of each layer that learns another attention
     bins: int = 10  # of t, for the loss per bin
 
     def warnings(self) -> list[str]:
-        """What a user should know before such a run."""
+        """Warnings for the user about this objective."""
         if self.label_dropout == 0:
             return [
                 "objective.label_dropout=0 trains no null class: the model will draw without guidance "
@@ -89,7 +89,7 @@ class OptimConfig:
     """AdamW and its learning rate; batch sizes count samples."""
 
     batch: int = 256  # of one optimizer step, over all processes
-    accumulation: int = 1  # a process splits its share into so many passes
+    accumulation: int = 1  # passes into which a process splits its share
     lr: float = 1e-4  # peak learning rate
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -97,8 +97,8 @@ class OptimConfig:
     schedule: str = "constant"  # after the warm-up: "constant", "cosine" or "linear"
     final_lr: float = 0.0  # at the last step, as a share of the peak; not for "constant"
     warmup: int = 0  # steps of linear warm-up
-    clip: float = 1.0  # norm of the gradient; 0 leaves it alone
-    ema: float = 0.9999  # decay of the averaged weights, reached as (1 + step)/(10 + step)
+    clip: float = 1.0  # maximum gradient norm; 0 disables clipping
+    ema: float = 0.9999  # decay of the averaged weights, ramped up as (1 + step)/(10 + step)
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class RunConfig:
     eval_samples: int = 1_000
     extractor: str = "cifar-classifier"  # feature extractor of the evaluation
     max_bad_steps: int = 10  # consecutive non-finite steps after which training stops
-    trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate; those not installed are left out
-    timeout_minutes: float = 30.0  # that a process waits for the others before the run is given up
+    trackers: tuple[str, ...] = ("tensorboard",)  # of accelerate; those not installed are skipped
+    timeout_minutes: float = 30.0  # that a process waits for the others before the run is aborted
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ class TrainConfig:
         settings: Iterable[str] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """A configuration from a preset, a JSON or YAML file, settings such as "optim.lr=1e-3", and named options.
+        """A configuration from a preset, a JSON or YAML file, settings ("optim.lr=1e-3"), and named options.
 
-        `options` are {"section.field": value}; those that are None are not given.
+        `options` are {"section.field": value}; None means not given.
 
         Raises:
             ValueError: an unknown preset, section or field, a value of the wrong kind, or an unreadable file.
@@ -179,7 +179,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Self:
-        """The inverse of `to_dict`; what is missing takes its default."""
+        """The inverse of `to_dict`; missing fields get their defaults."""
         _known("section", values, [f.name for f in fields(cls)])
         sections = {}
         for section in fields(cls):
@@ -192,11 +192,11 @@ class TrainConfig:
         return cls(**sections)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """As JSON can hold it."""
+        """As JSON types."""
         return json.loads(json.dumps(asdict(self)))
 
     def fingerprint(self) -> str:
-        """A short hash of everything that all processes of a run must have alike; their paths may differ."""
+        """A short hash of everything that must be equal on all processes of a run; paths may differ."""
         values = self.to_dict()
         shared = {
             f"{s}.{name}": v
@@ -212,7 +212,7 @@ class TrainConfig:
         return self.run.guidance if self.objective.label_dropout else 1.0
 
     def model_arguments(self) -> dict[str, Any]:
-        """The arguments of `DiT` that this configuration sets; those the data decide are not among them."""
+        """The arguments of `DiT` that this configuration sets, without those that depend on the data."""
         names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
                  "attention_options", "steps", "qk_norm", "learn_sigma", "norm_eps", "frequency_shift")  # fmt: skip
         given = {name: getattr(self.model, name) for name in names} | {"path": self.objective.path}
@@ -220,7 +220,7 @@ class TrainConfig:
 
 
 def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """ "section.field: old value -> new value" of every difference that a resumed run must not have."""
+    """ "section.field: old value -> new value" for every difference that prevents resuming."""
     differing = []
     for section, values in old.to_dict().items():
         for name, value in values.items():
@@ -257,7 +257,7 @@ def _parsed(setting: str) -> dict[str, dict[str, Any]]:
     name, equals, text = setting.partition("=")
     section, dot, item = name.partition(".")
     if not (equals and dot):
-        raise ValueError(f"a setting reads section.field=value, such as optim.lr=1e-4; got {setting!r}")
+        raise ValueError(f"a setting must be section.field=value, such as optim.lr=1e-4; got {setting!r}")
     try:
         return {section: {item: yaml.safe_load(text)}}
     except yaml.YAMLError:
@@ -265,7 +265,7 @@ def _parsed(setting: str) -> dict[str, dict[str, Any]]:
 
 
 def _cast(name: str, value: Any, kind: Any) -> Any:
-    """The value as a field of this type holds it, or a `ValueError` naming what is allowed."""
+    """The value converted to the field's type; raises `ValueError` naming what is allowed."""
     options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     for option in options:
         try:

@@ -1,4 +1,4 @@
-"""Mediators and linear attention learn from a softmax teacher, layer by layer."""
+"""Distillation: mediators and linear attention learn from a softmax teacher, layer by layer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from diffattn.models import DiT
 
 
 def freeze_backbone(model: DiT) -> None:
-    """Train nothing but what the layers have of their own: what no softmax model has.
+    """Freeze everything except the weights that a softmax model does not have.
 
     Raises:
-        ValueError: there is nothing such.
+        ValueError: there are no such weights.
     """
     own = _own_parameters(model)
     if not own:
@@ -36,11 +36,11 @@ def _own_parameters(model: DiT) -> set[str]:
 
 
 def check_frozen(model: DiT, new: Sequence[str]) -> None:
-    """Raise `ValueError` if weights that `freeze_backbone` does not train did not come from a trained model.
+    """Raise `ValueError` if weights frozen by `freeze_backbone` did not come from a trained model.
 
     Args:
         model: before or after `freeze_backbone`.
-        new: the parameters that `model.start` did not decide.
+        new: the parameters not taken from `model.start`.
     """
     own = _own_parameters(model)
     untrained = [name for name in new if name not in own]
@@ -57,15 +57,15 @@ def check_frozen(model: DiT, new: Sequence[str]) -> None:
 
 
 class Distillation:
-    """Relative error of the output of each layer that learns another attention, against the teacher's softmax on the
-    same input.
+    """Relative output error of each layer that learns another attention, against the teacher's softmax on the same
+    input.
 
-    The teacher's attention layer i sees what the student's sees, so every layer learns from its own place and errors
-    do not add up: ‖o - o*‖² / ‖o*‖², mean over layers. One more pass through the teacher's attention layers is all it
-    costs; its MLPs are never run.
+    The teacher's attention layer i gets the student's input, so every layer learns on its own and errors do not
+    accumulate: ‖o - o*‖² / ‖o*‖², mean over layers. The cost is one more pass through the teacher's attention layers;
+    its MLPs are never run.
 
     Raises:
-        ValueError: the teacher's layers are fewer or of another width.
+        ValueError: the teacher has another number of layers, or layers of another width.
     """
 
     def __init__(self, student: DiT, teacher: DiT) -> None:
@@ -84,7 +84,7 @@ class Distillation:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, every call of the student is compared; `loss` then gives the error of the latest."""
+        """Compare every call of the student within the block; `loss` then gives the error of the latest call."""
         self._errors.clear()
         handles = [
             self.student.blocks[i].attn.register_forward_hook(self._hook(self.teacher.blocks[i].attn))  # type: ignore[union-attr,arg-type]
@@ -107,5 +107,5 @@ class Distillation:
         return compare
 
     def loss(self) -> Tensor:
-        """Mean over layers of the relative squared errors of the call just watched."""
+        """Mean over layers of the relative squared errors of the latest call."""
         return torch.stack(self._errors).mean()

@@ -1,4 +1,4 @@
-"""Pictures to latents on disk, shard by shard.
+"""Encodes pictures into latents on disk, shard by shard.
 
 Shapes: 2 for the picture and its mirror image, c latent channels, h×w the latent grid, b pictures of a batch.
 """
@@ -22,7 +22,7 @@ from diffattn.files import read_json, write_json, write_whole
 from diffattn.training.latent_dataset import FORMAT, INDEX, LABELS, shard_name
 
 STALE = 3600.0
-"""Seconds after which a file that is half written is nobody's."""
+"""Seconds after which a half-written file counts as abandoned."""
 
 _IDENTITY = {
     "format": "layout of the cache",
@@ -32,7 +32,7 @@ _IDENTITY = {
     "scaling_factor": "scaling factor",
     "shift_factor": "shift factor",
 }
-"""What must agree for a cache to be used again, and what messages call it."""
+"""Index key -> its name in messages; all must match for a cache to be reused."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Encoding:
         vae: an `AutoencoderKL`, or another whose `encode(x).latent_dist` has a mean and a standard deviation. It is
             moved to the device and runs in its own dtype.
         folder: of the cache.
-        batch_size: pictures that are encoded at once.
+        batch_size: pictures encoded at once.
         device: to encode on.
-        shard_size: pictures in a file; a cache that exists keeps its own.
+        shard_size: pictures per file; an existing cache keeps its own value.
         num_workers: processes that decode pictures.
 
     Raises:
@@ -68,7 +68,7 @@ class Encoding:
             )
 
     def begin(self) -> int:
-        """Write the index and the labels, or check those that are there; the number of pictures in a shard.
+        """Write the index and the labels, or check existing ones. Returns the number of pictures per shard.
 
         Raises:
             ValueError: the folder holds a cache of other data or another autoencoder.
@@ -78,12 +78,12 @@ class Encoding:
         return _begin(self.folder, self.dataset, self.vae, self.shard_size)["shard_size"]
 
     def missing(self, shard_size: int) -> list[int]:
-        """The shards that are not in the folder."""
+        """The shards missing from the folder."""
         numbers = range(-(-len(self.dataset) // shard_size))
         return [number for number in numbers if not (self.folder / shard_name(number)).exists()]
 
     def encode(self, shard: int, shard_size: int) -> Iterator[int]:
-        """Encode a shard, giving the number of pictures after every batch, and write it when advanced past the last."""
+        """Encode a shard, yielding the number of pictures after every batch; writes it when advanced past the last."""
         start, stop = shard * shard_size, min((shard + 1) * shard_size, len(self.dataset))
         parts = [torch.arange(at, min(at + self.batch_size, stop)) for at in range(start, stop, self.batch_size)]
         loader = DataLoader(
@@ -97,7 +97,7 @@ class Encoding:
 
 
 def _begin(folder: Path, dataset: LabelledDataset, vae: Any, shard_size: int) -> dict[str, Any]:
-    """The index of the cache, which is written if there is none. What a killed run left half written is removed."""
+    """The index of the cache, written if there is none. Removes half-written files of killed runs."""
     index = _index(dataset, vae, shard_size)
     if (folder / INDEX).exists():
         index = _checked(folder, index)
@@ -124,7 +124,7 @@ def _in_use(part: Path) -> bool:
 
 
 class _Parts(Dataset):
-    """Pictures by batches, uint8 [b, 3, S, S], for workers. An error is handed over as it is."""
+    """Batches of pictures, uint8 [b, 3, S, S], for workers. Errors are passed on unchanged."""
 
     def __init__(self, dataset: LabelledDataset, parts: list[Tensor]) -> None:
         self.dataset, self.parts = dataset, parts
@@ -149,7 +149,7 @@ def _encode(vae: Any, pictures: Tensor | ValueError, indices: Tensor, device: to
     if not moments.isfinite().all():
         wrong = indices[~moments.flatten(1).isfinite().all(1)]
         raise ValueError(
-            f"the autoencoder gives numbers that are not finite in float16 for picture {int(wrong[0])}"
+            f"the autoencoder gives values that are not finite in float16 for picture {int(wrong[0])}"
             f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}; if its own dtype is float16, use float32"
         )
     return moments
@@ -176,7 +176,7 @@ def _latent_shape(vae: Any, shape: tuple[int, int, int]) -> tuple[int, int, int]
 
 
 def _index(dataset: LabelledDataset, vae: Any, shard_size: int) -> dict[str, Any]:
-    """All of the index but the shape of the latents."""
+    """The index without the shape of the latents."""
     return {
         "format": FORMAT,
         "fingerprint": dataset.fingerprint,
@@ -191,7 +191,7 @@ def _index(dataset: LabelledDataset, vae: Any, shard_size: int) -> dict[str, Any
 
 
 def _checked(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The index that is there; `ValueError` naming how it differs from the one that is wanted."""
+    """The existing index; raises `ValueError` naming how it differs from `wanted`."""
     found = read_json(folder / INDEX)
     differing = [
         f"{text} ({str(found.get(key))[:12]}, now {str(wanted[key])[:12]})"
@@ -207,7 +207,7 @@ def _checked(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vae_hash(vae: nn.Module) -> str:
-    """SHA-256 of names, dtypes, shapes and values of the weights, wherever they are."""
+    """SHA-256 of names, dtypes, shapes and values of the weights, on whatever device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(save({name: tensor.detach().cpu().contiguous()}))
@@ -215,10 +215,10 @@ def vae_hash(vae: nn.Module) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Replace the file at once, after it has reached the disk."""
+    """Replace the file atomically, once its contents are on disk."""
     try:
         write_whole(path, lambda part: save_file(tensors, part), flush=True)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise OSError(
-            f"the latents could not be written to {str(path.parent)!r}: {error}; what is complete is used again"
+            f"the latents could not be written to {str(path.parent)!r}: {error}; complete shards will be reused"
         ) from error

@@ -23,15 +23,15 @@ def shard_name(number: int) -> str:
 
 
 class LatentDataset(LabelledDataset):
-    """The normal distributions that an autoencoder gives for every picture, memory-mapped.
+    """An autoencoder's normal distribution for every picture, memory-mapped.
 
     Made by `cache_latents`; `LatentDataset(folder)` opens a complete cache again. It can be pickled and used in worker
-    processes. The attributes are those of the data set it was made of, and:
+    processes. The attributes are those of the original data set, and:
 
     Attributes:
         shape: (c, h, w).
         size: side of the pictures in pixels.
-        scaling_factor, shift_factor: what makes the latents those of a model: (z - shift)·scaling.
+        scaling_factor, shift_factor: map the latents to the model's: (z - shift)·scaling.
         vae: SHA-256 of the autoencoder's weights.
     """
 
@@ -45,7 +45,7 @@ class LatentDataset(LabelledDataset):
         self.folder = Path(folder)
         index = read_json(self.folder / INDEX)
         if index.get("format") != FORMAT:
-            raise ValueError(f"the cache {str(folder)!r} is of format {index.get('format')}, needed is {FORMAT}")
+            raise ValueError(f"the cache {str(folder)!r} has format {index.get('format')}, but {FORMAT} is needed")
         self.shard_size: int = index["shard_size"]
         self.shards = [shard_name(i) for i in range(-(-index["count"] // self.shard_size))]
         missing = [name for name in self.shards if not (self.folder / name).exists()]
@@ -70,7 +70,7 @@ class LatentDataset(LabelledDataset):
         class id: float16 [2, 2c, h, w], int.
 
         Raises:
-            IndexError: no such picture.
+            IndexError: there is no picture with this index.
         """
         index = range(len(self))[index]
         shard, row = divmod(index, self.shard_size)

@@ -27,21 +27,21 @@ def cache_latents(
     shard_size: int = 2048,
     num_workers: int = 0,
 ) -> LatentDataset:
-    """Encode every picture and its mirror image, or the rest of them, or open what is complete.
+    """Encode every picture and its mirror image, continue a partial cache, or open a complete one.
 
     For one process; several share the work in `cache_together`. The folder then holds an `index.json`,
-    `labels.safetensors` and shards, each written beside its place and moved there, so that what is there is whole.
-    Standard deviations are kept, not their logarithms: float16 then errs by less than 4e-8 where they are tiny.
+    `labels.safetensors` and shards, each written under a temporary name and then renamed, so that every file is whole.
+    Standard deviations are stored rather than their logarithms: in float16, tiny ones are then off by less than 4e-8.
 
     Args:
         dataset, vae, folder, batch_size, device, shard_size, num_workers: see `Encoding`.
-        progress: called with the number of pictures done and the number of all.
+        progress: called with the number of pictures done and the total.
 
     Raises:
         ValueError: the folder holds a cache of other data or another autoencoder, the autoencoder gives something
             that is not finite in float16, or a picture cannot be read.
         TypeError: an autoencoder of another kind.
-        OSError: the folder cannot be written; the shards in it are used again.
+        OSError: the folder cannot be written; its complete shards are reused later.
     """
     encoding = Encoding(dataset, vae, Path(folder), batch_size, device, shard_size, num_workers)
     size = encoding.begin()
@@ -60,27 +60,27 @@ def cache_latents(
 def cache_together(
     encoding: Encoding, accelerator: Accelerator, stop: StopRequest, progress: OnProgress | None = None
 ) -> LatentDataset:
-    """Encode pictures as `cache_latents` does, the missing shards shared out over all processes of a run.
+    """Encode pictures like `cache_latents`, sharing the missing shards among all processes of a run.
 
-    Where the folder is on local disks, each process then encodes what its own disk still lacks.
+    With folders on local disks, each process then encodes what its own disk still lacks.
 
     Args:
         encoding: what to do.
         accelerator: of the run; every process must call this.
-        stop: a signal ends the work after the batch at hand; shards that are written stay.
+        stop: a signal ends the work after the current batch; written shards are kept.
         progress: called with the number of pictures done and the number of all.
 
     Raises:
         ValueError, TypeError, OSError: as `cache_latents`, on every process.
         Stopped: a signal arrived.
     """
-    on_main(accelerator, encoding.begin)  # alone, so that nobody finds half of a cache
+    on_main(accelerator, encoding.begin)  # alone, so that no process sees a partial cache
 
     def pieces(among: slice) -> Iterator[int]:
-        """This process's shards of those missing, batch by batch."""
+        """Encode this process's share of the missing shards, batch by batch."""
         size = encoding.begin()
         mine = encoding.missing(size)[among]
-        yield 0  # every process has looked before the first one writes
+        yield 0  # every process checks before the first one writes
         for shard in mine:
             yield from encoding.encode(shard, size)
 

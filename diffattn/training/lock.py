@@ -1,4 +1,4 @@
-"""One training per run folder."""
+"""A lock that allows one training per run folder."""
 
 import os
 import socket
@@ -17,13 +17,13 @@ LOCK, OWNER = ".lock", ".running.json"
 
 @contextmanager
 def locked(folder: Path, say: Say) -> Iterator[None]:
-    """Hold a run's folder, which is made if need be.
+    """Lock a run's folder, creating it if necessary.
 
-    The operating system lets go of the lock when its process ends, however it ends, so a killed run blocks nobody.
+    The operating system releases the lock when its process ends, however it ends, so a killed run blocks nothing.
 
     Args:
         folder: of the run.
-        say: prints a line where the file system of the folder has no locks, so that nothing can be checked.
+        say: prints a line if the folder's file system has no locks, so that nothing can be checked.
 
     Raises:
         ValueError: another training holds it; the message names its process, machine and start.
@@ -44,7 +44,7 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
         return
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        with suppress(OSError):  # a full disk: it is only for the message
+        with suppress(OSError):  # a full disk: the owner is only for the message
             write_json(folder / OWNER, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         yield
     finally:
@@ -57,4 +57,4 @@ def _owner(folder: Path) -> str:
         owner = read_json(folder / OWNER)
         return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (ValueError, KeyError):
-        return "which has not written down who it is"
+        return "which has not recorded its identity"

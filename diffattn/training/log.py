@@ -1,4 +1,4 @@
-"""What a run says: a line, and figures for the trackers, every so many steps."""
+"""The log of a run: a line, and figures for the trackers, every `every` steps."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,16 +14,16 @@ from diffattn.training.objective import LossBins
 
 @dataclass
 class TrainProgress:
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int = 0  # optimizer steps, skipped ones included
     skipped: int = 0  # because the loss or its gradient was not finite
-    seconds: float = 0.0  # of training, all runs together
+    seconds: float = 0.0  # of training, over all interrupted runs
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """What the log needs to know of a step."""
+    """The figures of a step for the log."""
 
     loss: Tensor  # mean over this process's samples, on the device
     norm: Tensor  # of the gradient over all processes
@@ -31,10 +31,10 @@ class StepDone:
 
 
 class StepLog:
-    """Collects losses on the device and reads them when a line is due.
+    """Collects losses on the device and only reads them when a line is due.
 
-    Nothing that is written here is worth a run: a tracker that fails (TensorBoard on a full disk) is reported once
-    and left out from then on.
+    Logging never stops a run: a tracker that fails (e.g. TensorBoard on a full disk) is reported once and disabled from
+    then on.
 
     Args:
         accelerator: whose trackers and processes are used.
@@ -56,24 +56,24 @@ class StepLog:
                 self._say(line)
 
     def begin(self, progress: TrainProgress) -> None:
-        """The run begins, or resumes, from here."""
+        """Start, or resume, from this progress."""
         self._mark = (progress.step, progress.seconds)
 
     @contextmanager
     def timed(self, progress: TrainProgress) -> Iterator[None]:
-        """The time of a step counts as training."""
+        """Count the time of a step as training."""
         start = time.monotonic()
         yield
         progress.seconds += time.monotonic() - start
 
     def add(self, done: StepDone, progress: TrainProgress, bins: LossBins) -> None:
-        """A step is done; `progress` counts it. Every process must call it."""
+        """Record a completed step in `progress`. Every process must call it."""
         self._done.append(done)
         if progress.step % self.every == 0:
             self.flush(progress, bins)
 
     def flush(self, progress: TrainProgress, bins: LossBins) -> None:
-        """Say and track what has been collected. Every process must call it."""
+        """Print and track what has been collected. Every process must call it."""
         if not self._done:
             return
         figures = self._figures(progress, bins)
@@ -89,7 +89,7 @@ class StepLog:
         )
 
     def track(self, figures: Mapping[str, float], step: int) -> None:
-        """Hand figures to the trackers."""
+        """Pass figures to the trackers."""
         self._each_tracker(lambda tracker: tracker.log(dict(figures), step=step))
 
     def finish(self) -> None:
@@ -100,9 +100,9 @@ class StepLog:
         for tracker in list(self.accelerator.trackers):
             try:
                 action(tracker)
-            except Exception as error:  # a tracker may raise what its library likes
+            except Exception as error:  # a tracker may raise any error of its library
                 self.accelerator.trackers.remove(tracker)
-                self.say(f"{tracker.name} failed and is left out from here on: {error}")
+                self.say(f"{tracker.name} failed and is disabled from here on: {error}")
 
     def _figures(self, progress: TrainProgress, bins: LossBins) -> dict[str, float]:
         loss = self.accelerator.reduce(torch.stack([done.loss for done in self._done]).mean(), "mean")

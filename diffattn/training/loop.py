@@ -1,4 +1,4 @@
-"""The training loop. Everything random in it follows from (seed, step), so a resumed run repeats the uninterrupted one.
+"""The training loop. All its randomness depends on (seed, step) alone, so a resumed run repeats the uninterrupted one.
 
 Shapes: B samples of one process in one step.
 """
@@ -34,7 +34,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of one step: linear warm-up, then constant, half a cosine, or a line down to the last step."""
+    """Learning rate of one step: linear warm-up, then constant, half a cosine, or a linear decay to the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = min((step - config.warmup) / max(steps - config.warmup, 1), 1.0)
@@ -45,18 +45,18 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 @dataclass
 class Trainer:
-    """A model, its data and optimizer, and the steps that were done.
+    """Trains a model: holds its data, optimizer and progress.
 
     Args:
         config: the run.
-        model: on its device; its mediator numbers are trained in turn, one drawn per step.
+        model: on its device; its numbers of mediators are trained together, one drawn per step.
         batches: of this process.
         accelerator: of accelerate; decides processes, device and precision.
         distillation: from a softmax teacher, or None.
-        on_step: called after every step with the trainer and the log, on every process; sample grids and evaluation
-            hang here.
+        on_step: called after every step with the trainer and the log, on every process; used for sample grids
+            and evaluation.
         progress: of the run so far.
-        stop: is set when a signal asks the run to stop.
+        stop: set when a signal asks the run to stop.
     """
 
     config: TrainConfig
@@ -84,7 +84,7 @@ class Trainer:
     def _prepared(self) -> tuple[Any, Any]:
         """Model and optimizer as accelerate wraps them; a sharded model stays this object and gets other parameters."""
         optim = self.config.optim
-        if self.accelerator.is_fsdp2:  # autocast decides what is bf16; FSDP's own would round t and gradients as well
+        if self.accelerator.is_fsdp2:  # autocast chooses what is bf16; FSDP would also round t and gradients
             plugin: Any = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -102,7 +102,7 @@ class Trainer:
             ValueError: it was made with other classes, pictures or another configuration; the message names what
                 differs.
         """
-        if "classes" in saved.state:  # not in checkpoints of earlier versions
+        if "classes" in saved.state:  # missing from checkpoints of earlier versions
             check_classes(self.batches.dataset.class_names, saved.state["classes"])
         differing = differing_fields(TrainConfig.from_dict(saved.state["config"]), self.config)
         if saved.state["data"] != self.batches.fingerprint:
@@ -155,12 +155,12 @@ class Trainer:
     # --- steps ---
 
     def train(self, log: StepLog) -> None:
-        """Train to the configured number of steps, saving on the way and at the end.
+        """Train up to the configured number of steps, saving periodically and at the end.
 
         Raises:
             NonFiniteLoss: after `run.max_bad_steps` bad steps in a row.
-            OSError: the last checkpoint could not be written; a failure before is logged and tried again.
-            Stopped: by a signal, once the steps done are in a checkpoint.
+            OSError: the last checkpoint could not be written; earlier failures are logged and retried.
+            Stopped: by a signal, once all completed steps are in a checkpoint.
         """
         self.wrapped.train()
         run = self.config.run
@@ -183,7 +183,7 @@ class Trainer:
             self.save()
 
     def _try_to_save(self, log: StepLog) -> None:
-        """A checkpoint on the way; training outlives its failure."""
+        """Write a periodic checkpoint; training continues if that fails."""
         try:
             self.save()
         except OSError as error:
@@ -193,7 +193,7 @@ class Trainer:
         return "there is no checkpoint yet" if self.saved_step is None else f"that of step {self.saved_step} stays"
 
     def _stop(self, signal: int) -> None:
-        """Save what is done and raise `Stopped`."""
+        """Save the progress and raise `Stopped`."""
         step = self.progress.step
         try:
             if self.saved_step != step:
@@ -202,7 +202,7 @@ class Trainer:
             lost = f"at step {step}, whose checkpoint could not be written: {error}; {self._what_is_there()}"
             raise Stopped(signal, lost) from None
         folder = checkpoints.folder_of(self.root, step)
-        raise Stopped(signal, f"at step {step}; checkpoint saved to {folder}, the same command resumes there")
+        raise Stopped(signal, f"at step {step}; checkpoint saved to {folder}, run the same command to resume")
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step on this process's samples; mean unweighted loss and gradient norm, on the device.
@@ -254,7 +254,7 @@ class Trainer:
         return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
     def _update(self, finite: bool) -> None:
-        """Step the optimizer and the average, or skip a bad step; the norm is the same on every process."""
+        """Step the optimizer and the averaged weights, or skip a bad step; the norm is the same on every process."""
         if finite:
             self.optimizer.step()
             self.ema.step(self.model.parameters())
@@ -272,7 +272,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[DiT]:
-        """Within, the model has the averaged weights and is in evaluation mode."""
+        """Use the averaged weights and evaluation mode within the block."""
         number = self.model.num_mediators
         self.ema.store(self.model.parameters())
         self.ema.copy_to(self.model.parameters())

@@ -1,4 +1,4 @@
-"""What a training step minimises: the error of the velocity, and what distillation adds.
+"""The loss of a training step: the velocity error, plus the distillation term.
 
 Shapes: B samples of one process, G samples of the global batch, c channels, H height, W width.
 """
@@ -27,7 +27,7 @@ class Draw:
     num_mediators: int | None  # the same for all samples of all processes
 
     def rows(self, rows: slice) -> "Draw":
-        """The same for some of the samples."""
+        """The random numbers of some of the samples."""
         return Draw(self.t[rows], self.noise[rows], self.drop[rows], self.num_mediators)
 
 
@@ -36,15 +36,15 @@ def draw(
 ) -> Draw:
     """The random numbers of a whole global batch, on the CPU.
 
-    They follow from (seed, step) alone: a resumed run draws what the uninterrupted one does, and several processes
-    that each take their rows draw together what one would.
+    They depend on (seed, step) alone: a resumed run draws the same as an uninterrupted one, and several processes that
+    each take their own rows draw together what one would.
 
     Args:
         config: of the objective.
-        seed, step: as they say.
+        seed, step: of the run, and the step within it.
         batch: G.
         shape: (c, H, W).
-        mediators: the numbers of mediators that are trained; empty for a model without any.
+        mediators: the numbers of mediators to train; empty for a model without mediators.
     """
     t_rng, noise_rng, drop_rng, n_rng = (step_generator(seed, step, s) for s in (TIME, NOISE, DROPOUT, MEDIATORS))
     if config.time == "uniform":
@@ -97,7 +97,7 @@ class VelocityLoss:
 
 
 class LossBins:
-    """Mean loss per bin of t, summed where the loss lives and read when it is logged."""
+    """Mean loss per bin of t, summed on the loss's device and only read when logged."""
 
     def __init__(self, bins: int, device: torch.device) -> None:
         self.sums = torch.zeros(2, bins, device=device)  # loss, count
@@ -110,7 +110,7 @@ class LossBins:
         self.sums[1].index_add_(0, index, torch.ones_like(loss, dtype=torch.float32))
 
     def read(self, total: Tensor) -> dict[str, float]:
-        """Means by bin from sums over all processes [2, bins]: "loss/t0.0-0.1" and so on; then begins anew."""
+        """Means by bin from sums over all processes [2, bins]: "loss/t0.0-0.1" and so on; then resets."""
         self.sums.zero_()
         loss, count = total.tolist()
         width = 1 / self.bins

@@ -1,4 +1,4 @@
-"""What a run will cost, before it begins: `--dry-run`."""
+"""The cost of a run, estimated before it begins: `--dry-run`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ OPTIMIZER_BYTES = 4 * (1 + 1 + 2 + 1)
 
 @dataclass(frozen=True)
 class Hardware:
-    """How a run is spread, and its precision."""
+    """The processes and precision of a run."""
 
     processes: int = 1
     device: str = "cpu"
@@ -47,12 +47,12 @@ class TrainPlan:
     hardware: Hardware = Hardware()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; the hardware's fields stand beside the others."""
+        """As JSON types; the hardware's fields are on the same level as the others."""
         figures = dict(vars(self))
         return figures | vars(figures.pop("hardware"))
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Human-readable lines."""
         per_n = ", ".join(f"{name}: {g:.3g}" for name, g in self.gflops.items())
         epochs = "" if self.epochs is None else f" ({self.epochs:.1f} epochs)"
         return [
@@ -62,7 +62,7 @@ class TrainPlan:
             f"memory            {self.weight_gib:.2f} GiB weights, gradients, optimizer, average "
             f"+ about {self.activation_gib:.2f} GiB activations",
             f"steps             {self.steps}{epochs}",
-            f"batch             {self.batch} in all, {self.batch_per_process} per process and pass",
+            f"batch             {self.batch} in total, {self.batch_per_process} per process and pass",
         ]
 
 
@@ -75,7 +75,7 @@ def make_plan(
         config: the run.
         arguments: of the `DiT`.
         samples: pictures in the data, if known.
-        hardware: that shares a batch; None: one process on the CPU, in the configuration's precision.
+        hardware: shares each batch; None: one process on the CPU, in the configuration's precision.
     """
     hardware = hardware or Hardware(precision=config.run.precision.replace("auto", "fp32"))
     with torch.device("meta"):
@@ -99,10 +99,10 @@ def make_plan(
 
 
 def _saved_bytes(model: DiT) -> int:
-    """Bytes that one sample's forward pass keeps for the backward pass, in fp32, weights left out."""
+    """Bytes that one sample's forward pass keeps for the backward pass, in fp32, without weights."""
     parameters = {id(p) for p in model.parameters()}
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no id is used twice
+    kept: list[Tensor] = []  # kept alive, so that no id is reused
 
     def pack(tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base

@@ -1,4 +1,4 @@
-"""Presets of training runs by name; each is laid over the defaults."""
+"""Presets of training runs by name; each overrides the defaults."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "objective": {"time": "logit_normal"},
         "run": {"steps": 4_000, "save_every": 200, "sample_every": 2_000, "guidance": 1.5, "log_every": 50},
     },
-    "cifar-linear-cpu": {  # to compare attentions: 256 tokens, minutes each in bf16 on two CPU cores
+    "cifar-linear-cpu": {  # for comparing attentions: 256 tokens, minutes each in bf16 on two CPU cores
         "data": {"size": 32},
         "model": {"patch_size": 2, "hidden_size": 128, "num_layers": 6, "num_heads": 4, "mediators": (16,),
                   "attention": "inline"},

@@ -1,7 +1,7 @@
-"""What the processes of a run do in step with each other: agree, share work, fail together.
+"""Coordination of a run's processes: agreement, shared work, joint failure.
 
-A collective operation waits for the slowest process, and ends the run when it has waited for longer than
-`run.timeout_minutes`. So no process works alone for long: work is shared out, and cut into pieces with a short
+A collective operation waits for the slowest process, and aborts the run after waiting longer than
+`run.timeout_minutes`. Therefore no process works alone for long: work is shared, and cut into pieces with a short
 exchange after each.
 """
 
@@ -18,13 +18,13 @@ from diffattn.training.signals import Stopped, StopRequest
 T = TypeVar("T")
 
 KINDS: dict[str, type[Exception]] = {"OSError": OSError, "ValueError": ValueError}
-"""Errors that keep their kind on the processes that did not fail; any other is a `RuntimeError` there."""
+"""Errors that are re-raised as the same type on the other processes; any other becomes a `RuntimeError` there."""
 
 _SHARED = "on_every_process"
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether every process raises this error, so that one of them is enough to report it."""
+    """Whether every process raises this error, so that it suffices for one of them to report it."""
     return getattr(error, _SHARED, False)
 
 
@@ -34,10 +34,10 @@ def agree(accelerator: Accelerator, values: dict[str, Any], hint: str) -> None:
     Args:
         accelerator: of the run; every process must call this.
         values: name -> something hashable that must be the same everywhere.
-        hint: ends the message: what to do about it.
+        hint: advice at the end of the message.
 
     Raises:
-        ValueError: on every process; the message names each value that differs, and who has which.
+        ValueError: on every process; the message names each value that differs, and which process has it.
     """
     everywhere = gather_object([values])
     differing = []
@@ -53,10 +53,10 @@ def agree(accelerator: Accelerator, values: dict[str, Any], hint: str) -> None:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T | None:
-    """What the main process gets from an action; None on the others, which wait for it.
+    """The result of an action run on the main process only; None on the others, which wait for it.
 
     Raises:
-        Exception: the action's, on every process; see `KINDS`.
+        Exception: raised by the action, on every process; see `KINDS`.
     """
     value, failure = None, None
     if accelerator.is_main_process:
@@ -78,12 +78,12 @@ def together(
 ) -> None:
     """Run every process's share of some work, piece by piece, with an exchange between all of them after each piece.
 
-    No process waits for longer than one piece takes, however unequal the shares are.
+    No process waits longer than one piece takes, however unequal the shares are.
 
     Args:
         accelerator: of the run; every process must call this.
-        pieces: this process's share; does a piece of work whenever it is advanced, and gives the amount done.
-        stop: ends the work when any process was asked to stop.
+        pieces: this process's share; does a piece of work whenever advanced, and yields the amount done.
+        stop: ends the work once any process is asked to stop.
         progress: called after every exchange with the amount done by all processes together.
 
     Raises:
@@ -114,14 +114,14 @@ def together(
 
 
 def asked_to_stop(accelerator: Accelerator, stop: StopRequest) -> int:
-    """The signal that any process got, 0 for none; the same on every process, all of which must ask."""
+    """The signal received by any process, 0 for none; collective, so every process must call it."""
     if accelerator.num_processes == 1:
         return stop.signal
     return int(_gathered(accelerator, [stop.signal]).max())
 
 
 def _gathered(accelerator: Accelerator, numbers: list[int]) -> Tensor:
-    """The numbers of all processes, one row for each."""
+    """The numbers of all processes, one row per process."""
     found: Any = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
     return found
 
@@ -134,7 +134,7 @@ def _packed(failure: Exception | None) -> tuple[str, str] | None:
 
 
 def _raise_alike(failure: Exception | None, everywhere: list[tuple[str, str] | None]) -> None:
-    """Raise this process's failure, else the first of the others', else nothing."""
+    """Raise this process's failure, or else the first one of the others, if any."""
     if failure is not None:
         raise shared(failure)
     for packed in everywhere:
@@ -144,6 +144,6 @@ def _raise_alike(failure: Exception | None, everywhere: list[tuple[str, str] | N
 
 
 def shared(error: Exception) -> Exception:
-    """Mark an error that every process raises alike."""
+    """Mark an error that every process raises."""
     setattr(error, _SHARED, True)
     return error

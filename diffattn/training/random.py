@@ -1,4 +1,4 @@
-"""Random numbers that follow from (seed, step) alone, whatever ran before and in whichever process."""
+"""Random numbers that depend on (seed, step) alone, whatever ran before and in whichever process."""
 
 import hashlib
 import struct
@@ -21,7 +21,7 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     Args:
         seed: of the run, 0 to 2**64 - 1.
         step: number of the step, or of the epoch, 0 to 2**64 - 1.
-        stream: which purpose the numbers serve, 0 to 2**64 - 1.
+        stream: identifies the purpose of the numbers, 0 to 2**64 - 1.
 
     Raises:
         ValueError: a number outside of that range.
@@ -32,8 +32,8 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 def mixed_seed(seed: int, step: int, stream: int = 0) -> int:
     """The 64-bit seed of `step_generator`.
 
-    torch's CPU generator starts from the low 32 bits alone. With a plain hash, some of a million steps would share
-    them (the birthday problem), so they are a permutation of the step, chosen by a hash of seed and stream.
+    torch's CPU generator only uses the low 32 bits. With a plain hash, some of a million steps would share them (the
+    birthday problem), so they are a permutation of the step, chosen by a hash of seed and stream.
     """
     for name, value in (("seed", seed), ("step", step), ("stream", stream)):
         if not 0 <= value < _LIMIT:

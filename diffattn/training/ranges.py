@@ -13,7 +13,7 @@ AT_LEAST: Mapping[str, float] = {
     "run.steps": 1, "run.seed": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1, "run.sample_every": 0,
     "run.sample_steps": 1, "run.guidance": 0, "run.eval_every": 0, "run.eval_samples": 4, "run.max_bad_steps": 1,
 }  # fmt: skip
-"""Field -> the least that it may be. Precision and recall of the evaluation need 4 pictures."""
+"""Field -> its minimum. Precision and recall of the evaluation need 4 pictures."""
 
 POSITIVE = ("model.mlp_ratio", "objective.logit_std", "objective.min_snr", "run.timeout_minutes")
 SHARES = ("objective.label_dropout", "optim.ema", "optim.final_lr")
@@ -25,7 +25,7 @@ PATH_FIELDS = frozenset(
         "objective.distill", "run.out",
     }
 )  # fmt: skip
-"""Fields in which the machines of one run may differ: where the same things are, and how they are read."""
+"""Fields in which the machines of one run may differ: paths, and how data are read."""
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -39,7 +39,7 @@ FREE_TO_CHANGE = frozenset(
 
 
 def check_ranges(sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises `ValueError` naming the first field out of range, its value and what is allowed.
+    """Raise `ValueError` naming the first field out of range, its value and what is allowed.
 
     Args:
         sections: section -> field -> value, as `TrainConfig.to_dict` gives them; None is in every range.

@@ -1,9 +1,9 @@
 """Where a run resumes: the main process decides, and every process must hold the same checkpoint.
 
-What the machines of one run must share: `run.out` (at least its `checkpoints` when a run is resumed), the very same
+All machines of a run must share `run.out` (at least its `checkpoints` when a run is resumed), the same
 pictures, and the same files for `model.start`, `objective.distill` and `data.vae`, at whatever paths. Only the main
 process writes checkpoints, so with `run.out` on local disks the other machines cannot resume: the run ends with an
-error on every process instead of training on from different weights.
+error on every process instead of continuing from different weights.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ HINT = (
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read, see `checkpoints.load`."""
+    """A loaded checkpoint, see `checkpoints.load`."""
 
     folder: Path
     tensors: dict[str, dict[str, Tensor]]
@@ -52,7 +52,7 @@ def without_null_class(tensors: dict[str, dict[str, Tensor]], num_classes: int) 
 
 
 def agreed_checkpoint(root: Path, accelerator: Accelerator) -> Saved | None:
-    """The newest complete checkpoint as the main process sees it, read by every process; None to begin anew.
+    """The newest complete checkpoint according to the main process, read by every process; None to start from scratch.
 
     Args:
         root: this process's folder of checkpoints.
@@ -83,19 +83,19 @@ def _newest(root: Path) -> Saved | None:
 
 
 def _way_out(root: Path, damaged: Path) -> str:
-    """What can be done without the newest checkpoint: the newest older one that is whole is named."""
+    """Advice if the newest checkpoint is damaged, naming the newest older one that is intact."""
     for folder in reversed([f for f in checkpoints.complete(root) if f != damaged]):
         try:
             checkpoints.load(folder)
         except ValueError:
             continue
         step = int(folder.name.removeprefix("step-"))
-        return f"{folder.name} is whole: delete {str(damaged)!r} and run the same command to resume at step {step}"
-    return "no older checkpoint is whole: delete the folder of checkpoints to begin anew"
+        return f"{folder.name} is intact: delete {str(damaged)!r} and run the same command to resume at step {step}"
+    return "no older checkpoint is intact: delete the folder of checkpoints to start from scratch"
 
 
 def _counterpart(root: Path, name: str | None) -> tuple[Saved | None, str]:
-    """Another process's copy of the main process's checkpoint, and what it is called among the processes."""
+    """Another process's copy of the main process's checkpoint, and its label for comparison among processes."""
     own = checkpoints.latest(root)
     if name is None:
         return None, "none" if own is None else _description(own)

@@ -37,12 +37,12 @@ SAME = "start all processes with the same command, on the same data and files"
 
 
 def train(setup: TrainSetup) -> Path:
-    """Train, or resume where an earlier run of the same configuration stopped; the folder of the exported pipeline.
+    """Train, or resume an earlier run of the same configuration; returns the folder of the exported pipeline.
 
     Raises:
         ValueError: the run's folder is in use, has checkpoints of another configuration or a damaged one, or the
-            processes do not agree, see `agreed_checkpoint`.
-        Stopped: by a signal, once the steps done are in a checkpoint.
+            processes disagree, see `agreed_checkpoint`.
+        Stopped: by a signal, once all completed steps are in a checkpoint.
         NonFiniteLoss, OSError: see `Trainer.train`.
     """
     out = Path(setup.config.run.out)
@@ -115,11 +115,11 @@ def _announce(setup: TrainSetup, trainer: Trainer) -> None:
     batch, hardware = setup.config.optim.batch, setup.plan.hardware
     if trainer.saved_step is not None:
         setup.say(f"resuming at step {trainer.progress.step}")
-    setup.say(f"batch {batch} in all, {batch // hardware.processes} per process; {hardware}")
+    setup.say(f"batch {batch} in total, {batch // hardware.processes} per process; {hardware}")
 
 
 def _write_config(setup: TrainSetup) -> None:
-    """For people; checkpoints hold the configuration, too, so a run does not depend on it."""
+    """Write the configuration for people to read; a run does not depend on it, since checkpoints also hold it."""
     if setup.accelerator.is_main_process:
         try:
             write_json(Path(setup.config.run.out) / CONFIG_FILE, setup.config.to_dict())
@@ -130,12 +130,12 @@ def _write_config(setup: TrainSetup) -> None:
 def _start_trackers(setup: TrainSetup) -> None:
     try:
         setup.accelerator.init_trackers("diffattn")
-    except Exception as error:  # a tracker may raise what its library likes
+    except Exception as error:  # a tracker may raise any error of its library
         setup.say(f"no figures are tracked: {error}")
 
 
 def finish() -> None:
-    """Let go of the other processes; the last thing that a program does."""
+    """Leave the process group; to be called last."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # a sharded model holds groups of its own, whose threads must end before the program does
         torch.distributed.barrier()  # nobody leaves while another one still talks to it
@@ -143,7 +143,7 @@ def finish() -> None:
 
 
 def prepared(setup: TrainSetup, stop: StopRequest) -> Any:
-    """The data in the form the loop takes them: decoded in memory, or as cached latents."""
+    """The data in the form the loop needs: decoded in memory, or as cached latents."""
     data = setup.config.data
     if setup.vae is None:
         return (
@@ -156,7 +156,7 @@ def prepared(setup: TrainSetup, stop: StopRequest) -> Any:
     try:
         return cache_together(encoding, setup.accelerator, stop, telling(setup.say, "encoded"))
     except Stopped as error:
-        raise Stopped(error.signal, "while latents were encoded; the same command encodes the rest") from None
+        raise Stopped(error.signal, "while latents were encoded; run the same command to encode the rest") from None
 
 
 def _until(stop: StopRequest, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -171,13 +171,13 @@ def _until(stop: StopRequest, progress: Callable[[int, int], None]) -> Callable[
 
 
 def telling(say: Say, what: str, seconds: float = 5.0) -> Callable[[int, int], None]:
-    """A progress callback that says "decoded 2000 of 50000 pictures" every few seconds."""
-    said = time.monotonic()
+    """A progress callback that prints "decoded 2000 of 50000 pictures" every few seconds."""
+    printed = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > seconds:
-            said = time.monotonic()
+        nonlocal printed
+        if time.monotonic() - printed > seconds:
+            printed = time.monotonic()
             say(f"{what} {done} of {total} pictures")
 
     return progress
@@ -192,10 +192,10 @@ def teacher_of(setup: TrainSetup, model: DiT) -> Distillation | None:
 
 
 def export(setup: TrainSetup, trainer: Trainer) -> Path:
-    """The averaged weights as a `SiTPipeline` folder, `pipeline` in the run's folder; replaced at once.
+    """Export the averaged weights as a `SiTPipeline` to `pipeline` in the run's folder, replaced atomically.
 
     Raises:
-        OSError: it could not be written; on every process. The checkpoint stays, so the same command exports again.
+        OSError: it could not be written; on every process. The checkpoint is kept, so the same command exports again.
     """
     folder = Path(setup.config.run.out) / "pipeline"
     weights = state.ema_tensors(trainer.ema, trainer.model)

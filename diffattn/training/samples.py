@@ -17,7 +17,7 @@ from diffattn.sampling import SiTPipeline
 def pipeline_of(
     model: DiT, class_names: Sequence[str], vae: AutoencoderKL | None = None, guidance: float | None = None
 ) -> SiTPipeline:
-    """A pipeline around a model, with the ODE's Euler steps and its default guidance scale."""
+    """A pipeline around a model, with the ODE's Euler sampler and a default guidance scale."""
     pipe = SiTPipeline(
         transformer=model,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1),
@@ -31,14 +31,14 @@ def pipeline_of(
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid with a column per class and `rows` seeds per number of mediators; equal seeds stand below each other.
+    """A grid with a column per class and `rows` seeds per number of mediators; equal seeds are aligned vertically.
 
     Args:
         classes: class ids, one column each.
         rows: seeds.
         steps: of the sampler.
-        guidance: scale; 1 is none.
-        seed: of the first row; the next rows have the next seeds.
+        guidance: scale; 1 turns it off.
+        seed: of the first row; following rows have the next seeds.
     """
 
     classes: Sequence[int]
@@ -52,7 +52,7 @@ class Grid:
         return [(n, self.seed + row) for n in model.mediators or (None,) for row in range(self.rows)]
 
     def draw(self, pipe: SiTPipeline, number: int | None, seed: int) -> list[Image.Image]:
-        """One line of pictures; the model's number of mediators is put back."""
+        """One line of pictures; restores the model's number of mediators."""
         model: DiT = pipe.transformer
         before = model.num_mediators
         call: Any = pipe
@@ -81,7 +81,7 @@ def tile(lines: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 
 
 def save_grid(image: Image.Image, folder: Path, step: int) -> Path:
-    """As `step-00001000.png`; raises `OSError` if it cannot be written."""
+    """Save as `step-00001000.png`; raises `OSError` if it cannot be written."""
     path = folder / f"step-{step:08d}.png"
     write_whole(path, lambda part: image.save(part, "PNG"))
     return path

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: data, model arguments, processes, and what it will cost."""
+"""The set-up of a run: data, model arguments, processes, and its cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ class TrainSetup:
 
 
 def set_up(config: TrainConfig, device: str = "auto", say: Say = print) -> TrainSetup:
-    """Open the data, decide the model, count the cost. Nothing is written.
+    """Open the data, configure the model, count the cost. Nothing is written.
 
     Raises:
-        ValueError: see `TrainConfig`, `make_accelerator`, `open_dataset`, `open_vae`, `DiT`; a batch that does not
-            divide.
+        ValueError: see `TrainConfig`, `make_accelerator`, `open_dataset`, `open_vae`, `DiT`; a batch size that is not
+            divisible.
     """
     accelerator = make_accelerator(config, device)
     say = say if accelerator.is_main_process else lambda line: None
@@ -65,14 +65,14 @@ def open_vae(source: str) -> AutoencoderKL:
     """A frozen autoencoder from a folder or the hub.
 
     Raises:
-        ValueError: there is none, or it cannot be read; missing and unexpected weights are named.
+        ValueError: it does not exist or cannot be read; missing and unexpected weights are named.
     """
     try:
         loaded: Any = AutoencoderKL.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"data.vae={source!r} cannot be loaded as an AutoencoderKL: {error}") from None
-    vae, found = loaded
-    check_loaded(source, found)
+    vae, loading_info = loaded
+    check_loaded(source, loading_info)
     return vae.eval().requires_grad_(False)
 
 
@@ -80,7 +80,7 @@ def latent_shape(vae: AutoencoderKL, size: int) -> tuple[int, int, int]:
     """(c, h, w) of the latents of square pictures of this size.
 
     Raises:
-        ValueError: the autoencoder does not divide the size.
+        ValueError: the size is not a multiple of the autoencoder's factor.
     """
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     if size % factor:

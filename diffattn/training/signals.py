@@ -14,11 +14,11 @@ PATIENCE = 2.0
 
 
 class Stopped(Exception):
-    """A signal stopped the run. What it had done is in a checkpoint, if there was any.
+    """A signal stopped the run. Its progress, if any, is in a checkpoint.
 
     Args:
         signal_number: which signal.
-        where: what the run was at, for the message.
+        where: what the run was doing, for the message.
     """
 
     def __init__(self, signal_number: int, where: str = "while work was under way") -> None:
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal, as shells have it: 130 for Ctrl+C, 143 for SIGTERM."""
+        """128 plus the signal number, as in shells: 130 for Ctrl+C, 143 for SIGTERM."""
         return 128 + self.signal
 
 
@@ -50,7 +50,7 @@ class StopRequest:
 
 
 def _die_of(number: int) -> None:
-    """What the signal does by default; a worker leaves Ctrl+C to the process that started it."""
+    """Apply the signal's default action; a worker leaves Ctrl+C to its parent process."""
     if number != signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -58,7 +58,7 @@ def _die_of(number: int) -> None:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Within, the signals set the request instead of ending the program; outside of the main thread nothing changes."""
+    """Make the signals set the request instead of ending the program; has no effect outside the main thread."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -1,4 +1,4 @@
-"""What a model begins with: nothing, or the weights of another one that it can make sense of."""
+"""The initial weights of a model: random, or taken from another model that is compatible."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ CLASS_TABLE = "y_embedder.embedding_table.weight"
 """One row per class, and a last one for the null class where there is one."""
 
 UNSEEN = ("num_heads", "norm_eps", "frequency_shift", "prediction", "time_direction")
-"""What weights fit whatever it is, and mean something else by: it must be the same in a model and in its start."""
+"""Settings that change the meaning of weights but not their shapes: they must be equal in a model and its start."""
 
 
 def load_backbone(source: str | Path, num_heads: int) -> DiT:
-    """A model from a folder of ours (its `transformer` subfolder too), or an official `.safetensors` file.
+    """A model from a diffattn folder (its `transformer` subfolder too), or an official `.safetensors` file.
 
     Raises:
-        ValueError: neither of them, not readable, or with weights that are NaN or infinite; missing and unexpected
+        ValueError: neither of these, unreadable, or with weights that are NaN or infinite; missing and unexpected
             weights are named.
     """
     path = Path(source)
@@ -53,16 +53,16 @@ def weights_hash(source: str | Path | None) -> str | None:
     """A short SHA-256 of the weights that `load_backbone` would read, wherever they lie; None for no source."""
     if source is None:
         return None
-    path, found = Path(source), hashlib.sha256()
+    path, digest = Path(source), hashlib.sha256()
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     for file in [path] if path.is_file() else sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()[:12]
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def class_names_of(source: str | Path) -> list[str]:
-    """The classes of a saved pipeline in the order of their ids; empty where the source does not say."""
+    """The classes of a saved pipeline in the order of their ids; empty if the source does not name them."""
     index = Path(source) / "model_index.json"
     if not index.is_file():
         return []
@@ -73,12 +73,12 @@ def class_names_of(source: str | Path) -> list[str]:
 def start_from(model: DiT, source: DiT) -> list[str]:
     """Give `model` the weights of `source`, whose layers may have another attention, or another grid.
 
-    Each layer says what it takes of the other (see `models.attention_layer.Attention.take`): all of its own kind, with
-    what follows the grid resized; of another kind what a softmax layer has too. What is its own then keeps its new
-    values, chosen so that the first step is near plain attention.
+    Each layer decides what it takes from the other (see `models.attention_layer.Attention.take`): everything from its
+    own kind, with grid-dependent weights resized; from another kind, what a softmax layer also has. Its own weights
+    then keep their initial values, chosen so that the first step is close to plain attention.
 
     Returns:
-        The parameters that `source` did not decide.
+        The parameters not taken from `source`.
 
     Raises:
         ValueError: naming the missing and the unexpected weights, those of the wrong shape, or the settings that
@@ -101,7 +101,7 @@ def start_from(model: DiT, source: DiT) -> list[str]:
 
 
 def _fit_null_class(model: DiT, source: DiT, own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
-    """Drop or add the row of the null class in `given`; the parameters that `source` did not decide alone."""
+    """Drop or add the row of the null class in `given`; returns the parameters not taken from `source` alone."""
     classes, theirs = model.config["num_classes"], source.config["num_classes"]
     if CLASS_TABLE not in given or model.config["null_class"] == source.config["null_class"]:
         return []
@@ -115,12 +115,12 @@ def _fit_null_class(model: DiT, source: DiT, own: dict[str, Tensor], given: dict
 
 
 def _taken(block: Any, theirs: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """What a block takes of another one, and its weights that this does not decide."""
+    """What a block takes from another one, and the names of its remaining weights."""
     attention = block.attn.take(theirs.attn)
     left = [f"attn.{name}" for name in block.attn.state_dict() if name in block.attn.own_names() - set(attention)]
     kept = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith(("attn.", "cpe"))}
     for name, weight in block.state_dict().items():
-        if name.startswith("cpe"):  # the convolutions that some kinds of attention have before them
+        if name.startswith("cpe"):  # the convolutions before some kinds of attention
             if name in theirs.state_dict():
                 kept[name] = theirs.state_dict()[name]
             else:
@@ -130,20 +130,20 @@ def _taken(block: Any, theirs: Any) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _check_unseen(model: DiT, source: DiT) -> None:
-    """Raises one `ValueError` that names the settings in `UNSEEN` that differ, and what helps."""
+    """Raise one `ValueError` that names the settings in `UNSEEN` that differ, and a remedy."""
     there = {name: source.config[name] for name in UNSEEN if source.config[name] != model.config[name]}
     if not there:
         return
     differing = "; ".join(f"{name} is {value!r} there and {model.config[name]!r} here" for name, value in there.items())
     if "prediction" in there or "time_direction" in there:
-        hint = "training learns velocities; `diffattn convert --prediction velocity` takes an official DiT for such"
+        hint = "training learns velocities; `diffattn convert --prediction velocity` converts an official DiT"
     else:
         hint = "set " + " ".join(f"model.{name}={value}" for name, value in there.items())
     raise ValueError(f"the weights of the start mean something else in this model: {differing}; {hint}")
 
 
 def make_model(arguments: dict, start: str | None, device: torch.device | str = "cpu") -> tuple[DiT, list[str]]:
-    """A new model, and the parameters that did not come from `start` (all of them without one)."""
+    """A new model, and the parameters that did not come from `start` (all of them without a start)."""
     model = DiT(**arguments)
     new = [name for name, _ in model.named_parameters()]
     if start is not None:

@@ -1,4 +1,4 @@
-"""The state of a run by names and whole tensors, whether the model is sharded or not."""
+"""The state of a run as named, unsharded tensors, whether or not the model is sharded."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (every process must ask), any other as it is."""
+    """A sharded tensor as a whole (collective: every process must call it), any other unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -22,7 +22,7 @@ def _put(target: Tensor, value: Tensor) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """SHA-256 of names and whole weights, one at a time on the CPU; every process must ask."""
+    """SHA-256 of names and whole weights, one at a time on the CPU; every process must call it."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         value = whole(tensor).detach().cpu().contiguous()
@@ -32,18 +32,18 @@ def digest(model: nn.Module) -> str:
 
 
 def model_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """All weights by name. Here and below, every process must ask; one that does not keep them gets none."""
+    """All weights by name. Here and below, every process must make the call; without `keep` the result is empty."""
     return _wholes(model.state_dict().items(), keep)
 
 
 def ema_tensors(ema: EMAModel, model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """The averaged weights by the names of the model's parameters."""
+    """The averaged weights, by the model's parameter names."""
     names = (name for name, _ in model.named_parameters())
     return _wholes(zip(names, ema.shadow_params, strict=True), keep)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """ "parameter/exp_avg" and so on; parameters that never had a gradient have no state."""
+    """Optimizer state as "parameter/exp_avg" and so on; parameters that never had a gradient have none."""
     found = (
         (f"{name}/{key}", value)
         for name, parameter in model.named_parameters()
@@ -53,7 +53,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, keep: 
 
 
 def _wholes(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Sharded tensors are put together one at a time, and on the CPU: their device need not hold them all."""
+    """Sharded tensors are gathered one at a time on the CPU, so that their device need not hold them all."""
     found = {}
     for name, tensor in tensors:
         value = whole(tensor)
@@ -66,7 +66,7 @@ def _wholes(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tens
 def restore(
     model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Put back what the functions above gave; raises `KeyError` if the model has other parameters."""
+    """Restore what the functions above returned; raises `KeyError` if the model has other parameters."""
     own = model.state_dict()
     for name, target in own.items():
         _put(target, tensors["model"][name])

@@ -1,6 +1,6 @@
-"""What is looked at while a run trains: sample grids, and quality for every number of mediators.
+"""Monitoring during training: sample grids, and quality for every number of mediators.
 
-All processes share the drawing, so that none waits for long; see `diffattn.training.processes`.
+All processes share the drawing, so that none waits long; see `diffattn.training.processes`.
 """
 
 import json
@@ -31,13 +31,13 @@ BATCH = 64
 
 
 class Watcher:
-    """Called after every step on every process; works every `run.sample_every` and `run.eval_every` steps.
+    """Called after every step on every process; acts every `run.sample_every` and `run.eval_every` steps.
 
-    A grid or a figure that cannot be written (a full disk) is reported, and training continues; a signal ends the
-    work, and the training loop then saves and stops.
+    A grid or a figure that cannot be written (e.g. on a full disk) is reported, and training continues; a signal aborts
+    the evaluation, and the training loop then saves and stops.
 
     Raises:
-        ValueError: the feature extractor of the evaluation is not there.
+        ValueError: the feature extractor of the evaluation is not available.
     """
 
     def __init__(self, setup: TrainSetup, stop: StopRequest) -> None:
@@ -48,23 +48,23 @@ class Watcher:
         self._reference: Reference | None = None
         self._sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self._sharded:
-            setup.say("a sharded model is not sampled while it trains: no grids, no evaluation")
+            setup.say("a sharded model is not sampled during training: no grids, no evaluation")
         elif setup.config.run.eval_every:
             self._extractor = load_extractor(setup.config.run.extractor, device=self.accelerator.device)
 
     def __call__(self, trainer: Trainer, log: StepLog) -> None:
-        """A step is done. Every process must call it."""
+        """Handle a completed step. Every process must call it."""
         run, step = self.setup.config.run, trainer.progress.step
         for every, what in [(run.sample_every, self.show), (run.eval_every, self.evaluate)]:
             if every and not self._sharded and (step % every == 0 or step == run.steps):
                 try:
                     what(trainer, log)
                 except Stopped:
-                    log.say(f"the samples of step {step} are left out")
+                    log.say(f"the samples of step {step} are skipped")
                     return
 
     def show(self, trainer: Trainer, log: StepLog) -> None:
-        """Draw and save the sample grid of the present step."""
+        """Draw and save the sample grid of the current step."""
         run, names = self.setup.config.run, self.setup.dataset.class_names
         guidance = self.setup.config.own_guidance
         grid = Grid(range(min(len(names), 10)), 3, run.sample_steps, guidance, run.seed)
@@ -88,7 +88,7 @@ class Watcher:
                 log.say(f"samples of step {trainer.progress.step} not written: {error}")
 
     def evaluate(self, trainer: Trainer, log: StepLog) -> None:
-        """FID, KID, precision, recall and accuracy of the present step, without guidance; a line of `quality.jsonl`."""
+        """FID, KID, precision, recall and accuracy of the current step, unguided; appends to `quality.jsonl`."""
         run, step = self.setup.config.run, trainer.progress.step
         extractor = self._extractor
         assert extractor is not None
@@ -118,7 +118,7 @@ class Watcher:
         )
 
     def reference(self, extractor: FeatureExtractor) -> Reference:
-        """The features of at most 10,000 pictures of the data, taken evenly; made once, by all processes together."""
+        """The features of at most 10,000 evenly chosen pictures; computed once, by all processes together."""
         if self._reference is None:
             data = self.setup.dataset
             chosen = torch.linspace(0, len(data) - 1, min(len(data), REFERENCE_PICTURES)).long().unique().tolist()
@@ -159,7 +159,7 @@ class Watcher:
         return torch.cat(gather_object(found))
 
     def _share(self, count: int) -> range:
-        """This process's part of `count` things."""
+        """This process's share of `count` items."""
         return range(self.accelerator.process_index, count, self.accelerator.num_processes)
 
     def _order(self, count: int) -> list[int]:

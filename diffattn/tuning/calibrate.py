@@ -1,4 +1,4 @@
-"""What every setting costs and does to the picture, in every layer and band of noise levels of one pipeline.
+"""Measures the cost and error of every setting in every layer and band of noise levels of one pipeline.
 
 The expected error of the final latents when setting c runs in layer l and band b alone is
 
@@ -36,15 +36,15 @@ Weights = Mapping[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured."""
+    """The measurements."""
 
     layers: tuple[str, ...]  # every self-attention layer of the denoiser
     bounds: tuple[float, ...]  # lowest noise level of every band, falling to 0
     shares: tuple[int, ...]  # calls of a run in each band
     exact: tuple[Tensor, ...]  # final latents of every prompt
-    calls: tuple[tuple[Call, ...], ...]  # for each probed prompt one call per band
+    calls: tuple[tuple[Call, ...], ...]  # per probed prompt, one call per band
     cost: float  # of all denoiser calls of an unpatched run, in seconds or GFLOPs
-    rungs: tuple[Rung, ...]  # of (layer, band): what to give up first
+    rungs: tuple[Rung, ...]  # over (layer, band): what to give up first
 
     def choice(self, rungs: int) -> dict[str, list[int | None]]:
         """The setting of every layer and band after so many rungs."""
@@ -75,13 +75,13 @@ def calibrate(runs: Runs, settings: Sequence[Setting], bands: int, probed: int, 
         runs: of the unpatched pipeline, watched.
         settings: to choose from.
         bands: of noise levels.
-        probed: prompts on which errors are taken apart; the others only have their exact run.
+        probed: prompts whose errors are analysed; the others only get their exact run.
         unit: of cost.
         rounds: of timing.
 
     Raises:
-        CannotTune: latents that are not finite, unpatched or with every setting; no layer, or none where a setting
-            costs less than exact attention.
+        CannotTune: latents that are not finite, unpatched or with every setting; no layer, or no layer in which a
+            setting costs less than exact attention.
     """
     layers = self_attention_layers(runs)
     first, calls = _exact_run(runs, 0)
@@ -120,12 +120,12 @@ def _exact_run(runs: Runs, index: int) -> tuple[Tensor, list[Call]]:
     """Final latents and all calls."""
     latents, calls = runs.latents_and_calls(index)
     if not bool(torch.isfinite(latents).all()):
-        raise CannotTune(f"unpatched, the pipeline draws values that are not finite: {runs.requests[index].prompt!r}")
+        raise CannotTune(f"the unpatched pipeline draws values that are not finite: {runs.requests[index].prompt!r}")
     return latents, calls
 
 
 def denoiser_cost(runs: Runs, calls: Sequence[Call], shares: Sequence[int], unit: str, rounds: int) -> float:
-    """Of all denoiser calls of a run as the pipeline is now, from one call per band."""
+    """The cost of all denoiser calls of a run of the pipeline in its present state, from one call per band."""
     if unit == FLOPS:
         return sum(n * count_gflops(lambda c=c: runs.replay(c)) for n, c in zip(shares, calls, strict=True))
     timings = interleave({str(b): lambda c=c: runs.replay(c) for b, c in enumerate(calls)}, rounds, device=runs.device)
@@ -146,7 +146,7 @@ def _probe(runs: Runs, taken: Sequence[Sequence[Call]], settings: Sequence[Setti
 
 
 def _useful(log: Log, costs: Costs, bands: int, least: float) -> dict[str, list[int]]:
-    """Layer -> the settings that save something and always give finite values."""
+    """Layer -> the settings that save time and always give finite values."""
     found: dict[str, list[int]] = defaultdict(list)
     for layer, i in sorted(costs.settings):
         finite = all(math.isfinite(log.error(layer, b, i)) for b in range(bands))
@@ -171,7 +171,7 @@ def _weights(
     log: Log,
     typical: Mapping[str, int],
 ) -> tuple[Weights, list[float]]:
-    """The weights, and per band the relative error of the denoiser's output to expect from all `typical` settings."""
+    """The weights, and per band the expected relative error of the denoiser's output with all `typical` settings."""
     exact = [[runs.replay(call) for call in calls] for calls in taken]
     weights, squares = {}, [0.0] * len(taken[0])
     for members in groups_of(list(typical)).values():

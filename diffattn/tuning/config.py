@@ -1,4 +1,4 @@
-"""How to tune, and how much work that is."""
+"""The configuration of tuning, and the amount of work it takes."""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from diffattn.tuning.probe import COSTS, TIME
 
 
 class CannotTune(ValueError):
-    """A budget that cannot be met, or a model on which nothing can be saved; the message says what can be had."""
+    """A budget that cannot be met, or a model on which nothing can be saved; the message says what is possible."""
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How to tune; exactly one of the two budgets is given.
+    """How to tune; exactly one of the two budgets must be given.
 
     Raises:
         ValueError: a value out of range; the message names it and what is allowed.
@@ -28,11 +28,11 @@ class TuneConfig:
     height: int | None = None
     seed: int = 0  # prompt i has the seed `seed + i`
     bands: int = 4  # of noise levels, with about as many steps each
-    probed: int = 4  # the most prompts on which errors are taken apart; all of them are used to verify
-    checks: int = 8  # the most recipes that are verified
+    probed: int = 4  # most prompts whose errors are analysed; all prompts are used to verify
+    checks: int = 8  # most recipes to verify
     cost: str = TIME  # "time", measured here, or "flops", counted
     rounds: int = 5  # of timing
-    presets: bool = False  # also measure the fixed presets, each against a recipe that is as near
+    presets: bool = False  # also measure the fixed presets, each against a recipe that is as close
 
     def __post_init__(self) -> None:
         if (self.max_error is None) == (self.min_speedup is None):
@@ -48,7 +48,7 @@ class TuneConfig:
 
 @dataclass(frozen=True)
 class Workload:
-    """The most calls of the denoiser that tuning makes, by what they are for."""
+    """Upper bounds of the denoiser calls that tuning makes, by purpose."""
 
     calls: Mapping[str, int]
     calls_per_run: int  # of one picture, unless the sampler calls more than once per step

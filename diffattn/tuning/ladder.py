@@ -1,7 +1,7 @@
-"""From costs and errors of every place to an order in which to give up exactness. Pure Python.
+"""Orders the places in which to give up exactness, by their costs and errors. Pure Python.
 
 A place is a layer in a band of noise levels. Squared errors of different places add up (their directions have little
-in common), and so do savings: then the best choices for all budgets are found place by place. On the lower convex
+in common), and so do savings; hence the best choices for all budgets can be made place by place. On the lower convex
 hull of (saving, squared error) of a place every step from one setting to the next cheaper one has a price, error
 per saving; taking all steps of all places in the order of their prices goes through every Lagrangian optimum.
 """
@@ -37,7 +37,7 @@ class Rung:
 def hull(options: Iterable[Option]) -> list[Option]:
     """The options on the lower convex hull of (saving, squared error), from the origin (exact), by saving.
 
-    Options without saving or with an error that is not finite are left out.
+    Options that save nothing or whose error is not finite are excluded.
     """
     usable = [o for o in options if o.saving > 0 and isfinite(o.error)]
     found: list[Option] = []
@@ -49,7 +49,7 @@ def hull(options: Iterable[Option]) -> list[Option]:
 
 
 def ladder(places: Mapping[Place, Sequence[Option]]) -> list[Rung]:
-    """All steps of all places, the cheapest in error first."""
+    """All steps of all places, lowest price in error first."""
     steps = []
     for place, options in places.items():
         before = None
@@ -67,23 +67,23 @@ def ladder(places: Mapping[Place, Sequence[Option]]) -> list[Rung]:
 
 
 def _price(before: Option | None, after: Option) -> float:
-    """Added squared error per added saving; from exact if there is nothing before."""
+    """Added squared error per added saving, relative to exact attention if there is no previous step."""
     saved = after.saving - (before.saving if before else 0)
     added = after.error**2 - (before.error**2 if before else 0)
     return added / saved if saved > 0 else float("inf") if added > 0 else float("-inf")
 
 
 def climb(values: Sequence[float], budget: float, low: int, high: int, scale: float) -> int:
-    """The next position to try between two that are known: `low` holds the budget, `high` does not.
+    """The next position to try between two known ones: `low` meets the budget, `high` does not.
 
     Args:
-        values: what is expected at positions 1, 2 ... (rising).
-        budget: the most that is allowed.
+        values: expected at positions 1, 2 ... (rising).
+        budget: the largest value allowed.
         low, high: with low + 1 < high; position 0 is exact.
-        scale: measured over expected, as far as it is known.
+        scale: ratio of measured to expected, as far as known.
 
     Returns:
-        The highest position expected to hold, kept away from the ends by an eighth so that few tries suffice.
+        The highest position expected to meet the budget, an eighth away from the ends so that few tries suffice.
     """
     assert low + 1 < high
     inside = range(low + 1, high)

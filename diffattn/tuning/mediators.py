@@ -1,7 +1,7 @@
 """Thresholds of the step-wise switch between numbers of mediators, under a budget of floating-point operations.
 
-Every pair of thresholds gives a picture for every seed, a mean cost, and a distance from what the largest number of
-mediators draws from the same noise. The answer is the pair that stays nearest within the budget.
+Every pair of thresholds gives a picture per seed, a mean cost, and a distance from the picture drawn with the largest
+number of mediators from the same noise. The answer is the closest pair within the budget.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +27,12 @@ class SearchConfig:
         ValueError: a value out of range; the message names it and what is allowed.
     """
 
-    samples: int = 32  # pictures, their classes in turn
+    samples: int = 32  # pictures, cycling through the classes
     batch: int = 16
     steps: int = 50
     guidance: float = 1.0
     seed: int = 0
-    ratios: tuple[float, ...] = (1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # tried as thresholds
+    ratios: tuple[float, ...] = (1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # candidate thresholds
     first: int = 3
     distance: str = "l1"
     per_sample: bool = True
@@ -47,7 +47,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one choice of thresholds costs and keeps."""
+    """The cost and error of one choice of thresholds."""
 
     thresholds: tuple[float, ...]  # empty: one number of mediators throughout
     num_mediators: int | None  # that number
@@ -63,18 +63,18 @@ class ThresholdSearch:
     """The search on one pipeline.
 
     Args:
-        pipe: whose transformer learned two numbers of mediators or more, unpatched.
+        pipe: unpatched, with a transformer that learned at least two numbers of mediators.
         config: how to search.
 
     Raises:
-        ValueError: the transformer has fewer numbers of mediators than two.
+        ValueError: the transformer has fewer than two numbers of mediators.
     """
 
     def __init__(self, pipe: SiTPipeline, config: SearchConfig) -> None:
         self.pipe, self.config = pipe, config
         self.mediators: tuple[int, ...] = pipe.transformer.mediators
         if len(self.mediators) < 2:
-            raise ValueError(f"a switch needs two numbers of mediators or more; this model has {self.mediators}")
+            raise ValueError(f"switching needs at least two numbers of mediators; this model has {self.mediators}")
         self.gflops = {n: forward_gflops(pipe.transformer, n) for n in self.mediators}
         self._exact = self._latents(None)[0]
 
@@ -90,7 +90,7 @@ class ThresholdSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many choices there are."""
+        """The number of choices."""
         return len(self.mediators) + len(self._choices())
 
     def _choices(self) -> list[tuple[float, ...]]:
@@ -116,7 +116,7 @@ class ThresholdSearch:
         return Candidate(thresholds, n, gflops, float(error), shares)
 
     def _latents(self, schedule: Any) -> tuple[Tensor, list[int]]:
-        """What is drawn under a schedule (None: the largest number), and the number of mediators of every call of
+        """The latents drawn under a schedule (None: the largest number), and the number of mediators in every call of
         every sample (guidance calls count twice)."""
         if schedule is None:
             schedule = {0.0: {"num_mediators": self.mediators[-1]}}
@@ -143,7 +143,7 @@ def best_within(candidates: Sequence[Candidate], budget: float) -> Candidate:
     """The candidate with the smallest error whose cost is within the budget, in GFLOPs per picture.
 
     Raises:
-        ValueError: none is; the message names the cheapest.
+        ValueError: there is none; the message names the cheapest.
     """
     affordable = [c for c in candidates if c.gflops <= budget * (1 + 1e-9)]
     if not affordable:
@@ -155,7 +155,7 @@ def best_within(candidates: Sequence[Candidate], budget: float) -> Candidate:
 
 
 def recipe_of(candidate: Candidate, search: ThresholdSearch, model: str, budget: float) -> dict[str, Any]:
-    """A recipe for `diffattn.patch`, with the protocol under which it was found."""
+    """A recipe for `diffattn.patch`, with the protocol of the search."""
     schedule: dict[str, Any] = {"0.0": {"num_mediators": candidate.num_mediators}}
     if candidate.thresholds:
         schedule = search.schedule(candidate.thresholds).to_dict()

@@ -1,4 +1,4 @@
-"""Errors and costs of settings on the true q, k, v of a model, without changing what it draws.
+"""Measures errors and costs of settings on a model's real q, k, v, without changing what it draws.
 
 Shapes: B batch, H heads, N tokens, D channels per head.
 """
@@ -24,9 +24,9 @@ from diffattn.tuning.settings import Setting
 
 TIME, FLOPS = "time", "flops"
 COSTS = (TIME, FLOPS)
-"""What a setting costs: measured seconds, or counted GFLOPs."""
+"""Units of cost: measured seconds, or counted GFLOPs."""
 
-SHORTEST = 2e-3  # seconds: calls that take less are timed several at once
+SHORTEST = 2e-3  # seconds: shorter calls are timed several at a time
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Sample:
 
 @dataclass
 class Log:
-    """What a probe saw.
+    """The observations of a probe.
 
     Attributes:
-        band: of the denoiser's call under way; set by who calls it.
+        band: of the current denoiser call; set by the caller.
         errors: (layer, band, setting) -> ‖ô - o‖² / ‖o‖² of every call.
         kinds: layer -> what its cost depends on.
-        samples: the first inputs of every such kind.
+        samples: the first inputs of every kind.
     """
 
     band: int = 0
@@ -57,7 +57,7 @@ class Log:
     samples: dict[Hashable, Sample] = field(default_factory=dict)
 
     def error(self, layer: str, band: int, setting: int) -> float:
-        """Root of the mean over the calls; infinite if there was none, or one that is not finite."""
+        """Root mean square over the calls; infinite if there was none, or one that is not finite."""
         found = self.errors.get((layer, band, setting))
         mean = float(torch.stack(found).mean()) if found else math.inf
         return math.sqrt(mean) if math.isfinite(mean) else math.inf
@@ -65,7 +65,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Probe(AttentionMethod):
-    """Exact attention that also tries every setting and takes down how far off it is."""
+    """Exact attention that also tries every setting and records its error."""
 
     settings: tuple[AttentionMethod, ...]
     log: Log
@@ -103,10 +103,10 @@ class Probe(AttentionMethod):
 
 @contextmanager
 def probing(pipe: Any, settings: Sequence[Setting], log: Log) -> Any:
-    """The pipeline with a probe in every layer that a setting can stand in for.
+    """Put a probe into every layer that a setting can accelerate, within the block.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: there are no such layers.
     """
     probe = Probe(tuple(s.method for s in settings), log)
     with Patch(pipe, Plan(probe.name, None, (probe,), constant(), None, {})) as patch:
@@ -115,18 +115,18 @@ def probing(pipe: Any, settings: Sequence[Setting], log: Log) -> Any:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one call: of attention by layer and setting, and of the whole denoiser."""
+    """Costs of one call: of attention by layer and setting, and of the whole denoiser."""
 
     exact: Mapping[str, float]  # layer -> seconds or GFLOPs
     settings: Mapping[tuple[str, int], float]  # (layer, setting)
 
     def saving(self, layer: str, setting: int) -> float:
-        """Of one call of a layer; negative where the setting costs more than exact attention."""
+        """The saving in one call of a layer; negative if the setting costs more than exact attention."""
         return self.exact[layer] - self.settings[layer, setting]
 
 
 def measure_costs(log: Log, settings: Sequence[Setting], unit: str, rounds: int, device: torch.device) -> Costs:
-    """Cost of every setting in every layer that a probe saw, on the inputs that it kept.
+    """Cost of every setting in every layer that a probe saw, on the recorded inputs.
 
     Args:
         log: of a probe.

@@ -1,4 +1,4 @@
-"""Runs of one pipeline that the tuner compares: final latents, and single calls of the denoiser taken from them.
+"""Runs of one pipeline that the tuner compares: final latents, and single denoiser calls recorded from them.
 
 Shapes: B samples, c channels, h, w of the latents; with guidance a call has 2B rows, first those without the prompt.
 """
@@ -23,7 +23,7 @@ from diffattn.patching.patch import Patch, find_patch, patch
 
 @dataclass(frozen=True)
 class Call:
-    """What the denoiser was given once."""
+    """The inputs of one denoiser call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -31,7 +31,7 @@ class Call:
 
 
 class Runs:
-    """Runs of a pipeline, one per prompt, always with the same noise.
+    """Runs of a pipeline, one per prompt, with the same noise every time.
 
     Args:
         pipe: unpatched and not compiled, on its device.
@@ -72,7 +72,7 @@ class Runs:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within, every call of the denoiser is counted, and taken down where a run asks for it."""
+        """Count every denoiser call within the block, and record it if a run asks for that."""
         handle = self.denoiser.register_forward_pre_hook(self._notice, with_kwargs=True)
         try:
             yield
@@ -80,14 +80,14 @@ class Runs:
             handle.remove()
 
     def latents(self, index: int) -> Tensor:
-        """Final latents [B, c, h, w] of one prompt as the pipeline is now, in fp32."""
+        """Final latents [B, c, h, w] of one prompt with the pipeline's present state, in fp32."""
         request = self.requests[index]
         generator = torch.Generator().manual_seed(request.seed)
         arguments = call_arguments(self.pipe, request)
         return self.pipe(**arguments, generator=generator, output_type="latent").images.float()
 
     def latents_and_calls(self, index: int) -> tuple[Tensor, list[Call]]:
-        """The same, with everything that the denoiser was given."""
+        """The same, with the inputs of all denoiser calls."""
         self._taken = []
         try:
             return self.latents(index), self._taken
@@ -96,14 +96,14 @@ class Runs:
 
     @contextmanager
     def patched(self, recipe: Mapping[str, Any]) -> Iterator[Patch]:
-        """Within, the pipeline is patched; single calls in a band that the recipe leaves exact give no warning."""
+        """Patch the pipeline within the block; single calls in a band that the recipe leaves exact give no warning."""
         with patch(self.pipe, recipe=recipe) as handle:
             handle.quiet()
             yield handle
 
     @torch.no_grad()
     def replay(self, call: Call) -> Tensor:
-        """What the denoiser as it is now makes of a call: [B, c, h, w], guided, in fp32."""
+        """The denoiser's present output for a call: [B, c, h, w], guided, in fp32."""
         output = self.denoiser(*call.args, **call.kwargs)
         output = (output[0] if isinstance(output, tuple) else output.sample).float()
         guidance = float(self.requests[0].guidance or 0)
@@ -145,16 +145,16 @@ def bands_of(levels: Sequence[float], count: int) -> tuple[float, ...]:
 
 
 def band_at(bounds: Sequence[float], level: float) -> int:
-    """The band of a noise level, as `NoiseSchedule` finds it."""
+    """The band of a noise level, as `NoiseSchedule` chooses it."""
     return next((i for i, bound in enumerate(bounds) if level >= bound), len(bounds) - 1)
 
 
 def _between(low: float, high: float) -> float:
-    """The middle, with four digits if they suffice."""
+    """The midpoint, rounded to four digits if they suffice."""
     middle = (low + high) / 2
     return rounded if low < (rounded := round(middle, 4)) < high else middle
 
 
 def _copy(value: Any) -> Any:
-    """The noisy input is copied, since a scheduler may go on to change it in place."""
+    """Record a call; the noisy input is copied, since a scheduler may later change it in place."""
     return value.clone() if isinstance(value, Tensor) and value.ndim == 4 else value

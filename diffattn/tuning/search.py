@@ -1,4 +1,4 @@
-"""How far to go on the ladder of a calibration: measured with whole runs, not estimated."""
+"""Chooses how far to go on a calibration's ladder, measured with whole runs rather than estimated."""
 
 import math
 import statistics
@@ -15,16 +15,16 @@ from diffattn.tuning.probe import FLOPS
 from diffattn.tuning.runs import Runs, relative_error
 from diffattn.tuning.settings import Setting, recipe_of
 
-ALONE = 1.5  # with a single prompt the promise is its error times this
+ALONE = 1.5  # with a single prompt, the promise is its error times this
 
 
 @dataclass(frozen=True)
 class Verified:
-    """One recipe, measured."""
+    """One measured recipe."""
 
-    rungs: int  # steps taken away from exact attention
+    rungs: int  # number of steps away from exact attention
     errors: tuple[float, ...]  # relative error of the final latents, per prompt
-    expected: float  # what calibration made of it
+    expected: float  # predicted by the calibration
     expected_speedup: float
 
     @property
@@ -34,7 +34,7 @@ class Verified:
 
     @property
     def promise(self) -> float:
-        """What the mean over other prompts should stay below: the mean and two standard errors."""
+        """An upper bound for the mean over other prompts: the mean plus two standard errors."""
         if len(self.errors) == 1 or not math.isfinite(self.error):
             return ALONE * self.error
         return self.error + 2 * statistics.stdev(self.errors) / math.sqrt(len(self.errors))
@@ -47,17 +47,17 @@ class Verified:
 
 @dataclass(frozen=True)
 class Rival:
-    """A fixed preset, and a recipe that is at least as near on the same prompts."""
+    """A fixed preset, and a recipe that is at least as close on the same prompts."""
 
     preset: str  # "method/preset"
-    error: float  # mean over the prompts, as of a recipe
+    error: float  # mean over the prompts, as for a recipe
     speedup: float
-    tuned: Verified | None  # None where the preset accelerates nothing at this size, and where no recipe is as near
+    tuned: Verified | None  # None if the preset accelerates nothing at this size, or if no recipe is as close
     tuned_speedup: float | None
 
     @property
     def is_beaten(self) -> bool | None:
-        """Whether the recipe is as near and at least as fast; None where there is nothing to compare."""
+        """Whether the recipe is as close and at least as fast; None if there is nothing to compare."""
         if self.error == 0:
             return None
         return self.tuned_speedup is not None and self.tuned_speedup >= self.speedup
@@ -84,13 +84,13 @@ class Search:
         probed = min(len(runs.requests), config.probed)
         self.found = calibrate(runs, settings, config.bands, probed, config.cost, config.rounds)
         self.checks: list[Verified] = []
-        self.speedups: dict[int, float] = {}  # of verified recipes by their rungs, measured after they were chosen
+        self.speedups: dict[int, float] = {}  # of verified recipes by rung, measured after they were chosen
 
     def best(self) -> Verified:
-        """The recipe to take.
+        """The recipe to use.
 
         Raises:
-            CannotTune: the budget cannot be met; the message says what can.
+            CannotTune: the budget cannot be met; the message says what is possible.
         """
         budget, speedup = self.config.max_error, self.config.min_speedup
         if budget is not None:
@@ -99,11 +99,11 @@ class Search:
         return self._nearest_at(speedup)
 
     def recipe(self, rungs: int) -> dict[str, Any]:
-        """After so many rungs, without what it promises."""
+        """The recipe after this many rungs, without its promises."""
         return recipe_of(self.found.choice(rungs), self.found.bounds, self.settings)
 
     def rival(self, method: str, preset: str) -> Rival:
-        """A preset on the same prompts, and the fastest recipe found whose mean error is not larger."""
+        """Measure a preset on the same prompts, and find the fastest recipe whose mean error is not larger."""
         name, fixed = f"{method}/{preset}", {"method": method, "preset": preset}
         errors = self._errors(fixed)
         error = sum(errors) / len(errors)
@@ -111,12 +111,12 @@ class Search:
             return Rival(name, 0.0, 1.0, None, None)
         try:
             tuned = self._fastest_within(error, lambda tried: tried.error)
-        except CannotTune:  # nearer than the first rung
+        except CannotTune:  # closer than the first rung
             return Rival(name, error, self.speedup(fixed), None, None)
         return Rival(name, error, self.speedup(fixed), tuned, self.speedup(self.recipe(tuned.rungs)))
 
     def _fastest_within(self, budget: float, measure: Callable[[Verified], float]) -> Verified:
-        """The last rung found whose error is within the budget."""
+        """Find the last rung whose error is within the budget."""
         expected, scale = [r.error for r in self.found.rungs], 1.0
         low, high, best, tries = 0, len(expected) + 1, None, []
         while low + 1 < high and len(tries) < self.config.checks:
@@ -134,7 +134,7 @@ class Search:
         return best
 
     def _nearest_at(self, speedup: float) -> Verified:
-        """The first rung found that is fast enough."""
+        """Find the first rung that is fast enough."""
         low, high = 0, len(self.found.rungs)
         most = self.speedup(self.recipe(high))
         if most < speedup:
@@ -146,7 +146,7 @@ class Search:
                 break
             middle = (low + high) // 2
             low, high = (low, middle) if self.speedup(self.recipe(middle)) >= speedup else (middle, high)
-        # The search stops where times happened to be good: what it promises is measured once more.
+        # The search stops where times happened to be good, so the promised one is measured once more.
         for rungs in range(high, min(high + self.config.checks, len(self.found.rungs) + 1)):
             self.speedups[rungs] = self.speedup(self.recipe(rungs))
             if self.speedups[rungs] >= speedup:
@@ -155,7 +155,7 @@ class Search:
         raise CannotTune(f"a speed-up of {speedup:g} was measured once, but not again: {most:.3g} at most")
 
     def _verify(self, rungs: int) -> Verified:
-        """Whole runs of all prompts; what was verified before is not run again."""
+        """Run all prompts; recipes that were verified before are not run again."""
         if known := [check for check in self.checks if check.rungs == rungs]:
             return known[0]
         last = self.found.rungs[rungs - 1]
@@ -169,7 +169,7 @@ class Search:
             return tuple(relative_error(self.runs.latents(i), x) for i, x in enumerate(self.found.exact))
 
     def speedup(self, recipe: Mapping[str, Any]) -> float:
-        """Of a run's denoiser calls; both sides take turns, call by call."""
+        """The speed-up of a run's denoiser calls; both sides take turns, call by call."""
         calls, shares = self.found.calls[0], self.found.shares
         if self.config.cost == FLOPS:
             with self.runs.patched(recipe):
@@ -191,8 +191,7 @@ class Search:
 
     @contextmanager
     def _patched(self, recipe: Mapping[str, Any], name: str) -> Iterator[None]:
-        """Within, a run with the recipe is under way, in the band that the name ends with: it begins once, not in every
-        call."""
+        """Hold one run with the recipe open within the block, in the band that the name ends with."""
         call = self.found.calls[0][int(name.split()[1])]
         with self.runs.patched(recipe) as handle:
             handle.begin_run(*call.args, **call.kwargs)

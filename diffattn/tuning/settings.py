@@ -1,4 +1,4 @@
-"""What the tuner chooses from, and recipes made of its choices."""
+"""The settings that the tuner chooses from, and recipes made from its choices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Choice = Mapping[str, Sequence[int | None]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with options, under a name of its own in the recipe."""
+    """A method with options, with its own name in the recipe."""
 
     name: str
     method: AttentionMethod
@@ -26,10 +26,10 @@ def settings_of(candidates: Sequence[tuple[str, Mapping[str, Any]]] | None = Non
     """Settings from pairs of a method's name and options.
 
     Args:
-        candidates: None: what every method suggests itself, see `AttentionMethod.candidates`.
+        candidates: None: each method's own suggestions, see `AttentionMethod.candidates`.
 
     Raises:
-        ValueError: an unknown method, or options that it refuses; no candidates.
+        ValueError: an unknown method, invalid options, or no candidates.
     """
     if candidates is None:
         candidates = [(name, options) for name in METHODS for options in METHODS[name].candidates()]
@@ -45,7 +45,7 @@ def settings_of(candidates: Sequence[tuple[str, Mapping[str, Any]]] | None = Non
 
 
 def recipe_of(choice: Choice, bounds: Sequence[float], settings: Sequence[Setting]) -> dict[str, Any]:
-    """A tuned recipe for `diffattn.patch`, without what it promises.
+    """A tuned recipe for `diffattn.patch`, without its promises.
 
     Args:
         choice: for every self-attention layer of the model.
@@ -63,7 +63,7 @@ def recipe_of(choice: Choice, bounds: Sequence[float], settings: Sequence[Settin
 
 
 def _entries(entry: Sequence[int | None], bounds: Sequence[float], settings: Sequence[Setting]) -> dict[str, str]:
-    """{lowest noise level: name}, adjacent bands with the same setting as one."""
+    """The entries {lowest noise level: name}, with adjacent bands of the same setting merged."""
     names = [EXACT if i is None else settings[i].name for i in entry]
     following = [*names[1:], None]
     return {

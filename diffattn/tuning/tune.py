@@ -1,6 +1,6 @@
 """`diffattn.tune`: the cheapest setting for every layer and noise level within a budget of error, or of time.
 
-Calibration (`tune_calibrate`) gives an order in which to give up exactness; `tune_search` measures how far to go.
+`tuning.calibrate` orders the places in which to give up exactness; `tuning.search` measures how far to go.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from diffattn.tuning.settings import Setting, settings_of
 
 @dataclass(frozen=True)
 class Tuned:
-    """The recipe, and how it was found.
+    """The recipe, and the measurements behind it.
 
     Attributes:
         recipe: for `diffattn.patch(pipe, recipe=...)`, as JSON types.
         speedup: of the denoiser's calls over a run: measured, or counted.
         verified: errors of the recipe on the prompts it was tuned on.
-        checks: all recipes that were verified on the way.
-        rivals: the fixed presets, if asked for, each beside a recipe that is as near.
+        checks: all recipes that were verified during the search.
+        rivals: the fixed presets, if requested, each with a recipe that is as close.
     """
 
     recipe: dict[str, Any]
@@ -39,7 +39,7 @@ class Tuned:
     rivals: tuple[Rival, ...] = ()
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON; makes the folder."""
+        """Write the recipe as JSON, creating its folder."""
         write_json(Path(path), self.recipe)
 
 
@@ -62,21 +62,21 @@ def tune(
 
     The error is ‖x - x*‖ / ‖x*‖ of the final latents against the unpatched run with the same noise, mean over
     prompts. The promise covers pictures drawn as these were: same model, size, sampler, steps, guidance, prompts of
-    the same kind. The pipeline is left as it was.
+    the same kind. The pipeline is left unchanged.
 
     Args:
         pipe: a pipeline that draws from text alone, or a `SiTPipeline` with softmax attention; unpatched, not compiled.
         prompts: what to draw, one picture each (class names or ids for a `SiTPipeline`).
         max_error: the error to stay below; then the recipe is as fast as that allows.
-        min_speedup: of the denoiser's calls over a run; then the recipe is as near as that allows.
-        candidates: pairs of a method's name and options; None: a default choice of all methods.
-        model: the model's name, for the protocol; an embedded model's own guidance is known by it.
-        on_call: called before every call of the denoiser; `workload` says beforehand how many there are at most.
+        min_speedup: of the denoiser's calls over a run; then the recipe is as close as that allows.
+        candidates: pairs of a method's name and options; None: a default selection from all methods.
+        model: the model's name, for the protocol; it also determines an embedded model's own guidance.
+        on_call: called before every call of the denoiser; `workload` gives an upper bound of their number.
         **config: other fields of `TuneConfig`.
 
     Raises:
         ValueError: an argument out of range; neither or both budgets; no prompts; as `diffattn.drawing.draw.prepare`.
-            Its subclass `CannotTune`: a budget that cannot be met, with what can be had.
+            Its subclass `CannotTune`: a budget that cannot be met; the message says what is possible.
         TypeError: the pipeline is not supported.
     """
     chosen = TuneConfig(max_error=max_error, min_speedup=min_speedup, **config)
@@ -109,7 +109,7 @@ def workload(
     model: str = "",
     **config: Any,
 ) -> Workload:
-    """The most calls of the denoiser that `tune` makes with the same arguments; raises as it does."""
+    """The maximum number of denoiser calls of `tune` with the same arguments; raises the same errors."""
     chosen = TuneConfig(**config)
     runs = _runs(pipe, prompts, model, chosen, None)
     count, steps, bands = len(runs.requests), chosen.steps, min(chosen.bands, chosen.steps)
@@ -130,7 +130,7 @@ def workload(
 
 
 def _presets(config: TuneConfig, settings: Sequence[Setting]) -> list[tuple[str, str]]:
-    """(method, preset) of every method among the settings, if they are to be compared."""
+    """(method, preset) of every method among the settings, if presets are to be compared."""
     methods = {s.method.name: s.method for s in settings} if config.presets else {}
     return [(name, preset) for name, method in methods.items() for preset in method.presets]
 
@@ -146,7 +146,7 @@ def _runs(
 
 
 def _protocol(runs: Runs, config: TuneConfig, found: Calibration, settings: Sequence[Setting]) -> dict[str, Any]:
-    """All that the promise depends on, as JSON types."""
+    """Everything that the promise depends on, as JSON types."""
     first, pipe = runs.requests[0], runs.pipe
     prompts = "\n".join(request.prompt for request in runs.requests)
     return {

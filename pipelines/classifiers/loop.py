@@ -54,7 +54,7 @@ def train(model: Classifier, batch_of: BatchOf, recipe: Recipe, checkpoint: Path
 
 
 def _note_larger_budget(progress: Progress, recipe: Recipe, last: float) -> None:
-    """A run that goes on with a larger budget than before starts a second descent: the card is to say so."""
+    """A run resumed with a larger budget starts a second descent, which the card must mention."""
     done = progress.done(recipe.budget)
     if done > recipe.warmup and recipe.rate(done) > 1.5 * last:
         progress.raised.append((progress.step, recipe.rate(done)))

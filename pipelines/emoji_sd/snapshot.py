@@ -1,4 +1,4 @@
-"""Export what an unfinished (or finished) run has in its checkpoints, while it goes on."""
+"""Export the checkpoints of an unfinished (or finished) run, even while it is running."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def load_start(folder: Path, preset: Preset) -> Start:
     """The parts of a `StableDiffusionPipeline` folder, in float32.
 
     Raises:
-        ValueError: no such pipeline, or one of other widths than the preset's.
+        ValueError: no such pipeline, or one whose widths differ from the preset's.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no exported pipeline: it has no model_index.json")

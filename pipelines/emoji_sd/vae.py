@@ -92,7 +92,7 @@ def vae_loss(
 
 
 def freeze_encoder(vae: AutoencoderKL) -> None:
-    """Every latent stays what it was, and with it all that was trained on latents: only the way back is trained."""
+    """Train only the decoder: latents stay unchanged, and so does everything that was trained on them."""
     vae.requires_grad_(False)
     for part in (vae.post_quant_conv, vae.decoder):
         assert part is not None

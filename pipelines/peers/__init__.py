@@ -52,7 +52,7 @@ def apply(name: str, pipe: Any, setting: Setting) -> Iterator[Draw]:
 
     Raises:
         LeftOut: the variant cannot run here; the message says why.
-        ValueError: no such variant.
+        ValueError: an unknown variant.
     """
     peers = _peers(name)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""This project's own: a shipped preset of agent attention, as it is."""
+"""This project's own: a shipped preset of agent attention, unchanged."""
 
 import warnings
 from collections.abc import Iterator

@@ -74,7 +74,7 @@ def self_attention(unet: nn.Module) -> list[tuple[LayerSpec, Any]]:
 
 @contextmanager
 def replaced_processors(unet: nn.Module, levels: tuple[int, ...], make: Callable[[Any], Any]) -> Iterator[None]:
-    """Within, the self-attention of these levels has the processors that `make` makes of the original ones."""
+    """Replace the self-attention processors of these levels within the block by `make` of the original ones."""
     changed = [module for spec, module in self_attention(unet) if spec.level in levels]
     originals = [module.processor for module in changed]
     try:

@@ -1,4 +1,4 @@
-"""One pipeline, and everything that is measured on it; what is in the entry already is not done again."""
+"""Everything that is measured on one pipeline; results already in the entry are kept."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ class Comparison:
     ) -> None:
         """Adds rounds until every variant is in so many; saved after every run.
 
-        An interrupted round stays as it is: a later call begins a new one, with exact attention and what is missing.
+        An interrupted round stays incomplete: a later call starts a new one, with exact attention and what is missing.
 
         Args:
             arguments: makes those of one timed run, `num_inference_steps` excepted.

@@ -24,7 +24,7 @@ def deepcache(interval: int, pipe: Any, draw: Draw, setting: Setting) -> Iterato
         raise LeftOut(f"{full} of {setting.steps} steps would be full, of {FULL} steps {usual}: not representative")
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=0)
-    with restored(pipe.unet, "forward"):  # its own way back leaves bound methods on every module
+    with restored(pipe.unet, "forward"):  # its own removal leaves bound methods on every module
         helper.enable()
         try:
             yield draw

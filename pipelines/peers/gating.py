@@ -22,7 +22,7 @@ GATE = 0.4
 def tgate(pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
     """The package's own sampling loop, its other options as they ship. It replaces `draw`.
 
-    T-GATE computes exact attention itself and never asks a layer's processor. Within, it asks where the processor is
+    T-GATE computes exact attention itself and never asks a layer's processor. Here it asks where the processor is
     not diffusers' plain one, so that it can be combined with agents.
     """
     try:

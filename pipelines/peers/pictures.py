@@ -52,7 +52,7 @@ class Drawing:
             **size,
         }
 
-    def told(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def protocol(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What a figure depends on besides steps, guidance and seeds: for its `Protocol`."""
         digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
         return {"prompts_sha256": digest, "size": self.side or "the model's own", "batch": self.batch}
@@ -133,7 +133,7 @@ def score(
         seeds=f"{drawing.seed}..{drawing.seed + count - 1}",
         dtype=pipe.unet.dtype,
         device=pipe.device,
-        options=options | drawing.told(prompts),
+        options=options | drawing.protocol(prompts),
     )
     return QualityResult(subject, protocol, scores)
 

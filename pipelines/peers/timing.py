@@ -31,7 +31,7 @@ def share_of_saving(rounds: Rounds, name: str, floor: str) -> Spread | None:
 
 
 def seconds(rounds: Rounds, name: str) -> Spread | None:
-    """Of one run; None if there is none."""
+    """The time of one run; None if there is none."""
     found = [r[name] for r in rounds if name in r]
     return Spread.of(found) if found else None
 

@@ -104,7 +104,7 @@ def test_patching_twice_is_refused_and_the_patch_can_be_found(case: tuple[DiT, d
     assert find_patch(model) is None
     handle = diffattn.patch(model, **options)
     assert find_patch(model) is handle
-    with pytest.raises(ValueError, match="this DiT is patched already"):
+    with pytest.raises(ValueError, match="this DiT is already patched"):
         diffattn.patch(model, **options)
     diffattn.unpatch(model)
     diffattn.unpatch(model)

@@ -64,7 +64,7 @@ def test_a_page_open_to_others_needs_a_password(open_to_others: str) -> None:
 
 @pytest.mark.parametrize("auth", ["", "name", "name:", ":password"])
 def test_a_name_and_a_password_are_both_needed(auth: str) -> None:
-    assert "--auth must be NAME:PASSWORD, both not empty" in refusal("--listen", "--auth", auth)
+    assert "--auth must be NAME:PASSWORD, with neither empty" in refusal("--listen", "--auth", auth)
 
 
 def test_the_folder_of_models_must_be_one(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_port_in_use_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"the page cannot be served at port {port}" in refusal("--port", port)
+        assert f"cannot serve the page on port {port}" in refusal("--port", port)
     assert WARM_UP not in [thread.name for thread in threading.enumerate()]
 
 

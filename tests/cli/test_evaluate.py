@@ -72,7 +72,7 @@ def test_a_text_model_with_everything(place: Path, tmp_path: Path) -> None:
     assert len(result["details"]["latent_error_by_step"]) == 2
     assert "agent balanced" in result["subject"]
     assert "FID-3 (cifar-classifier, large.npz)" in done.stdout
-    assert "knows CIFAR-10 only" in done.stdout
+    assert "knows only CIFAR-10" in done.stdout
     assert read_pictures(tmp_path / "a.npz").shape == (3, 3, 32, 32)
     assert len(list((tmp_path / "run" / "unaccelerated").glob("*.png"))) == 3
     again = call(*words)  # all is there
@@ -154,10 +154,10 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give either --model, which draws, or --pictures"),
+        ((), "give either --model (to draw pictures) or --pictures"),
         (("--model", "sit", "--pictures", "a.npz"), "give either --model"),
         (("--pictures", "a.npz"), "there is nothing to measure"),
-        (("--pictures", "a.npz", "--paired"), "are for a --model"),
+        (("--pictures", "a.npz", "--paired"), "need --model"),
         (("--pictures", "a.npz", "--paired", "--paired-with", "b.npz"), "either --paired or --paired-with"),
         (("--pictures", "a.npz", "--paired-with", "b.npz"), "as many pictures on both sides, got 8 and 10"),
         (("--pictures", "a.npz", "--reference", "b.npz"), "pip install 'diffattn[inception]'"),
@@ -171,12 +171,12 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         (("--pictures", "a.npz", "--clip", "sit"), "needs the prompts"),
         (("--pictures", "no.npz", "--paired-with", "b.npz"), "no.npz' is not a readable .npz file"),
         (("--model", "sit", "--num-pictures", 1, "--reference", "b.npz"), "must be 2 or more, got 1"),
-        (("--model", "sit", "--paired", "--method", "none"), "has no pair"),
+        (("--model", "sit", "--paired", "--method", "none"), "takes no --paired"),
         (("--model", "sit", "--paired", "--method", "agent", "--option", "x"), "not of the form key=value"),
         (("--model", "sit", "--paired", "--option", "zap=1"), "zap"),
         (("--model", "sd", "--paired", "--option", "min_tokens=0"), "needs prompts (--prompts FILE)"),
         (("--model", "sd", "--paired", "--prompts", "no.txt"), "cannot be read"),
-        (("--model", "emoji-sd", "--reference", "b.npz", "--extractor", "cifar-classifier"), "'emoji-classifier' is"),
+        (("--model", "emoji-sd", "--reference", "b.npz", "--extractor", "cifar-classifier"), "use its own, 'emoji"),
         (("--pictures", "one.npz", "--reference", "b.npz", "--extractor", "cifar-classifier"), "2 pictures or more"),
         (("--pictures", "a.npz", "--reference", "one.npz", "--extractor", "cifar-classifier"), "2 pictures or more"),
         (("--pictures", "a.npz", "--reference", "b.npz", "--extractor", "cifar-classifier", "--extractor-weights",
@@ -210,7 +210,7 @@ def test_pictures_outside_the_extractors_domain_get_a_note(files: tuple[object, 
     """The offline extractors take any pictures; the printed note and the stored result say what that is worth."""
     done = call(*files, "--out", tmp_path / "run", "--json", tmp_path / "a.json")
     assert done.exit_code == 0, done.output
-    note = "the extractor knows CIFAR-10 only: its figures mean nothing for others"
+    note = "the extractor knows only CIFAR-10; its scores mean nothing for others"
     assert note in done.stdout.splitlines()
     assert json.loads((tmp_path / "a.json").read_text())["details"]["domain"] == "CIFAR-10"
 

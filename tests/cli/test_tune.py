@@ -94,7 +94,7 @@ def test_bad_input_is_one_line(
     ("text", "beside", "message"),
     [
         ("{", (), "is not a readable JSON file"),
-        ('{"diffattn_recipe": 7}', (), "recipe of version 7"),
+        ('{"diffattn_recipe": 7}', (), "recipe has version 7"),
         ('{"method": "agent", "preset": "fast"}', ("--method", "mediator"), "for method 'agent', not 'mediator'"),
         (
             '{"method": "agent", "preset": "fast"}',

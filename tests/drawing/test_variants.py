@@ -210,4 +210,4 @@ def test_commands_refuse_a_variant_that_is_not_there(
 def test_info_needs_a_model_for_a_variant() -> None:
     done = CliRunner().invoke(app, ["info", "--variant", "fp16"])
     assert done.exit_code == 2
-    assert "--variant 'fp16' is about a model" in done.stderr
+    assert "--variant 'fp16' applies to a model" in done.stderr

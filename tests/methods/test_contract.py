@@ -201,7 +201,7 @@ def test_patching_twice_is_refused_and_changes_nothing(pipe: DiffusionPipeline, 
     patched(pipe)
     accelerated, before = tiny.run(pipe), anatomy(pipe)
     for target in (pipe, denoiser(pipe)):
-        with pytest.raises(ValueError, match="patched already"):
+        with pytest.raises(ValueError, match="already patched"):
             patched(target)
     assert anatomy(pipe) == before
     assert torch.equal(tiny.run(pipe), accelerated)
@@ -457,7 +457,7 @@ def test_a_sibling_made_with_from_pipe_is_patched_too(make_pipeline: Make, patch
     for sibling in (before, after):
         sibling.set_progress_bar_config(disable=True)
         assert not torch.equal(tiny.run(sibling), exact)
-        with pytest.raises(ValueError, match="patched already, perhaps through a pipeline that shares it"):
+        with pytest.raises(ValueError, match="already patched, perhaps through a pipeline that shares it"):
             patched_sd(sibling)
     assert any("from_pipe" in note for note in handle.report().notes)
     assert "from_pipe" in str(handle.report())

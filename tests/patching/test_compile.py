@@ -104,7 +104,7 @@ def test_a_compiled_model_is_found_again_and_restored(way: Callable[..., nn.Modu
     inner = getattr(model, "_orig_mod", model)
     before = (inner._compiled_call_impl, dict(model._forward_pre_hooks), dict(inner._forward_pre_hooks))
     diffattn.patch(model, **OPTIONS)
-    with pytest.raises(ValueError, match="patched already"):
+    with pytest.raises(ValueError, match="already patched"):
         diffattn.patch(inner, **OPTIONS)
     diffattn.unpatch(inner)
     assert before == (inner._compiled_call_impl, dict(model._forward_pre_hooks), dict(inner._forward_pre_hooks))

@@ -323,7 +323,7 @@ def test_a_t2i_adapter_is_in_the_report(pipe: DiffusionPipeline) -> None:
     adapter = T2IAdapter(in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2)
     parts = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
     handle = diffattn.patch(StableDiffusionAdapterPipeline(**parts, adapter=adapter, requires_safety_checker=False))
-    assert "adapter (T2IAdapter) runs as it is: it has no attention layers" in handle.report().notes
+    assert "adapter (T2IAdapter) runs unpatched: it has no attention layers" in handle.report().notes
 
 
 def test_control_networks_of_other_architectures_are_in_the_report(pipe: Any) -> None:
@@ -334,7 +334,7 @@ def test_control_networks_of_other_architectures_are_in_the_report(pipe: Any) ->
 
     pipe.register_modules(controlnet=Other())
     handle = diffattn.patch(pipe, **FEW)
-    assert "controlnet (Other) runs as it is: its architecture is not supported" in str(handle.report())
+    assert "controlnet (Other) runs unpatched: its architecture is not supported" in str(handle.report())
 
 
 def test_a_unet_with_control_net_xs_in_it_is_patched(pipe: Any) -> None:

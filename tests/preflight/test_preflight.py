@@ -376,7 +376,7 @@ def test_other_models():
 
 
 def test_a_patched_or_compiled_model_is_refused(pipe):
-    with diffattn.patch(pipe), pytest.raises(ValueError, match="patched already; call diffattn"):
+    with diffattn.patch(pipe), pytest.raises(ValueError, match="already patched; call diffattn"):
         preflight(pipe)
     compiled = tiny.unet()
     compiled.compile()
@@ -436,8 +436,8 @@ def test_the_command(tmp_path):
         ("--model emoji-sd --size 64 --time-budget 0", "--time-budget must be above 0"),
         ("--model emoji-sd --size 64 --method mediator", "nothing to patch"),
         ("--model nothing --size 64", "nothing"),
-        ("--size 64", "--size '64' is about a model: give --model too"),
-        ("--preset fast", "--preset 'fast' is about a model"),
+        ("--size 64", "--size '64' applies to a model: give --model too"),
+        ("--preset fast", "--preset 'fast' applies to a model"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, named):

@@ -208,5 +208,5 @@ def test_steps_out_of_turn() -> None:
     with pytest.raises(ValueError, match=r"one of scheduler.timesteps, got 700"):
         scheduler.step(x, 700.0, x)
     run(scheduler, 2, x)
-    with pytest.raises(ValueError, match="all 2 steps are taken"):
+    with pytest.raises(ValueError, match="all 2 steps have been taken"):
         scheduler.step(x, scheduler.timesteps[-1], x)

@@ -105,7 +105,7 @@ def assert_learned_alike(one: Path, other: Path) -> None:
 def test_two_processes_resume_bit_for_bit_and_learn_what_one_does(pictures, tmp_path) -> None:
     said = launched(REPLICATED, pictures, tmp_path)
     assert "resuming at step 5" in said
-    assert "4 in all, 2 per process; 2 on cpu" in said
+    assert "4 in total, 2 per process; 2 on cpu" in said
     assert_same(tmp_path / "whole", tmp_path / "resumed")
     run(pictures, tmp_path / "one")
     assert_learned_alike(tmp_path / "one", tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A training process that is killed goes on as if nothing had happened."""
+"""A killed training process resumes as if nothing had happened."""
 
 import signal
 import subprocess

@@ -203,7 +203,7 @@ def test_a_folder_that_is_no_cache_is_refused(
     with pytest.raises(ValueError, match=r"index.json' is not a readable JSON file"):
         LatentDataset(tmp_path)
     (tmp_path / "index.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="is of format 99, needed is 1"):
+    with pytest.raises(ValueError, match="has format 99, but 1 is needed"):
         LatentDataset(tmp_path)
     (tmp_path / "index.json").unlink()
     (tmp_path / "shard-00000.safetensors").write_bytes((latents.folder / "shard-00000.safetensors").read_bytes())

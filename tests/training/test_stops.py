@@ -111,14 +111,14 @@ def test_lost_bytes_are_noticed_and_the_older_checkpoint_is_offered(pictures, tm
         file = newest / f"{name}.safetensors"
         whole = file.read_bytes()
         zero(file)
-        with pytest.raises(ValueError, match=r"step-00000006' is damaged .*step-00000003 is whole: delete .*step 3"):
+        with pytest.raises(ValueError, match=r"step-00000006' is damaged .*step-00000003 is intact: delete .*step 3"):
             run(pictures, tmp_path)
         file.write_bytes(whole)
     (newest / checkpoints.STATE).write_bytes(bytes(100))
-    with pytest.raises(ValueError, match=r"step-00000006' is damaged and cannot be read: .*step-00000003 is whole"):
+    with pytest.raises(ValueError, match=r"step-00000006' is damaged and cannot be read: .*step-00000003 is intact"):
         run(pictures, tmp_path)
     zero(checkpoints.folder_of(tmp_path / "checkpoints", 3) / "ema.safetensors")
-    with pytest.raises(ValueError, match=r"step-00000006' is damaged .*no older checkpoint is whole"):
+    with pytest.raises(ValueError, match=r"step-00000006' is damaged .*no older checkpoint is intact"):
         run(pictures, tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffattn
-from diffattn.cli.tune import _told
+from diffattn.cli.tune import _rival_line
 from diffattn.drawing.request import Request
 from diffattn.tuning.config import TuneConfig
 from diffattn.tuning.runs import Runs, relative_error
@@ -68,4 +68,4 @@ def test_a_preset_that_is_nearer_than_every_recipe_does_not_cost_the_recipe(pipe
     rival = next(r for r in tuned.rivals if r.preset == "agent/balanced")
     assert 0 < rival.error < min(check.error for check in tuned.checks)
     assert (rival.tuned, rival.tuned_speedup, rival.is_beaten) == (None, None, False)
-    assert "NOT beaten, no recipe tried is as near" in _told(rival)
+    assert "NOT beaten, no recipe tried is as close" in _rival_line(rival)

@@ -1,4 +1,4 @@
-"""The work behind the web page, without the page: limits, one job at a time, progress, Stop."""
+"""The jobs behind the web page, independent of it: limits, the queue, progress and stopping."""
 
 from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
 from diffattn.app.jobs.compare import Comparison, Variant

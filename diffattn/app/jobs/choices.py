@@ -12,12 +12,12 @@ from diffattn.methods import METHODS
 from diffattn.metrics.extractors import EXTRACTORS
 
 AUTOMATIC = "automatic"
-"""The acceleration that is the model's own default method, balanced."""
+"""The acceleration that stands for the model's default method with preset "balanced"."""
 
 RECIPE = "recipe"
 """Name of the variant in a comparison that comes from a recipe file."""
 
-MAX_DEPTH = 2  # folders between the models' folder and a model, itself included
+MAX_DEPTH = 2  # how deep below the models' folder a model may be
 
 
 def accelerations() -> list[str]:
@@ -66,7 +66,7 @@ class Models:
         return embedded_models() + sorted(set(self._local()) - set(embedded_models()))
 
     def source(self, name: object) -> str:
-        """The argument of `load_pipeline` for a name.
+        """The argument of `load_pipeline` for a model's name.
 
         Raises:
             ValueError: neither embedded, nor below the folder, nor an id on the hub.
@@ -85,13 +85,13 @@ class Models:
         raise ValueError(f"model {name[:80]!r} is not available here; choose one of: {allowed}")
 
     def place(self, name: object) -> Path | None:
-        """The folder of a model, None for one on the hub; raises as `source`."""
+        """The folder of a model, None for one on the hub; raises like `source`."""
         source = self.source(name)
         folder = embedded_folder(source) if source in embedded_models() else Path(source)
         return folder if (folder / INDEX).is_file() else None
 
     def is_local(self, name: object) -> bool:
-        """Whether a name belongs to a model below the folder; raises as `source`."""
+        """Whether a name belongs to a model below the folder; raises like `source`."""
         return self.source(name) != name
 
     def extractors(self) -> list[str]:
@@ -99,7 +99,7 @@ class Models:
         return [name for name in EXTRACTORS if self.hub or (embedded_folder(name) / "config.json").is_file()]
 
     def describe(self, name: object) -> Description:
-        """What is known about a model without loading it; raises as `source`."""
+        """What is known about a model without loading it; raises like `source`."""
         source, folder = self.source(name), self.place(name)
         if folder is None:
             return Description(f"{source} from the hub, downloaded when it is first used")

@@ -24,7 +24,7 @@ from diffattn.patching.patch import Patch
 from diffattn.patching.report import Report
 from diffattn.schedules import NoiseSchedule
 
-MAX_COUNTED_TOKENS = 4096  # latent pixels above which operations are not counted: it takes a [tokens, tokens] matrix
+MAX_COUNTED_TOKENS = 4096  # latent pixels; above, no counting: it takes a [tokens, tokens] matrix
 
 WARMING_UP = "warming up"
 
@@ -38,8 +38,8 @@ class Variant:
     name: str
     pictures: tuple[Picture, ...]
     seconds: float  # of a picture, median
-    gflops: float | None  # of all denoiser calls of a picture; a multiply-add counts two; None: not counted
-    peak_mib: float | None  # most memory allocated on a CUDA device, None elsewhere
+    gflops: float | None  # of all denoiser calls of a picture; a multiply-add counts as two; None: not counted
+    peak_mib: float | None  # peak memory allocated on a CUDA device, None elsewhere
     psnr: float | None  # dB, mean over the pictures that differ; None for "none"; infinite if none does
     ssim: float | None  # of both: pictures that a safety checker blanked are left out, None if all are
     report: Report | None
@@ -47,7 +47,7 @@ class Variant:
 
     @property
     def blanked(self) -> int:
-        """Pictures that the model's safety checker made black."""
+        """Number of pictures that the model's safety checker made black."""
         return sum(picture.blanked for picture in self.pictures)
 
 
@@ -79,8 +79,8 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
     """Draw the pictures of a request unpatched and with every acceleration, in a rotating order.
 
     Args:
-        pipe: on the device it is to run on; it is left unpatched.
-        request: its method and preset are not used, its recipe for "recipe" only.
+        pipe: on its target device; it is left unpatched.
+        request: its method and preset are ignored, its recipe is used for "recipe" only.
         names: accelerations, see `choices.accelerations`, or "recipe".
         watch: makes the `Watch` of one picture, called as watch(request, patch, done, pictures, what).
     """
@@ -103,12 +103,12 @@ def _variant(request: Request, name: str) -> Collected:
 
 
 def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:
-    """Run two steps that do not count: the first run of a variant takes longer."""
+    """Run two untimed steps, since the first run of a variant takes longer."""
     draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, None)
 
 
 def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int | None) -> None:
-    """Draw one more picture; the model is patched before it and restored afterwards."""
+    """Draw one more picture; the model is patched before and restored afterwards."""
     ready, patch = prepare(pipe, replace(one.request, seed=seed, num_images=1))
     on_cuda = pipe.device.type == "cuda"
     try:
@@ -131,10 +131,10 @@ def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done
 
 @torch.no_grad()
 def _gflops(pipe: Any, followed: Watch, patch: Patch | None) -> float | None:
-    """Operations of all denoiser calls of a picture: one call of every phase is repeated and counted.
+    """Operations of all denoiser calls of a picture, counted by repeating one call of every phase.
 
-    None where that takes too long, or where the phase does not follow from the noise level, so that a call repeated
-    alone would run in another phase.
+    None if that takes too long, or if the phase does not follow from the noise level, so that a call repeated on its
+    own would run in another phase.
     """
     if patch and not isinstance(patch.plan.schedule, NoiseSchedule):
         return None
@@ -171,7 +171,7 @@ def _summary(name: str, one: Collected, exact: Sequence[Picture]) -> Variant:
 
 
 def _mean_of_finite(values: Tensor) -> float:
-    """Infinite if none is finite."""
+    """The mean of the finite values; infinite if there is none."""
     finite = values[values.isfinite()]
     return float(finite.mean()) if len(finite) else math.inf
 

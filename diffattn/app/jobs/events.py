@@ -1,4 +1,4 @@
-"""The events of a job on their way to whoever listens: progress may be skipped, results may not."""
+"""The events of a job on their way to its listener: progress may be skipped, results may not."""
 
 import queue
 import time
@@ -8,7 +8,7 @@ from diffattn.app.jobs.watch import JobProgress
 
 
 def latest(found: "queue.Queue[Any]", due: float) -> Any:
-    """The next event. JobProgress waits until `due` (in `time.monotonic`) for newer progress, which takes its place."""
+    """The next event. Progress is held back until `due` (by `time.monotonic`), and newer progress replaces it."""
     event = found.get()
     while isinstance(event, JobProgress):
         try:
@@ -17,7 +17,7 @@ def latest(found: "queue.Queue[Any]", due: float) -> Any:
             break
         if not isinstance(newer, JobProgress):
             with found.mutex:
-                found.queue.appendleft(newer)  # its turn comes next: nobody else takes from this queue
+                found.queue.appendleft(newer)  # it comes next, since this is the queue's only reader
             break
         event = newer
     return event

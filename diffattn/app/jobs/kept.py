@@ -5,7 +5,7 @@ from typing import Any
 
 from diffattn.app.jobs.quality_run import QualityRun
 
-MOST = 12  # own runs that are kept; the oldest go first
+MOST = 12  # of a visitor's own runs; the oldest are dropped first
 
 
 def keep(kept: Sequence[Mapping[str, Any]], new: Sequence[QualityRun]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def runs_to_show(stored: Sequence[QualityRun], kept: Sequence[Mapping[str, Any]]
 
 
 def _every(kept: Sequence[Mapping[str, Any]], new: Sequence[QualityRun]) -> dict[str, dict[str, Any]]:
-    """Title -> run, the older ones first; a new run replaces an older one of the same title and moves to the end."""
+    """Title -> run, oldest first; a new run replaces an older one of the same title and moves to the end."""
     titles = {run.title for run in new}
     older = {run["title"]: dict(run) for run in kept if run["title"] not in titles}
     return older | {run.title: run.to_dict() for run in new}

@@ -1,4 +1,4 @@
-"""Limits of one job. All untrusted input is checked here, whatever the page itself allows."""
+"""Limits of one job. All untrusted input is validated here, whatever the page itself allows."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from diffattn.patching.recipe import read_recipe
 
 AGAINST = (AUTOMATIC, "exact")
 MAX_NUMBER = 2**16
-MIN_SAMPLES = 8  # below it precision and recall, of 3 neighbours, say nothing
+MIN_SAMPLES = 8  # fewer make precision and recall with 3 neighbours meaningless
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Limits:
     samples: int = 256  # N, pictures of each variant whose quality is measured
     measured_models: int = 2
     measured_variants: int = 8  # of each model, beside exact attention
-    prompts: int = 2000  # different ones in a measurement
+    prompts: int = 2000  # distinct ones in a measurement
     calls: int = 25_000  # steps of all pictures of a job together
-    jobs: int = 4  # of one visitor, that run or wait
+    jobs: int = 4  # of one visitor, running or queued
 
     def __str__(self) -> str:
-        return f"At most {self.side} pixels a side, {self.steps} steps and {self.images} pictures a job."
+        return f"At most {self.side} pixels a side, {self.steps} steps and {self.images} pictures per job."
 
     def request(
         self,
@@ -58,9 +58,9 @@ class Limits:
 
         Args:
             model, prompt, steps, seed, num_images: as in `Request`.
-            negative_prompt: None or an empty box: none is given.
-            acceleration: see `choices.accelerations`; a recipe goes before it.
-            recipe: a file of `diffattn.patch(recipe=...)`, or what it holds; None: without.
+            negative_prompt: None or empty: no negative prompt.
+            acceleration: see `choices.accelerations`; a recipe takes precedence.
+            recipe: a file for `diffattn.patch(recipe=...)`, or its content; None: no recipe.
             guidance, width, height: None for the model's own.
 
         Raises:
@@ -86,7 +86,7 @@ class Limits:
         return found
 
     def variants_of(self, chosen: object, with_recipe: bool = False) -> list[str]:
-        """The accelerations of a comparison, each once, a recipe last; raises `ValueError` as `request`."""
+        """The accelerations of a comparison without duplicates, a recipe last; raises `ValueError` like `request`."""
         if not isinstance(chosen, Sequence) or isinstance(chosen, str) or not (chosen or with_recipe):
             raise ValueError(f"choose one or more accelerations to compare: {', '.join(accelerations())}")
         for name in chosen:
@@ -104,11 +104,11 @@ class Limits:
         """Turn untrusted values into a `Measurement`.
 
         Args:
-            models: list of names, as `Models.source` takes them; that they exist is not checked here.
-            accelerations: list, see `choices.accelerations`; exact attention is measured whatever it says.
+            models: list of names, as `Models.source` takes them; their existence is not checked here.
+            accelerations: list, see `choices.accelerations`; exact attention is always measured.
             numbers: of agents or mediators, as text ("16, 64").
             samples, steps, guidance, seed: numbers.
-            prompts: one a line; none: the model's own.
+            prompts: one per line; empty: the model's own.
             extractor: a name in `EXTRACTORS`, or "automatic".
             against: one of `AGAINST`.
 
@@ -137,7 +137,7 @@ class Limits:
         return found
 
     def check_size(self, width: int, height: int) -> None:
-        """Raise `ValueError` for a picture above the limit, even where the size is the model's own."""
+        """Raise `ValueError` for a picture above the limit, even if the size is the model's own."""
         for name, pixels in (("width", width), ("height", height)):
             if pixels > self.side:
                 raise ValueError(f"{name} {pixels} is above the limit of {self.side} pixels; give a smaller {name}")
@@ -146,13 +146,13 @@ class Limits:
         """Raise `ValueError` if a job is too long."""
         if pictures * steps > self.calls:
             raise ValueError(
-                f"{pictures} pictures of {steps} steps are {pictures * steps} steps in all, at most {self.calls} are "
-                "allowed in one job; use fewer steps, pictures or accelerations"
+                f"{pictures} pictures of {steps} steps are {pictures * steps} steps in all, but at most {self.calls} "
+                "are allowed in one job; use fewer steps, pictures or accelerations"
             )
 
     def _lines(self, prompts: object) -> tuple[str, ...]:
         if not isinstance(prompts, str) or len(prompts) > self.prompts * self.prompt:
-            raise ValueError("prompts must be text, one prompt a line")
+            raise ValueError("prompts must be text, one prompt per line")
         found = tuple(self._text("prompt", line.strip()) for line in split_lines(prompts) if line.strip())
         if len(found) > self.prompts:
             raise ValueError(f"at most {self.prompts} prompts, got {len(found)}")
@@ -167,7 +167,7 @@ class Limits:
 
 
 def _recipe(given: Any) -> Mapping[str, Any]:
-    """As `read_recipe`, but errors name a file without its folder."""
+    """Like `read_recipe`, but errors name a file without its folder."""
     if not isinstance(given, str | Path):
         return read_recipe(given)
     with naming(given, Path(given).name):
@@ -176,7 +176,7 @@ def _recipe(given: Any) -> Mapping[str, Any]:
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
     usable = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (usable and least <= value <= most):  # NaN and infinities are not in between
+    if not (usable and least <= value <= most):  # false for NaN and infinities
         raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {str(value)[:40]}")
     return float(value)
 

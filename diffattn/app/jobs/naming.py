@@ -1,4 +1,4 @@
-"""Errors shown to visitors give names, never paths on the server."""
+"""Errors shown to visitors contain names, never paths on the server."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @contextmanager
 def naming(place: str | Path, name: str) -> Iterator[None]:
-    """Within, a `ValueError` whose message holds a path on the server is raised with a name in its place."""
+    """Within the block, a `ValueError` whose message contains a server path is re-raised with a name instead."""
     try:
         yield
     except ValueError as error:

@@ -8,8 +8,8 @@ PIXELS = 256 * 256
 class Pace:
     """Seconds of one step of 256x256 pixels, per model.
 
-    Taken from the latest exact picture, or from an accelerated one until there is an exact one. An estimate is
-    therefore one for exact attention, and accelerated runs take less.
+    Taken from the latest exact picture, or from an accelerated one until there is an exact one. Estimates
+    therefore hold for exact attention, and accelerated runs take less.
     """
 
     def __init__(self) -> None:
@@ -17,10 +17,10 @@ class Pace:
         self._accelerated: dict[str, float] = {}
 
     def learn(self, request: Request, seconds: float) -> None:
-        """Learn from a whole picture; the device has been waited for at its end.
+        """Learn from a whole picture; the device must be synchronised at its end.
 
         Args:
-            request: one that went through `prepare`.
+            request: as returned by `prepare`.
             seconds: of the picture.
         """
         assert request.width is not None
@@ -29,6 +29,6 @@ class Pace:
         known[request.model] = seconds / request.steps * PIXELS / (request.width * request.height)
 
     def seconds(self, model: str, pixels: int, steps: int) -> float | None:
-        """Estimate for `steps` steps of so many pixels; None until the model has drawn something."""
+        """Estimated seconds for `steps` steps of `pixels` pixels; None until the model has drawn something."""
         pace = self._exact.get(model, self._accelerated.get(model))
         return None if pace is None else pace * pixels / PIXELS * steps

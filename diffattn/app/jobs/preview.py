@@ -28,7 +28,7 @@ class Preview:
 
     @classmethod
     def of(cls, pipe: Any) -> Self | None:
-        """The least-squares map over smooth random pictures that the VAE encodes; None where there is none.
+        """The least-squares map over smooth random pictures encoded by the VAE; None if there is none.
 
         Some VAEs overflow in half precision: their latents are infinite or NaN. Others have no distribution of latents.
         """
@@ -74,8 +74,8 @@ def clean_estimate(pipe: Any, x: Tensor, t: Tensor, output: Tensor, guidance: fl
 
     Args:
         pipe: for its scheduler.
-        x: the denoiser's input [B, c, h, w]; the second half is the conditional one if guidance doubles the batch, but
-            for a `DiTPipeline`, where the first is.
+        x: the denoiser's input [B, c, h, w]; if guidance doubles the batch, the second half is the conditional one,
+            except for a `DiTPipeline`, where it is the first.
         t: its time, a scalar or [B].
         output: [B, >= c, h, w]
         guidance: scale of classifier-free guidance.

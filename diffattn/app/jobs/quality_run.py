@@ -1,4 +1,4 @@
-"""Measurements of speed and quality: requests, results, their file, and which results can be compared."""
+"""Measurements of speed and quality: requests, results, their file format, and which results can be compared."""
 
 import csv
 import io
@@ -17,10 +17,10 @@ from diffattn.measure.interleave import Spread
 
 FORMAT = "diffattn speed and quality 1"
 RUNS_FILE = "speed_quality.json"
-"""Name of the file in a model's folder with runs to show before anything is measured."""
+"""File in a model's folder with the runs to show before anything is measured."""
 
 REFERENCE_FILE = "reference.safetensors"
-"""Name of the file in a model's folder that its pictures are measured against, see `Reference.save`."""
+"""File in a model's folder with the reference for its pictures, see `Reference.save`."""
 
 MAX_RUNS = 100  # in one file
 MAX_FIGURE = 1e12  # of either sign
@@ -97,7 +97,7 @@ class QualityRun:
 
     @property
     def where(self) -> str:
-        """The machine that did the work, in words."""
+        """A description of the machine that did the work."""
         return str(where(dict(self.machine)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,12 +140,12 @@ def read_runs(path: Path) -> list[QualityRun]:
     if data.get("format") != FORMAT or not isinstance(data.get("runs"), list):
         raise ValueError(f"{path.name!r} is not a file of results saved by this page (format {FORMAT!r})")
     if len(data["runs"]) > MAX_RUNS:
-        raise ValueError(f"{path.name!r} holds {len(data['runs'])} runs; at most {MAX_RUNS} are read")
+        raise ValueError(f"{path.name!r} holds {len(data['runs'])} runs; the limit is {MAX_RUNS}")
     return [QualityRun.from_dict(run) for run in data["runs"]]
 
 
 def save_runs(runs: Sequence[QualityRun], path: Path) -> None:
-    """Replace a JSON file with these runs."""
+    """Write these runs to a JSON file, replacing it."""
     write_json(path, {"format": FORMAT, "runs": [run.to_dict() for run in runs]})
 
 
@@ -180,14 +180,14 @@ def comparable(runs: Sequence[QualityRun], by_time: bool) -> list[list[QualityRu
 
 
 def why_apart(run: QualityRun, other: QualityRun) -> str:
-    """Why the figures of two runs cannot be compared, in words; empty if they can."""
+    """Why the figures of two runs cannot be compared, as text; empty if they can."""
     found = run.lines[0].quality.protocol.differences(other.lines[0].quality.protocol)
     names = [name.replace("_", " ") for name in found]
     return ", ".join(names + (["machine"] if run.where != other.where else []))
 
 
 def _finite(value: Any) -> float:
-    """Check that a figure is one that charts can show."""
+    """Check that charts can show a figure."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_FIGURE:
         raise ValueError(f"a figure must be a number of at most {MAX_FIGURE:g}, got {reprlib.repr(value)}")
     return float(value)

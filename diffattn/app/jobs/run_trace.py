@@ -20,7 +20,7 @@ class RunTrace:
     numbers: list[int | None] = field(default_factory=list)  # mediators or agents of the largest layer; None: exact
     noise_levels: list[float | None] = field(default_factory=list)  # 1 noise ... 0 data; None: not patched
     changes: list[float | None] = field(default_factory=list)  # mean |x_k - x_{k-1}| of the denoiser's inputs
-    seconds: list[float] = field(default_factory=list)  # of the call and what came between it and the one before
+    seconds: list[float] = field(default_factory=list)  # of the call and the time since the one before
 
     @property
     def switches(self) -> list[int]:
@@ -39,7 +39,7 @@ class RunTrace:
 
 
 class Recorder:
-    """Adds to a trace after every call of a patched, or unpatched, denoiser; in the thread that runs it."""
+    """Extends a trace after every call of a patched or unpatched denoiser, in the thread that runs it."""
 
     def __init__(self, title: str, patch: Patch | None) -> None:
         self.patch = patch
@@ -51,7 +51,7 @@ class Recorder:
         self._numbers: dict[int, int | None] = {}  # of the phases so far
 
     def finished(self) -> RunTrace:
-        """The trace with all changes of the latents so far; waits for their device."""
+        """The trace with all changes of the latents so far; synchronises their device."""
         known = len(self.trace.changes)
         fresh = [x for x in self._changes[known:] if x is not None]
         values = iter(torch.stack(fresh).tolist() if fresh else ())
@@ -59,11 +59,11 @@ class Recorder:
         return self.trace
 
     def record(self, change: Tensor | None, seconds: float) -> None:
-        """Add a call that is done.
+        """Add a completed call.
 
         Args:
-            change: of the latents, a scalar on the device; it is not read before `finished`.
-            seconds: of the call and what came between it and the one before.
+            change: of the latents, a scalar on the device; only read by `finished`.
+            seconds: of the call and the time since the one before.
         """
         before, self._counts = self._counts, self._accelerated()
         trace = self.trace
@@ -88,7 +88,7 @@ class Recorder:
 
 
 def _number_of(patch: Patch, phase: int) -> int | None:
-    """What the method has as the size of the layer with the most tokens."""
+    """The method's size for the layer with the most tokens."""
     method = patch.plan.methods[phase]
     tokens = [layer.tokens for layer in patch.report().layers if layer.tokens and layer.left_alone is None]
     return method.size(max(tokens)) if method is not None and tokens else None

@@ -9,7 +9,7 @@ from diffattn.drawing.request import UNPATCHED, Request
 from diffattn.machine import dtype_name
 from diffattn.patching.recipe import is_tuned
 
-FOR_PEOPLE = ("protocol", "promised", "verified")  # keys of a recipe that do nothing
+FOR_PEOPLE = ("protocol", "promised", "verified")  # keys of a recipe without effect
 MODELS_DIR = "MODELS_DIR"
 """Placeholder for the folder of models, whose path is not disclosed."""
 
@@ -22,13 +22,13 @@ def snippet(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Code for the first picture of a request that went through `prepare`: imports, then one line per thing done.
+    """Code for the first picture of a request returned by `prepare`: imports, then one line per step.
 
     Args:
         request: what was drawn.
         dit_labels: the class ids for a `DiTPipeline`, which takes no names and no size.
-        local: the model is one below the folder of models; the code then has a placeholder for that folder.
-        dtype, device: what drew it.
+        local: the model is in the folder of models; the code then contains a placeholder for that folder.
+        dtype, device: used to draw it.
     """
     imports, load = _load(request.model, local, dtype)
     lines = ["import torch", "import diffattn", *imports, f"pipe = {load}"]
@@ -39,7 +39,7 @@ def snippet(
         kept = {name: value for name, value in (request.recipe or {}).items() if name not in FOR_PEOPLE}
         recipe = f", recipe={kept!r}" if request.recipe is not None else ""
         options = "".join(f", {name}={value!r}" for name, value in request.options.items())
-        named = is_tuned(kept) or "method" in kept  # by the recipe
+        named = is_tuned(kept) or "method" in kept  # from the recipe
         method = "" if named else f", {request.method!r}"
         lines.append(f"diffattn.patch(pipe{method}{preset}{recipe}{options})")
     subject = repr(request.prompt)  # of a class too: a name, or an id in digits

@@ -1,4 +1,4 @@
-"""Speed and quality of one model, drawn exact and accelerated with the same seeds, picture by picture in turns."""
+"""Speed and quality of one model, drawn exact and accelerated with the same seeds, alternating picture by picture."""
 
 import zlib
 from collections.abc import Iterator
@@ -54,13 +54,13 @@ class _Job:
 def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: MakeWatch) -> QualityRun:
     """Measure one model: N pictures of every variant, each timed, and their scores.
 
-    Without a stored reference the pictures are measured against N exact ones of other seeds (seed + N and up): then
-    FID and KID say how far acceleration moves what the model draws, and exact attention shows how far chance does.
+    Without a stored reference the pictures are measured against N exact ones with other seeds (seed + N and up): FID
+    and KID then show how far acceleration moves the model's output, and exact attention how far chance does.
 
     Args:
-        pipe: on the device it is to run on; it is left unpatched.
+        pipe: on its target device; it is left unpatched.
         name: the model's, one of `asked.models`.
-        models: where its stored reference and prompts are.
+        models: gives its stored reference and prompts.
         watch: makes the `Watch` of one picture, as for `compare`.
 
     Raises:
@@ -87,12 +87,12 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
 
 
 def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
-    """The classes of a model that draws classes, else the prompts of its stored runs; `ValueError` if it has none."""
+    """The classes of a class-conditional model, else the prompts of its stored runs; `ValueError` if there are none."""
     if draws_classes(pipe):
         return tuple(map(str, range(num_classes(pipe))))
     found = stored_runs(folder)
     if not found:
-        raise ValueError("this model has no prompts of its own: write prompts to draw, one per line")
+        raise ValueError("this model has no prompts of its own: enter prompts to draw, one per line")
     return found[0].prompts
 
 
@@ -103,7 +103,7 @@ def stored_runs(folder: Path | None) -> list[QualityRun]:
 
 
 def stored_reference(folder: Path | None, extractor: FeatureExtractor, against: str) -> Reference | None:
-    """The reference stored beside a model; None if none was made with this extractor, or exact pictures are wanted."""
+    """The reference stored beside a model; None if there is none for this extractor, or exact pictures are wanted."""
     found = _reference_of(folder) if against == AUTOMATIC else None
     return found if found and found.extractor_hash == extractor.hash else None
 
@@ -112,7 +112,7 @@ def extractor_for(name: str, chosen: str, models: Models) -> str:
     """The name of the extractor: the one chosen, else that of the model's reference, else the one for its pictures.
 
     Raises:
-        ValueError: it would be downloaded, and nothing may be.
+        ValueError: it would have to be downloaded, which is not allowed.
     """
     allowed, found = models.extractors(), chosen
     if chosen == AUTOMATIC:
@@ -120,14 +120,14 @@ def extractor_for(name: str, chosen: str, models: Models) -> str:
         found = reference.extractor if reference else EXTRACTOR_OF.get(name, OTHERWISE)
     if found not in allowed:
         raise ValueError(
-            f"extractor {found!r} would be downloaded, which is not allowed here; for the pictures of {name!r} choose "
-            f"one of {', '.join(allowed)}"
+            f"extractor {found!r} would be downloaded, which is not allowed here; for the pictures of {name!r} "
+            f"choose one of {', '.join(allowed)}"
         )
     return found
 
 
 def has_reference(name: str, asked: Measurement, models: Models) -> bool:
-    """Whether there is a stored reference, so that none has to be drawn, going by names; raises as `extractor_for`."""
+    """Whether a stored reference exists, judged by names, so that none has to be drawn; raises like `extractor_for`."""
     extractor = extractor_for(name, asked.extractor, models)
     reference = _reference_of(models.place(name)) if asked.against == AUTOMATIC else None
     return reference is not None and reference.extractor == extractor
@@ -149,7 +149,7 @@ def variants_of(pipe: Any, request: Request, asked: Measurement) -> dict[str, Re
         method, preset = method_and_preset(label)
         found[label] = replace(request, method=method, preset=preset)
     method = default_method(pipe)
-    for n in asked.numbers:  # at every noise level, and in every layer, whether it pays or not
+    for n in asked.numbers:  # at every noise level and in every layer, whether or not it pays
         options = METHODS[method].options_for_size(n)
         found[f"{method} n={n}"] = replace(request, method=method, preset="fast", options=options)
     return found

@@ -18,7 +18,7 @@ class Stops:
         self._all_stopped = False
 
     def add(self, session: Hashable) -> threading.Event:
-        """Add a job, stopped already after `stop_all`; raises `ValueError` if the session has reached its limit."""
+        """Add a job (already stopped after `stop_all`); raises `ValueError` if the session has reached its limit."""
         with self._lock:
             own = self._events.get(session, set())
             if len(own) >= self.most:

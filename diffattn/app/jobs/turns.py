@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 from diffattn.app.jobs.watch import Stopped
 
-REPEAT_SECONDS = 5.0  # a waiting job says so again, so that it is noticed when nobody listens any more
+REPEAT_SECONDS = 5.0  # between reports of a waiting job, so that a listener that has gone is noticed
 
 
 class Turns:
-    """Lets one job run at a time, in order of arrival."""
+    """Runs one job at a time, in order of arrival."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -25,11 +25,11 @@ class Turns:
         """Wait, then hold the turn.
 
         Args:
-            stop: leave the queue once it is set; call `wake` for that to be noticed immediately.
+            stop: leave the queue once it is set; call `wake` to make that take effect immediately.
             waiting: called with the number of jobs ahead whenever it changes.
 
         Raises:
-            Stopped: left before its turn.
+            Stopped: the job left the queue before its turn.
         """
         ticket = object()
         with self._changed:

@@ -1,4 +1,4 @@
-"""Follows a run from outside: hooks on the denoiser that stop it, time it, and make previews."""
+"""Follows a run from outside, with hooks on the denoiser that stop it, time it and make previews."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ from diffattn.patching.patch import Patch
 
 log = logging.getLogger("diffattn.app.jobs")
 
-EVENT_SECONDS = 0.3  # least time between two events, and so between two previews
+EVENT_SECONDS = 0.3  # minimum time between two events, and thus between two previews
 
 
 class Stopped(Exception):
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job has got."""
+    """The progress of a job."""
 
     step: int  # calls of the denoiser of this picture
     steps: int
@@ -37,36 +37,36 @@ class JobProgress:
     seconds_left: float | None  # of the job
     preview: Image.Image | None = None
     what: str = ""
-    ahead: int = 0  # jobs that come before this one; it has not begun
+    ahead: int = 0  # jobs before this one, which has not started
 
 
 @dataclass(frozen=True)
 class Audience:
-    """Who follows the runs of a job, and may stop them."""
+    """Callbacks that follow the runs of a job, and the event that stops them."""
 
     stop: threading.Event  # ends the run
     emit: Callable[[JobProgress], None]  # takes the events
-    preview: Preview | None = None  # makes their sketches; None: they have none
+    preview: Preview | None = None  # makes the previews; None: no previews
     learn: Callable[[Request, float], None] | None = None  # called with every whole picture's request and seconds
 
 
 class Watch:
-    """Within its `with` block every call of the pipeline's denoiser is followed; leaves no hook behind.
+    """Follows every call of the pipeline's denoiser within its `with` block; leaves no hook behind.
 
-    An event is sent after the first and last call of a picture, and between them every `EVENT_SECONDS`: only then does
-    a device have to be waited for.
+    An event is sent after the first and last call of a picture, and between them every `EVENT_SECONDS`; the device is
+    only synchronised for events.
 
     Args:
         pipe: the pipeline; only it is called within the block.
         request, patch: of the pictures, as `prepare` returned them.
         audience: receives the events, and may stop the run.
         done: pictures of the job before this run.
-        pictures: of the job in all; None: this run is a warm-up, and no time left is given.
-        what: the events say about the run.
+        pictures: of the whole job; None: this run is a warm-up, without an estimate of the time left.
+        what: description of the run in its events.
 
     Raises:
         Stopped: out of the denoiser, before its next call, once `stop` is set.
-        ValueError, TypeError: what the pipeline raises; with its traceback in the log, since it may be a bug.
+        ValueError, TypeError: raised by the pipeline; logged with the traceback, since it may be a bug.
     """
 
     def __init__(
@@ -160,12 +160,12 @@ class Watch:
         return max(len(self.pipe.scheduler.timesteps), self._num_calls())
 
     def _change(self, x: Tensor) -> Tensor | None:
-        """mean |x_k - x_{k-1}| of the conditional half, left on its device, since reading it would wait for it."""
+        """mean |x_k - x_{k-1}| of the conditional half, left on its device, since reading it would synchronise."""
         before, self._state = self._state, x[-1].detach().float().clone()
         return None if before is None else (self._state - before).abs().mean()
 
 
 def noisy_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The latents and the time that a denoiser was called with; pipelines give either by place or by name."""
+    """The latents and the time step of a denoiser call; pipelines pass them by position or by name."""
     x = args[0] if args else next(kwargs[name] for name in ("sample", "hidden_states") if name in kwargs)
     return x, args[1] if len(args) > 1 else kwargs["timestep"]

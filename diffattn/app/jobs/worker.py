@@ -39,7 +39,7 @@ from diffattn.patching.report import Report
 
 log = logging.getLogger("diffattn.app.jobs")
 
-REFRESH_SECONDS = 0.1  # progress comes no more often: a page must be able to follow a model that is faster
+REFRESH_SECONDS = 0.1  # at least between progress events, so that a page can keep up with a fast model
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Worker:
     """Loads one model at a time and runs one job at a time, for all visitors; independent of the page.
 
     Args:
-        models: those that may be asked for.
+        models: the available ones.
         limits: of one job.
         device, dtype: as `choose_device` and `choose_dtype` take them.
     """
@@ -81,13 +81,13 @@ class Worker:
 
         Raises:
             Stopped: by `stop`.
-            ValueError, TypeError: a model, class or size that cannot be, as `prepare`; more jobs of a session than
+            ValueError, TypeError: an invalid model, class or size, see `prepare`; more jobs of a session than
                 `Limits.jobs`.
         """
         return self._stream(session, lambda emit, stop: self._generate(request, emit, stop))
 
     def compare(self, session: str, request: Request, names: Sequence[str]) -> Iterator[JobProgress | Comparison]:
-        """Draw the same pictures unpatched and with every acceleration; raises as `generate`."""
+        """Draw the same pictures unpatched and with every acceleration; raises like `generate`."""
         self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
 
         def work(emit: Emit, stop: threading.Event) -> None:
@@ -101,7 +101,7 @@ class Worker:
         return self._stream(session, work)
 
     def measure(self, session: str, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
-        """Measure speed and quality: a `QualityRun` per model once it is done. Raises as `generate` and `measure`."""
+        """Measure speed and quality; yields one `QualityRun` per completed model. Raises like `generate` and `measure`."""
         for name in asked.models:
             extractor_for(name, asked.extractor, self.models)  # before anything is loaded
 
@@ -127,28 +127,28 @@ class Worker:
         return True
 
     def close(self, timeout: float = 30.0) -> bool:
-        """Stop all jobs and wait until none runs, before the program ends: Python must not end while PyTorch computes
-        in another thread, which then aborts or hangs it.
+        """Stop all jobs and wait until none runs. Call this before the program ends: if Python exits while PyTorch
+        computes in another thread, it aborts or hangs.
 
         Args:
             timeout: seconds; a step, or a model that is being loaded, is waited for.
 
         Returns:
-            Whether none runs any more.
+            Whether all jobs have ended.
         """
         self._stops.stop_all()
         self._turns.wake()
         return self._turns.wait_for_none(timeout)
 
     def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
-        """Estimate for a job without acceleration, see `Pace`; None until the model has drawn something.
+        """Estimated seconds for a job without acceleration, see `Pace`; None until the model has drawn something.
 
         Args:
             request: what is drawn.
             pictures: how many in all; None: those of the request.
 
         Raises:
-            ValueError: a size or an amount of work that is above the limits.
+            ValueError: a size or an amount of work above the limits.
         """
         count = request.num_images if pictures is None else pictures
         unknown = min(512, self.limits.side)
@@ -186,12 +186,12 @@ class Worker:
 
     def warm_up(self, name: str) -> None:
         """Load a model and run two steps, so that the first job starts immediately and its time is known."""
-        nobody = object()  # no visitor can name it, to stop it
+        nobody = object()  # no visitor can name it to stop it
         try:
             request = self.limits.request(name, "0", steps=min(2, self.limits.steps), acceleration="none")
             for _ in self._stream(nobody, lambda emit, stop: self._generate(request, emit, stop)):
                 pass
-        except ValueError as error:  # such as a model that draws larger pictures than are allowed
+        except ValueError as error:  # for example a model whose pictures are larger than allowed
             log.warning("%s is not warmed up: %s", name, error)
         except Stopped:
             pass  # the worker is closed
@@ -220,7 +220,7 @@ class Worker:
         return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
 
     def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> QualityRun:
-        """Measure one model; no reference to it is kept, so that it is gone while the next one is loaded."""
+        """Measure one model; no reference to it is kept, so that it is freed before the next one is loaded."""
         pipe, _ = self._model(name, emit)
 
         def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
@@ -229,14 +229,14 @@ class Worker:
         return measure(pipe, name, asked, self.models, watch)
 
     def _watch(self, pipe: Any, ready: Request, patch: Patch | None, audience: Audience, *rest: Any) -> Watch:
-        """A `Watch` for a request from `prepare`, which filled in the size; `rest` as `Watch` takes it."""
+        """A `Watch` for a request from `prepare`, which filled in the size; `rest` as in `Watch`."""
         assert ready.width is not None
         assert ready.height is not None
         self.limits.check_size(ready.width, ready.height)
         return Watch(pipe, ready, patch, replace(audience, learn=self._pace.learn), *rest)
 
     def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
-        """The model of this name, which replaces one of another name."""
+        """Load the model of this name, replacing any other."""
         source = self.models.source(name)
         if self._loaded is None or self._loaded[0] != source:
             emit(JobProgress(0, 0, 0, 0, None, what=f"loading {name}"))
@@ -254,7 +254,7 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _stream(self, session: Hashable, work: Callable[[Emit, threading.Event], None]) -> Iterator[Any]:
-        """Yield what `work` emits, which runs in a thread of its own.
+        """Yield what `work`, run in its own thread, emits.
 
         Closing the iterator stops the work within one step without waiting for it, since the caller may have others to
         serve; the next job waits for its turn.
@@ -267,7 +267,7 @@ class Worker:
             try:
                 with self._turns.turn(stop, lambda ahead: found.put(JobProgress(0, 0, 0, 0, None, ahead=ahead))):
                     work(found.put, stop)
-            except BaseException as error:  # raised again where the work was asked for
+            except BaseException as error:  # re-raised in the calling thread
                 last = error
             finally:
                 self._stops.discard(session, stop)

@@ -1,6 +1,6 @@
-"""The web page: lays out and wires what `diffattn.app.jobs` does. Start it with `diffattn app`.
+"""The web page: the layout and wiring for `diffattn.app.jobs`. Start it with `diffattn app`.
 
-Every action is an endpoint of its own, here from Python:
+Every action is also an endpoint, called from Python like this:
 
     from gradio_client import Client
 
@@ -30,7 +30,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported, which asks at once
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it reads this on import
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -44,13 +44,13 @@ from diffattn.app.page.style import CSS, HEAD, THEME
 
 __all__ = ["build", "launch"]
 
-THREADS = 40  # for everything but jobs that wait, each of which holds one
+THREADS = 40  # besides waiting jobs, each of which holds one
 WARM_UP = "diffattn-warm-up"  # name of the thread that loads the first model
-CACHE_SECONDS = 3600  # pictures are deleted from the server after so long
+CACHE_SECONDS = 3600  # after which pictures are deleted from the server
 
 
 def build(worker: Worker, files: Files) -> gr.Blocks:
-    """The page for a worker; every action is a named endpoint too."""
+    """The page for a worker; every action is also a named endpoint."""
     with gr.Blocks(
         title="diffattn", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 4, CACHE_SECONDS), fill_width=True
     ) as page:
@@ -84,14 +84,14 @@ def launch(
     """Serve the page, by default to this machine only.
 
     Args:
-        worker: what runs the jobs.
+        worker: runs the jobs.
         host: address to listen on.
-        port: None: the first free one from 7860 on.
+        port: None: the first free one from 7860 up.
         share: a public link through gradio's servers.
         auth: name and password; needed with `share` and with a host other than loopback.
-        wait: until interrupted.
+        wait: block until interrupted.
         warm_up: a model to load right away.
-        open_browser: show the page.
+        open_browser: open the page in a browser.
 
     Raises:
         ValueError: the page would be open to others without a password.
@@ -109,11 +109,11 @@ def launch(
             run_history=False, footer_links=["api"], max_threads=WAITING + THREADS, inbrowser=open_browser,
             quiet=not wait, prevent_thread_lock=True, **options,
         )  # fmt: skip
-        if warm_up in worker.models.names():  # only now: a page that cannot be served leaves no thread behind
+        if warm_up in worker.models.names():  # only now, so that a page that cannot be served leaves no thread behind
             threading.Thread(target=worker.warm_up, args=(warm_up,), name=WARM_UP, daemon=True).start()
         if wait:
             page.block_thread()
-    except KeyboardInterrupt:  # while it starts; `block_thread` has its own end
+    except KeyboardInterrupt:  # during start-up; `block_thread` handles its own
         if not wait:
             raise
         page.close(verbose=False)

@@ -16,7 +16,7 @@ def stored_in_browser() -> gr.BrowserState:
 
 
 def checked(found: Any) -> list[QualityRun]:
-    """The latest runs among what a browser sent, which may be anything; anything else is dropped."""
+    """The latest valid runs in untrusted data from a browser; anything else is dropped."""
     runs: dict[str, QualityRun] = {}
     for data in found[-MOST:] if isinstance(found, list) else ():
         try:

@@ -1,4 +1,4 @@
-"""Charts of one run as SVG in the colours of the page around them."""
+"""Charts of one run as SVG, in the colours of the surrounding page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -63,7 +63,7 @@ def _line(values: Sequence[float | None], y: float, height: float) -> str:
 
 
 def _heat_map(trace: RunTrace, y: float) -> tuple[str, float]:
-    """Rows are layers, columns are calls; and its height."""
+    """The heat map (rows are layers, columns are calls) and its height."""
     calls, row = len(trace.accelerated), 16
     if not trace.layers:
         return _text(LEFT, y + 12, "no layer was patched", "start"), row

@@ -31,7 +31,7 @@ UNMEASURED = "Peak memory is measured on CUDA devices only."
 
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
-    """Lay it out; returns the event that ends a run, the traces of whose variants are then in `traces`, by name."""
+    """Lay out the tab; returns the event that ends a run, after which `traces` holds its variants' traces by name."""
     with gr.Row(elem_classes="diffattn-split"):
         with gr.Column(scale=2, min_width=320):
             found = inputs(worker, several=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 
 class Files:
-    """A folder of one page below Gradio's cache, whose subfolders are deleted once they are old.
+    """A page's folder inside Gradio's cache; its subfolders are deleted once they are old.
 
     Gradio's own `delete_cache` reaches uploads only: it forgets files as soon as a component is updated.
 
     Args:
-        cache: Gradio's.
-        seconds: after the last file came into a subfolder, it is deleted at the next use; all are when the page ends.
+        cache: Gradio's cache folder.
+        seconds: age of its newest file at which a subfolder is deleted, on the next use; all are when the page ends.
     """
 
     def __init__(self, cache: Path, seconds: float) -> None:
@@ -31,13 +31,13 @@ class Files:
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        """Lifespan of the server: what is left is deleted at its end."""
+        """Lifespan of the server; deletes the remaining files when it ends."""
         yield
         self._sweep()
         shutil.rmtree(self._own, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Delete old subfolders of this page, and of others that ended without doing so themselves."""
+        """Delete old subfolders of this page, and of pages that ended without cleaning up."""
         oldest = time.time() - self._seconds
         for place in self._pages.glob("*/*"):
             with suppress(OSError):  # another page was faster

@@ -11,11 +11,11 @@ from diffattn.app.page.files import Files
 from diffattn.app.page.inputs import describe_model, inputs, request_of, wire_model, wire_time
 from diffattn.app.page.shared import JOB, QUICK, duration, note, progress_html, with_toasts
 
-SOON = 1.0  # seconds in which a job of a small model ends: nothing needs to be said meanwhile
+SOON = 1.0  # seconds that a small model's job takes: no message is needed meanwhile
 
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
-    """Lay it out; returns the event that ends a run, whose trace is then in `latest`."""
+    """Lay out the tab; returns the event that ends a run, after which `latest` holds its trace."""
     with gr.Row(elem_classes="diffattn-split"):
         with gr.Column(scale=2, min_width=320):
             found = inputs(worker, several=False)
@@ -43,7 +43,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
         blank, paths = gr.skip(), []
-        place = files.subfolder()  # every picture that comes into it keeps those before it
+        place = files.subfolder()  # adding a picture keeps those before it
         yield note("Starting …"), [], None, "", blank
         shown = 0
         try:
@@ -62,7 +62,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
     run = gr.on([go.click, found.prompt.submit], draw, found.all(), outputs,
                 api_name="generate", **JOB)  # fmt: skip
     halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
-    gr.Button(visible=False).click(stopping(worker), None, stage, api_name="stop", **QUICK)  # for programs alone
+    gr.Button(visible=False).click(stopping(worker), None, stage, api_name="stop", **QUICK)  # for programs only
     found.renew_seed(run)
     wire_model(worker, found, about)
     wire_time(page, worker, found, time, run)
@@ -70,7 +70,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
 
 
 def stopper(worker: Worker) -> Any:
-    """The handler of Stop, for the jobs of the visitor who presses it. Their own last message stays."""
+    """Handle Stop for the jobs of the visitor who pressed it; the jobs' own last message stays."""
 
     def halt(request: gr.Request) -> Any:
         session = _session(request)
@@ -82,7 +82,7 @@ def stopper(worker: Worker) -> Any:
 
 
 def stopping(worker: Worker) -> Any:
-    """The same for programs: says whether anything ran, and does not wait."""
+    """Stop for programs: reports whether anything was running, and does not wait."""
 
     def stop(request: gr.Request) -> str:
         return note("Stopped." if worker.stop(_session(request)) else "Nothing is running.")

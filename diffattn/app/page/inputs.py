@@ -16,7 +16,7 @@ PROMPTS = ("T-Rex", "green heart", "tent", "footprints", "man vampire")
 
 @dataclass
 class Inputs:
-    """Components, in the order in which the endpoints take them."""
+    """Input components, in the order in which the endpoints take them."""
 
     prompt: gr.Textbox
     model: gr.Dropdown
@@ -36,13 +36,13 @@ class Inputs:
         return list(vars(self).values())[:-1]
 
     def renew_seed(self, run: Any) -> None:
-        """After the event `run`, choose another seed for the next one, unless it is to be kept."""
+        """After the event `run`, choose a new seed for the next run unless the seed is kept."""
         js = f"(keep, seed) => keep ? seed : {RANDOM}"
         run.then(None, [self.keep_seed, self.seed], self.seed, js=js, api_visibility="private")
 
 
 def inputs(worker: Worker, several: bool) -> Inputs:
-    """Lay them out; `several`: more than one acceleration may be chosen."""
+    """Lay out the inputs; `several`: allow more than one acceleration."""
     names, limits = worker.models.names(), worker.limits
     prompt = gr.Textbox(
         PROMPTS[0], label="Prompt", info="What to draw; for a class-conditional model the name of a class.",
@@ -51,9 +51,9 @@ def inputs(worker: Worker, several: bool) -> Inputs:
     gr.Examples([[p] for p in PROMPTS], [prompt], label="Examples", api_visibility="private")
     model = gr.Dropdown(
         names, value=names[0] if names else None, label="Model", allow_custom_value=worker.models.hub,
-        info="Or type the name of one on the hub: owner/name." if worker.models.hub else None,
+        info="Or type a name from the hub: owner/name." if worker.models.hub else None,
     )  # fmt: skip
-    choices, info = accelerations(), "none: exact attention; automatic: what suits the model."
+    choices, info = accelerations(), "none: exact attention; automatic: the method that suits the model."
     acceleration = gr.Dropdown(
         choices[2:] if several else choices, value=["agent/balanced", "agent/fast"] if several else AUTOMATIC,
         label="Accelerations to compare" if several else "Acceleration", multiselect=several,
@@ -88,7 +88,7 @@ def inputs(worker: Worker, several: bool) -> Inputs:
 
 
 def request_of(worker: Worker, given: list[Any], acceleration: str | None = None) -> Any:
-    """The checked request of the values of `Inputs.all()`."""
+    """The checked request for the values of `Inputs.all()`."""
     prompt, model, chosen, steps, guidance, width, height, seed, num_images, negative, recipe = given
     worker.models.source(model)
     return worker.limits.request(

@@ -32,14 +32,14 @@ from diffattn.app.page.time_line import Estimate, keep_estimated
 
 INTRO = (
     "N pictures of every acceleration, of the same prompts and seeds and drawn in turns, give the time of one picture "
-    "and its distance (FID, KID) to a reference. FID grows as N falls: compare figures of one N only."
+    "and its distance (FID, KID) to a reference. FID grows as N falls: only compare figures with the same N."
 )
-NUMBERS = "At every noise level, each a row of its own. Mediators: perfect squares that the model learned."
+NUMBERS = "Used at every noise level; one row each. Mediators: perfect squares that the model learned."
 
 
 @dataclass
 class _Inputs:
-    """Components, in the order in which the endpoint takes them."""
+    """Input components, in the order in which the endpoint takes them."""
 
     models: gr.Dropdown
     accelerations: gr.Dropdown
@@ -60,8 +60,8 @@ class _Inputs:
 class _Visitor:
     """What a visitor sees.
 
-    One object per visitor, changed in place by everything they do: so a measurement's run joins what is there when it
-    ends, rather than what was there when it began.
+    One object per visitor, changed in place by everything they do, so that a measurement's run is added to the runs
+    present when it ends rather than to those present when it began.
     """
 
     ticked: list[str]  # titles of the runs shown
@@ -96,13 +96,13 @@ class _Parts:
 
     @property
     def outputs(self) -> list[Any]:
-        """What changes when runs are added, in the order of `_Shelf.added`."""
+        """Components that change when runs are added, in the order of `_Shelf.added`."""
         return [self.own, self.shown, self.figures, self.saved]
 
 
 @dataclass(frozen=True)
 class _Shelf:
-    """The runs stored with the models, beside which a visitor's own ones are shown."""
+    """The runs stored with the models; a visitor's own runs are shown beside them."""
 
     stored: Sequence[QualityRun]
     files: Files
@@ -113,7 +113,7 @@ class _Shelf:
         return results(chosen, visitor.axis), _save(chosen, self.files.subfolder()) if chosen else None
 
     def added(self, visitor: _Visitor, new: Sequence[QualityRun]) -> tuple[Any, ...]:
-        """What the visitor has with new runs, the boxes to tick, charts and files."""
+        """The visitor's state with new runs added, the boxes to tick, charts and files."""
         visitor.kept = keep(visitor.kept, new)
         every = [run.title for run in runs_to_show(self.stored, visitor.kept)]
         visitor.ticked = [name for name in every if name in (*visitor.ticked, *(run.title for run in new))]
@@ -121,7 +121,7 @@ class _Shelf:
 
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState) -> None:
-    """Lay it out; the visitor's runs are kept in the browser too."""
+    """Lay out the tab; the visitor's runs are also kept in the browser."""
     shelf = _Shelf(worker.stored_runs(), files)
     parts = _lay_out(worker, shelf.stored)
     done = _wire_measuring(worker, parts, shelf)
@@ -166,7 +166,7 @@ def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
 
 
 def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
-    """The buttons that measure and stop; returns the event that ends a measurement."""
+    """Lay out the Measure and Stop buttons; returns the event that ends a measurement."""
 
     @with_toasts
     def run(
@@ -194,7 +194,7 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
 
 
 def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
-    """The boxes that choose runs, and runs from a file; returns the event that ends their loading."""
+    """Lay out the run selection and the loading of runs from a file; returns the event that ends the loading."""
 
     def show_runs(labels: list[str], axis: str, visitor: _Visitor) -> tuple[Any, ...]:
         visitor.choose(labels, axis)
@@ -245,7 +245,7 @@ def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
     with gr.Accordion("More settings", open=False):
         prompts = gr.Textbox(
             "" if has_prompts else "\n".join(PROMPTS), label="Prompts", lines=3,
-            info="One a line, used in turns. Empty: the model's own (its classes, or those of its stored run).",
+            info="One per line, used in turn. Empty: the model's own (its classes, or those of its stored run).",
         )  # fmt: skip
         extractor = gr.Dropdown(
             [AUTOMATIC, *worker.models.extractors()], value=AUTOMATIC, label="Features",
@@ -253,7 +253,7 @@ def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
         )  # fmt: skip
         against = gr.Radio(
             [("real pictures where stored", AGAINST[0]), ("its own exact pictures", AGAINST[1])], value=AGAINST[0],
-            label="Measured against", info="Exact pictures have other seeds: exact attention shows what chance does.",
+            label="Measured against", info="Exact pictures use other seeds: exact attention shows what chance does.",
         )  # fmt: skip
         with gr.Row():
             guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=120)
@@ -262,7 +262,7 @@ def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
 
 
 def _asked(worker: Worker, given: Sequence[Any]) -> Any:
-    """The checked measurement of the values of `_Inputs.all()`."""
+    """The checked measurement for the values of `_Inputs.all()`."""
     names = [name for name in _Inputs.__dataclass_fields__ if name != "models"]
     values = dict(zip(names, given[1:], strict=True))
     values["guidance"] = given_or_own(values["guidance"])

@@ -22,7 +22,7 @@ Bar = tuple[float, float, float]  # value, low, high
 
 
 def results(runs: Sequence[QualityRun], horizontal: str) -> str:
-    """Charts and tables; runs whose figures cannot be compared stand apart, with the reason."""
+    """Charts and tables; runs whose figures cannot be compared are shown separately, with the reason."""
     if not runs:
         return note("No run is chosen: tick one above, or measure.")
     groups = comparable(runs, by_time=horizontal == TIME)
@@ -102,7 +102,7 @@ def _across(line: Line, horizontal: str) -> Bar | None:
 
 
 class _Scale:
-    """From values to places on an axis, with ticks at round values."""
+    """Maps values to positions on an axis, with ticks at round values."""
 
     def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
         low, high = min(values), max(values)

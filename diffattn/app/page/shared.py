@@ -35,9 +35,9 @@ UNCOUNTED = (
 
 
 def with_toasts(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """Turn the errors of a generator into toasts: bad input in its own words, a bug without its traceback.
+    """Turn the errors of a generator into toasts: bad input with its message, a bug without its traceback.
 
-    Its first output shows progress; there the error stays readable after the toast is gone.
+    The first output shows progress; the error stays readable there after the toast has gone.
     """
 
     @wraps(function)
@@ -59,8 +59,8 @@ def with_toasts(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable
 def toast(error: Exception) -> gr.Error:
     """The toast for an error; one that is not about the input also goes to the log, with its traceback.
 
-    A ValueError or TypeError counts as being about the input. What is raised while a pipeline draws may as well be a
-    bug, so `Watch` has it in the log too.
+    A ValueError or TypeError counts as being about the input. One raised while a pipeline draws may still be a
+    bug, so `Watch` logs it too.
     """
     title, message = _words(error)
     if title == BUG:
@@ -76,14 +76,14 @@ def _words(error: Exception) -> tuple[str, str]:
         return "Please change this", str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "Not enough memory", "choose a smaller size or fewer pictures."
-    return BUG, "the job failed; the reason is in the log of the server. Other settings may work."
+    return BUG, "the job failed; see the server's log for the reason. Other settings may work."
 
 
 def progress_html(progress: JobProgress) -> str:
-    """A bar, the step, the time left, and the preview inside the page itself."""
+    """A progress bar, the step, the time left, and the preview embedded in the page."""
     if progress.ahead:
         jobs = "1 job runs" if progress.ahead == 1 else f"{progress.ahead} jobs run"
-        return note(f"Waiting: {jobs} before yours. Stop leaves the line.")
+        return note(f"Waiting: {jobs} before yours. Stop leaves the queue.")
     if not progress.steps:
         return f'<div class="diffattn-stage"><p role="status">{escape(progress.what)} …</p></div>'
     total = progress.steps * progress.pictures
@@ -108,7 +108,7 @@ def note(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table that scrolls sideways by itself."""
+    """An HTML table that scrolls sideways on its own."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="diffattn-table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -121,14 +121,14 @@ def duration(seconds: float) -> str:
 
 
 def whole_numbers(least: int, most: int, start: int, **shown: Any) -> gr.Slider:
-    """A slider from `least` to `most` that begins at `start`, or as near to it as they allow.
+    """A slider from `least` to `most` that starts at `start`, clipped to that range.
 
-    Gradio has none for a single number: where they are equal it cannot be moved.
+    Gradio has no slider for a single value: if both are equal, it cannot be moved.
     """
     within = max(least, min(start, most))
     return gr.Slider(least, max(most, least + 1), within, step=1, interactive=most > least, **shown)
 
 
 def given_or_own(value: Any) -> Any:
-    """None, for the model's own, of a number that was left empty: once it is shown, Gradio sends 0 for it."""
+    """None (the model's own value) for an empty number field; Gradio sends 0 for one that was shown."""
     return None if value == 0 else value

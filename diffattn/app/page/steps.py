@@ -16,7 +16,7 @@ Trace = Mapping[str, Any]
 
 
 def tab(latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
-    """Lay it out; drawn anew after the events `drawn` and `compared`.
+    """Lay out the tab; it is redrawn after the events `drawn` and `compared`.
 
     Args:
         latest: trace of the latest run under Generate.
@@ -26,7 +26,7 @@ def tab(latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
         "How many agents or mediators every step ran with, how much the latents still changed, and which layers ran "
         "accelerated, in the last picture of your latest run. Point at a box for its step and layer."
     )
-    # A custom value is one that the server does not know yet: to clients, which run no event after another, all are.
+    # Custom values are allowed because API clients trigger no chained events, so the server knows no choices for them.
     which = gr.Dropdown([GENERATED], value=GENERATED, label="Run", allow_custom_value=True)
     chart = gr.HTML(note(EMPTY), elem_id="steps-chart")
     with gr.Accordion("As JSON", open=False):

@@ -1,4 +1,4 @@
-"""The look of the page, and its one keyboard shortcut. It uses system fonts and fetches nothing from elsewhere."""
+"""The look of the page and its one keyboard shortcut. Uses system fonts and loads nothing from elsewhere."""
 
 import gradio as gr
 
@@ -32,7 +32,7 @@ CSS = """
 .diffattn-legend svg { display: inline; vertical-align: -2px; }
 """
 
-# The page's own frame, which CSS does not reach: it is as wide as the window, so that wide tables scroll within it.
+# The page's frame, out of reach of `css`: as wide as the window, so that wide tables scroll within it.
 HEAD = """<style>.gradio-container { width: 100% !important; }</style>
 <script>
 document.addEventListener("keydown", (event) => {

@@ -1,4 +1,4 @@
-"""The line that says how long a job would take, kept up to date."""
+"""The line that shows how long a job would take, kept up to date."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -24,8 +24,8 @@ def keep_estimated(
 ) -> None:
     """Keep `line` showing what `estimate` returns for the inputs `counted`.
 
-    It is updated at the start, after every change of the inputs and after the event `run`, which teaches the pace; and
-    every few seconds while no time is known, since the first model may be warming up.
+    It is updated at the start, after every change of the inputs and after the event `run` (which measures the pace),
+    and every few seconds while no time is known, since the first model may be warming up.
 
     Args:
         endpoint: `api_name` and `api_visibility` of the endpoint.
@@ -52,7 +52,7 @@ def keep_estimated(
 def time_of_drawing(
     worker: Worker, model: Any, steps: Any, width: Any, height: Any, pictures: Any, variants: int = 1
 ) -> Estimate:
-    """The time of a job that draws every picture `variants` times, or what is wrong with its inputs."""
+    """The time of a job that draws every picture `variants` times, or the error in its inputs."""
     try:
         worker.models.source(model)
         request = worker.limits.request(

@@ -77,7 +77,7 @@ def test_a_size_that_is_half_the_models_own_is_checked_too(folder: Path) -> None
 def test_the_work_of_a_job_has_an_end(folder: Path) -> None:
     worker = Worker(Models(folder), Limits(calls=100), "cpu")
     asked = worker.limits.request("one", "", steps=50, num_images=2)
-    with pytest.raises(ValueError, match="2 pictures of 51 steps are 102 steps in all, at most 100 are allowed"):
+    with pytest.raises(ValueError, match="2 pictures of 51 steps are 102 steps in all, but at most 100 are allowed"):
         worker.limits.request("one", "", steps=51, num_images=2)
     with pytest.raises(ValueError, match="4 pictures of 50 steps"):
         worker.compare("a", asked, ["agent/fast"])

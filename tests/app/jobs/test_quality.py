@@ -93,7 +93,7 @@ def test_a_stored_reference_and_stored_prompts_are_used(tmp_path: Path, run: Qua
 
 
 def test_a_model_without_prompts_says_what_to_do(worker: Worker) -> None:
-    with pytest.raises(ValueError, match="write prompts"):
+    with pytest.raises(ValueError, match="enter prompts"):
         measured(worker, ask(worker, prompts=""))
 
 
