@@ -101,7 +101,7 @@ class Worker:
         return self._stream(session, work)
 
     def measure(self, session: str, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
-        """Measure speed and quality; yields a `QualityRun` per completed model. Raises like `generate` and `measure`."""
+        """Measure speed and quality; a `QualityRun` per completed model. Raises like `generate` and `measure`."""
         for name in asked.models:
             extractor_for(name, asked.extractor, self.models)  # before anything is loaded
 
