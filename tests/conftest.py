@@ -9,12 +9,23 @@ import torch
 from diffusers import DiffusionPipeline
 from support import tiny
 
+SLOW = {
+    "app/jobs/test_no_picture.py", "app/jobs/test_quality.py", "app/jobs/test_stop.py", "app/page/test_page.py",
+    "app/page/test_quality.py", "app/page/test_skipped.py", "cli/test_app.py", "methods/test_contract.py",
+    "patching/test_compile.py", "pipelines/test_precompute_page.py", "pipelines/test_train_emoji_sd.py",
+    "training/test_distributed.py", "training/test_full_disk.py", "training/test_options.py",
+    "training/test_processes.py", "training/test_stops.py", "tuning/test_presets.py",
+}  # fmt: skip
+"""Files that take longest: compiling, several processes, a server, every method on every pipeline."""
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that drive a real browser."""
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that drive a real browser, and those of slow files."""
     for item in items:
         if item.path.name.startswith("test_browser"):
             item.add_marker(pytest.mark.browser)
+        if item.path.relative_to(config.rootpath / "tests").as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,7 +131,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "hub" else case for case in BAD]
+)
 def test_bad_input_is_one_line_and_exit_code_2(case: str, models: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # a default --out lands there
     line, named = BAD[case]

@@ -44,7 +44,7 @@ def trained(pictures, tmp_path_factory) -> Path:
     done = call("train", *SMALL, "--data", pictures, "--out", out, "--device", "cpu", "--seed", 5)
     assert done.exit_code == 0, done.output
     assert "6 pictures in 2 classes, 3 in each" in done.stdout
-    assert "batch 4 in all" in done.stdout
+    assert "batch 4 in total" in done.stdout
     return out
 
 

@@ -129,6 +129,7 @@ def test_a_name_that_is_nothing(name: str) -> None:
         load_pipeline(name)
 
 
+@pytest.mark.slow  # the hub's client tries again five times
 def test_a_hub_id_that_cannot_be_fetched_is_named() -> None:
     with pytest.raises(ValueError, match="diffattn-tests/there-is-no-such-model"):
         load_pipeline("diffattn-tests/there-is-no-such-model")
