@@ -65,9 +65,10 @@ class PatchedDenoiser:
         """The noise level of a time step passed to the denoiser."""
         return self.architecture.read_time(uncompiled(self.model), time, levels)
 
-    def set_size(self, height: int, width: int) -> None:
-        """Prepare for calls on latents of this size."""
-        self.grids = self.grids_for(height, width)
+    def set_size(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Prepare for calls on latents of this size; → `grids_for` it. Another thread may set another one meanwhile."""
+        self.grids = grids = self.grids_for(height, width)
+        return tuple(grids)
 
     def grids_for(self, height: int, width: int) -> list[tuple[int, int]]:
         """Rows and columns of the tokens by level, for latents of a size."""

@@ -55,7 +55,7 @@ class Runs(NotPickled):
         """See `hook.Listener`."""
         state, device = self.state, sample.device.type
         height, width = sample.shape[-2:]
-        denoiser.set_size(height, width)
+        grids = denoiser.set_size(height, width)  # of this call: the denoiser may serve another thread in between
         scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
         reading = denoiser.read_time(time, scheduler)
         begins = state.schedule is None or max(reading.levels) > state.last_level
@@ -66,7 +66,7 @@ class Runs(NotPickled):
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
         compiled = traced or denoiser.compiled
-        state.begin(DenoiserCall(phase, tuple(denoiser.grids), compiled))
+        state.begin(DenoiserCall(phase, grids, compiled))
         self._count_displaced(denoiser)
         if compiled:
             self._count(denoiser, phase, device, mask_rows)
