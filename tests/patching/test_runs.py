@@ -200,3 +200,21 @@ def test_any_size_with_any_options_is_finite_and_restored(
     assert out.isfinite().all()
     assert report.calls_accelerated + report.calls_passed_through == 7
     assert torch.equal(call(UNET, size=size, timestep=timestep), exact)
+
+
+def test_a_call_keeps_its_grids_when_another_thread_sets_a_size_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tiny.unet()
+    handle = diffattn.patch(unet, **FEW)
+    expected = call(unet, size=(16, 16), timestep=torch.tensor(800))
+    accelerated = handle.report().calls_accelerated
+    denoiser = handle._runs.denoisers[0]
+    read_time = denoiser.read_time
+
+    def meanwhile(*args: Any) -> Any:
+        denoiser.set_size(12, 20)
+        return read_time(*args)
+
+    monkeypatch.setattr(denoiser, "read_time", meanwhile)
+    found = call(unet, size=(16, 16), timestep=torch.tensor(700))
+    assert found.shape == expected.shape
+    assert handle.report().calls_accelerated == 2 * accelerated
