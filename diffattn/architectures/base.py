@@ -1,7 +1,8 @@
 """The interface of an architecture, and the processor that runs a method in one of its layers."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +17,19 @@ from diffattn.architectures.run_state import (
     RunState,
     Tally,
 )
-from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec
+from diffattn.methods.base import AttentionFn, AttentionMethod, Grid, LayerCall, LayerSpec, TokenLayout
 from diffattn.noise_level import Reading, TimeReader
 from diffattn.schedules import EXACT
 
 
-class Processor(Protocol):
-    """Our processor, which replaces one layer's own."""
+class Size(NamedTuple):
+    """What a denoiser call works on, in its latents' pixels."""
 
-    original: Any  # the processor object that it replaced
-    active: bool  # False once the patch is removed: it then behaves like the original wherever it is still in use
-    owner: Any  # the patch
-
-    def reason_exact(self, phase: int, grid: tuple[int, int], num_tokens: int, device: str, mask_rows: int) -> str:
-        """Why a call in a phase runs exact, or `ACCELERATED`; `grid`: rows and columns of the layer's tokens."""
-        ...
+    height: int
+    width: int
+    frames: int | None = None  # of a video's latents
+    references: tuple[Grid, ...] = ()  # tokens of reference pictures beside the picture's, at every level
+    num_context: int = 0  # tokens of text beside the picture's, as far as known before the call
 
 
 class Architecture(Protocol):
@@ -56,17 +55,32 @@ class Architecture(Protocol):
         """A submodule that every forward runs before any attention, and that gradient checkpointing does not repeat."""
         ...
 
-    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
-        """Rows and columns of the tokens at every level, for latents of this size."""
+    def sample(self, given: Mapping[str, Any]) -> Tensor:
+        """The noisy input [B, ...] among the arguments of `forward`."""
+        ...
+
+    def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
+        """The size of the latents among the arguments of `forward`."""
+        ...
+
+    def grids(self, model: nn.Module, height: int, width: int, frames: int | None = None) -> Sequence[Grid]:
+        """The tokens at every level, for latents of this size: rows and columns, or frames, rows and columns."""
         ...
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         """The noise level of a time step passed to the model; `levels` knows the scheduler in use."""
         ...
 
-    def processor(self, **parts: Any) -> Processor:
-        """Our processor for one layer of this family, built from the arguments of `MethodProcessor`."""
+    def replaced(self, **parts: Any) -> "Replaced":
+        """What replaces one layer's attention, built from the arguments of `MethodProcessor`."""
         ...
+
+
+class Replaced(NamedTuple):
+    """One layer's attention, replaced."""
+
+    runs: "MethodProcessor"  # what runs the method
+    processor: Any  # what the layer is given for it, perhaps the same object
 
 
 class MethodProcessor(NotPickled):
@@ -90,16 +104,33 @@ class MethodProcessor(NotPickled):
         self.owner = owner
         self.active = True  # a processor reinstalled after its patch was removed behaves like the original
 
-    def reason_exact(self, phase: int, grid: tuple[int, int], num_tokens: int, device: str, mask_rows: int) -> str:
-        """Why a call in a phase runs exact, or `ACCELERATED`; `grid`: rows and columns of the layer's tokens."""
+    def layout_of(self, grid: Grid, references: tuple[Grid, ...], num_tokens: int) -> TokenLayout:
+        """Where the tokens of a call lie; those beyond the grids are context if the layer has any, else they fit none.
+
+        Args:
+            grid: of the layer's picture tokens.
+            references: of its reference pictures.
+            num_tokens: of the call.
+        """
+        layer = self.layer
+        if num_tokens < prod(grid) + sum(map(prod, references)):
+            references = ()
+        beyond = num_tokens - prod(grid) - sum(map(prod, references))
+        return TokenLayout((grid, *references), beyond, layer.context == "first", layer.rotated)
+
+    def reason_exact(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`."""
         if phase == EXACT_PHASE:
             return "the noise level is not known"
         method = self.methods[phase]
         if method is None:
             return f"{EXACT} by schedule"
-        if num_tokens != grid[0] * grid[1]:
-            return f"{num_tokens} tokens do not form the layer's grid of {grid[0]}x{grid[1]}"
-        return method.declines(self.layer, num_tokens, device, mask_rows) or ACCELERATED
+        if layout.num_context < 0 or (layout.num_context and self.layer.context == "none"):
+            tokens = layout.num_tokens + layout.num_context
+            return f"{tokens} tokens do not form the layer's grid of {'x'.join(map(str, layout.grid))}"
+        if reason := method.reason_layout(layout):
+            return reason
+        return method.declines(self.layer, layout.num_tokens, device, mask_rows) or ACCELERATED
 
     def _call_under_way(self) -> DenoiserCall | None:
         """The current call; None outside the denoiser (which is counted), and once the patch is removed."""
@@ -152,13 +183,6 @@ def by_phase(phases: int | tuple[int, ...], run: Callable[..., Tensor], *tensors
     order = [i for group in groups.values() for i in group]
     places = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat(parts)[torch.tensor(places, device=device)]
-
-
-def genuine(processor: Any) -> Any:
-    """The processor itself, or the original of one of ours that was reinstalled after its removal."""
-    while isinstance(processor, MethodProcessor) and not processor.active:
-        processor = processor.original
-    return processor
 
 
 def _rows(x: Tensor, rows: Tensor, batch: int) -> Tensor:

@@ -1,12 +1,13 @@
 """The transformers of diffusers' own DiT and of PixArt: blocks of plain `Attention` over one grid of patches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from diffattn.architectures import plain_attention as attention
+from diffattn.architectures.base import Replaced, Size
 from diffattn.architectures.dit_time import read_dit_time
 from diffattn.methods.base import LayerSpec
 from diffattn.noise_level import Reading, TimeReader
@@ -33,12 +34,19 @@ class Transformer2DArchitecture:
     def entry(self, model: Any) -> nn.Module:
         return model.pos_embed
 
-    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+    def sample(self, given: Mapping[str, Any]) -> Tensor:
+        return given[self.sample_name]
+
+    def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
+        height, width = self.sample(given).shape[-2:]
+        return Size(height, width)
+
+    def grids(self, model: nn.Module, height: int, width: int, frames: int | None = None) -> list[tuple[int, int]]:
         config: Any = model.config
         return [(height // config.patch_size, width // config.patch_size)]  # rows that do not fill a patch are cut off
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         return read_dit_time(time, levels)
 
-    def processor(self, **parts: Any) -> attention.SelfAttentionProcessor:
-        return attention.SelfAttentionProcessor(**parts)
+    def replaced(self, **parts: Any) -> Replaced:
+        return attention.replaced(**parts)

@@ -3,12 +3,12 @@
 Shapes: B batch, H heads, N image tokens, D channels per head, C = H·D.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from diffattn.architectures.base import MethodProcessor, by_phase, genuine
+from diffattn.architectures.base import MethodProcessor, Replaced, Size, by_phase
 from diffattn.architectures.dit_time import read_dit_time
 from diffattn.architectures.run_state import DenoiserCall
 from diffattn.methods.base import LayerCall, LayerSpec
@@ -41,13 +41,20 @@ class SiTArchitecture:
     def reason_exact(self, module: nn.Module) -> str | None:
         if not isinstance(module, AttentionLayer):
             return f"attention class {type(module).__name__}"
-        theirs = genuine(module.processor)
+        theirs = _genuine(module.processor)
         return None if theirs is None else f"custom processor {type(theirs).__name__}"
 
     def entry(self, model: nn.Module) -> nn.Module:
         return _dit(model).x_embedder
 
-    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+    def sample(self, given: Mapping[str, Any]) -> Tensor:
+        return given[self.sample_name]
+
+    def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
+        height, width = self.sample(given).shape[-2:]
+        return Size(height, width)
+
+    def grids(self, model: nn.Module, height: int, width: int, frames: int | None = None) -> list[tuple[int, int]]:
         return [token_grid((height, width), _dit(model).patch_size)]
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
@@ -62,8 +69,9 @@ class SiTArchitecture:
             return Reading(now, [max(now) * i / STEPS_TO_COME for i in range(STEPS_TO_COME, -1, -1)], None)
         return read_dit_time(time, levels)
 
-    def processor(self, **parts: Any) -> "SiTProcessor":
-        return SiTProcessor(**parts)
+    def replaced(self, **parts: Any) -> Replaced:
+        processor = SiTProcessor(**parts)
+        return Replaced(processor, processor)
 
 
 class SiTProcessor(MethodProcessor):
@@ -102,7 +110,8 @@ class SiTProcessor(MethodProcessor):
     ) -> Tensor:
         """All samples are in one phase: [B, H, N, D]."""
         x, q, k, v = tensors
-        reason = self.reason_exact(phase, grid, q.shape[2], q.device.type, mask_rows=0)
+        layout = self.layout_of(grid, (), q.shape[2])
+        reason = self.reason_exact(phase, layout, q.device.type, mask_rows=0)
         function = self._function(call, phase, reason)
         if function is None:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
@@ -123,6 +132,13 @@ class SiTProcessor(MethodProcessor):
         if self.original is None:
             return layer.attend(q, k, v, grid, num_mediators)
         return self.original(layer, x, q, k, v, grid, num_mediators)
+
+
+def _genuine(processor: Any) -> Any:
+    """The processor itself, or the original of one of ours that was reinstalled after its removal."""
+    while isinstance(processor, SiTProcessor) and not processor.active:
+        processor = processor.original
+    return processor
 
 
 def _mediate(layer: AttentionLayer, grid: tuple[int, int]) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from diffattn.methods.base import Grid
 from diffattn.noise_level import NoiseLevels
 from diffattn.schedules import Schedule
 
@@ -50,8 +51,9 @@ class DenoiserCall:
     """What a processor needs to know about the current denoiser call."""
 
     phase: int | tuple[int, ...]  # of the schedule, for the batch or one per sample; or EXACT_PHASE
-    grids: Sequence[tuple[int, int]]  # rows and columns of the tokens, by level
+    grids: Sequence[Grid]  # of the tokens, by level
     compiled: bool  # part of the denoiser is compiled: the hook counts instead of the processors
+    references: tuple[Grid, ...] = ()  # of reference pictures, at every level
 
 
 class Latest:

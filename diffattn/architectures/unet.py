@@ -1,12 +1,13 @@
 """Stable Diffusion's UNets (1.x, 2.x, XL, inpainting), the ControlNets beside them, and ControlNet-XS within them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel, UNetControlNetXSModel
-from torch import nn
+from torch import Tensor, nn
 
 from diffattn.architectures import plain_attention as attention
+from diffattn.architectures.base import Replaced, Size
 from diffattn.methods.base import LayerSpec
 from diffattn.noise_level import Reading, TimeReader
 
@@ -37,7 +38,14 @@ class UNetArchitecture:
     def entry(self, model: Any) -> nn.Module:
         return model.base_conv_in if isinstance(model, UNetControlNetXSModel) else model.conv_in
 
-    def grids(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+    def sample(self, given: Mapping[str, Any]) -> Tensor:
+        return given[self.sample_name]
+
+    def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
+        height, width = self.sample(given).shape[-2:]
+        return Size(height, width)
+
+    def grids(self, model: nn.Module, height: int, width: int, frames: int | None = None) -> list[tuple[int, int]]:
         grids = []
         for _ in _config(model).block_out_channels:
             grids.append((height, width))
@@ -47,8 +55,8 @@ class UNetArchitecture:
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         return levels.read(time)
 
-    def processor(self, **parts: Any) -> attention.SelfAttentionProcessor:
-        return attention.SelfAttentionProcessor(**parts)
+    def replaced(self, **parts: Any) -> Replaced:
+        return attention.replaced(**parts)
 
 
 def _config(model: nn.Module) -> Any:

@@ -66,15 +66,56 @@ def landmark_attention_and_error(
     if query_landmarks.shape != key_landmarks.shape:
         shapes = f"{list(query_landmarks.shape)} and {list(key_landmarks.shape)}"
         raise ValueError(f"query and key landmarks must have the same shape, got {shapes}")
-    asked = torch.cat((query_landmarks, *probe_tokens(q)), dim=-2)  # [B, H, n + p, D]
-    gathered = scaled_dot_product_attention(asked, k, v)
-    corrected, error = correct(asked, key_landmarks, gathered, damping)
+    out, _, error = landmark_attention_with_context(q, k, v, query_landmarks, key_landmarks, damping, 0)
+    return out, error
+
+
+def landmark_attention_with_context(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_landmarks: Tensor,
+    key_landmarks: Tensor,
+    damping: float,
+    num_context: int,
+    key_mask: Tensor | None = None,
+    landmark_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`landmark_attention` of image tokens beside others that have no place among them (text, registers).
+
+    The others are landmarks themselves: their keys are never dropped, and the gather step already has their exact
+    answers.
+
+    Args:
+        q: queries of the image tokens [B, H, N, D].
+        k, v: keys and values of all tokens [B, H, M, D].
+        query_landmarks: Q̃ [B, H, n + c, D], of sampled image tokens and then of all c other tokens.
+        key_landmarks: K̃ [B, H, n + c, D], of the keys at the same places.
+        damping: as in `landmark_attention`.
+        num_context: c.
+        key_mask: boolean (True: attended to) or additive, broadcast to [B, H, 1, M].
+        landmark_mask: the same for K̃, broadcast to [B, H, 1, n + c].
+
+    Returns:
+        The output of the image tokens [B, H, N, D], of the others [B, H, c, D], and the error of each head [B, H].
+    """
+    asked = torch.cat((query_landmarks, *probe_tokens(q)), dim=-2)  # [B, H, n + c + p, D]
+    gathered = scaled_dot_product_attention(asked, k, v, attn_mask=key_mask)
+    corrected, error = correct(asked, key_landmarks, gathered, damping, landmark_mask)
     assert error is not None  # there are probes
-    return scaled_dot_product_attention(q, key_landmarks, corrected), error
+    out = scaled_dot_product_attention(q, key_landmarks, corrected, attn_mask=landmark_mask)
+    end = key_landmarks.shape[-2]
+    return out, gathered[..., end - num_context : end, :], error
 
 
 def exact_where_missed(
-    out: Tensor, error: Tensor, q: Tensor, k: Tensor, v: Tensor, max_error: float
+    out: Tensor,
+    error: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    max_error: float,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Recompute heads whose error exceeds a limit with exact attention; reading the error synchronises the device.
 
@@ -83,6 +124,7 @@ def exact_where_missed(
         error: of each head [B, H]; NaN counts as above any limit.
         q, k, v: as in `landmark_attention`.
         max_error: the limit.
+        key_mask: as in `landmark_attention_with_context`.
 
     Returns:
         [B, H, N, D], and the number of heads recomputed over all samples, at a cost of O(N·M·D) each.
@@ -91,13 +133,19 @@ def exact_where_missed(
     if not len(missed[0]):
         return out, 0
     if len(missed[0]) == error.numel():
-        return scaled_dot_product_attention(q, k, v), error.numel()
-    exact = scaled_dot_product_attention(q[missed][None], k[missed][None], v[missed][None])[0]
+        return scaled_dot_product_attention(q, k, v, attn_mask=key_mask), error.numel()
+    if key_mask is not None:
+        key_mask = key_mask.expand(*error.shape, *key_mask.shape[2:])[missed][None]
+    exact = scaled_dot_product_attention(q[missed][None], k[missed][None], v[missed][None], attn_mask=key_mask)[0]
     return out.index_put(missed, exact), len(missed[0])
 
 
 def correct(
-    asked: Tensor, key_landmarks: Tensor, gathered: Tensor, damping: float = 1e-5
+    asked: Tensor,
+    key_landmarks: Tensor,
+    gathered: Tensor,
+    damping: float = 1e-5,
+    landmark_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The middle step of `landmark_attention`: V_A -> m + γ Z [B, H, n, D], and the probes' relative error [B, H].
 
@@ -109,11 +157,13 @@ def correct(
         key_landmarks: K̃ [B, H, n, D].
         gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
         damping: as in `landmark_attention`.
+        landmark_mask: additive, broadcast to [B, H, 1, n]. A masked landmark is no key, and has no part in the
+            correction.
     """
     n = key_landmarks.shape[-2]
     with torch.autocast(gathered.device.type, enabled=False):
         logits = (asked.float() * asked.shape[-1] ** -0.5) @ key_landmarks.float().mT  # [B, H, n + p, n]
-        weights = logits.softmax(dim=-1)
+        weights = (logits if landmark_mask is None else logits + landmark_mask.float()).softmax(dim=-1)
         w, exact = weights[..., :n, :], gathered.float()
         values = exact[..., :n, :]
         mean = values.mean(dim=-2, keepdim=True)

@@ -5,12 +5,33 @@ C channels, S destination tokens, R = N - S source tokens, r merged source token
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from diffattn.functional.checks import check_grid
+
+Grid = tuple[int, ...]
+
+
+def coarser_grid(grid: Grid, num_tokens: int) -> Grid:
+    """About `num_tokens` tokens in the proportions of a grid of any number of dimensions.
+
+    Raises:
+        ValueError: `num_tokens` is not between 1 and the number of tokens of the grid.
+    """
+    total = prod(grid)
+    if not 1 <= num_tokens <= total:
+        text = "x".join(map(str, grid))
+        raise ValueError(f"num_tokens must be between 1 and {total} on a {text} grid, got {num_tokens}")
+    coarse: list[int] = []
+    for i, length in enumerate(grid):
+        left, dims = num_tokens // prod(coarse), len(grid) - i
+        share = left if dims == 1 else round((left / prod(grid[i:])) ** (1 / dims) * length)
+        coarse.append(min(max(share, 1), length, max(left, 1)))
+    return tuple(coarse)
 
 
 def pooled_grid(grid: tuple[int, int], num_tokens: int) -> tuple[int, int]:
@@ -53,6 +74,31 @@ def pool_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
     pooled = adaptive_avg_pool2d(image, (rows, columns))
     # Contiguous: attention is several times slower on tokens whose channels are not adjacent in memory.
     return pooled.flatten(2).transpose(1, 2).contiguous().unflatten(0, (batch, heads))
+
+
+def pick_tokens(x: Tensor, grid: Grid, num_tokens: int) -> Tensor:
+    """One token near the middle of every cell of a coarser grid, unchanged, so that a rotation that tells its place
+    stays whole; `sample_tokens` averages four.
+
+    Args:
+        x: tokens [B, H, N, D], row-major on `grid`.
+        grid: (rows, columns) or (frames, rows, columns), with N tokens.
+        num_tokens: the number wanted; `coarser_grid` gives how many along each dimension.
+
+    Returns:
+        Tokens [B, H, n, D], row-major.
+
+    Raises:
+        ValueError: the grid does not match the tokens, or `num_tokens` is out of range.
+    """
+    if prod(grid) != x.shape[2]:
+        raise ValueError(f"grid {'x'.join(map(str, grid))} does not match {x.shape[2]} tokens")
+    coarse = coarser_grid(grid, num_tokens)
+    places = torch.zeros(1, dtype=torch.long, device=x.device)
+    for length, cells in zip(grid, coarse, strict=True):
+        middle = (2 * torch.arange(cells, device=x.device) + 1) * length // (2 * cells)
+        places = (places[:, None] * length + middle).flatten()
+    return x.index_select(2, places)
 
 
 def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:

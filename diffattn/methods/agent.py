@@ -7,11 +7,12 @@ Shapes: B batch, H heads, N tokens, n agents, D channels per head.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional import (
     agent_attention,
@@ -21,13 +22,15 @@ from diffattn.functional import (
     sample_tokens,
     unmerge_tokens,
 )
-from diffattn.functional.landmark import MAX_DAMPING, exact_where_missed, landmark_attention_and_error
+from diffattn.functional.landmark import MAX_DAMPING, exact_where_missed, landmark_attention_with_context
+from diffattn.functional.tokens import pick_tokens
 from diffattn.methods.base import (
     AttentionFn,
     AttentionMethod,
     LayerCall,
     LayerSpec,
     Preset,
+    TokenLayout,
     half_overflows,
 )
 from diffattn.methods.thresholds import Thresholds, load_thresholds, min_tokens_for
@@ -191,13 +194,21 @@ class AgentAttention(AttentionMethod):
             if num_tokens < self.merge_stride**2:
                 return f"{num_tokens} tokens: less than one cell of {self.merge_stride}x{self.merge_stride}"
             return f"{n} agents for {num_tokens} tokens" if n >= num_tokens else None
-        if mask_rows and self.source == "landmarks":
-            return "masked: landmarks cannot follow a mask"
         if mask_rows > 1:
             return "masked: the mask differs between queries"
         if 2 * n >= num_tokens:
             return f"{n} agents for {num_tokens} tokens: agents pay below half the tokens"
         return None
+
+    def reason_layout(self, layout: TokenLayout) -> str | None:
+        if self.source == "merge" or layout.is_plain:
+            return super().reason_layout(layout)
+        if self.source == "pool" and (layout.rotated or len(layout.grids) > 1 or len(layout.grid) != 2):
+            return "rotated tokens, and those of several pictures or frames, cannot be averaged into pooled agents"
+        n, context = self.count(layout.num_tokens), layout.num_context
+        if 2 * (n + context) < layout.num_tokens + context:
+            return None
+        return f"{n} agents and {context} tokens of context for {layout.num_tokens} of the picture: too many to pay"
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         _ = self._thresholds  # report a damaged table when patching, not in the middle of a run
@@ -213,8 +224,14 @@ class AgentAttention(AttentionMethod):
         return attention
 
     def _attend_pooled(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        agents = pool_tokens(q, call.grid, self.count(q.shape[2]))  # [B, H, n, D]
-        return self._through(agents, q, k, v, call.mask)
+        layout = call.layout
+        image = layout.on_grid(q)
+        agents = pool_tokens(image, layout.rows_and_columns, self.count(layout.num_tokens))  # [B, H, n, D]
+        if not layout.num_context:
+            return self._through(agents, q, k, v, call.mask)
+        text = layout.context(q)
+        out = self._through(torch.cat((agents, text), dim=2), image, k, v, call.mask)
+        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=call.mask))
 
     def _through(self, agents: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         kappa = DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
@@ -222,21 +239,41 @@ class AgentAttention(AttentionMethod):
         return agent_attention(q, k, v, agents, scale_exponent=kappa, shortcut=shortcut, key_mask=mask)
 
     def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        n = self.count(q.shape[2])
-        landmarks = (sample_tokens(q, call.grid, n), sample_tokens(k, call.grid, n))
-        out, error = landmark_attention_and_error(q, k, v, *landmarks, self.damping)
+        layout, mask = call.layout, call.mask
+        image, landmarks = layout.on_grid(q), [self._landmarks(x, layout) for x in (q, k)]
+        masked = None if mask is None else self._landmarks(_additive(mask).mT, layout).mT.to(q.dtype)
+        out, text, error = landmark_attention_with_context(
+            image, k, v, *landmarks, self.damping, layout.num_context, mask, masked
+        )
         most = self.max_head_error
         if most is None and q.device.type == "cpu":
             most = DEFAULT_HEAD_ERROR
         if most is not None and not torch.compiler.is_compiling():
-            out, call.exact_heads = exact_where_missed(out, error, q, k, v, most)
-        return out
+            out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
+        return layout.join(out, text)
+
+    def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all that have no place on it."""
+        if layout.is_plain:
+            return sample_tokens(x, layout.rows_and_columns, self.count(x.shape[2]))
+        on_grid, start, parts = layout.on_grid(x), 0, []
+        share = self.count(layout.num_tokens) / layout.num_tokens
+        for grid in layout.grids:
+            tokens = on_grid.narrow(2, start, prod(grid))
+            start += prod(grid)
+            number = max(round(share * prod(grid)), 1)
+            if layout.rotated or len(grid) != 2:
+                parts.append(pick_tokens(tokens, grid, number))
+            else:
+                parts.append(sample_tokens(tokens, (grid[0], grid[1]), number))
+        return torch.cat((*parts, layout.context(x)), dim=2)
 
     def _attend_merged(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         """Merging happens after the projections: an average commutes with a linear layer."""
         tokens = q.shape[2]
-        stride = (min(self.merge_stride, call.grid[0]), min(self.merge_stride, call.grid[1]))
-        matching = match_tokens(call.x, call.grid, stride)
+        grid = call.layout.rows_and_columns
+        stride = (min(self.merge_stride, grid[0]), min(self.merge_stride, grid[1]))
+        matching = match_tokens(k.transpose(1, 2).flatten(2) if call.x is None else call.x, grid, stride)
         merged = min(int(tokens * self.merge_ratio), matching.max_merged)
         left_out = min(tokens - self.count(tokens), matching.max_merged)
         mq, mk, mv = (merge_tokens(x, matching, merged) for x in (q, k, v))  # [B, H, N - r, D]
@@ -244,8 +281,15 @@ class AgentAttention(AttentionMethod):
             agents = merge_tokens(q, matching, left_out)  # [B, H, n, D]
             out = self._through(agents, mq, mk, mv)
         else:
-            out = torch.nn.functional.scaled_dot_product_attention(mq, mk, mv)
+            out = scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """A mask as what is added to logits, so that a mean of several keys is masked if one of them is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -6,13 +6,17 @@ Shapes: B batch, H heads, N query tokens, M key tokens, D channels per head, C =
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol, Self
+from math import prod
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 SOFTMAX = "softmax"
 """The kind of a layer that computes exact attention."""
+
+Grid = tuple[int, ...]
+"""Rows and columns of image tokens, or frames, rows and columns of a video's; row-major."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,76 @@ class LayerSpec:
     head_dim: int
     is_cross_attention: bool = False
     upcast: bool = False  # the layer asks for fp32 logits (Stable Diffusion 2.x)
+    context: Literal["none", "first", "last"] = (
+        "none"  # where tokens without a place on the grid stand: text, registers
+    )
+    rotated: bool = False  # whether queries and keys carry their place as a rotation, and must not be averaged
     kind: str = SOFTMAX  # what the unpatched layer computes: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the tokens of a layer lie: those of the picture, then of any reference pictures, and before or after all of
+    these the context: text, registers, whatever has no place on a grid."""
+
+    grids: tuple[Grid, ...]  # of the picture or video, then of its references
+    num_context: int = 0
+    context_first: bool = False
+    rotated: bool = False  # see `LayerSpec`
+
+    @property
+    def grid(self) -> Grid:
+        """Of the picture or video."""
+        return self.grids[0]
+
+    @property
+    def rows_and_columns(self) -> tuple[int, int]:
+        """`grid` of a picture: methods that follow plain layouts only never see another."""
+        rows, columns = self.grid
+        return rows, columns
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with a place on a grid."""
+        return sum(prod(grid) for grid in self.grids)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all tokens form one grid of rows and columns, and may be averaged."""
+        return len(self.grids) == 1 and len(self.grid) == 2 and not self.num_context and not self.rotated
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """The tokens with a place, of all: [..., N + c, D] -> [..., N, D], a view."""
+        return x.narrow(-2, self.num_context if self.context_first else 0, self.num_tokens)
+
+    def context(self, x: Tensor) -> Tensor:
+        """The tokens without a place: [..., N + c, D] -> [..., c, D], a view."""
+        return x.narrow(-2, 0 if self.context_first else self.num_tokens, self.num_context)
+
+    def join(self, on_grid: Tensor, context: Tensor) -> Tensor:
+        """[..., N, D] and [..., c, D] -> [..., N + c, D], in the layer's order."""
+        if not self.num_context:
+            return on_grid
+        return torch.cat((context, on_grid) if self.context_first else (on_grid, context), dim=-2)
 
 
 @dataclass
 class LayerCall:
     """One call of one layer, made by the processor."""
 
-    x: Tensor  # the layer's input [B, N, C], already normalised by the block
-    grid: tuple[int, int]  # rows, columns of the image tokens
-    num_context: int = 0  # tokens outside the grid; always exact keys, never pooled
-    mask: Tensor | None = None  # additive, [B, H, 1 or N, M]
+    x: Tensor | None  # the layer's input [B, N, C], already normalised by the block; None where it is another's
+    grid: Grid  # of the image tokens
+    mask: Tensor | None = None  # boolean (True: attended to) or additive, [B or 1, H or 1, 1 or N, M]
     phase: int = 0  # which entry of the schedule applies
     exact_heads: int = 0  # set by the function: heads, over all samples, that it ran exact
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
     """The layer's own learned mediators, if any: (q, k, v, number of mediators) -> [B, H, N, D]."""
+    layout: TokenLayout = None  # type: ignore[assignment]  # None: the grid, and nothing else
+
+    def __post_init__(self) -> None:
+        if self.layout is None:
+            self.layout = TokenLayout((self.grid,))
 
 
 class AttentionFn(Protocol):
@@ -144,9 +202,23 @@ class AttentionMethod(ABC):
             mask_rows: 0 without a mask, 1 for one mask over the keys, N for a separate mask per query.
         """
 
+    def reason_layout(self, layout: TokenLayout) -> str | None:
+        """Why the method cannot follow where the tokens lie, or None: by default anything but one grid of rows and
+        columns. A method that overrides this gets all tokens in q, k and v, and their places in `LayerCall.layout`."""
+        if layout.is_plain:
+            return None
+        if layout.num_context:
+            return f"method {self.name!r} cannot follow {layout.num_context} tokens of context beside the picture's"
+        what = "rotated tokens" if layout.rotated else f"tokens on {' + '.join(_text(g) for g in layout.grids)}"
+        return f"method {self.name!r} cannot follow {what}"
+
     @abstractmethod
     def build(self, layer: LayerSpec) -> AttentionFn:
         """The attention function of one layer."""
+
+
+def _text(grid: Grid) -> str:
+    return "x".join(map(str, grid))
 
 
 def half_overflows(layer: LayerSpec, dtype: torch.dtype) -> bool:

@@ -1,15 +1,17 @@
 """One patched denoiser: its layers, its working size, and why a layer would run exact."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from diffattn.architectures.base import Architecture, Processor
+from diffattn.architectures.base import Architecture, MethodProcessor, Replaced, Size
 from diffattn.architectures.denoisers import is_compiled, uncompiled
+from diffattn.architectures.plug import plug_of
 from diffattn.architectures.run_state import ACCELERATED
-from diffattn.methods.base import LayerSpec
+from diffattn.methods.base import Grid, LayerSpec
 from diffattn.noise_level import Reading, TimeReader
 
 
@@ -19,19 +21,49 @@ class PatchedLayer:
 
     spec: LayerSpec
     module: Any  # has set_processor and processor
-    processor: Processor | None = None  # ours
+    runs: MethodProcessor | None = None  # runs the method
+    processor: Any = None  # the one that the layer was given for it
     left_alone: str | None = None  # why it has no processor of ours
     displaced_by: str | None = None  # class of the processor that replaced ours
+    earlier: list[MethodProcessor] = field(default_factory=list)  # those before `runs`, which a caller may put back
+
+    @property
+    def all_runs(self) -> list[MethodProcessor]:
+        """Everything that runs the method in this layer, earlier ones included."""
+        return [*self.earlier, *([] if self.runs is None else [self.runs])]
+
+    def renew(self, replaced: Replaced) -> None:
+        """Take a new processor, in place of the one that displaced ours."""
+        if self.runs is not None:
+            self.earlier.append(self.runs)
+        self.runs, self.processor = replaced
+        self.displaced_by = None
+        self.module.set_processor(self.processor)
 
     def look(self) -> str | None:
         """The class of the processor that replaced ours; None if it is still ours or wraps it."""
         there = self.module.processor
-        ours = [there, *getattr(there, "__dict__", {}).values()]
-        if self.processor is None or any(part is self.processor for part in ours):
+        if self.processor is not None and self.is_ours(there):
+            self.processor = there  # perhaps an earlier one, which a caller kept and put back
+        if self.processor is None or any(part is self.processor for part in (there, *_attributes(there))):
             self.displaced_by = None
         else:
             self.displaced_by = "the layer's own attention" if there is None else type(there).__name__
         return self.displaced_by
+
+    def is_ours(self, processor: Any) -> bool:
+        """Whether a processor runs a method for this layer and this patch."""
+        runs = runs_of(processor)
+        return runs is not None and self.runs is not None and runs.owner is self.runs.owner and runs.active
+
+
+def runs_of(processor: Any) -> MethodProcessor | None:
+    """What runs a method in a processor of ours; None for any other."""
+    return processor if isinstance(processor, MethodProcessor) else plug_of(processor)
+
+
+def _attributes(processor: Any) -> list[Any]:
+    return list(getattr(processor, "__dict__", {}).values())
 
 
 class PatchedDenoiser:
@@ -48,7 +80,8 @@ class PatchedDenoiser:
         self.model = model
         self.architecture = architecture
         self.layers = list(layers)
-        self.grids: list[tuple[int, int]] = []
+        self.grids: list[Grid] = []
+        self.size = Size(0, 0)
         self.compiled = False
 
     @property
@@ -59,60 +92,64 @@ class PatchedDenoiser:
     @property
     def patched(self) -> list[PatchedLayer]:
         """The layers that carry our processor, or did before it was displaced."""
-        return [layer for layer in self.layers if layer.processor is not None]
+        return [layer for layer in self.layers if layer.runs is not None]
 
     def read_time(self, time: Any, levels: TimeReader) -> Reading:
         """The noise level of a time step passed to the denoiser."""
         return self.architecture.read_time(uncompiled(self.model), time, levels)
 
-    def set_size(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+    def set_size(self, size: Size) -> tuple[Grid, ...]:
         """Prepare for calls on latents of this size; → `grids_for` it. Another thread may set another one meanwhile."""
-        self.grids = grids = self.grids_for(height, width)
+        self.grids = grids = self.grids_for(size)
+        self.size = size
         return tuple(grids)
 
-    def grids_for(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Rows and columns of the tokens by level, for latents of a size."""
-        return self.architecture.grids(uncompiled(self.model), height, width)
+    def grids_for(self, size: Size) -> list[Grid]:
+        """The tokens by level, for latents of a size."""
+        return list(self.architecture.grids(uncompiled(self.model), size.height, size.width, size.frames))
 
-    def begin_run(self, height: int, width: int) -> None:
+    def begin_run(self, size: Size) -> None:
         """Begin a run on latents of this size, possibly together with another denoiser of the patch."""
-        self.set_size(height, width)
+        self.set_size(size)
         self.compiled = is_compiled(self.model)
 
     def tokens(self, layer: LayerSpec) -> int | None:
         """Image tokens of a layer at the size of the last call."""
         if not self.grids:
             return None
-        rows, columns = self.grids[layer.level]
-        return rows * columns
+        return prod(self.grids[layer.level])
 
     def reasons(self, phase: int, device: str, mask_rows: int) -> list[tuple[str, str]]:
         """(layer, why exact) for the layers with our processors, in one phase at the size of the last call."""
         return [
-            (layer.spec.name, self._reason(layer, self.grids, phase, device, mask_rows))
+            (layer.spec.name, self._reason(layer, self.grids, self.size, phase, device, mask_rows))
             for layer in self.patched
             if layer.displaced_by is None
         ]
 
-    def explain(self, height: int, width: int, num_phases: int) -> Mapping[str, list[str | None]]:
+    def explain(self, size: Size, num_phases: int) -> Mapping[str, list[str | None]]:
         """Self-attention layer -> why it runs exact in each phase, None where it is accelerated."""
-        grids, device = self.grids_for(height, width), next(self.model.parameters()).device.type
+        grids, device = self.grids_for(size), next(self.model.parameters()).device.type
         found: dict[str, list[str | None]] = {}
         for layer in self.layers:
             if layer.spec.is_cross_attention:
                 continue
-            if layer.processor is None:
+            if layer.runs is None:
                 found[layer.spec.name] = [layer.left_alone] * num_phases
                 continue
-            reasons = [self._reason(layer, grids, phase, device, 0) for phase in range(num_phases)]
+            reasons = [self._reason(layer, grids, size, phase, device, 0) for phase in range(num_phases)]
             found[layer.spec.name] = [None if reason == ACCELERATED else reason for reason in reasons]
         return found
 
     @staticmethod
-    def _reason(layer: PatchedLayer, grids: Sequence[tuple[int, int]], phase: int, device: str, mask_rows: int) -> str:
-        assert layer.processor is not None
-        rows, columns = grids[layer.spec.level]
-        return layer.processor.reason_exact(phase, (rows, columns), rows * columns, device, mask_rows)
+    def _reason(layer: PatchedLayer, grids: Sequence[Grid], size: Size, phase: int, device: str, mask_rows: int) -> str:
+        assert layer.runs is not None
+        grid = grids[layer.spec.level]
+        tokens = prod(grid) + sum(map(prod, size.references))
+        if layer.spec.context != "none":
+            tokens += size.num_context
+        layout = layer.runs.layout_of(grid, size.references, tokens)
+        return layer.runs.reason_exact(phase, layout, device, mask_rows)
 
 
 def attention_layers(prefix: str, model: nn.Module, architecture: Architecture) -> list[PatchedLayer]:

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffattn.architectures import Architecture, architecture_of
+from diffattn.architectures.base import Size
 from diffattn.architectures.denoisers import denoisers_of, uncompiled, uncovered_networks
 from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, NotPickled
-from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers
+from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers, runs_of
 from diffattn.patching.hook import RunHook
 from diffattn.patching.plan import Plan
 from diffattn.patching.report import LayerReport, Report
@@ -50,7 +51,7 @@ class Patch(NotPickled):
                 self._build(layer, architectures[prefix])
             self._runs.denoisers.append(PatchedDenoiser(model, architectures[prefix], layers[prefix]))
         self._hooks = [RunHook(self, self._runs, denoiser) for denoiser in self._runs.denoisers]
-        if not any(layer.processor for layer in self._layers):
+        if not any(layer.runs for layer in self._layers):
             why = Counter(layer.left_alone for layer in self._layers if not layer.spec.is_cross_attention)
             reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no self-attention layer"
             raise ValueError(f"nothing to patch in {self._model_name}: {reasons}")
@@ -76,7 +77,7 @@ class Patch(NotPickled):
         elif reason := self.plan.why_not(spec):
             layer.left_alone = reason
         else:
-            layer.processor = architecture.processor(
+            layer.runs, layer.processor = architecture.replaced(
                 layer=spec,
                 original=layer.module.processor,
                 methods=self.plan.methods_of(spec),
@@ -90,7 +91,7 @@ class Patch(NotPickled):
             for hook in self._hooks:
                 hook.register()
             for layer in self._layers:
-                if layer.processor is not None:
+                if layer.runs is not None:
                     layer.module.set_processor(layer.processor)
         except BaseException:
             self.remove()
@@ -99,10 +100,13 @@ class Patch(NotPickled):
     def remove(self) -> None:
         """Restore everything except processors that others have replaced since. Idempotent."""
         for layer in self._layers:
-            if layer.processor is not None:
-                layer.processor.active = False
-                if layer.module.processor is layer.processor:
-                    layer.module.set_processor(layer.processor.original)
+            if layer.runs is not None:
+                ours = layer.module.processor
+                is_ours = layer.is_ours(ours)
+                for runs in layer.all_runs:
+                    runs.active = False
+                if is_ours:
+                    layer.module.set_processor(runs_of(ours).original)  # type: ignore[union-attr]
         for hook in self._hooks:
             hook.unregister()
         self._removed = True
@@ -130,11 +134,12 @@ class Patch(NotPickled):
             notes=(*self._uncovered, *shared),
         )
 
-    def explain(self, height: int, width: int) -> Mapping[str, list[str | None]]:
+    def explain(self, height: int, width: int, frames: int | None = None) -> Mapping[str, list[str | None]]:
         """Report what would run exact, without running anything.
 
         Args:
             height, width: of the latents.
+            frames: of a video's latents.
 
         Returns:
             Every self-attention layer -> why it runs exact in each phase of the schedule, None where it is
@@ -142,7 +147,7 @@ class Patch(NotPickled):
         """
         found: dict[str, list[str | None]] = {}
         for denoiser in self._runs.denoisers:
-            found |= denoiser.explain(height, width, len(self.plan.methods))
+            found |= denoiser.explain(Size(height, width, frames), len(self.plan.methods))
         return found
 
     def trace(self) -> list[dict[str, Any]]:

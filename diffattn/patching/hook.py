@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffattn.architectures.base import Size
 from diffattn.architectures.denoisers import uncompiled
 from diffattn.architectures.run_state import NotPickled
 from diffattn.patching.denoiser import PatchedDenoiser
@@ -20,8 +21,10 @@ class DiffAttnWarning(UserWarning):
 class Listener(Protocol):
     """What the hooks of a denoiser report to."""
 
-    def begin_call(self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, mask_rows: int, traced: bool) -> None:
-        """Called before a call on latents `sample` [B, c, h, w]; `traced`: from inside a compiled caller."""
+    def begin_call(
+        self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, size: Size, mask_rows: int, traced: bool
+    ) -> None:
+        """Called before a call on latents `sample` [B, ...] of this size; `traced`: from inside a compiled caller."""
         ...
 
     def end_call(self) -> None:
@@ -68,8 +71,9 @@ class RunHook(NotPickled):
         architecture = self.denoiser.architecture
         self.listener.begin_call(
             self.denoiser,
-            given[architecture.sample_name],
+            architecture.sample(given),
             given[architecture.time_name],
+            size=architecture.size(uncompiled(self.denoiser.model), given),
             mask_rows=int(given.get("attention_mask") is not None),
             traced=traced,
         )

@@ -9,6 +9,7 @@ from torch import nn
 
 from diffattn.architectures.denoisers import denoisers_of, uncompiled
 from diffattn.patching.default_method import layers_of
+from diffattn.patching.denoiser import runs_of
 from diffattn.patching.handle import Patch
 from diffattn.patching.hook import hooks_of
 from diffattn.patching.plan import LayerFilter, Plan
@@ -89,7 +90,7 @@ def _patches_of(model: nn.Module) -> list[Patch]:
     inner = uncompiled(model)
     owners = [hook.owner for hook in hooks_of(model)]
     for module in inner.modules():
-        processor = getattr(module, "processor", None)
-        if isinstance(owner := getattr(processor, "owner", None), Patch) and processor.active:  # type: ignore[union-attr]
-            owners.append(owner)
+        runs = runs_of(getattr(module, "processor", None))
+        if runs is not None and isinstance(runs.owner, Patch) and runs.active:
+            owners.append(runs.owner)
     return list({id(owner): owner for owner in owners}.values())

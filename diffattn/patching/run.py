@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diffattn.architectures.base import Size
+from diffattn.architectures.layer_plug import LayerPlug
 from diffattn.architectures.run_state import (
     ACCELERATED,
     EXACT_PHASE,
@@ -51,22 +53,23 @@ class Runs(NotPickled):
         self._needs_level = needs_level(plan.schedule)
         self._warned: set[str] = set()
 
-    def begin_call(self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, mask_rows: int, traced: bool) -> None:
+    def begin_call(
+        self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, size: Size, mask_rows: int, traced: bool
+    ) -> None:
         """See `hook.Listener`."""
         state, device = self.state, sample.device.type
-        height, width = sample.shape[-2:]
-        grids = denoiser.set_size(height, width)  # of this call: the denoiser may serve another thread in between
+        grids = denoiser.set_size(size)  # of this call: the denoiser may serve another thread in between
         scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
         reading = denoiser.read_time(time, scheduler)
         begins = state.schedule is None or max(reading.levels) > state.last_level
         if begins or reading.run is not state.scheduler_run:
-            self._begin_run(sample, reading, device, mask_rows)
+            self._begin_run(sample, size, reading, device, mask_rows)
         state.last_level, state.scheduler_run = max(reading.levels), reading.run
         assert state.schedule is not None
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
         compiled = traced or denoiser.compiled
-        state.begin(DenoiserCall(phase, grids, compiled))
+        state.begin(DenoiserCall(phase, grids, compiled, size.references))
         self._count_displaced(denoiser)
         if compiled:
             self._count(denoiser, phase, device, mask_rows)
@@ -107,7 +110,7 @@ class Runs(NotPickled):
         """Whether the known noise level is enough for the schedule."""
         return reading.known or not self._needs_level
 
-    def _begin_run(self, sample: Tensor, reading: Reading, device: str, mask_rows: int) -> None:
+    def _begin_run(self, sample: Tensor, size: Size, reading: Reading, device: str, mask_rows: int) -> None:
         """Count the run, and warn about anything its user would not expect."""
         state = self.state
         state.schedule = copy.deepcopy(self.plan.schedule)
@@ -115,7 +118,8 @@ class Runs(NotPickled):
         state.trace.clear()
         self.num_runs += 1
         for denoiser in self.denoisers:
-            denoiser.begin_run(sample.shape[-2], sample.shape[-1])
+            denoiser.begin_run(size)
+        self._renew_displaced()
         self._look_for_displaced()
         if not self._is_enough(reading):
             self._warn_once(
@@ -136,6 +140,18 @@ class Runs(NotPickled):
         self.plan.check_size(largest)
         why = "; ".join(dict.fromkeys(reasons))
         self._warn_once("nothing", f"diffattn accelerates no layer in this run: {why}")
+
+    def _renew_displaced(self) -> None:
+        """Plug the method into processors that diffusers or the user put in place of ours."""
+        for denoiser in self.denoisers:
+            for layer in denoiser.patched:
+                before = layer.runs
+                is_plug = isinstance(before, LayerPlug)
+                if is_plug and layer.look() and not denoiser.architecture.reason_exact(layer.module):
+                    parts = {"layer": before.layer, "methods": before.methods, "run": before.run, "tally": before.tally}
+                    layer.renew(
+                        denoiser.architecture.replaced(original=layer.module.processor, owner=before.owner, **parts)
+                    )
 
     def _look_for_displaced(self) -> None:
         """Warn about layers that run without diffattn, with advice where possible."""

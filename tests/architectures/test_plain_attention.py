@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.architectures import architecture_of
-from diffattn.architectures.plain_attention import SelfAttentionProcessor
+from diffattn.architectures import plain_attention
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall, Latest, RunState, Tally
 from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset
 
@@ -57,6 +57,11 @@ def state() -> RunState:
     return run
 
 
+def plugged(spec: LayerSpec, original: Any, run: RunState, tally: Tally) -> Any:
+    parts = plain_attention.replaced(layer=spec, original=original, methods=[PlainAttention()], run=run, tally=tally)
+    return parts.processor
+
+
 def both(attn: Attention, x: Tensor, **more: Any) -> tuple[Tensor, Tensor, Tally]:
     """The layer's own output, the output through our processor, and what ours counted."""
     spec = LayerSpec("layer", level=0, num_heads=2, head_dim=8)
@@ -64,7 +69,7 @@ def both(attn: Attention, x: Tensor, **more: Any) -> tuple[Tensor, Tensor, Tally
     original = attn.processor
     with torch.no_grad():
         expected = attn(x, **more)
-        attn.set_processor(SelfAttentionProcessor(spec, original, [PlainAttention()], run, tally))
+        attn.set_processor(plugged(spec, original, run, tally))
         out = attn(x, **more)
     attn.set_processor(original)
     return expected, out, tally
@@ -129,7 +134,7 @@ def test_dropout_stays_in_training() -> None:
     with torch.no_grad():
         expected = attn(x)
     spec = LayerSpec("layer", level=0, num_heads=2, head_dim=8)
-    attn.set_processor(SelfAttentionProcessor(spec, attn.processor, [PlainAttention()], state(), Tally()))
+    attn.set_processor(plugged(spec, attn.processor, state(), Tally()))
     torch.manual_seed(1)
     with torch.no_grad():
         torch.testing.assert_close(attn(x), expected)

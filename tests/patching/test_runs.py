@@ -211,7 +211,7 @@ def test_a_call_keeps_its_grids_when_another_thread_sets_a_size_meanwhile(monkey
     read_time = denoiser.read_time
 
     def meanwhile(*args: Any) -> Any:
-        denoiser.set_size(12, 20)
+        denoiser.set_size(Size(12, 20))
         return read_time(*args)
 
     monkeypatch.setattr(denoiser, "read_time", meanwhile)

@@ -1,0 +1,141 @@
+"""What a plugged processor runs in place of its call of attention: a method where it applies, else that very call.
+
+Shapes: B batch, H heads, N tokens, D channels per head.
+"""
+
+from collections.abc import Callable, Mapping
+from math import isfinite, sqrt
+from typing import Any
+
+from torch import Tensor
+
+from diffattn.architectures.base import MethodProcessor, by_phase
+from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
+from diffattn.methods.base import LayerCall, TokenLayout
+
+ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""What follows q, k and v in the functions that processors call, in this order."""
+
+
+class LayerPlug(MethodProcessor):
+    """The method of one layer, behind the attention call of its processor."""
+
+    honours_scale = False  # whether the original multiplies logits by `attn.scale` instead of 1/√D
+
+    def attend(
+        self,
+        function: Callable[..., Tensor],
+        heads_first: bool,
+        attn: Any,
+        x: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """In place of `function(q, k, v, *args, **kwargs)`, which is called if the method does not apply.
+
+        Args:
+            function: what the processor calls.
+            heads_first: whether q, k and v are [B, H, N, D], rather than [B, N, H, D].
+            attn: the layer.
+            x: its input.
+        """
+        call = self._call_under_way()
+        if call is None:
+            return function(q, k, v, *args, **kwargs)
+        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        reason = self._reason_call(q, k, given, heads_first) or self._reason_together(call, q.shape[0])
+        if reason is None:
+            reason = self._reason_scale(attn)
+        if reason is not None:
+            self._count(call, reason)
+            return function(q, k, v, *args, **kwargs)
+        mask = given.get("attn_mask")
+        places = (x if x is not None and x.ndim == 3 and x.shape[0] == q.shape[0] else None, q, k, v, mask)
+
+        def run(phase: int, *tensors: Tensor) -> Tensor:
+            x, q, k, v, mask = tensors
+            layout = self._layout(call, q.shape[2 if heads_first else 1])
+            rows = 0 if mask is None else mask.shape[-2]
+            method = self._function(call, phase, self.reason_exact(phase, layout, q.device.type, rows))
+            if method is None:
+                named = given | {"attn_mask": mask}
+                return function(q, k, v, **named)
+            layer_call = LayerCall(x=x, grid=layout.grid, mask=mask, phase=phase, layout=layout)
+            scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
+            out = self._apply(method, *scaled, layer_call).to(v.dtype)
+            return out if heads_first else out.transpose(1, 2)
+
+        return by_phase(call.phase, run, *places)
+
+    def will_run(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
+        """Whether a call of a layer of image tokens, x [B, N, C] or [B, C, h, w], will run the method in any phase; if
+        not, the reason is counted."""
+        call = self._call_under_way()
+        if call is None:
+            return False
+        reason = "called as cross-attention" if context is not None else self._reason_together(call, x.shape[0])
+        reason = reason or self._reason_scale(attn)
+        if reason is None and (attn.norm_q is not None or attn.norm_k is not None):
+            reason = f"{type(self.original).__name__} leaves out the layer's norms of queries and keys"
+        if reason is None:
+            tokens = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1]
+            rows = 0 if mask is None else mask.shape[-2] if mask.ndim > 2 else 1
+            phases = {call.phase} if isinstance(call.phase, int) else set(call.phase)
+            layout = self._layout(call, tokens)
+            reasons = [self.reason_exact(phase, layout, x.device.type, rows) for phase in sorted(phases)]
+            if ACCELERATED in reasons:
+                return True
+            reason = reasons[0]
+        self._count(call, reason)
+        return False
+
+    def _layout(self, call: DenoiserCall, num_tokens: int) -> TokenLayout:
+        """Where the tokens of a call lie; those beyond the grid are context if the layer has any."""
+        return self.layout_of(call.grids[self.layer.level], call.references, num_tokens)
+
+    def _reason_call(self, q: Tensor, k: Tensor, given: Mapping[str, Any], heads_first: bool) -> str | None:
+        """Why the arguments of the call keep it exact, or None."""
+        tokens = 2 if heads_first else 1
+        mask = given.get("attn_mask")
+        if q.ndim != 4:
+            return f"queries of {q.ndim} dimensions"
+        if q.shape[tokens] != k.shape[tokens]:
+            return "called as cross-attention"
+        if mask is not None and not isinstance(mask, Tensor):
+            return f"masked by a {type(mask).__name__}"
+        if mask is not None and mask.ndim != 4:
+            return f"a mask of {mask.ndim} dimensions"
+        if given.get("dropout_p"):
+            return "dropout"
+        if given.get("is_causal"):
+            return "causal"
+        if given.get("parallel_config") is not None:
+            return "context parallel"
+        scale = given.get("scale")
+        return None if scale is None or scale > 0 else f"a scale of {scale}"
+
+    def _reason_scale(self, attn: Any) -> str | None:
+        """Why the layer's own scale keeps it exact, or None."""
+        if not self.honours_scale or (isfinite(attn.scale) and attn.scale > 0):
+            return None
+        return f"attn.scale is {attn.scale}, not a number above 0"
+
+    def _scale(self, attn: Any, given: Mapping[str, Any]) -> float | None:
+        return attn.scale if self.honours_scale else given.get("scale")
+
+    @staticmethod
+    def _scaled(
+        q: Tensor, k: Tensor, v: Tensor, scale: float | None, heads_first: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as [B, H, N, D], with as many heads each, for logits with 1/√D."""
+        if not heads_first:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if k.shape[1] != q.shape[1]:  # grouped queries
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        ratio = 1.0 if scale is None else scale * sqrt(q.shape[-1])
+        if abs(ratio - 1) > 1e-6:  # half on each side, so that products with pooled queries also have it once
+            q, k = q * sqrt(ratio), k * sqrt(ratio)
+        return q, k, v

@@ -1,0 +1,204 @@
+"""Puts a method into a diffusers processor without touching what surrounds its attention.
+
+Every processor of diffusers projects, normalises, rotates and gates in code of its own, and between them calls one
+function: `F.scaled_dot_product_attention` or `dispatch_attention_fn`. A plugged processor is an instance of a subclass
+whose `__call__` is compiled from the same source, with that one call handed to `LayerPlug` instead:
+
+    F.scaled_dot_product_attention(query, key, value, ...)
+    self.diffattn.attend(F.scaled_dot_product_attention, True, attn, hidden_states, query, key, value, ...)
+
+It runs with the globals of the processor's own module, under the file name and the line numbers of the original, so
+that nothing of diffusers is copied or changed, and tracebacks point to diffusers. It shares the attributes of the
+processor it stands for, and answers for its class.
+"""
+
+import ast
+import copy
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NoReturn, Self
+
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+
+from diffattn.architectures.layer_plug import LayerPlug
+from diffattn.architectures.run_state import NotPickled
+
+HEADS_FIRST = {
+    "F.scaled_dot_product_attention": True,
+    "torch.nn.functional.scaled_dot_product_attention": True,
+    "dispatch_attention_fn": False,
+}
+"""The functions that processors call -> whether heads come before tokens, [B, H, N, D] rather than [B, N, H, D]."""
+
+OTHER_KEYS = re.compile(r"ip_|img|image")
+"""Names of keys that are not the layer's own tokens: those of an image prompt."""
+
+STAND_INS = dict.fromkeys((AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor), AttnProcessor2_0)
+"""Processors that call neither function, but compute what another one does; where they run exact, they run."""
+
+SLOT = "diffattn"
+"""The attribute of a plugged processor that holds its `LayerPlug`."""
+
+
+class PluggedError(Exception):
+    """A processor that cannot be plugged; the message is the reason."""
+
+
+def reason_unplugged(processor: Any) -> str | None:
+    """Why a processor cannot be plugged, or None."""
+    kind = type(genuine(processor))
+    try:
+        plugged_class(kind)
+    except PluggedError as error:
+        return str(error)
+    return None
+
+
+def plug_in(plug: LayerPlug) -> Any:
+    """The processor that runs `plug` in place of the attention of `plug.original`.
+
+    Raises:
+        PluggedError: see `reason_unplugged`.
+    """
+    kind = plugged_class(type(plug.original))
+    return _instance(kind, plug)
+
+
+def plug_of(processor: Any) -> LayerPlug | None:
+    """What `plug_in` put into a processor; None for any other processor."""
+    return inspect.getattr_static(type(processor), SLOT).__get__(processor) if _is_plugged(processor) else None
+
+
+def genuine(processor: Any) -> Any:
+    """The processor itself, or the original of one of ours that was reinstalled after its removal."""
+    while (plug := plug_of(processor)) is not None and not plug.active:
+        processor = plug.original
+    return processor
+
+
+def _is_plugged(processor: Any) -> bool:
+    return issubclass(type(processor), _Plugged)
+
+
+def _instance(kind: Any, plug: LayerPlug) -> Any:
+    new = object.__new__(kind)
+    if hasattr(plug.original, "__dict__"):
+        object.__setattr__(new, "__dict__", plug.original.__dict__)
+    inspect.getattr_static(kind, SLOT).__set__(new, plug)
+    return new
+
+
+class _Plugged:
+    """What every plugged class has besides the class that it stands for."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        NotPickled.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+        raise AssertionError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        plug = plug_of(self)
+        assert plug is not None
+        memo[id(self)] = new = _instance(type(self), copy.deepcopy(plug, memo))
+        return new
+
+
+@cache
+def plugged_class(kind: type) -> type:
+    """The subclass of a processor's class that is plugged."""
+    call = _plugged_call(STAND_INS.get(kind, kind))  # type: ignore[call-overload]
+    if kind in STAND_INS:
+        call = _standing_in(kind.__call__, call)
+    body = {
+        "__slots__": (SLOT,),
+        "__call__": call,
+        "__class__": property(lambda self: kind),  # what `processor.__class__` is compared with, or made from
+        "__doc__": kind.__doc__,
+        "__module__": __name__,
+    }
+    return type(f"Plugged{kind.__name__}", (_Plugged, kind), body)
+
+
+def _standing_in(original: Callable[..., Any], plugged: Callable[..., Any]) -> Callable[..., Any]:
+    """The original where the layer runs exact, else the plugged code of another class."""
+    takes_temb = "temb" in inspect.signature(original).parameters
+
+    def __call__(
+        self: Any,
+        attn: Any,
+        hidden_states: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        temb: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        will_run = self.diffattn.will_run(attn, hidden_states, encoder_hidden_states, attention_mask)
+        if will_run:
+            return plugged(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        named = {"temb": temb} if takes_temb else {}
+        return original(self, attn, hidden_states, encoder_hidden_states, attention_mask, **named)
+
+    return __call__
+
+
+def _plugged_call(kind: type) -> Callable[..., Any]:
+    """`kind.__call__`, compiled again with its call of attention handed over."""
+    function = inspect.getattr_static(kind, "__call__", None)
+    if not inspect.isfunction(function) or not kind.__module__.startswith("diffusers."):
+        raise PluggedError(f"custom processor {kind.__name__}")
+    if function.__code__.co_freevars:
+        raise PluggedError(f"processor {kind.__name__}, whose code refers to its surroundings")
+    try:
+        lines, first = inspect.getsourcelines(function)
+    except OSError:
+        raise PluggedError(f"processor {kind.__name__}, whose source code is not at hand") from None
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list = []
+    handing = _HandOver(definition)
+    handing.visit(definition)
+    if not handing.found:
+        raise PluggedError(f"processor {kind.__name__}, which calls no attention that can be replaced")
+    ast.increment_lineno(ast.fix_missing_locations(tree), first - 1)
+    made: dict[str, Any] = {}
+    exec(compile(tree, function.__code__.co_filename, "exec", dont_inherit=True), function.__globals__, made)
+    return made[definition.name]
+
+
+class _HandOver(ast.NodeTransformer):
+    """Rewrites the call of attention over the layer's own tokens, the first one whose keys are theirs."""
+
+    def __init__(self, definition: ast.FunctionDef) -> None:
+        self.found = False
+        names = [argument.arg for argument in definition.args.args]
+        self._self, self._attn = names[0], names[1]
+        self._input = "hidden_states" if "hidden_states" in names else None
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        name = ast.unparse(node.func)
+        if self.found or name not in HEADS_FIRST or not _are_own_keys(node):
+            return node
+        self.found = True
+        plug = ast.Attribute(ast.Name(self._self, ast.Load()), SLOT, ast.Load())
+        given = ast.Name(self._input, ast.Load()) if self._input else ast.Constant(None)
+        leading = [node.func, ast.Constant(HEADS_FIRST[name]), ast.Name(self._attn, ast.Load()), given]
+        attend = ast.Attribute(plug, "attend", ast.Load())
+        return ast.copy_location(ast.Call(attend, [*leading, *node.args], node.keywords), node)
+
+
+def _are_own_keys(node: ast.Call) -> bool:
+    named = {keyword.arg: keyword.value for keyword in node.keywords}
+    keys = node.args[1] if len(node.args) > 1 else named.get("key")
+    return keys is not None and not OTHER_KEYS.search(ast.unparse(keys))
