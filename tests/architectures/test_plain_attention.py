@@ -13,8 +13,7 @@ from support import tiny
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffattn.architectures import architecture_of
-from diffattn.architectures import plain_attention
+from diffattn.architectures import architecture_of, plain_attention
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall, Latest, RunState, Tally
 from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset
 

@@ -18,6 +18,7 @@ from support.watching import Watching
 from torch import Tensor
 
 import diffattn
+from diffattn.architectures.base import Size
 
 
 @pytest.fixture

@@ -1,0 +1,171 @@
+"""A family of diffusers' transformers as a row of facts: where its tokens lie, and what its time means."""
+
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffattn.architectures import plain_attention as attention
+from diffattn.architectures.base import Replaced, Size
+from diffattn.architectures.plug import reason_unplugged
+from diffattn.methods.base import Grid, LayerSpec
+from diffattn.noise_level import NUM_TRAIN_TIMESTEPS, Convention, Reading, TimeReader, values_of
+
+SizeOf = Callable[[Any, Mapping[str, Any]], Size]
+"""(denoiser, arguments of its forward) -> the size of its latents."""
+
+Patch = Callable[[Any], Sequence[int]]
+"""The denoiser's configuration -> latent pixels per token: rows and columns, or frames, rows and columns."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """What a denoiser's time argument t means, as the time step of a scheduler, 1000 noise ... 0 data: `scale`·t, or
+    counted from the other end."""
+
+    scale: float = 1.0
+    from_data: bool = False  # t rises from noise to data
+
+    def timesteps(self, time: Tensor | float) -> Tensor | float:
+        """The scheduler's time steps of t, one number or [B]; t itself where it is one."""
+        if self == Time():
+            return time
+        values = [v * self.scale for v in values_of(time)]
+        if self.from_data:
+            values = [NUM_TRAIN_TIMESTEPS - v for v in values]
+        return values[0] if len(values) == 1 else torch.tensor(values, dtype=torch.float64)
+
+
+FLOW = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda t: 0 <= t <= NUM_TRAIN_TIMESTEPS)
+"""Flow matching's time steps where no scheduler is known: 1000σ."""
+
+
+@dataclass(frozen=True)
+class TransformerFamily:
+    """Transformers of diffusers that differ in nothing that matters to attention.
+
+    Everything within a layer (projections, norms, rotations, gates, masks) stays the code of its processor; see `plug`.
+    """
+
+    classes: tuple[str, ...]  # names in diffusers
+    size_of: SizeOf
+    patch: Patch
+    entry_name: str  # the submodule that every forward runs before any attention
+    context: Literal["none", "first", "last"] = "none"  # where text and other tokens without a place stand
+    rotated: bool = True  # whether queries and keys carry their place as a rotation
+    time: Time = Time()
+    training: Convention | None = FLOW  # the meaning of time steps where no scheduler is known
+    others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
+    sample_name: str = "hidden_states"
+    time_name: str = "timestep"
+
+    @property
+    def title(self) -> str:
+        return ", ".join(self.classes)
+
+    def matches(self, model: nn.Module) -> bool:
+        kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("diffusers.")]
+        return any(name in self.classes for name in kinds)
+
+    def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
+        for name, module in model.named_modules():
+            if hasattr(module, "set_processor") and hasattr(module, "processor"):
+                yield self._spec(name, module), module
+
+    def _spec(self, name: str, module: Any) -> LayerSpec:
+        spec = attention.spec_of(name, module, level=0)
+        is_other = re.search(self.others, name) is not None or bool(getattr(module, "is_cross_attention", False))
+        return replace(spec, is_cross_attention=is_other, context=self.context, rotated=self.rotated)
+
+    def reason_exact(self, module: nn.Module) -> str | None:
+        return reason_unplugged(module.processor)
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(self.entry_name)
+
+    def sample(self, given: Mapping[str, Any]) -> Tensor:
+        found = given[self.sample_name]
+        if isinstance(found, Tensor):
+            return found
+        same = all(x.shape == found[0].shape for x in found)  # a list of pictures, perhaps of different sizes
+        return torch.stack(list(found)) if same else torch.cat([x.flatten() for x in found])[None]
+
+    def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
+        return self.size_of(model, given)
+
+    def grids(self, model: Any, height: int, width: int, frames: int | None = None) -> list[Grid]:
+        patch = tuple(self.patch(model.config))
+        pixels = (height, width) if len(patch) == 2 else (frames or 1, height, width)
+        return [tuple(-(-p // q) for p, q in zip(pixels, patch, strict=True))]
+
+    def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
+        return levels.read(self.time.timesteps(time), self.training)
+
+    def replaced(self, **parts: Any) -> Replaced:
+        return attention.replaced(**parts)
+
+
+def text_tokens(given: Mapping[str, Any], name: str = "encoder_hidden_states") -> int:
+    """Tokens of the text [B, c, C] among the arguments of forward, 0 without one."""
+    text = given.get(name)
+    return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+
+
+def picture(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of latents [B, C, h, w]."""
+    height, width = given["hidden_states"].shape[-2:]
+    return Size(height, width, num_context=text_tokens(given))
+
+
+def video(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of latents [B, C, f, h, w]."""
+    frames, height, width = given["hidden_states"].shape[-3:]
+    return Size(height, width, frames, num_context=text_tokens(given))
+
+
+def packed(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of tokens [B, N, C] with `img_ids` [N, 3] or [B, N, 3]: picture, row, column; later pictures are references."""
+    grid, *references = _grids_of(given["img_ids"], model)
+    return Size(2 * grid[0], 2 * grid[1], references=tuple(references), num_context=text_tokens(given))
+
+
+def square(patch: int) -> Patch:
+    """The same number of latent pixels in both directions, whatever the configuration."""
+    return lambda config: (patch, patch)
+
+
+def own_patch(config: Any) -> Sequence[int]:
+    """Squares of the configuration's `patch_size`."""
+    return (config.patch_size, config.patch_size)
+
+
+_LAST_IDS: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], list[Grid]]]" = weakref.WeakKeyDictionary()
+
+
+def _grids_of(ids: Tensor, model: nn.Module) -> list[Grid]:
+    """Rows and columns of every picture that `ids` tells the places of. They are read off the device once, not in every
+    step of a run that passes the same tensor."""
+    last = _LAST_IDS.get(model)
+    if last is not None and last[0]() is ids:
+        return last[1]
+    rows = ids if ids.ndim == 2 else ids[0]
+    places = rows[:, -3:].cpu()
+    grids = []
+    starts = [0, *((places[1:, 0] != places[:-1, 0]).nonzero().flatten() + 1).tolist(), len(places)]
+    for start, end in pairwise(starts):
+        low, high = places[start:end, 1:].amin(0), places[start:end, 1:].amax(0)
+        height, width = (int(n) for n in (high - low + 1).tolist())
+        grids.append((height, width) if height * width == end - start else (end - start, 1))
+    _LAST_IDS[model] = (weakref.ref(ids), grids)
+    return grids
+
+
+def tokens_of(grids: Sequence[Grid]) -> int:
+    """Of all grids together."""
+    return sum(map(prod, grids))

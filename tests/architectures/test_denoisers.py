@@ -1,0 +1,172 @@
+"""Every denoiser of diffusers through the same contract; a new class costs a row and a tiny configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from support.denoisers import CASES
+from support.denoisers.case import Case
+from torch import Tensor, nn
+
+import diffattn
+from diffattn.architectures import architecture_of
+from diffattn.architectures.plug import plug_of
+
+FEW: dict[str, Any] = {"num_agents": 6, "min_tokens": 0, "max_head_error": float("1e9")}
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(case: Case, batch: int = 2, seed: int = 1) -> dict[str, Any]:
+    return case.inputs(batch, torch.Generator().manual_seed(seed))
+
+
+def one_of(given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
+    """The arguments for one sample of a batch."""
+    rows = {k: v[index : index + 1] for k, v in given.items() if isinstance(v, Tensor | list) and len(v) == batch}
+    return {**given, **rows}
+
+
+@every_case
+def test_passing_through_is_bit_equal_and_removing_restores_the_same_objects(case: Case) -> None:
+    model, given = case.build(), inputs(case)
+    exact = case.call(model, given)
+    before = {name: m.processor for name, m in model.named_modules() if hasattr(m, "processor")}
+    handle = diffattn.patch(model, num_agents=1, min_tokens=10**6)
+    handle.quiet()
+    assert torch.equal(case.call(model, given), exact)
+    assert handle.report().calls_passed_through == case.num_layers
+    handle.remove()
+    assert all(model.get_submodule(name).processor is original for name, original in before.items())
+    assert torch.equal(case.call(model, given), exact)
+
+
+@every_case
+def test_every_layer_is_accelerated_and_close_to_exact(case: Case) -> None:
+    model, given = case.build(), inputs(case)
+    exact = case.call(model, given)
+    with diffattn.patch(model, **FEW) as handle:
+        out = case.call(model, given)
+        report = handle.report()
+    assert (report.calls_accelerated, report.calls_passed_through) == (case.num_layers, 0), str(report)
+    assert out.shape == exact.shape
+    assert out.isfinite().all()
+    assert not torch.equal(out, exact)
+
+
+@every_case
+def test_the_grid_is_where_the_tokens_lie(case: Case) -> None:
+    model, given = case.build(), inputs(case)
+    with diffattn.patch(model, **FEW) as handle:
+        calls = Watched(model)
+        case.call(model, given)
+        tokens = {layer.tokens for layer in handle.report().layers if layer.accelerated}
+    assert {layout.grid for layout, _, _ in calls} == {case.grid}
+    assert case.context in {layout.num_context for layout, _, _ in calls}
+    assert tokens == {torch.Size(case.grid).numel()}
+
+
+@every_case
+def test_text_is_answered_exactly(case: Case) -> None:
+    if not case.context:
+        pytest.skip("no tokens without a place")
+    model, given = case.build(), inputs(case)
+    with diffattn.patch(model, **FEW):
+        calls = Watched(model)
+        case.call(model, given)
+    assert calls
+    for layout, out, exact in calls:
+        torch.testing.assert_close(layout.context(out), layout.context(exact), rtol=1e-4, atol=1e-5)
+        assert layout.num_context == 0 or not torch.allclose(layout.on_grid(out), layout.on_grid(exact), rtol=1e-3)
+
+
+@every_case
+def test_a_batch_is_its_samples(case: Case) -> None:
+    model, given = case.build(), inputs(case)
+    with diffattn.patch(model, **FEW):
+        together = case.call(model, given)
+        alone = [case.call(model, one_of(given, i, 2)) for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-4)
+
+
+@every_case
+def test_the_noise_level_is_the_schedulers(case: Case) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+    model, given = case.build(), inputs(case)
+    with diffattn.patch(model, **FEW) as handle:
+        for i in (0, 2, 4):
+            sigma = float(scheduler.sigmas[i])
+            case.call(model, given, level=sigma)
+            entry = handle.last_call()
+            assert entry is not None
+            assert entry["noise_level"] == pytest.approx(sigma, abs=2e-3)
+
+
+@every_case
+def test_a_deep_copy_is_patched_by_itself(case: Case) -> None:
+    model, given = case.build(), inputs(case)
+    exact = case.call(model, given)
+    with diffattn.patch(model, **FEW):
+        copied = copy.deepcopy(model)
+        accelerated = case.call(model, given)
+    assert torch.equal(case.call(copied, given), accelerated)
+    assert torch.equal(case.call(model, given), exact)
+
+
+@every_case
+def test_it_compiles_whole_where_the_unpatched_model_does(case: Case) -> None:
+    given = inputs(case)
+    plain = case.build()
+    try:
+        compiled = torch.compile(plain, backend="eager", fullgraph=True)
+        exact = case.call(compiled, given)
+    except Exception as error:
+        pytest.skip(f"the unpatched model does not compile whole: {type(error).__name__}")
+    torch._dynamo.reset()
+    model = case.build()
+    with diffattn.patch(model, **FEW):
+        expected = case.call(model, given)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with diffattn.patch(compiled, **FEW) as handle:
+        out = case.call(compiled, given)
+        assert handle.report().calls_accelerated == case.num_layers
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(out, exact)
+
+
+def _plugs(model: nn.Module) -> list[Any]:
+    found = [plug_of(getattr(m, "processor", None)) for m in model.modules()]
+    return [plug for plug in found if plug is not None]
+
+
+class Watched(list[tuple[Any, Tensor, Tensor]]):
+    """(layout, output, exact output) of every accelerated call of a patched model to come."""
+
+    def __init__(self, model: nn.Module) -> None:
+        for plug in _plugs(model):
+            plug.functions = tuple(self._watch(f) for f in plug.functions)
+
+    def _watch(self, function: Any) -> Any:
+        def watched(q: Tensor, k: Tensor, v: Tensor, call: Any) -> Tensor:
+            out = function(q, k, v, call)
+            exact = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
+            self.append((call.layout, out, exact))
+            return out
+
+        return watched
+
+
+def test_an_unknown_denoiser_is_refused_with_where_to_read_on() -> None:
+    with pytest.raises(TypeError, match=r"Linear is not supported.*adding an architecture"):
+        architecture_of(nn.Linear(2, 2))

@@ -1,0 +1,7 @@
+"""Tiny real denoisers of diffusers, one case per class; `CASES` runs through the contract suite."""
+
+from support.denoisers.case import Case
+from support.denoisers.joint import JOINT
+from support.denoisers.videos import VIDEOS
+
+CASES: tuple[Case, ...] = (*JOINT, *VIDEOS)
