@@ -147,6 +147,12 @@ class MethodProcessor(NotPickled):
             return None
         return f"a batch of {batch} where {len(call.phase)} samples are in phases of their own"
 
+    def _memory(self, call: DenoiserCall, phase: int) -> dict[str, Any] | None:
+        """See `LayerCall.memory`."""
+        if torch.compiler.is_compiling() or call.compiled or torch.is_grad_enabled():
+            return None
+        return self.run.memory.setdefault((self.layer.name, phase, call.place), {})
+
     def _count(self, call: DenoiserCall, reason: str) -> None:
         if not (call.compiled or torch.compiler.is_compiling()):
             self.tally.add(self.layer.name, reason)

@@ -63,7 +63,9 @@ class LayerPlug(MethodProcessor):
             if method is None:
                 named = given | {"attn_mask": mask}
                 return function(q, k, v, **named)
-            layer_call = LayerCall(x=x, grid=layout.grid, mask=mask, phase=phase, layout=layout)
+            layer_call = LayerCall(
+                x=x, grid=layout.grid, mask=mask, phase=phase, layout=layout, memory=self._memory(call, phase)
+            )
             scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
             out = self._apply(method, *scaled, layer_call).to(v.dtype)
             return out if heads_first else out.transpose(1, 2)

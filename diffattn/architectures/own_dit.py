@@ -115,7 +115,8 @@ class SiTProcessor(MethodProcessor):
         function = self._function(call, phase, reason)
         if function is None:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
-        layer_call = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid))
+        memory = self._memory(call, phase)
+        layer_call = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid), memory=memory)
         return self._apply(function, q, k, v, layer_call).to(v.dtype)
 
     def _exact(

@@ -54,6 +54,7 @@ class DenoiserCall:
     grids: Sequence[Grid]  # of the tokens, by level
     compiled: bool  # part of the denoiser is compiled: the hook counts instead of the processors
     references: tuple[Grid, ...] = ()  # of reference pictures, at every level
+    place: int = 0  # among the calls at its noise level, as with one call for each side of the guidance
 
 
 class Latest:
@@ -73,6 +74,7 @@ class RunState(threading.local):
         noise_levels: reads the time steps of the scheduler in use.
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
+        memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
         trace: a record of every call of this run, as JSON types.
     """
 
@@ -87,7 +89,12 @@ class RunState(threading.local):
     def __init__(self, latest: Latest) -> None:
         """Called once per thread, with the same `latest`."""
         self.latest = latest
+        self.memory: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
+
+    def place_after(self, level: float) -> int:
+        """The place of the next call among those at its noise level; to be asked before `last_level` is set."""
+        return self.call.place + 1 if self.call is not None and level == self.last_level else 0
 
     def begin(self, call: DenoiserCall) -> None:
         """Begin a call of the denoiser in this thread."""

@@ -108,6 +108,10 @@ def landmark_attention_with_context(
     return out, gathered[..., end - num_context : end, :], error
 
 
+Heads = tuple[Tensor, Tensor]
+"""Samples and heads, as two lists of indices."""
+
+
 def exact_where_missed(
     out: Tensor,
     error: Tensor,
@@ -129,15 +133,21 @@ def exact_where_missed(
     Returns:
         [B, H, N, D], and the number of heads recomputed over all samples, at a cost of O(N·M·D) each.
     """
-    missed = (~(error <= max_error)).nonzero(as_tuple=True)  # samples and heads
+    samples, heads = (~(error <= max_error)).nonzero(as_tuple=True)
+    return exact_heads(out, (samples, heads), q, k, v, key_mask), len(samples)
+
+
+def exact_heads(out: Tensor, missed: Heads, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """`out` [B, H, N, D] with some heads recomputed with exact attention, at a cost of O(N·M·D) each."""
     if not len(missed[0]):
-        return out, 0
-    if len(missed[0]) == error.numel():
-        return scaled_dot_product_attention(q, k, v, attn_mask=key_mask), error.numel()
+        return out
+    batch, heads = out.shape[:2]
+    if len(missed[0]) == batch * heads:
+        return scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
     if key_mask is not None:
-        key_mask = key_mask.expand(*error.shape, *key_mask.shape[2:])[missed][None]
+        key_mask = key_mask.expand(batch, heads, *key_mask.shape[2:])[missed][None]
     exact = scaled_dot_product_attention(q[missed][None], k[missed][None], v[missed][None], attn_mask=key_mask)[0]
-    return out.index_put(missed, exact), len(missed[0])
+    return out.index_put(missed, exact)
 
 
 def correct(

@@ -5,6 +5,7 @@ C channels, S destination tokens, R = N - S source tokens, r merged source token
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -93,12 +94,18 @@ def pick_tokens(x: Tensor, grid: Grid, num_tokens: int) -> Tensor:
     """
     if prod(grid) != x.shape[2]:
         raise ValueError(f"grid {'x'.join(map(str, grid))} does not match {x.shape[2]} tokens")
-    coarse = coarser_grid(grid, num_tokens)
-    places = torch.zeros(1, dtype=torch.long, device=x.device)
-    for length, cells in zip(grid, coarse, strict=True):
-        middle = (2 * torch.arange(cells, device=x.device) + 1) * length // (2 * cells)
-        places = (places[:, None] * length + middle).flatten()
-    return x.index_select(2, places)
+    return x.index_select(2, _middles(grid, coarser_grid(grid, num_tokens), x.device))
+
+
+@lru_cache(maxsize=256)
+def _middles(grid: Grid, coarse: Grid, device: torch.device) -> Tensor:
+    """Position of the token in the middle of every cell [n]."""
+    with torch.inference_mode(False):
+        places = torch.zeros(1, dtype=torch.long, device=device)
+        for length, cells in zip(grid, coarse, strict=True):
+            middle = (2 * torch.arange(cells, device=device) + 1) * length // (2 * cells)
+            places = (places[:, None] * length + middle).flatten()
+        return places
 
 
 def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
@@ -124,14 +131,22 @@ def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
     rows, columns = pooled_grid(grid, num_tokens)
     if h % rows == 0 and w % columns == 0:  # equal cells: slices, several times as fast as a gather
         cells = x.unflatten(2, (rows, h // rows, columns, w // columns))
-        parts = [cells[:, :, :, i, :, j] for i in _inner(h // rows) for j in _inner(w // columns)]
-        return (sum(parts[1:], parts[0]) / len(parts)).flatten(2, 3)
-    corners = [
-        (row[:, None] * w + column).flatten()
-        for row in _middle(h, rows, x.device)
-        for column in _middle(w, columns, x.device)
-    ]
-    return x[:, :, torch.cat(corners)].unflatten(2, (len(corners), -1)).mean(dim=2)
+        down, right = _inner(h // rows), _inner(w // columns)
+        return cells[:, :, :, down[0] : down[-1] + 1, :, right[0] : right[-1] + 1].mean(dim=(3, 5)).flatten(2, 3)
+    places = _corners(grid, (rows, columns), x.device)
+    return x.index_select(2, places.flatten()).unflatten(2, places.shape).mean(dim=2)
+
+
+@lru_cache(maxsize=256)
+def _corners(grid: tuple[int, int], coarse: tuple[int, int], device: torch.device) -> Tensor:
+    """Positions of the tokens around the centre of every cell [1, 2 or 4, n]."""
+    with torch.inference_mode(False):
+        corners = [
+            (row[:, None] * grid[1] + column).flatten()
+            for row in _middle(grid[0], coarse[0], device)
+            for column in _middle(grid[1], coarse[1], device)
+        ]
+        return torch.stack(corners)
 
 
 def _inner(length: int) -> tuple[int, ...]:

@@ -22,7 +22,14 @@ from diffattn.functional import (
     sample_tokens,
     unmerge_tokens,
 )
-from diffattn.functional.landmark import MAX_DAMPING, exact_where_missed, landmark_attention_with_context
+from diffattn.functional.coasting import LEAST_DAMPING, Calibration, Tokens, calibrate, coast
+from diffattn.functional.landmark import (
+    MAX_DAMPING,
+    Heads,
+    exact_heads,
+    exact_where_missed,
+    landmark_attention_with_context,
+)
 from diffattn.functional.tokens import pick_tokens
 from diffattn.methods.base import (
     AttentionFn,
@@ -68,6 +75,9 @@ class AgentAttention(AttentionMethod):
     """"landmarks": heads whose relative error, estimated on eight queries, exceeds this fall back to exact attention;
     the report counts them. Above 0. None: 0.5 on a CPU; elsewhere no check, since it would synchronise the device. Not
     checked in a compiled denoiser."""
+    calibrate_every: int = 8
+    """"landmarks": how many calls of a layer, in one phase of a run, use the damping, trust and exact heads that the
+    first of them found. 1: every call finds its own, as with gradients and in a compiled denoiser."""
     merge_ratio: float = 0.4  # "merge": share of tokens merged away before attention, in [0, 1)
     merge_stride: int = 2  # "merge": one destination token per stride x stride cell
     scale_exponent: float | None = None  # κ: exponent on the scale of the broadcast softmax, in [0, 1]; None: 0.3
@@ -125,6 +135,8 @@ class AgentAttention(AttentionMethod):
         )
         error = self.max_head_error
         _check(error is None or (_is_number(error) and error > 0), "max_head_error", error, "a number above 0, or None")
+        every = self.calibrate_every
+        _check(_is_int(every, 1), "calibrate_every", every, "a whole number, 1 or more")
         for name in ("min_tokens", "max_level"):
             value = getattr(self, name)
             _check(value is None or _is_int(value, 0), name, value, "a whole number, 0 or more, or None")
@@ -240,10 +252,17 @@ class AgentAttention(AttentionMethod):
 
     def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layout, mask = call.layout, call.mask
-        image, landmarks = layout.on_grid(q), [self._landmarks(x, layout) for x in (q, k)]
+        image = layout.on_grid(q)
         masked = None if mask is None else self._landmarks(_additive(mask).mT, layout).mT.to(q.dtype)
+        landmarks = (self._landmarks(q, layout), self._landmarks(k, layout))
+        tokens = Tokens(image, k, v, *landmarks, layout.num_context, mask, masked)
+        if call.memory is not None and self.damping >= LEAST_DAMPING:
+            out, text, missed = self._coasting(tokens, call.memory)
+            call.exact_heads = 0 if missed is None else len(missed[0])
+            out = out if missed is None else exact_heads(out, missed, image, k, v, mask)
+            return layout.join(out, text)
         out, text, error = landmark_attention_with_context(
-            image, k, v, *landmarks, self.damping, layout.num_context, mask, masked
+            image, k, v, landmarks[0], landmarks[1], self.damping, layout.num_context, mask, masked
         )
         most = self.max_head_error
         if most is None and q.device.type == "cpu":
@@ -251,6 +270,22 @@ class AgentAttention(AttentionMethod):
         if most is not None and not torch.compiler.is_compiling():
             out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
         return layout.join(out, text)
+
+    def _coasting(self, tokens: Tokens, memory: dict[str, Any]) -> tuple[Tensor, Tensor, Heads | None]:
+        """The image tokens' output, the others', and the heads that must run exact: all but the first come from the
+        last calibration, which is renewed after `calibrate_every` calls."""
+        known: Coasting | None = memory.get("landmarks")
+        kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
+        if known is not None and known.kind == kind and known.calls < self.calibrate_every:
+            known.calls += 1
+            return *coast(tokens, self.damping, known.calibration), known.missed
+        out, text, calibration = calibrate(tokens, self.damping)
+        most = self.max_head_error
+        if most is None and tokens.q.device.type == "cpu":
+            most = DEFAULT_HEAD_ERROR
+        missed = None if most is None else calibration.missed(most)
+        memory["landmarks"] = Coasting(kind, calibration, missed)
+        return out, text, missed
 
     def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all that have no place on it."""
@@ -283,6 +318,16 @@ class AgentAttention(AttentionMethod):
         else:
             out = scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)
+
+
+@dataclass
+class Coasting:
+    """A calibration in use."""
+
+    kind: tuple[Any, ...]  # shapes, dtype and device of the tensors it is for
+    calibration: Calibration
+    missed: Heads | None
+    calls: int = 1  # that have used it
 
 
 def _additive(mask: Tensor) -> Tensor:

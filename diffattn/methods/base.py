@@ -95,6 +95,9 @@ class LayerCall:
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
     """The layer's own learned mediators, if any: (q, k, v, number of mediators) -> [B, H, N, D]."""
     layout: TokenLayout = None  # type: ignore[assignment]  # None: the grid, and nothing else
+    memory: dict[str, Any] | None = None
+    """What the method keeps for later calls: of this layer, phase and run, and of the same one of the calls that a step
+    makes. None where nothing can be kept: in compiled code, and with gradients."""
 
     def __post_init__(self) -> None:
         if self.layout is None:

@@ -62,14 +62,16 @@ class Runs(NotPickled):
         scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
         reading = denoiser.read_time(time, scheduler)
         begins = state.schedule is None or max(reading.levels) > state.last_level
-        if begins or reading.run is not state.scheduler_run:
+        begins = begins or reading.run is not state.scheduler_run
+        if begins:
             self._begin_run(sample, size, reading, device, mask_rows)
+        place = 0 if begins else state.place_after(max(reading.levels))
         state.last_level, state.scheduler_run = max(reading.levels), reading.run
         assert state.schedule is not None
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
         compiled = traced or denoiser.compiled
-        state.begin(DenoiserCall(phase, grids, compiled, size.references))
+        state.begin(DenoiserCall(phase, grids, compiled, size.references, place))
         self._count_displaced(denoiser)
         if compiled:
             self._count(denoiser, phase, device, mask_rows)
@@ -116,6 +118,7 @@ class Runs(NotPickled):
         state.schedule = copy.deepcopy(self.plan.schedule)
         state.schedule.start(sample.shape[0])
         state.trace.clear()
+        state.memory.clear()
         self.num_runs += 1
         for denoiser in self.denoisers:
             denoiser.begin_run(size)
