@@ -18,7 +18,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NoReturn, Self
 
 from diffusers.models.attention_processor import (
@@ -43,6 +43,9 @@ OTHER_KEYS = re.compile(r"ip_|img|image")
 
 STAND_INS = dict.fromkeys((AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor), AttnProcessor2_0)
 """Processors that call neither function, but compute what another one does; where they run exact, they run."""
+
+CACHE = "kv_cache"
+"""The argument of processors that brings a cache of keys and values."""
 
 SLOT = "diffattn"
 """The attribute of a plugged processor that holds its `LayerPlug`."""
@@ -118,6 +121,8 @@ def plugged_class(kind: type) -> type:
     call = _plugged_call(STAND_INS.get(kind, kind))  # type: ignore[call-overload]
     if kind in STAND_INS:
         call = _standing_in(kind.__call__, call)
+    elif CACHE in inspect.signature(kind.__call__).parameters:
+        call = _without_cache(kind.__call__, call)
     body = {
         "__slots__": (SLOT,),
         "__call__": call,
@@ -147,6 +152,19 @@ def _standing_in(original: Callable[..., Any], plugged: Callable[..., Any]) -> C
             return plugged(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         named = {"temb": temb} if takes_temb else {}
         return original(self, attn, hidden_states, encoder_hidden_states, attention_mask, **named)
+
+    return __call__
+
+
+def _without_cache(original: Callable[..., Any], plugged: Callable[..., Any]) -> Callable[..., Any]:
+    """The original in calls that keep keys and values, or take those of an earlier call; else the plugged code."""
+
+    @wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(CACHE) is None:
+            return plugged(self, *args, **kwargs)
+        self.diffattn.count_exact("keys and values of a cache")
+        return original(self, *args, **kwargs)
 
     return __call__
 
