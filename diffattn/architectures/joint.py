@@ -1,6 +1,7 @@
 """Transformers whose picture and text tokens attend to each other together: SD3, Flux and their kin."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +59,14 @@ def _qwen(model: Any, given: Mapping[str, Any]) -> Size:
     shapes = shapes if isinstance(shapes, list) else [shapes]
     grids = [(frames * rows, columns) for frames, rows, columns in shapes]
     return Size(2 * grids[0][0], 2 * grids[0][1], references=tuple(grids[1:]), num_context=text_tokens(given))
+
+
+def _qwen21(model: Any, given: Mapping[str, Any]) -> Size:
+    """The picture is the last of `img_shapes`. Text and references before it are answered by calls of their own, which
+    see nothing of the picture; to its queries they are keys. A slot of the encoder for a reference is four tokens."""
+    *references, (frames, rows, columns) = given["img_shapes"][0]
+    before = given["encoder_hidden_states"].shape[1] + sum(map(prod, references)) * 3 // 4
+    return Size(2 * frames * rows, 2 * columns, num_context=before)
 
 
 def _fibo2(model: Any, given: Mapping[str, Any]) -> Size:
@@ -156,6 +165,15 @@ JOINT_FAMILIES = (
         patch=square(2),
         entry_name="img_in",
         context="first",
+        time=Time(scale=1000),
+    ),
+    TransformerFamily(
+        ("QwenImage21Transformer2DModel",),
+        size_of=_qwen21,
+        patch=square(2),
+        entry_name="img_in",
+        context="first",
+        keys_only=True,
         time=Time(scale=1000),
     ),
     TransformerFamily(

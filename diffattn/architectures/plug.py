@@ -195,13 +195,23 @@ def _plugged_call(kind: type) -> Callable[..., Any]:
 
 
 class _HandOver(ast.NodeTransformer):
-    """Rewrites the call of attention over the layer's own tokens, the first one whose keys are theirs."""
+    """Rewrites the call of attention over the layer's own tokens, the first one whose keys are theirs; where there are
+    alternatives, the first in each."""
 
     def __init__(self, definition: ast.FunctionDef) -> None:
         self.found = False
         names = [argument.arg for argument in definition.args.args]
         self._self, self._attn = names[0], names[1]
         self._input = "hidden_states" if "hidden_states" in names else None
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        before, found = self.found, []
+        for branch in (node.body, node.orelse):
+            self.found = before
+            branch[:] = [self.visit(statement) for statement in branch]
+            found.append(self.found)
+        self.found = any(found)
+        return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -219,4 +229,6 @@ class _HandOver(ast.NodeTransformer):
 def _are_own_keys(node: ast.Call) -> bool:
     named = {keyword.arg: keyword.value for keyword in node.keywords}
     keys = node.args[1] if len(node.args) > 1 else named.get("key")
-    return keys is not None and not OTHER_KEYS.search(ast.unparse(keys))
+    if keys is None or isinstance(keys, ast.Subscript):  # none, or some of the keys only
+        return False
+    return not OTHER_KEYS.search(ast.unparse(keys))

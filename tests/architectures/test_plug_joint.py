@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor, QwenImage21KVCache
 from support.denoisers import CASES
 from support.denoisers.case import Case, normal
 from torch import Tensor, nn
@@ -117,6 +118,32 @@ def test_calls_with_a_cache_of_keys_and_values_run_exact_and_say_so() -> None:
         assert reasons == {"keys and values of a cache"}
         case.call(model, given)
         assert handle.report().calls_accelerated == case.num_layers
+
+
+def test_qwen_image_21_is_accelerated_with_its_cache_too() -> None:
+    case = case_of("QwenImage21Transformer2DModel")
+    model, given = case.build(), inputs(case)
+    cache = QwenImage21KVCache(case.num_layers)
+    with diffattn.patch(model, **FEW) as handle:
+        whole = case.call(model, given)
+        extracted = case.call(model, given | {"kv_cache": cache, "kv_cache_mode": "extract"})
+        cached = case.call(model, given | {"kv_cache": cache, "kv_cache_mode": "cached"})
+        report = handle.report()
+    assert (report.calls_accelerated, report.calls_passed_through) == (3 * case.num_layers, 0), str(report)
+    torch.testing.assert_close(extracted, whole)
+    torch.testing.assert_close(cached, whole[:, -48:], rtol=1e-3, atol=1e-4)
+
+
+def test_block_masks_run_exact_and_say_so() -> None:
+    case = case_of("QwenImage21Transformer2DModel")
+    model, given = case.build(), inputs(case)
+    model.set_attn_processor(QwenImage21FlexAttnProcessor())
+    exact = case.call(model, given)
+    with diffattn.patch(model, **FEW) as handle:
+        handle.quiet()
+        assert torch.equal(case.call(model, given), exact)
+        reasons = {reason for layer in handle.report().layers for reason in layer.passed_through}
+    assert reasons == {"masked by a BlockMask"}
 
 
 def test_a_mask_that_differs_between_queries_of_the_picture_runs_exact() -> None:

@@ -142,6 +142,20 @@ def qwen_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return given | {"controlnet_cond": normal(batch, 48, 16, rng=rng)}
 
 
+def qwen21(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    """Two tokens of text, the slots of a reference picture of 4x4 tokens, and text that is padded; then the picture."""
+    slots = torch.tensor([False, False, True, True, True, True, False, False, False, False] + 12 * [True])
+    valid = torch.ones(batch, 10, dtype=torch.bool)
+    valid[1, -2:] = False
+    return {
+        "hidden_states": normal(batch, 16 + 48, 4, rng=rng),
+        "encoder_hidden_states": normal(batch, 10, 32, rng=rng),
+        "encoder_hidden_states_mask": valid,
+        "img_shapes": [[(1, 4, 4), (1, 8, 6)]] * batch,
+        "img_mask": slots.expand(batch, -1),
+    }
+
+
 def prx(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return latents(batch, rng) | {"attention_mask": text_mask(batch)}
 
@@ -210,6 +224,12 @@ HUNYUAN = {
 }  # fmt: skip
 
 
+QWEN21 = {
+    "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "context_in_dim": 32, "axes_dims_rope": (4, 4, 8),
+}  # fmt: skip
+
+
 def case(name: str, config: Any, inputs: Any, num_layers: int, **more: Any) -> Case:
     """With a picture of 8x6 tokens, and text."""
     more = {"grid": (8, 6), "time": lambda u: u, "context": TEXT} | more
@@ -274,6 +294,7 @@ JOINT = (
     case("Flux2Transformer2DModel", FLUX2, flux2, 2, references=(REFERENCE,)),
     case("Flux3Transformer2DModel", FLUX3, flux3, 2),
     case("Flux3Transformer2DModel edit", FLUX3, flux3_edit, 2, references=(REFERENCE,)),
+    case("QwenImage21Transformer2DModel", QWEN21, qwen21, 2, context=6 + 16),
     case(
         "PRXTransformer2DModel",
         {
