@@ -30,14 +30,22 @@ class Size(NamedTuple):
     frames: int | None = None  # of a video's latents
     references: tuple[Grid, ...] = ()  # tokens of reference pictures beside the picture's, at every level
     num_context: int = 0  # tokens of text beside the picture's, as far as known before the call
+    context_first: bool | None = None  # whether they stand before the picture's; None: where the layer has them
+    same_mask: bool = False  # whether a mask with a row per query has the same row for all queries of the picture
 
 
 class Architecture(Protocol):
     """How to access the parts of one family of denoisers. One file per family."""
 
-    title: str  # supported classes, as listed in error messages
-    sample_name: str  # name of the noisy input of `forward`
-    time_name: str  # name of the time step of `forward`
+    @property
+    def title(self) -> str:
+        """Supported classes, as listed in error messages."""
+        ...
+
+    @property
+    def time_name(self) -> str:
+        """Name of the time step of `forward`."""
+        ...
 
     def matches(self, model: nn.Module) -> bool:
         """Whether this family covers the model."""
@@ -104,19 +112,23 @@ class MethodProcessor(NotPickled):
         self.owner = owner
         self.active = True  # a processor reinstalled after its patch was removed behaves like the original
 
-    def layout_of(self, grid: Grid, references: tuple[Grid, ...], num_tokens: int) -> TokenLayout:
+    def layout_of(
+        self, grid: Grid, references: tuple[Grid, ...], num_tokens: int, context_first: bool | None = None
+    ) -> TokenLayout:
         """Where the tokens of a call lie; those beyond the grids are context if the layer has any, else they fit none.
 
         Args:
             grid: of the layer's picture tokens.
             references: of its reference pictures.
             num_tokens: of the call.
+            context_first: whether context stands first in this call; None: as in every call of the layer.
         """
         layer = self.layer
         if num_tokens < prod(grid) + sum(map(prod, references)):
             references = ()
         beyond = num_tokens - prod(grid) - sum(map(prod, references))
-        return TokenLayout((grid, *references), beyond, layer.context == "first", layer.rotated)
+        first = layer.context == "first" if context_first is None else context_first
+        return TokenLayout((grid, *references), beyond, first, layer.rotated)
 
     def reason_exact(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str:
         """Why a call in a phase runs exact, or `ACCELERATED`."""

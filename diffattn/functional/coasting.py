@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, probe_tokens
+from diffattn.functional.landmark import MASKED, MAX_DAMPING, TRUSTED, Heads, damp, probe_tokens
 
 LEAST_DAMPING = 1e-6
 """The smallest `damping` that keeps every matrix positive definite in fp32, so that no call must look."""
@@ -93,10 +93,11 @@ def calibrate(tokens: Tokens, damping: float) -> tuple[Tensor, Tensor, Calibrati
     with torch.autocast(gathered.device.type, enabled=False):
         logits, weights = _weights(asked, tokens)
         exact = gathered.float().flatten(0, 1)
-        mean = exact[:, :n].mean(dim=-2, keepdim=True)
+        kept = _kept(tokens)
+        w = weights[:, :n] if kept is None else weights[:, :n] * kept.mT
+        mean = _mean(exact[:, :n], kept)
         centred = exact - mean
-        w = weights[:, :n]
-        damped = _damped(logits[:, :n], w, damping)
+        damped = _damped(logits[:, :n], w, damping, kept)
         factor, failed = torch.linalg.cholesky_ex(torch.baddbmm(damped, w.mT, w, beta=damping))
         z = torch.cholesky_solve(w.mT @ centred[:, :n], factor)
         x, y = (weights[:, n:] @ z).flatten(1)[:, None], centred[:, n:].flatten(1)[:, None]  # [B·H, 1, p·D]
@@ -113,9 +114,11 @@ def coast(tokens: Tokens, damping: float, known: Calibration) -> tuple[Tensor, T
     gathered = scaled_dot_product_attention(tokens.query_landmarks, tokens.k, tokens.v, attn_mask=tokens.key_mask)
     with torch.autocast(gathered.device.type, enabled=False):
         _, w = _weights(tokens.query_landmarks, tokens)
+        kept = _kept(tokens)
+        w = w if kept is None else w * kept.mT
         factor, _ = torch.linalg.cholesky_ex(torch.baddbmm(known.damped, w.mT, w, beta=damping))
         values = gathered.float().flatten(0, 1)
-        mean = values.mean(dim=-2, keepdim=True)
+        mean = _mean(values, kept)
         z = torch.cholesky_solve(w.mT @ (values - mean), factor)
         corrected = torch.addcmul(mean, known.gamma, z)
     return _broadcast(tokens, gathered, corrected)
@@ -127,12 +130,30 @@ def _weights(asked: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     logits = torch.baddbmm(a[..., :1], a, b.mT, beta=0, alpha=a.shape[-1] ** -0.5)  # beta=0: the first is not read
     if tokens.landmark_mask is None:
         return logits, logits.softmax(dim=-1)
-    mask = tokens.landmark_mask.float().expand(*asked.shape[:2], 1, -1).flatten(0, 1)
-    return logits, (logits + mask).softmax(dim=-1)
+    return logits, (logits + _mask(tokens, tokens.landmark_mask)).softmax(dim=-1)
 
 
-def _damped(logits: Tensor, w: Tensor, damping: float) -> Tensor:
+def _mask(tokens: Tokens, mask: Tensor) -> Tensor:
+    """A mask of landmarks in fp32, [B·H, 1, n]."""
+    return mask.float().expand(*tokens.key_landmarks.shape[:2], 1, -1).flatten(0, 1)
+
+
+def _kept(tokens: Tokens) -> Tensor | None:
+    """0 at landmarks that are masked, else 1 [B·H, 1, n]; None where none can be."""
+    return None if tokens.landmark_mask is None else (_mask(tokens, tokens.landmark_mask) > MASKED).float()
+
+
+def _mean(values: Tensor, kept: Tensor | None) -> Tensor:
+    """m [B·H, 1, D] of the values of landmarks [B·H, n, D] that are not masked."""
+    if kept is None:
+        return values.mean(dim=-2, keepdim=True)
+    return kept @ values / kept.sum(dim=-1, keepdim=True)
+
+
+def _damped(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None) -> Tensor:
     """λI / damping [B·H, n, n]; see `landmark_attention` for λ."""
+    if kept is not None:
+        return torch.diag_embed((damp(logits, w, damping, kept) / damping)[:, None].expand(w.shape[:-1]))
     spread = logits.std(dim=-1, correction=0).mean(dim=-1)  # σ [B·H]
     sharp = spread.clamp(1, (MAX_DAMPING / damping) ** (1 / 3)).pow(3)
     scale = sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 MAX_DAMPING = 1e-3
 PROBES = 8  # queries whose exact answer is computed beside the landmarks'
 TRUSTED = 0.8  # a correction that fits the probes this well is used in full
+MASKED = -1e4  # what a mask adds to the logits of keys that take no part, at most
 GOLDEN = 0.618034  # places probes evenly in both directions of any grid
 
 
@@ -168,7 +169,7 @@ def correct(
         gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
         damping: as in `landmark_attention`.
         landmark_mask: additive, broadcast to [B, H, 1, n]. A masked landmark is no key, and has no part in the
-            correction.
+            correction, so that the result does not depend on padding.
     """
     n = key_landmarks.shape[-2]
     with torch.autocast(gathered.device.type, enabled=False):
@@ -176,10 +177,15 @@ def correct(
         weights = (logits if landmark_mask is None else logits + landmark_mask.float()).softmax(dim=-1)
         w, exact = weights[..., :n, :], gathered.float()
         values = exact[..., :n, :]
-        mean = values.mean(dim=-2, keepdim=True)
+        kept = None if landmark_mask is None else (landmark_mask.float() > MASKED).float()  # [B, H, 1, n]
+        if kept is None:
+            mean = values.mean(dim=-2, keepdim=True)
+        else:
+            w = w * kept.mT
+            mean = (values * kept.mT).sum(dim=-2, keepdim=True) / kept.sum(dim=-1, keepdim=True)
         centred = exact - mean
         gram = w.mT @ w
-        gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :], w, damping)[..., None])
+        gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :], w, damping, kept)[..., None])
         factor, info = torch.linalg.cholesky_ex(gram)
         z = torch.cholesky_solve(w.mT @ centred[..., :n, :], factor)
         gamma, error = torch.ones_like(mean), None
@@ -194,10 +200,16 @@ def correct(
         return corrected.to(gathered.dtype).contiguous(), error
 
 
-def damp(logits: Tensor, w: Tensor, damping: float) -> Tensor:
-    """λ [B, H] from the logits between landmarks and their softmax W, both [B, H, n, n]."""
-    deviations = logits - logits.mean(dim=-1, keepdim=True)
-    spread = torch.linalg.vector_norm(deviations, dim=-1).mean(dim=-1) * logits.shape[-1] ** -0.5  # σ [B, H]
+def damp(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None = None) -> Tensor:
+    """λ [B, H] from the logits between landmarks and their softmax W, both [B, H, n, n]; `kept` [B, H, 1, n] is 0 at
+    landmarks that are masked."""
+    if kept is None:
+        deviations = logits - logits.mean(dim=-1, keepdim=True)
+        spread = torch.linalg.vector_norm(deviations, dim=-1).mean(dim=-1) * logits.shape[-1] ** -0.5  # σ [B, H]
+    else:
+        number = kept.sum(dim=-1, keepdim=True)
+        deviations = (logits - (logits * kept).sum(dim=-1, keepdim=True) / number) * kept * kept.mT
+        spread = torch.linalg.vector_norm(deviations, dim=-1).sum(dim=-1) * number[..., 0, 0] ** -1.5
     sharp = spread.clamp(1, (MAX_DAMPING / damping) ** (1 / 3)).pow(3) * damping
     return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
 

@@ -243,7 +243,8 @@ class AgentAttention(AttentionMethod):
             return self._through(agents, q, k, v, call.mask)
         text = layout.context(q)
         out = self._through(torch.cat((agents, text), dim=2), image, k, v, call.mask)
-        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=call.mask))
+        mask = call.mask if call.context_mask is None else call.context_mask
+        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=mask))
 
     def _through(self, agents: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         kappa = DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
@@ -252,24 +253,30 @@ class AgentAttention(AttentionMethod):
 
     def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layout, mask = call.layout, call.mask
-        image = layout.on_grid(q)
+        image, asked, answering = layout.on_grid(q), self._landmarks(q, layout), self._landmarks(k, layout)
         masked = None if mask is None else self._landmarks(_additive(mask).mT, layout).mT.to(q.dtype)
-        landmarks = (self._landmarks(q, layout), self._landmarks(k, layout))
-        tokens = Tokens(image, k, v, *landmarks, layout.num_context, mask, masked)
         if call.memory is not None and self.damping >= LEAST_DAMPING:
+            tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
             out, text, missed = self._coasting(tokens, call.memory)
-            call.exact_heads = 0 if missed is None else len(missed[0])
-            out = out if missed is None else exact_heads(out, missed, image, k, v, mask)
-            return layout.join(out, text)
+            if missed is not None:
+                out, call.exact_heads = exact_heads(out, missed, image, k, v, mask), len(missed[0])
+            return self._joined(out, text, q, k, v, call)
         out, text, error = landmark_attention_with_context(
-            image, k, v, landmarks[0], landmarks[1], self.damping, layout.num_context, mask, masked
+            image, k, v, asked, answering, self.damping, layout.num_context, mask, masked
         )
         most = self.max_head_error
         if most is None and q.device.type == "cpu":
             most = DEFAULT_HEAD_ERROR
         if most is not None and not torch.compiler.is_compiling():
             out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
-        return layout.join(out, text)
+        return self._joined(out, text, q, k, v, call)
+
+    @staticmethod
+    def _joined(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """The picture's output and that of the context, whose queries may have masks of their own."""
+        if call.context_mask is not None:
+            text = scaled_dot_product_attention(call.layout.context(q), k, v, attn_mask=call.context_mask)
+        return call.layout.join(out, text)
 
     def _coasting(self, tokens: Tokens, memory: dict[str, Any]) -> tuple[Tensor, Tensor, Heads | None]:
         """The image tokens' output, the others', and the heads that must run exact: all but the first come from the

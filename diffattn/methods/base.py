@@ -32,6 +32,7 @@ class LayerSpec:
     context: Literal["none", "first", "last"] = (
         "none"  # where tokens without a place on the grid stand: text, registers
     )
+    keys_only: bool = False  # whether those tokens have keys and values, but no queries
     rotated: bool = False  # whether queries and keys carry their place as a rotation, and must not be averaged
     kind: str = SOFTMAX  # what the unpatched layer computes: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
@@ -90,6 +91,7 @@ class LayerCall:
     x: Tensor | None  # the layer's input [B, N, C], already normalised by the block; None where it is another's
     grid: Grid  # of the image tokens
     mask: Tensor | None = None  # boolean (True: attended to) or additive, [B or 1, H or 1, 1 or N, M]
+    context_mask: Tensor | None = None  # of the queries without a place, [B or 1, H or 1, c, M], where theirs differs
     phase: int = 0  # which entry of the schedule applies
     exact_heads: int = 0  # set by the function: heads, over all samples, that it ran exact
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None

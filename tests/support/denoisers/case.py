@@ -27,6 +27,9 @@ class Case:
     time_dtype: torch.dtype = torch.float32
     context: int = 0  # tokens without a place
     per_sample: frozenset[str] = field(default=frozenset())  # arguments that are not per sample although tensors
+    references: tuple[tuple[int, ...], ...] = ()  # grids of reference pictures in these inputs
+    batched_lists: frozenset[str] = field(default=frozenset())  # arguments that are lists with a batch in each entry
+    scheduler: Callable[[], Any] = lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     output: Callable[[Any], Tensor] = lambda out: out[0]
 
     def __str__(self) -> str:
@@ -41,6 +44,18 @@ class Case:
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         return model
+
+    def one_of(self, given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
+        """The arguments for one sample of a batch."""
+
+        def part(name: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: part(k, v) for k, v in value.items()}
+            if name in self.batched_lists:
+                return [x[index : index + 1] for x in value]
+            return value[index : index + 1] if isinstance(value, Tensor | list) and len(value) == batch else value
+
+        return part("", dict(given))
 
     def call(self, model: Any, given: Mapping[str, Any], level: float = 0.7) -> Tensor:
         """The output of one call at a noise level."""
