@@ -17,6 +17,7 @@ from diffattn.cli.common import (
     stdout,
     write_json,
 )
+from diffattn.cli.compare import compare
 from diffattn.cli.options import (
     EXTRACTORS,
     Device,
@@ -141,29 +142,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-@app.command("compare")
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="A result.")],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="The result to compare with it.")],
-    may_differ: Annotated[
-        str,
-        typer.Option(help="Protocol fields that may differ because they are what you compare, e.g. steps,guidance."),
-    ] = "",
-    json: JsonFile = None,
-) -> None:
-    """Print the second result's scores minus the first's. Refuses results whose protocols differ, naming the fields."""
-    check_writable(json)
-    with bad_input():
-        from diffattn.evaluation.quality import QualityResult
-        from diffattn.evaluation.quality import compare as differences
-        from diffattn.files import read_json
-
-        a, b = (QualityResult.from_dict(read_json(path)) for path in (first, second))
-        found = differences(a, b, [name.strip() for name in may_differ.split(",") if name.strip()])
-    stdout.print(f"A: {a.subject}\nB: {b.subject}", markup=False)
-    for name, change in found.items():
-        stdout.print(f"{name:<16}{a.scores[name]:12.5g}{b.scores[name]:12.5g}{change:+12.5g}", markup=False)
-    write_json(json, {"a": a.to_dict(), "b": b.to_dict(), "b_minus_a": found})
+app.command("compare")(compare)
 
 
 @app.command("reference")

@@ -1,7 +1,6 @@
 """Quality of a pipeline, or of pictures: against reference pictures, prompts, and the unaccelerated pipeline."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from diffattn.data.matching import Matching, check_turns
 from diffattn.drawing.classes import draws_classes
+from diffattn.evaluation.config import EvaluateConfig
 from diffattn.evaluation.draw_set import (
     LATENTS,
     PICTURES,
@@ -28,6 +28,7 @@ from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
 from diffattn.evaluation.run_folder import RunFolder, processes
 from diffattn.evaluation.scores import (
+    Scored,
     in_chunks,
     latent_scores,
     measure_clip,
@@ -36,6 +37,7 @@ from diffattn.evaluation.scores import (
     pair_scores,
     set_scores,
 )
+from diffattn.evaluation.spread import PER_PICTURE, WITHOUT_GROUP, per_picture, without_group
 from diffattn.files import write_json
 from diffattn.metrics.adm import write_pictures
 from diffattn.metrics.clip_score import ClipScore
@@ -46,24 +48,6 @@ from diffattn.metrics.sfid import spatial_layer_name
 from diffattn.patching.recipe import read_recipe
 
 RESULT = "result.json"
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure, and how to read pictures."""
-
-    extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
-    extractor_weights: str | Path | None = None
-    clip: str | Path | None = None  # folder or hub id of a CLIP model: CLIP score of pictures and prompts
-    lpips_weights: str | Path | None = None  # of AlexNet, see `Lpips`: LPIPS of pairs
-    side: int | None = None  # pixels: crop pictures around the centre to a square and resize it; None: as they are
-    skip_bad: bool = False  # leave unreadable pictures out
-    prompts: Sequence[str] | None = (
-        None  # of pictures from files, for the CLIP score; picture i has i modulo their number
-    )
-    limit: int | None = None  # pictures from files: so many, the first ones of every folder in natural order
-    seed: int = 0  # of the draws of KID and FID∞
-    device: str | torch.device = "cpu"  # for pictures from files
 
 
 def evaluate(
@@ -187,9 +171,9 @@ class _Job:
         if self.pipe is not None:
             self._draw(run, source)
         assert self.pictures is not None
-        scores, details, options = self._scores(run, source, extractor)
+        found = self._scores(run, source, extractor)
         label = name or (self.pictures.name if self.pipe is None else subject_name(setup))
-        result = QualityResult(label, protocol_of(setup, self.pictures, options), scores, details)
+        result = QualityResult(label, protocol_of(setup, self.pictures, found.options), found.scores, found.details)
         if self.among.is_main:
             write_json(folder / RESULT, result.to_dict())
         self.among.wait()
@@ -264,37 +248,53 @@ class _Job:
         elif self.exact is not None:
             self.exact = self.exact.without(left_out.rows)
 
-    def _scores(
-        self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None
-    ) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-        """Scores, details, and options of the protocol."""
-        mine, progress = self.pictures, self.progress
+    def _scores(self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None) -> Scored:
+        mine = self.pictures
         assert mine is not None
-        scores: dict[str, float] = {}
-        details: dict[str, Any] = {"pictures_hash": mine.hash, "skipped": list(mine.skipped)}
+        found = Scored({"pictures_hash": mine.hash, "skipped": list(mine.skipped)},
+                       {"size": f"{mine.size[1]}x{mine.size[0]}"})  # fmt: skip
         if self.left_out is not None:
-            details |= self.left_out.details()
-        options: dict[str, Any] = {"size": f"{mine.size[1]}x{mine.size[0]}"}
+            found.details |= self.left_out.details()
         if source is not None and extractor is not None:
-            against, spatial = source.measured(extractor, run, progress)
-            found = in_chunks(run, "features", len(mine), measure_features(mine, extractor), progress)
-            scores, more, details["left_out"] = set_scores(found, against, spatial, self.config.seed)
-            options |= more
-            if "sfid" in scores:
-                options["sfid_layer"] = spatial_layer_name(extractor)
-            details["domain"] = extractor.domain
+            self._score_set(found, run, mine, source, extractor)
         if self.clip is not None and self.prompts is not None:
             measure = measure_clip(mine, self.prompts, self.clip)
-            scores["clip"] = in_chunks(run, "clip", len(mine), measure, progress)["clip"].mean().item()
+            found.add_means(in_chunks(run, "clip", len(mine), measure, self.progress))
         if self.exact is not None:
-            found = in_chunks(run, "pairs", len(mine), measure_pairs(mine, self.exact, self.lpips), progress)
-            more, details["pairs"] = pair_scores(found)
-            scores |= more
+            self._score_pairs(found, run, mine, self.exact)
+        if found.values:
+            found.details[PER_PICTURE] = per_picture(found.values, mine.rows)
+        return found
+
+    def _score_set(
+        self, found: Scored, run: RunFolder, mine: PictureSet, source: Source, extractor: FeatureExtractor
+    ) -> None:
+        """The whole set against the reference."""
+        against, spatial = source.measured(extractor, run, self.progress)
+        features = in_chunks(run, "features", len(mine), measure_features(mine, extractor), self.progress)
+        scores, options, left_out = set_scores(features, against, spatial, self.config.seed)
+        if "sfid" in scores:
+            options["sfid_layer"] = spatial_layer_name(extractor)
+        found.scores |= scores
+        found.options |= options
+        found.details |= {"left_out": left_out, "domain": extractor.domain}
+        if changes := without_group(features, against, spatial):
+            found.details[WITHOUT_GROUP] = changes
+
+    def _score_pairs(self, found: Scored, run: RunFolder, mine: PictureSet, exact: PictureSet) -> None:
+        """Each picture against its partner."""
+        values = in_chunks(run, "pairs", len(mine), measure_pairs(mine, exact, self.lpips), self.progress)
+        more, found.details["pairs"] = pair_scores(values)
+        found.scores |= more
+        found.values |= values
         if self.matching is not None:
-            details["matched"] = str(self.matching)
+            found.details["matched"] = str(self.matching)
         if self.paired is True:
             errors = run.gather(LATENTS, self.draw.num_pictures, self.draw.batch)["error"]
             assert self.left_out is not None
-            more, by_step = latent_scores(errors if errors.ndim < 2 else errors[self.left_out.kept])
-            scores, details = scores | more, details | by_step
-        return scores, details, options
+            if errors.ndim == 2:
+                errors = errors[self.left_out.kept]
+                found.values["latent_error"] = errors[:, -1]
+            more, by_step = latent_scores(errors)
+            found.scores |= more
+            found.details |= by_step

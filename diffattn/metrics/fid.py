@@ -70,6 +70,26 @@ def fid_infinity(
     return torch.linalg.lstsq(line, distances[:, None]).solution[0].item()
 
 
+def fid_without(features: Tensor, reference: Reference | Statistics | Tensor, groups: Tensor) -> Tensor:
+    """FID without each group of the generated pictures, for `grouped_interval`.
+
+    Args:
+        features: of the generated pictures [N, d].
+        reference: as `fid`.
+        groups: group of every picture [N], 0 to G - 1, none of them empty.
+
+    Returns:
+        [G] float64.
+
+    Raises:
+        ValueError: as `fid`.
+    """
+    target = _statistics(reference)
+    root = _root(target.cov)
+    kept = (features[groups != group] for group in range(int(groups.max()) + 1))
+    return torch.tensor([_distance(Statistics.of(part), target, root) for part in kept], dtype=torch.float64)
+
+
 def _statistics(reference: Reference | Statistics | Tensor) -> Statistics:
     if isinstance(reference, Reference):
         return reference.statistics

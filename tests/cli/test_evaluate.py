@@ -90,6 +90,16 @@ def test_compare_and_what_it_refuses(place: Path, files: tuple[object, ...], tmp
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["b_minus_a"]["fid"] == pytest.approx(found["b"]["scores"]["fid"] - found["a"]["scores"]["fid"])
     assert "A: a.npz" in done.stdout
+    assert {name: x["verdict"] for name, x in found["differences"].items()} == {
+        "fid": "B better", "kid": "no difference shown", "sfid": "B better", "precision": "not known",
+        "recall": "not known",
+    }  # fmt: skip
+    assert all(found["differences"]["fid"]["interval"])
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert rows[0][:4] == ["score", "A", "B", "B"]
+    assert ["fid", "B", "better"] in [[row[0], *row[-2:]] for row in rows]
+    itself = call("evaluate", "compare", a, a)
+    assert itself.stdout.count("no difference shown") == 3
     refused = call("evaluate", "compare", a, c)
     assert refused.exit_code == 2
     assert "protocols differ in num_pictures: 8 and 6; options.kid_subset_size: 4 and 3" in refused.stderr

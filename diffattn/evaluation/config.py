@@ -1,0 +1,27 @@
+"""What an evaluation measures, and how it reads pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffattn.metrics.extractors import FeatureExtractor
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure, and how to read pictures."""
+
+    extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
+    extractor_weights: str | Path | None = None
+    clip: str | Path | None = None  # folder or hub id of a CLIP model: CLIP score of pictures and prompts
+    lpips_weights: str | Path | None = None  # of AlexNet, see `Lpips`: LPIPS of pairs
+    side: int | None = None  # pixels: crop pictures around the centre to a square and resize it; None: as they are
+    skip_bad: bool = False  # leave unreadable pictures out
+    prompts: Sequence[str] | None = (
+        None  # of pictures from files, for the CLIP score; picture i has i modulo their number
+    )
+    limit: int | None = None  # pictures from files: so many, the first ones of every folder in natural order
+    seed: int = 0  # of the draws of KID and FID∞
+    device: str | torch.device = "cpu"  # for pictures from files
