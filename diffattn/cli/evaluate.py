@@ -13,22 +13,26 @@ from diffattn.cli.common import (
     loading,
     progress,
     read_options,
-    read_prompts,
     stdout,
     write_json,
 )
 from diffattn.cli.compare import compare
 from diffattn.cli.options import (
     EXTRACTORS,
+    Clip,
+    ClipI,
     Device,
+    DinoI,
     Dtype,
     EvaluatedMethod,
     ExtractorWeights,
     Guidance,
     Height,
     JsonFile,
+    LpipsWeights,
     MaybeModel,
     Options,
+    PickScore,
     Preset,
     Prompts,
     Recipe,
@@ -76,10 +80,11 @@ def evaluate(
         "auto"
     ),
     extractor_weights: ExtractorWeights = None,
-    clip: Annotated[
-        str | None, typer.Option(metavar="PATH", help="CLIP model (folder or hub id) for the CLIP score.")
-    ] = None,
-    lpips_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS.")] = None,
+    clip: Clip = None,
+    pickscore: PickScore = None,
+    clip_i: ClipI = None,
+    dino_i: DinoI = None,
+    lpips_weights: LpipsWeights = None,
     size: Side = None,
     skip_bad: SkipBad = False,
     steps: Steps = 25,
@@ -99,9 +104,9 @@ def evaluate(
     """Score pictures, or what a pipeline draws. Every result carries its protocol.
 
     With --reference: FID, KID, FID for infinitely many pictures, precision, recall, and sFID where the extractor has
-    spatial features. With --clip and --prompts: CLIP score. With --paired or --paired-with: PSNR (also of the
-    foreground), SSIM, and LPIPS with --lpips-weights. Several processes share the work under
-    `accelerate launch -m diffattn`.
+    spatial features. With --prompts: CLIP score (--clip), PickScore (--pickscore). With --paired or --paired-with:
+    PSNR (also of the foreground), SSIM, LPIPS (--lpips-weights), CLIP-I (--clip-i), DINO-I (--dino-i). Several
+    processes share the work under `accelerate launch -m diffattn`.
     """
     if context.invoked_subcommand is not None:
         return
@@ -110,7 +115,7 @@ def evaluate(
     check_writable(save_npz)
     with loading(model or str(pictures)), bad_input():
         from diffattn.drawing.classes import unguided_note
-        from diffattn.evaluation import EvaluateConfig
+        from diffattn.evaluation import EvaluateConfig, load_prompts
         from diffattn.evaluation.run_folder import processes
         from diffattn.machine import choose_device
 
@@ -119,10 +124,10 @@ def evaluate(
         if paired and paired_with is not None:
             raise ValueError("give either --paired or --paired-with")
         among, place = processes(choose_device(device))
-        words = None if prompts is None else read_prompts(prompts)
+        words = None if prompts is None else load_prompts(prompts)
         config = EvaluateConfig(
-            extractor=_extractor(extractor, model), extractor_weights=extractor_weights, clip=clip,
-            lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
+            extractor=_extractor(extractor, model), extractor_weights=extractor_weights, clip=clip, pickscore=pickscore,
+            clip_i=clip_i, dino_i=dino_i, lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
             limit=num_pictures if model is None else None, device=place,
         )  # fmt: skip
         given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe,

@@ -23,7 +23,9 @@ from diffattn.metrics.intervals import (
 )
 from diffattn.tables import text_table
 
-HIGHER_IS_BETTER = ("psnr", "foreground_psnr", "ssim", "clip", "precision", "recall", "accuracy")
+HIGHER_IS_BETTER = (
+    "psnr", "foreground_psnr", "ssim", "clip_i", "dino_i", "clip", "pickscore", "precision", "recall", "accuracy",
+)  # fmt: skip
 LOWER_IS_BETTER = ("lpips", "latent_error", "fid", "kid", "fid_infinity", "sfid")
 NO_FIGURES = ("kid_std",)  # spreads of scores, which are no scores themselves
 

@@ -23,6 +23,7 @@ from diffattn.evaluation.draw_set import (
 )
 from diffattn.evaluation.identity import Evaluated, describe_patch, device_label, identity, protocol_of, subject_name
 from diffattn.evaluation.left_out import LeftOut, drawn_pictures
+from diffattn.evaluation.networks import OF_PAIRS, OF_PROMPTS, Networks, asked_for
 from diffattn.evaluation.picture_set import PictureSet, ProgressBar, no_progress, open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
@@ -31,18 +32,16 @@ from diffattn.evaluation.scores import (
     Scored,
     in_chunks,
     latent_scores,
-    measure_clip,
     measure_features,
     measure_pairs,
+    measure_prompts,
     pair_scores,
     set_scores,
 )
 from diffattn.evaluation.spread import PER_PICTURE, WITHOUT_GROUP, per_picture, without_group
 from diffattn.files import write_json
 from diffattn.metrics.adm import write_pictures
-from diffattn.metrics.clip_score import ClipScore
 from diffattn.metrics.extractors import FeatureExtractor, load_extractor
-from diffattn.metrics.lpips import Lpips
 from diffattn.metrics.reference import Reference
 from diffattn.metrics.sfid import spatial_layer_name
 from diffattn.patching.recipe import read_recipe
@@ -81,7 +80,7 @@ def evaluate(
         acceleration: arguments of `diffattn.patch` for a pipeline; None: as it is.
         paired: True compares with what the pipeline draws from the same seeds without the acceleration. A path: with
             these pictures, paired by name, number or order, see `match`. Either: PSNR, PSNR of the foreground, SSIM,
-            LPIPS; and, of a pipeline's pair, the relative error of the latents.
+            LPIPS, CLIP-I, DINO-I; and, of a pipeline's pair, the relative error of the latents.
         name: what the result calls the subject.
         npz: also write the pictures, and the class numbers of a SiT's, to this ADM file.
         progress: see `ProgressBar`.
@@ -99,8 +98,10 @@ def evaluate(
     is_pipeline = isinstance(subject, DiffusionPipeline)
     if is_pipeline:
         draw = with_own_guidance(subject, draw)
-    if reference is None and not paired and config.clip is None:
+    if reference is None and not paired and not asked_for(config, OF_PROMPTS):
         raise ValueError("there is nothing to measure: give a reference, a CLIP model, or paired")
+    if (alone := asked_for(config, OF_PAIRS)) and not paired:
+        raise ValueError(f"{' and '.join(alone)} compare pairs: give paired, or pictures to compare with")
     if acceleration is not None and not is_pipeline:
         raise ValueError("pictures cannot be accelerated: acceleration is for a pipeline")
     if paired is True and acceleration is None:
@@ -136,8 +137,7 @@ class _Job:
         self.left_out: LeftOut | None = None  # of what a pipeline draws
         self.matching: Matching | None = None
         self.prompts = self._prompts()
-        self.clip = ClipScore(config.clip, self.device) if config.clip is not None else None
-        self.lpips = Lpips(config.lpips_weights, self.device) if config.lpips_weights is not None else None
+        self.networks = Networks.load(config, self.device)
 
     def _open(self, path: str | Path) -> PictureSet:
         config = self.config
@@ -146,11 +146,11 @@ class _Job:
         )
 
     def _prompts(self) -> Sequence[str] | None:
-        if self.config.clip is None:
+        if not asked_for(self.config, OF_PROMPTS):
             return None
         found = self.config.prompts if self.pipe is None else self.draw.prompts
         if not found or draws_classes(self.pipe):
-            raise ValueError("the CLIP score needs the prompts that the pictures were drawn from")
+            raise ValueError("CLIP score and PickScore need the prompts that the pictures were drawn from")
         if self.pictures is not None and not self.pictures.places:
             check_turns(self.pictures.listed, len(found))
         return found
@@ -197,8 +197,7 @@ class _Job:
         return Evaluated(
             pipe=self.pipe, draw=self.draw, acceleration=self.acceleration, files=self.pictures, prompts=self.prompts,
             exact=self.paired is True or exact, source=source, extractor=extractor,
-            clip=self.clip and self.clip.hash, lpips=self.lpips and self.lpips.hash, side=self.config.side,
-            device=device_label(self.device), patch=how,
+            networks=self.networks.hashes(), side=self.config.side, device=device_label(self.device), patch=how,
         )  # fmt: skip
 
     def _extractor(self) -> FeatureExtractor:
@@ -257,9 +256,9 @@ class _Job:
             found.details |= self.left_out.details()
         if source is not None and extractor is not None:
             self._score_set(found, run, mine, source, extractor)
-        if self.clip is not None and self.prompts is not None:
-            measure = measure_clip(mine, self.prompts, self.clip)
-            found.add_means(in_chunks(run, "clip", len(mine), measure, self.progress))
+        for name, network in self.networks.of_prompts.items():
+            measure = measure_prompts(mine, self.prompts or [], name, network)
+            found.add_means(in_chunks(run, name, len(mine), measure, self.progress))
         if self.exact is not None:
             self._score_pairs(found, run, mine, self.exact)
         if found.values:
@@ -283,7 +282,7 @@ class _Job:
 
     def _score_pairs(self, found: Scored, run: RunFolder, mine: PictureSet, exact: PictureSet) -> None:
         """Each picture against its partner."""
-        values = in_chunks(run, "pairs", len(mine), measure_pairs(mine, exact, self.lpips), self.progress)
+        values = in_chunks(run, "pairs", len(mine), measure_pairs(mine, exact, self.networks), self.progress)
         more, found.details["pairs"] = pair_scores(values)
         found.scores |= more
         found.values |= values

@@ -178,7 +178,9 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
          "16x16 pixels, the reference 32x32; bring both to one size (--size)"),
         (("--pictures", "a.npz", "--clip", "sit", "--prompts", "empty.txt"), "has no prompts"),
         (("--pictures", "a.npz", "--clip", "sit", "--prompts", "prompts.txt"), "no CLIP model could be loaded"),
-        (("--pictures", "a.npz", "--clip", "sit"), "needs the prompts"),
+        (("--pictures", "a.npz", "--clip", "sit"), "need the prompts"),
+        (("--pictures", "a.npz", "--clip-i", "sit"), "there is nothing to measure"),
+        (("--pictures", "a.npz", "--paired-with", "a.npz", "--dino-i", "nothing"), "no DINO could be loaded"),
         (("--pictures", "no.npz", "--paired-with", "b.npz"), "no.npz' is not a readable .npz file"),
         (("--model", "sit", "--num-pictures", 1, "--reference", "b.npz"), "must be 2 or more, got 1"),
         (("--model", "sit", "--paired", "--method", "none"), "takes no --paired"),
@@ -229,6 +231,7 @@ def test_help_names_everything() -> None:
     found = call("evaluate", "--help")
     assert found.exit_code == 0
     for option in ("--model", "--pictures", "--reference", "--clip", "--paired", "--lpips-weights", "--skip-bad",
-                   "--save-npz", "--extractor", "--json", "compare"):  # fmt: skip
+                   "--save-npz", "--extractor", "--json", "compare", "--pickscore", "--clip-i", "--dino-i",
+                   "drawbench"):  # fmt: skip
         assert option in found.stdout
     assert call("evaluate", "compare", "--help").exit_code == 0

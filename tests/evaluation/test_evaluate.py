@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused_before_the_work(
         ("acceleration is for a pipeline", mine, reference, {"acceleration": FOUR}),
         ("with and without the acceleration: give one", pipe, None, {"paired": True}),
         ("unknown method: 'x'", pipe, reference, {"acceleration": {"method": "x"}}),
-        ("needs the prompts", mine, None, {"config": clip}),
+        ("need the prompts", mine, None, {"config": clip}),
         ("no CLIP model could be loaded from 'no/model'", mine, None,
          {"config": EvaluateConfig(clip=str(small), prompts=["a"])}),
         ("AlexNet", mine, None, {"paired": mine, "config": EvaluateConfig(lpips_weights=tmp_path / "x.pth")}),
