@@ -16,7 +16,7 @@ from diffattn.cli.common import (
     stdout,
     write_json,
 )
-from diffattn.cli.compare import compare
+from diffattn.cli.evaluate_results import compare, show_scores, show_worst_pairs
 from diffattn.cli.options import (
     EXTRACTORS,
     Clip,
@@ -51,6 +51,7 @@ REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu an
 NUM_PICTURES = "How many pictures to draw, or to take from those given, with a share from every folder."
 SPREAD = "How many to take, spread evenly over the classes."
 PAIRED_WITH = "Compare with these pictures instead, matched by name or number, else in order."
+WORST_PAIRS = "How many of the worst pairs to show on a sheet, worst_pairs.png in the folder; 0: no sheet."
 PAIRED = "Also draw the same seeds unaccelerated, for PSNR, SSIM and latent error."
 
 app = typer.Typer(
@@ -85,6 +86,8 @@ def evaluate(
     clip_i: ClipI = None,
     dino_i: DinoI = None,
     lpips_weights: LpipsWeights = None,
+    worst_pairs: Annotated[int, typer.Option(help=WORST_PAIRS)] = 6,
+    show: Annotated[bool, typer.Option("--show", help="Open that sheet in the system's picture viewer.")] = False,
     size: Side = None,
     skip_bad: SkipBad = False,
     steps: Steps = 25,
@@ -105,8 +108,8 @@ def evaluate(
 
     With --reference: FID, KID, FID for infinitely many pictures, precision, recall, and sFID where the extractor has
     spatial features. With --prompts: CLIP score (--clip), PickScore (--pickscore). With --paired or --paired-with:
-    PSNR (also of the foreground), SSIM, LPIPS (--lpips-weights), CLIP-I (--clip-i), DINO-I (--dino-i). Several
-    processes share the work under `accelerate launch -m diffattn`.
+    PSNR (also of the foreground), SSIM, LPIPS (--lpips-weights), CLIP-I (--clip-i), DINO-I (--dino-i), and a sheet of
+    the worst pairs to look at. Several processes share the work under `accelerate launch -m diffattn`.
     """
     if context.invoked_subcommand is not None:
         return
@@ -128,7 +131,7 @@ def evaluate(
         config = EvaluateConfig(
             extractor=_extractor(extractor, model), extractor_weights=extractor_weights, clip=clip, pickscore=pickscore,
             clip_i=clip_i, dino_i=dino_i, lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
-            limit=num_pictures if model is None else None, device=place,
+            limit=num_pictures if model is None else None, device=place, worst_pairs=worst_pairs,
         )  # fmt: skip
         given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe,
                  "variant": variant}  # fmt: skip
@@ -138,10 +141,11 @@ def evaluate(
     result = _run(subject, reference, folder=out, config=config, draw=draw, acceleration=acceleration,
                   paired=paired_with or paired, name=name, npz=save_npz)  # fmt: skip
     if among.is_main:
-        _show(result)
+        show_scores(result)
         if note := unguided_note(subject, guidance):
             stdout.print(note, markup=False)
         write_json(json, result.to_dict())
+        show_worst_pairs(result, out, show)
         stdout.print(f"written to {out / 'result.json'}", markup=False)
     if result.details.get("not_finite"):
         raise typer.Exit(1)
@@ -261,23 +265,3 @@ def _run(subject: Any, reference: Any, *, npz: Path | None, **given: Any) -> Any
         return measure(subject, reference, npz=npz, progress=progress, **given)
     except ValueError as error:
         fail(str(error))
-
-
-def _show(result: Any) -> None:
-    """The scores, then what was left out and why."""
-    protocol = result.protocol
-    stdout.print(f"{result.subject}: {protocol.num_pictures} pictures", markup=False)
-    if protocol.steps is not None:
-        guidance = "the pipeline's own guidance" if protocol.guidance is None else f"guidance {protocol.guidance:g}"
-        stdout.print(f"{protocol.sampler}, {protocol.steps} steps, {guidance}, seeds {protocol.seeds}", markup=False)
-    if "fid" in result.scores:
-        stdout.print(result.label, markup=False)
-    for name, value in result.scores.items():
-        stdout.print(f"{name:<16}{value:12.5g}", markup=False)
-    if "matched" in result.details:
-        stdout.print(f"matched {result.details['matched']}", markup=False)
-    for name, why in result.details.get("left_out", {}).items():
-        stdout.print(f"no {name}: {why}", markup=False)
-    if result.details.get("domain"):
-        stdout.print(f"the extractor knows only {result.details['domain']}; its scores mean nothing for others",
-                     markup=False)  # fmt: skip

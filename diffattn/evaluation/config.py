@@ -11,7 +11,11 @@ from diffattn.metrics.extractors import FeatureExtractor
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to measure, and how to read pictures."""
+    """What to measure, and how to read pictures.
+
+    Raises:
+        ValueError: a negative number of worst pairs.
+    """
 
     extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
     extractor_weights: str | Path | None = None
@@ -26,3 +30,8 @@ class EvaluateConfig:
     limit: int | None = None  # pictures from files: so many, the first ones of every folder in natural order
     seed: int = 0  # of the draws of KID and FID∞
     device: str | torch.device = "cpu"  # for pictures from files
+    worst_pairs: int = 6  # so many of the pairs that differ most are shown on a sheet; 0: no sheet
+
+    def __post_init__(self) -> None:
+        if self.worst_pairs < 0:
+            raise ValueError(f"the number of worst pairs must be 0 or more, got {self.worst_pairs}")

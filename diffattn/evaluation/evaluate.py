@@ -17,6 +17,7 @@ from diffattn.evaluation.draw_set import (
     DrawConfig,
     accelerated,
     draw_set,
+    drawn_titles,
     picture_name,
     subjects,
     with_own_guidance,
@@ -28,22 +29,12 @@ from diffattn.evaluation.picture_set import PictureSet, ProgressBar, no_progress
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
 from diffattn.evaluation.run_folder import RunFolder, processes
-from diffattn.evaluation.scores import (
-    Scored,
-    in_chunks,
-    latent_scores,
-    measure_features,
-    measure_pairs,
-    measure_prompts,
-    pair_scores,
-    set_scores,
-)
-from diffattn.evaluation.spread import PER_PICTURE, WITHOUT_GROUP, per_picture, without_group
+from diffattn.evaluation.scored import Scored
+from diffattn.evaluation.worst_pairs import WorstPairs, save_sheet
 from diffattn.files import write_json
 from diffattn.metrics.adm import write_pictures
 from diffattn.metrics.extractors import FeatureExtractor, load_extractor
 from diffattn.metrics.reference import Reference
-from diffattn.metrics.sfid import spatial_layer_name
 from diffattn.patching.recipe import read_recipe
 
 RESULT = "result.json"
@@ -86,7 +77,8 @@ def evaluate(
         progress: see `ProgressBar`.
 
     Returns:
-        The result, also in `result.json`. Its protocol holds everything that the figures depend on, except the subject.
+        The result, also in `result.json`; the worst pairs in `worst_pairs.png`, too. Its protocol holds everything that
+        the figures depend on, except the subject.
 
     Raises:
         ValueError: fewer than 2 pictures, or fewer than 2 that are neither blanked nor NaN; unreadable ones without
@@ -173,11 +165,22 @@ class _Job:
         assert self.pictures is not None
         found = self._scores(run, source, extractor)
         label = name or (self.pictures.name if self.pipe is None else subject_name(setup))
+        if self.exact is not None and self.config.worst_pairs:
+            self._show_worst(found, self.pictures, self.exact, folder, label)
         result = QualityResult(label, protocol_of(setup, self.pictures, found.options), found.scores, found.details)
         if self.among.is_main:
             write_json(folder / RESULT, result.to_dict())
         self.among.wait()
         return result
+
+    def _show_worst(self, found: Scored, mine: PictureSet, exact: PictureSet, folder: Path, label: str) -> None:
+        """Write the sheet of the worst pairs, and note them in the details."""
+        titles = mine.names if self.pipe is None else drawn_titles(self.pipe, self.draw, mine.rows)
+        worst = WorstPairs.of(found.values, self.config.worst_pairs)
+        found.details["worst_pairs"] = worst.details(mine.rows, titles)
+        if self.among.is_main:
+            columns = "unaccelerated" if self.paired is True else exact.name, label
+            save_sheet(worst.sheet(mine, exact, titles, columns), folder)
 
     def export(self, path: str | Path) -> None:
         """Write the pictures to an ADM file, and the class numbers of a SiT's."""
@@ -248,52 +251,19 @@ class _Job:
             self.exact = self.exact.without(left_out.rows)
 
     def _scores(self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None) -> Scored:
-        mine = self.pictures
-        assert mine is not None
-        found = Scored({"pictures_hash": mine.hash, "skipped": list(mine.skipped)},
-                       {"size": f"{mine.size[1]}x{mine.size[0]}"})  # fmt: skip
+        assert self.pictures is not None
+        found = Scored(run, self.pictures, self.progress)
         if self.left_out is not None:
             found.details |= self.left_out.details()
         if source is not None and extractor is not None:
-            self._score_set(found, run, mine, source, extractor)
-        for name, network in self.networks.of_prompts.items():
-            measure = measure_prompts(mine, self.prompts or [], name, network)
-            found.add_means(in_chunks(run, name, len(mine), measure, self.progress))
+            found.against_reference(source, extractor, self.config.seed)
+        found.against_prompts(self.networks, self.prompts or [])
         if self.exact is not None:
-            self._score_pairs(found, run, mine, self.exact)
-        if found.values:
-            found.details[PER_PICTURE] = per_picture(found.values, mine.rows)
-        return found
-
-    def _score_set(
-        self, found: Scored, run: RunFolder, mine: PictureSet, source: Source, extractor: FeatureExtractor
-    ) -> None:
-        """The whole set against the reference."""
-        against, spatial = source.measured(extractor, run, self.progress)
-        features = in_chunks(run, "features", len(mine), measure_features(mine, extractor), self.progress)
-        scores, options, left_out = set_scores(features, against, spatial, self.config.seed)
-        if "sfid" in scores:
-            options["sfid_layer"] = spatial_layer_name(extractor)
-        found.scores |= scores
-        found.options |= options
-        found.details |= {"left_out": left_out, "domain": extractor.domain}
-        if changes := without_group(features, against, spatial):
-            found.details[WITHOUT_GROUP] = changes
-
-    def _score_pairs(self, found: Scored, run: RunFolder, mine: PictureSet, exact: PictureSet) -> None:
-        """Each picture against its partner."""
-        values = in_chunks(run, "pairs", len(mine), measure_pairs(mine, exact, self.networks), self.progress)
-        more, found.details["pairs"] = pair_scores(values)
-        found.scores |= more
-        found.values |= values
+            found.in_pairs(self.exact, self.networks)
         if self.matching is not None:
             found.details["matched"] = str(self.matching)
         if self.paired is True:
             errors = run.gather(LATENTS, self.draw.num_pictures, self.draw.batch)["error"]
             assert self.left_out is not None
-            if errors.ndim == 2:
-                errors = errors[self.left_out.kept]
-                found.values["latent_error"] = errors[:, -1]
-            more, by_step = latent_scores(errors)
-            found.scores |= more
-            found.details |= by_step
+            found.of_latents(errors if errors.ndim < 2 else errors[self.left_out.kept])
+        return found

@@ -5,7 +5,6 @@ Shapes: N pictures in all, b in a chunk; d pooled features, s spatial ones.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -23,21 +22,6 @@ CHUNK = 32  # pictures in a chunk of features or of pairs
 
 Measure = Callable[[int, int], Mapping[str, Tensor]]
 """`measure(start, stop)`: named values [b, ...] of the pictures `start` to `stop`."""
-
-
-@dataclass
-class Scored:
-    """What has been measured of one set of pictures so far."""
-
-    details: dict[str, Any]
-    options: dict[str, Any]  # of the protocol
-    scores: dict[str, float] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)  # score -> its value for every picture [N]
-
-    def add_means(self, values: Mapping[str, Tensor]) -> None:
-        """Values [N] by score, and their means as scores."""
-        self.values |= values
-        self.scores |= {name: found.mean().item() for name, found in values.items()}
 
 
 def in_chunks(run: RunFolder, kind: str, total: int, measure: Measure, progress: ProgressBar) -> dict[str, Tensor]:
