@@ -121,7 +121,8 @@ def _difference(name: str, a: QualityResult, b: QualityResult) -> Difference:
 def _same_pictures(a: QualityResult, b: QualityResult) -> bool:
     """Whether pictures of one number have one prompt and one seed (of files: one prompt, or one partner)."""
     one, other = a.protocol, b.protocol
-    return one.seeds == other.seeds and one.options.get("subjects") == other.options.get("subjects")
+    first = [str(x.seeds).partition("..")[0] for x in (one, other)]  # of "0..999"
+    return first[0] == first[1] and one.options.get("subjects") == other.options.get("subjects")
 
 
 def _of_pairs(plain: Difference, one: Values, other: Values) -> Difference:
@@ -154,7 +155,7 @@ def _of_sets(plain: Difference, a: QualityResult, b: QualityResult) -> Differenc
 
 def _of_draws(result: QualityResult) -> float:
     """Variance of KID because not all subsets are drawn."""
-    return result.scores.get("kid_std", 0.0) ** 2 / result.protocol.options.get("kid_subsets", 1)
+    return result.scores.get("kid_std", 0.0) ** 2 / (result.protocol.options.get("kid_subsets") or 1)
 
 
 def _of_subsets(result: QualityResult) -> float:

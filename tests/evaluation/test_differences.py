@@ -91,6 +91,8 @@ def test_other_seeds_or_prompts_are_no_pairs() -> None:
         assert found.interval is not None
         assert found.interval[0] < 0 < 0.3 < found.interval[1]
         assert found.verdict == NO_DIFFERENCE
+    more = only(differences(result({"clip": a}), result({"clip": b[:15]}, seeds="0..14"), ["seeds"]))
+    assert (more.pairs, more.verdict) == (15, "B better")  # the first 15 are the same
     far = only(differences(result({"clip": a}), result({"clip": b + 9}, seeds="20..39"), ["seeds"]))
     assert far.verdict == "B better"
 

@@ -111,6 +111,11 @@ def test_figures_without_each_group_are_those_of_the_others(monkeypatch: pytest.
         kept = x[groups != group]
         assert of_fid[group].item() == pytest.approx(fid(kept, reference))
         assert of_kid[group].item() == pytest.approx(mmd(kept, reference))
+    few, many = normal(8, 12), normal(20, 12, seed=1)  # fewer pictures than features
+    for group, value in enumerate(fid_without(few, many, groups[:8])):
+        assert value.item() == pytest.approx(fid(few[groups[:8] != group], many))
+    with pytest.raises(ValueError, match="features of one extractor, got 12 and 3 features"):
+        fid_without(few, reference, groups[:8])
     whole = kid(x[:9], reference, subsets=1, subset_size=9).mean  # all of both, with the pairs within the reference
     same = [(a @ b / 3 + 1) ** 3 for i, a in enumerate(reference) for j, b in enumerate(reference) if i != j]
     assert mmd(x[:9], reference) + (sum(same) / 72).item() == pytest.approx(whole)  # type: ignore[union-attr]
