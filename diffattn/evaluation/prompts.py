@@ -25,7 +25,7 @@ def load_prompts(source: str | Path, cache: str | Path | None = None) -> list[st
     one on every line, read as by `diffattn.files.read_lines`. Empty ones are left out.
 
     Args:
-        source: a file; or "drawbench", which is downloaded once, unless there is a file of that name.
+        source: a file; or "drawbench" in any case, which is downloaded once, unless there is a file of that name.
         cache: folder of what was downloaded; None: the hub's own.
 
     Raises:
@@ -33,7 +33,7 @@ def load_prompts(source: str | Path, cache: str | Path | None = None) -> list[st
             reached.
     """
     path = Path(source)
-    if str(source) == DRAWBENCH and not path.exists():
+    if str(source).lower() == DRAWBENCH and not path.exists():
         return _drawbench(cache)
     try:
         lines = _column(path) if path.suffix.lower() in TABLES else read_lines(path)

@@ -47,6 +47,7 @@ def cached(cache: Path, count: int) -> Path:
 def test_drawbench_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_prompts("drawbench", cached(tmp_path / "cache", DRAWBENCH_COUNT))
     assert found == [f"p {i}" for i in range(DRAWBENCH_COUNT)]
+    assert load_prompts("DrawBench", tmp_path / "cache") == found
     monkeypatch.chdir(tmp_path)
     Path("drawbench").write_text("my own\n")
     assert load_prompts("drawbench", tmp_path / "cache") == ["my own"]  # a file of that name comes first
