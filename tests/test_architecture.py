@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": "files",
     "measure": "machine models",
     "metrics": "drawing files",
-    "evaluation": "architectures data drawing files machine methods metrics patching sampling",
+    "evaluation": "architectures data drawing files machine methods metrics patching sampling tables",
     "training": "data evaluation files measure metrics models sampling",
     "preflight": "architectures drawing machine measure patching schedules tables",
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",

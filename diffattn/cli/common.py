@@ -142,16 +142,3 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file without empty lines; lines are split as in `diffattn.files.read_lines`."""
-    from diffattn.files import read_lines
-
-    try:
-        lines = read_lines(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"prompts file {str(path)!r} cannot be read: {error}") from None
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise ValueError(f"prompts file {str(path)!r} has no prompts")
-    return prompts

@@ -13,21 +13,26 @@ from diffattn.cli.common import (
     loading,
     progress,
     read_options,
-    read_prompts,
     stdout,
     write_json,
 )
+from diffattn.cli.evaluate_results import compare, show_scores, show_worst_pairs
 from diffattn.cli.options import (
     EXTRACTORS,
+    Clip,
+    ClipI,
     Device,
+    DinoI,
     Dtype,
     EvaluatedMethod,
     ExtractorWeights,
     Guidance,
     Height,
     JsonFile,
+    LpipsWeights,
     MaybeModel,
     Options,
+    PickScore,
     Preset,
     Prompts,
     Recipe,
@@ -46,6 +51,7 @@ REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu an
 NUM_PICTURES = "How many pictures to draw, or to take from those given, with a share from every folder."
 SPREAD = "How many to take, spread evenly over the classes."
 PAIRED_WITH = "Compare with these pictures instead, matched by name or number, else in order."
+WORST_PAIRS = "How many of the worst pairs to show on a sheet, worst_pairs.png in the folder; 0: no sheet."
 PAIRED = "Also draw the same seeds unaccelerated, for PSNR, SSIM and latent error."
 
 app = typer.Typer(
@@ -75,10 +81,13 @@ def evaluate(
         "auto"
     ),
     extractor_weights: ExtractorWeights = None,
-    clip: Annotated[
-        str | None, typer.Option(metavar="PATH", help="CLIP model (folder or hub id) for the CLIP score.")
-    ] = None,
-    lpips_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS.")] = None,
+    clip: Clip = None,
+    pickscore: PickScore = None,
+    clip_i: ClipI = None,
+    dino_i: DinoI = None,
+    lpips_weights: LpipsWeights = None,
+    worst_pairs: Annotated[int, typer.Option(help=WORST_PAIRS)] = 6,
+    show: Annotated[bool, typer.Option("--show", help="Open that sheet in the system's picture viewer.")] = False,
     size: Side = None,
     skip_bad: SkipBad = False,
     steps: Steps = 25,
@@ -98,9 +107,9 @@ def evaluate(
     """Score pictures, or what a pipeline draws. Every result carries its protocol.
 
     With --reference: FID, KID, FID for infinitely many pictures, precision, recall, and sFID where the extractor has
-    spatial features. With --clip and --prompts: CLIP score. With --paired or --paired-with: PSNR (also of the
-    foreground), SSIM, and LPIPS with --lpips-weights. Several processes share the work under
-    `accelerate launch -m diffattn`.
+    spatial features. With --prompts: CLIP score (--clip), PickScore (--pickscore). With --paired or --paired-with:
+    PSNR (also of the foreground), SSIM, LPIPS (--lpips-weights), CLIP-I (--clip-i), DINO-I (--dino-i), and a sheet of
+    the worst pairs to look at. Several processes share the work under `accelerate launch -m diffattn`.
     """
     if context.invoked_subcommand is not None:
         return
@@ -109,7 +118,7 @@ def evaluate(
     check_writable(save_npz)
     with loading(model or str(pictures)), bad_input():
         from diffattn.drawing.classes import unguided_note
-        from diffattn.evaluation import EvaluateConfig
+        from diffattn.evaluation import EvaluateConfig, load_prompts
         from diffattn.evaluation.run_folder import processes
         from diffattn.machine import choose_device
 
@@ -118,11 +127,11 @@ def evaluate(
         if paired and paired_with is not None:
             raise ValueError("give either --paired or --paired-with")
         among, place = processes(choose_device(device))
-        words = None if prompts is None else read_prompts(prompts)
+        words = None if prompts is None else load_prompts(prompts)
         config = EvaluateConfig(
-            extractor=_extractor(extractor, model), extractor_weights=extractor_weights, clip=clip,
-            lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
-            limit=num_pictures if model is None else None, device=place,
+            extractor=_extractor(extractor, model), extractor_weights=extractor_weights, clip=clip, pickscore=pickscore,
+            clip_i=clip_i, dino_i=dino_i, lpips_weights=lpips_weights, side=size, skip_bad=skip_bad, prompts=words,
+            limit=num_pictures if model is None else None, device=place, worst_pairs=worst_pairs,
         )  # fmt: skip
         given = {"method": method, "preset": preset, "options": read_options(option or []), "recipe": recipe,
                  "variant": variant}  # fmt: skip
@@ -132,38 +141,17 @@ def evaluate(
     result = _run(subject, reference, folder=out, config=config, draw=draw, acceleration=acceleration,
                   paired=paired_with or paired, name=name, npz=save_npz)  # fmt: skip
     if among.is_main:
-        _show(result)
+        show_scores(result)
         if note := unguided_note(subject, guidance):
             stdout.print(note, markup=False)
         write_json(json, result.to_dict())
+        show_worst_pairs(result, out, show)
         stdout.print(f"written to {out / 'result.json'}", markup=False)
     if result.details.get("not_finite"):
         raise typer.Exit(1)
 
 
-@app.command("compare")
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="A result.")],
-    second: Annotated[Path, typer.Argument(metavar="B.json", help="The result to compare with it.")],
-    may_differ: Annotated[
-        str,
-        typer.Option(help="Protocol fields that may differ because they are what you compare, e.g. steps,guidance."),
-    ] = "",
-    json: JsonFile = None,
-) -> None:
-    """Print the second result's scores minus the first's. Refuses results whose protocols differ, naming the fields."""
-    check_writable(json)
-    with bad_input():
-        from diffattn.evaluation.quality import QualityResult
-        from diffattn.evaluation.quality import compare as differences
-        from diffattn.files import read_json
-
-        a, b = (QualityResult.from_dict(read_json(path)) for path in (first, second))
-        found = differences(a, b, [name.strip() for name in may_differ.split(",") if name.strip()])
-    stdout.print(f"A: {a.subject}\nB: {b.subject}", markup=False)
-    for name, change in found.items():
-        stdout.print(f"{name:<16}{a.scores[name]:12.5g}{b.scores[name]:12.5g}{change:+12.5g}", markup=False)
-    write_json(json, {"a": a.to_dict(), "b": b.to_dict(), "b_minus_a": found})
+app.command("compare")(compare)
 
 
 @app.command("reference")
@@ -277,23 +265,3 @@ def _run(subject: Any, reference: Any, *, npz: Path | None, **given: Any) -> Any
         return measure(subject, reference, npz=npz, progress=progress, **given)
     except ValueError as error:
         fail(str(error))
-
-
-def _show(result: Any) -> None:
-    """The scores, then what was left out and why."""
-    protocol = result.protocol
-    stdout.print(f"{result.subject}: {protocol.num_pictures} pictures", markup=False)
-    if protocol.steps is not None:
-        guidance = "the pipeline's own guidance" if protocol.guidance is None else f"guidance {protocol.guidance:g}"
-        stdout.print(f"{protocol.sampler}, {protocol.steps} steps, {guidance}, seeds {protocol.seeds}", markup=False)
-    if "fid" in result.scores:
-        stdout.print(result.label, markup=False)
-    for name, value in result.scores.items():
-        stdout.print(f"{name:<16}{value:12.5g}", markup=False)
-    if "matched" in result.details:
-        stdout.print(f"matched {result.details['matched']}", markup=False)
-    for name, why in result.details.get("left_out", {}).items():
-        stdout.print(f"no {name}: {why}", markup=False)
-    if result.details.get("domain"):
-        stdout.print(f"the extractor knows only {result.details['domain']}; its scores mean nothing for others",
-                     markup=False)  # fmt: skip

@@ -47,9 +47,8 @@ Recipe = Annotated[
 
 # Sampling.
 
-Prompts = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Text file with one prompt (or class) per line.", show_default=False)
-]
+PROMPTS = "Text file with one prompt (or class) per line, .csv or .tsv with a column of prompts, or: drawbench."
+Prompts = Annotated[Path | None, typer.Option(metavar="FILE", help=PROMPTS, show_default=False)]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[
     float | None,
@@ -68,6 +67,21 @@ ExtractorWeights = Annotated[
         show_default="the library's own location",
     ),
 ]
+Clip = Annotated[str | None, typer.Option(metavar="PATH", help="CLIP model (folder or hub id) for the CLIP score.")]
+PickScore = Annotated[
+    str | None,
+    typer.Option("--pickscore", metavar="PATH", help="PickScore's CLIP model, e.g. yuvalkirstain/PickScore_v1."),
+]
+ClipI = Annotated[
+    str | None, typer.Option("--clip-i", metavar="PATH", help="CLIP model for CLIP-I, the likeness of pairs.")
+]
+DinoI = Annotated[
+    str | None,
+    typer.Option(
+        "--dino-i", metavar="PATH", help="DINO or DINOv2 (folder or hub id) for DINO-I, the likeness of pairs."
+    ),
+]
+LpipsWeights = Annotated[Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS.")]
 Side = Annotated[
     int | None, typer.Option(help="Crop every picture to a square and resize it to SIZE pixels.", show_default="as is")
 ]

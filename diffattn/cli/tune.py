@@ -11,7 +11,6 @@ from diffattn.cli.common import (
     fail,
     loading,
     progress,
-    read_prompts,
     stderr,
     stdout,
     write_json,
@@ -75,12 +74,13 @@ def tune(
     by_budget: dict[str, Any] = dict(zip(BY_BUDGET, (budget, samples, batch, distance, per_sample), strict=True))
     with loading(model), bad_input():
         from diffattn.drawing.loading import load_pipeline
+        from diffattn.evaluation import load_prompts
         from diffattn.machine import choose_device, choose_dtype
         from diffattn.methods import METHODS
         from diffattn.patching.default_method import default_method
 
         place = choose_device(device)
-        words = read_prompts(prompts) if prompts is not None else []
+        words = load_prompts(prompts) if prompts is not None else []
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place), variant).to(place)
         pipe.set_progress_bar_config(disable=True)
         mediators = METHODS[default_method(pipe)].tuned_by_change

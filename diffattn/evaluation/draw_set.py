@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffattn.drawing.batch import Batch, NotFinite, draw_batch, to_pictures
-from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, num_classes
+from diffattn.drawing.classes import check_null_class, class_ids, class_names, draws_classes, num_classes
 from diffattn.drawing.draw import guidance_for
 from diffattn.drawing.sizes import size_arguments
 from diffattn.evaluation.picture_set import ProgressBar, no_progress
@@ -82,6 +82,14 @@ def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
         return list(config.prompts)
     check_null_class(pipe, guidance_for(pipe, config.guidance) or 1.0)
     return list(range(num_classes(pipe))) if config.prompts is None else class_ids(pipe, config.prompts)
+
+
+def drawn_titles(pipe: Any, config: DrawConfig, rows: Sequence[int]) -> list[str]:
+    """What the pictures at these places are, in words: prompt or class, and seed."""
+    todo = subjects(pipe, config)
+    names = (class_names(pipe).id2label or {}) if draws_classes(pipe) else {}
+    words = [names.get(what, f"class {what}") if draws_classes(pipe) else what for what in todo]
+    return [f"{words[row % len(words)]}, seed {config.seed + row}" for row in rows]
 
 
 def picture_name(number: int) -> str:

@@ -1,7 +1,6 @@
 """Quality of a pipeline, or of pictures: against reference pictures, prompts, and the unaccelerated pipeline."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from diffattn.data.matching import Matching, check_turns
 from diffattn.drawing.classes import draws_classes
+from diffattn.evaluation.config import EvaluateConfig
 from diffattn.evaluation.draw_set import (
     LATENTS,
     PICTURES,
@@ -17,53 +17,27 @@ from diffattn.evaluation.draw_set import (
     DrawConfig,
     accelerated,
     draw_set,
+    drawn_titles,
     picture_name,
     subjects,
     with_own_guidance,
 )
 from diffattn.evaluation.identity import Evaluated, describe_patch, device_label, identity, protocol_of, subject_name
 from diffattn.evaluation.left_out import LeftOut, drawn_pictures
+from diffattn.evaluation.networks import OF_PAIRS, OF_PROMPTS, Networks, asked_for
 from diffattn.evaluation.picture_set import PictureSet, ProgressBar, no_progress, open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
 from diffattn.evaluation.run_folder import RunFolder, processes
-from diffattn.evaluation.scores import (
-    in_chunks,
-    latent_scores,
-    measure_clip,
-    measure_features,
-    measure_pairs,
-    pair_scores,
-    set_scores,
-)
+from diffattn.evaluation.scored import Scored
+from diffattn.evaluation.worst_pairs import WorstPairs, save_sheet
 from diffattn.files import write_json
 from diffattn.metrics.adm import write_pictures
-from diffattn.metrics.clip_score import ClipScore
 from diffattn.metrics.extractors import FeatureExtractor, load_extractor
-from diffattn.metrics.lpips import Lpips
 from diffattn.metrics.reference import Reference
-from diffattn.metrics.sfid import spatial_layer_name
 from diffattn.patching.recipe import read_recipe
 
 RESULT = "result.json"
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What to measure, and how to read pictures."""
-
-    extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
-    extractor_weights: str | Path | None = None
-    clip: str | Path | None = None  # folder or hub id of a CLIP model: CLIP score of pictures and prompts
-    lpips_weights: str | Path | None = None  # of AlexNet, see `Lpips`: LPIPS of pairs
-    side: int | None = None  # pixels: crop pictures around the centre to a square and resize it; None: as they are
-    skip_bad: bool = False  # leave unreadable pictures out
-    prompts: Sequence[str] | None = (
-        None  # of pictures from files, for the CLIP score; picture i has i modulo their number
-    )
-    limit: int | None = None  # pictures from files: so many, the first ones of every folder in natural order
-    seed: int = 0  # of the draws of KID and FID∞
-    device: str | torch.device = "cpu"  # for pictures from files
 
 
 def evaluate(
@@ -97,13 +71,14 @@ def evaluate(
         acceleration: arguments of `diffattn.patch` for a pipeline; None: as it is.
         paired: True compares with what the pipeline draws from the same seeds without the acceleration. A path: with
             these pictures, paired by name, number or order, see `match`. Either: PSNR, PSNR of the foreground, SSIM,
-            LPIPS; and, of a pipeline's pair, the relative error of the latents.
+            LPIPS, CLIP-I, DINO-I; and, of a pipeline's pair, the relative error of the latents.
         name: what the result calls the subject.
         npz: also write the pictures, and the class numbers of a SiT's, to this ADM file.
         progress: see `ProgressBar`.
 
     Returns:
-        The result, also in `result.json`. Its protocol holds everything that the figures depend on, except the subject.
+        The result, also in `result.json`; the worst pairs in `worst_pairs.png`, too. Its protocol holds everything that
+        the figures depend on, except the subject.
 
     Raises:
         ValueError: fewer than 2 pictures, or fewer than 2 that are neither blanked nor NaN; unreadable ones without
@@ -115,8 +90,10 @@ def evaluate(
     is_pipeline = isinstance(subject, DiffusionPipeline)
     if is_pipeline:
         draw = with_own_guidance(subject, draw)
-    if reference is None and not paired and config.clip is None:
+    if reference is None and not paired and not asked_for(config, OF_PROMPTS):
         raise ValueError("there is nothing to measure: give a reference, a CLIP model, or paired")
+    if (alone := asked_for(config, OF_PAIRS)) and not paired:
+        raise ValueError(f"{' and '.join(alone)} compare pairs: give paired, or pictures to compare with")
     if acceleration is not None and not is_pipeline:
         raise ValueError("pictures cannot be accelerated: acceleration is for a pipeline")
     if paired is True and acceleration is None:
@@ -152,8 +129,7 @@ class _Job:
         self.left_out: LeftOut | None = None  # of what a pipeline draws
         self.matching: Matching | None = None
         self.prompts = self._prompts()
-        self.clip = ClipScore(config.clip, self.device) if config.clip is not None else None
-        self.lpips = Lpips(config.lpips_weights, self.device) if config.lpips_weights is not None else None
+        self.networks = Networks.load(config, self.device)
 
     def _open(self, path: str | Path) -> PictureSet:
         config = self.config
@@ -162,11 +138,11 @@ class _Job:
         )
 
     def _prompts(self) -> Sequence[str] | None:
-        if self.config.clip is None:
+        if not asked_for(self.config, OF_PROMPTS):
             return None
         found = self.config.prompts if self.pipe is None else self.draw.prompts
         if not found or draws_classes(self.pipe):
-            raise ValueError("the CLIP score needs the prompts that the pictures were drawn from")
+            raise ValueError("CLIP score and PickScore need the prompts that the pictures were drawn from")
         if self.pictures is not None and not self.pictures.places:
             check_turns(self.pictures.listed, len(found))
         return found
@@ -187,13 +163,24 @@ class _Job:
         if self.pipe is not None:
             self._draw(run, source)
         assert self.pictures is not None
-        scores, details, options = self._scores(run, source, extractor)
+        found = self._scores(run, source, extractor)
         label = name or (self.pictures.name if self.pipe is None else subject_name(setup))
-        result = QualityResult(label, protocol_of(setup, self.pictures, options), scores, details)
+        if self.exact is not None and self.config.worst_pairs:
+            self._show_worst(found, self.pictures, self.exact, folder, label)
+        result = QualityResult(label, protocol_of(setup, self.pictures, found.options), found.scores, found.details)
         if self.among.is_main:
             write_json(folder / RESULT, result.to_dict())
         self.among.wait()
         return result
+
+    def _show_worst(self, found: Scored, mine: PictureSet, exact: PictureSet, folder: Path, label: str) -> None:
+        """Write the sheet of the worst pairs, and note them in the details."""
+        titles = mine.names if self.pipe is None else drawn_titles(self.pipe, self.draw, mine.rows)
+        worst = WorstPairs.of(found.values, self.config.worst_pairs)
+        found.details["worst_pairs"] = worst.details(mine.rows, titles)
+        if self.among.is_main:
+            columns = "unaccelerated" if self.paired is True else exact.name, label
+            save_sheet(worst.sheet(mine, exact, titles, columns), folder)
 
     def export(self, path: str | Path) -> None:
         """Write the pictures to an ADM file, and the class numbers of a SiT's."""
@@ -213,8 +200,7 @@ class _Job:
         return Evaluated(
             pipe=self.pipe, draw=self.draw, acceleration=self.acceleration, files=self.pictures, prompts=self.prompts,
             exact=self.paired is True or exact, source=source, extractor=extractor,
-            clip=self.clip and self.clip.hash, lpips=self.lpips and self.lpips.hash, side=self.config.side,
-            device=device_label(self.device), patch=how,
+            networks=self.networks.hashes(), side=self.config.side, device=device_label(self.device), patch=how,
         )  # fmt: skip
 
     def _extractor(self) -> FeatureExtractor:
@@ -264,37 +250,20 @@ class _Job:
         elif self.exact is not None:
             self.exact = self.exact.without(left_out.rows)
 
-    def _scores(
-        self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None
-    ) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-        """Scores, details, and options of the protocol."""
-        mine, progress = self.pictures, self.progress
-        assert mine is not None
-        scores: dict[str, float] = {}
-        details: dict[str, Any] = {"pictures_hash": mine.hash, "skipped": list(mine.skipped)}
+    def _scores(self, run: RunFolder, source: Source | None, extractor: FeatureExtractor | None) -> Scored:
+        assert self.pictures is not None
+        found = Scored(run, self.pictures, self.progress)
         if self.left_out is not None:
-            details |= self.left_out.details()
-        options: dict[str, Any] = {"size": f"{mine.size[1]}x{mine.size[0]}"}
+            found.details |= self.left_out.details()
         if source is not None and extractor is not None:
-            against, spatial = source.measured(extractor, run, progress)
-            found = in_chunks(run, "features", len(mine), measure_features(mine, extractor), progress)
-            scores, more, details["left_out"] = set_scores(found, against, spatial, self.config.seed)
-            options |= more
-            if "sfid" in scores:
-                options["sfid_layer"] = spatial_layer_name(extractor)
-            details["domain"] = extractor.domain
-        if self.clip is not None and self.prompts is not None:
-            measure = measure_clip(mine, self.prompts, self.clip)
-            scores["clip"] = in_chunks(run, "clip", len(mine), measure, progress)["clip"].mean().item()
+            found.against_reference(source, extractor, self.config.seed)
+        found.against_prompts(self.networks, self.prompts or [])
         if self.exact is not None:
-            found = in_chunks(run, "pairs", len(mine), measure_pairs(mine, self.exact, self.lpips), progress)
-            more, details["pairs"] = pair_scores(found)
-            scores |= more
+            found.in_pairs(self.exact, self.networks)
         if self.matching is not None:
-            details["matched"] = str(self.matching)
+            found.details["matched"] = str(self.matching)
         if self.paired is True:
             errors = run.gather(LATENTS, self.draw.num_pictures, self.draw.batch)["error"]
             assert self.left_out is not None
-            more, by_step = latent_scores(errors if errors.ndim < 2 else errors[self.left_out.kept])
-            scores, details = scores | more, details | by_step
-        return scores, details, options
+            found.of_latents(errors if errors.ndim < 2 else errors[self.left_out.kept])
+        return found

@@ -34,12 +34,11 @@ class Evaluated:
     draw: DrawConfig
     acceleration: Mapping[str, Any] | None
     files: PictureSet | None
-    prompts: Sequence[str] | None  # of the CLIP score
+    prompts: Sequence[str] | None  # of the CLIP score and PickScore
     exact: str | bool | None  # hash of the pictures to pair with; True: those of the same pipeline
     source: Source | None
     extractor: FeatureExtractor | None
-    clip: str | None  # hashes of the networks
-    lpips: str | None
+    networks: Mapping[str, str]  # score -> hash of the network
     side: int | None
     device: str
     patch: Mapping[str, Any] | None = None  # of the pipeline as it draws, see `describe_patch`
@@ -140,11 +139,10 @@ def _options(setup: Evaluated) -> dict[str, Any]:
         found |= {f"call.{key}": _value(value) for key, value in setup.draw.call.items()}
     elif setup.prompts is not None:
         found["subjects"] = _digest(json.dumps(list(setup.prompts)))
-    if setup.clip is not None:
-        found["clip"] = setup.clip
+    found |= {score: digest for score, digest in setup.networks.items() if score != "lpips"}
     if setup.exact:
         found["paired"] = "unaccelerated, same seeds" if setup.exact is True else setup.exact
-        found["lpips"] = setup.lpips
+        found["lpips"] = setup.networks.get("lpips")
     return found
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from diffattn.evaluation.networks import Networks, pair_values
 from diffattn.evaluation.picture_set import PictureSet, ProgressBar
 from diffattn.evaluation.quality import scorers
 from diffattn.evaluation.run_folder import RunFolder
-from diffattn.metrics.clip_score import ClipScore
 from diffattn.metrics.extractors import FeatureExtractor
-from diffattn.metrics.lpips import Lpips
 from diffattn.metrics.paired import SSIM_WINDOW, foreground_psnr, mean_of_known, psnr, ssim
 from diffattn.metrics.reference import Reference, Statistics
 from diffattn.metrics.sfid import both_features
@@ -47,27 +46,28 @@ def measure_features(pictures: PictureSet, extractor: FeatureExtractor) -> Measu
     return measure
 
 
-def measure_clip(pictures: PictureSet, prompts: Sequence[str], clip: ClipScore) -> Measure:
-    """Values `clip`; picture i of all, the unreadable ones too, has the prompt i modulo their number."""
+def measure_prompts(
+    pictures: PictureSet, prompts: Sequence[str], score: str, network: Callable[[Tensor, Sequence[str]], Tensor]
+) -> Measure:
+    """Values `score`; picture i of all, the unreadable ones too, has the prompt i modulo their number."""
 
     def measure(start: int, stop: int) -> dict[str, Tensor]:
         words = [str(prompts[row % len(prompts)]) for row in pictures.rows[start:stop]]
-        return {"clip": clip(pictures.batch(start, stop), words)}
+        return {score: network(pictures.batch(start, stop), words)}
 
     return measure
 
 
-def measure_pairs(pictures: PictureSet, exact: PictureSet, lpips: Lpips | None) -> Measure:
-    """Values `psnr`, `foreground_psnr`, `ssim` (from 11 pixels a side) and `lpips` (with its network)."""
+def measure_pairs(pictures: PictureSet, exact: PictureSet, networks: Networks) -> Measure:
+    """Values `psnr`, `foreground_psnr`, `ssim` (from 11 pixels a side), and those of the networks."""
 
     def measure(start: int, stop: int) -> dict[str, Tensor]:
-        a, b = (x.batch(start, stop).float() / 255 for x in (pictures, exact))
+        pair = pictures.batch(start, stop), exact.batch(start, stop)
+        a, b = (x.float() / 255 for x in pair)
         found = {"psnr": psnr(a, b), "foreground_psnr": foreground_psnr(a, b)}
         if min(pictures.size) >= SSIM_WINDOW:
             found["ssim"] = ssim(a, b)
-        if lpips is not None:
-            found["lpips"] = lpips(a, b)
-        return found
+        return found | pair_values(networks, *pair)
 
     return measure
 

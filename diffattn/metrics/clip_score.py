@@ -14,6 +14,8 @@ from torch import Tensor
 
 from diffattn.metrics.extractors import weights_hash
 
+EXAMPLE = "openai/clip-vit-base-patch32"
+
 
 class ClipScore:
     """A CLIP model of `transformers` with its processor; 100 · cos of picture and prompt.
@@ -23,24 +25,39 @@ class ClipScore:
         hash: sha256 of the weights.
     """
 
-    def __init__(self, source: str | Path, device: str | torch.device = "cpu") -> None:
-        """Raises `ValueError` if there is no CLIP model with safetensors weights, a tokenizer and a processor."""
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu", example: str = EXAMPLE) -> None:
+        """Raises `ValueError` if there is no CLIP model with safetensors weights, a tokenizer and a processor.
+
+        Args:
+            source: folder or hub id.
+            device: where to work.
+            example: a hub id that the message names.
+        """
         from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
         self.name = str(source)
         try:
-            model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+            loaded: Any = CLIPModel.from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            model, found = loaded
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
             parts: Any = CLIPImageProcessor.from_pretrained(source), CLIPTokenizer.from_pretrained(source)
             self.processor: Any = CLIPProcessor(*parts)
         except (OSError, ValueError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"no CLIP model could be loaded from {self.name!r}: {why}; give a folder or a hub id such "
-                             "as openai/clip-vit-base-patch32") from error  # fmt: skip
+                             f"as {example}") from error  # fmt: skip
         self.model = model.eval().requires_grad_(False).to(device)
         self.hash = weights_hash(self.model)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score of every picture [B] on the CPU, max(100 · cos, 0).
+        """Score of every picture [B] on the CPU, max(100 · cos, 0); arguments and errors as `cosines`."""
+        return (100 * self.cosines(images, prompts)).clamp(min=0)
+
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine of every picture's embedding and its prompt's [B] on the CPU.
 
         Args:
             images: uint8 [B, 3, h, w].
@@ -61,4 +78,4 @@ class ClipScore:
             cosines = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
         if not torch.isfinite(cosines).all():
             raise ValueError(f"the CLIP model of {self.name!r} gave values that are NaN or infinite: check its weights")
-        return (100 * cosines).clamp(min=0).cpu().clone()
+        return cosines.cpu().clone()

@@ -102,7 +102,7 @@ class InceptionExtractor(FeatureExtractor):
 
 
 class VisionExtractor(FeatureExtractor):
-    """A vision transformer of `transformers`: DINOv2's normed class token, or CLIP's image embedding."""
+    """A vision transformer of `transformers`: DINO's or DINOv2's normed class token, or CLIP's image embedding."""
 
     def __init__(self, name: str, model: nn.Module, num_features: int, side: int, mean: Any, std: Any) -> None:
         super().__init__(name, model, num_features, side, "bicubic with antialiasing, aspect ratio not kept,")
@@ -113,7 +113,7 @@ class VisionExtractor(FeatureExtractor):
         size = (self.input_size, self.input_size)
         x = F.interpolate(images.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
         found = self.model((x - self.mean) / self.std)  # type: ignore[operator]
-        return found.image_embeds if self.name == "clip" else found.pooler_output
+        return found.image_embeds if self.name == "clip" else found.last_hidden_state[:, 0]
 
 
 def load_extractor(name: str, source: str | Path | None = None, device: str | torch.device = "cpu") -> FeatureExtractor:
@@ -216,7 +216,7 @@ def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
 def _dinov2(name: str, source: str | Path | None) -> FeatureExtractor:
     from transformers import Dinov2Model  # slow to import
 
-    model = _pretrained(name, Dinov2Model, source or "facebook/dinov2-base")
+    model = load_pretrained(name, Dinov2Model, source or "facebook/dinov2-base")
     side = min(DINOV2_SIDE, model.config.image_size)
     return VisionExtractor(name, model, model.config.hidden_size, side, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -224,14 +224,30 @@ def _dinov2(name: str, source: str | Path | None) -> FeatureExtractor:
 def _clip(name: str, source: str | Path | None) -> FeatureExtractor:
     from transformers import CLIPVisionModelWithProjection
 
-    model = _pretrained(name, CLIPVisionModelWithProjection, source or "openai/clip-vit-base-patch32")
+    model = load_pretrained(name, CLIPVisionModelWithProjection, source or "openai/clip-vit-base-patch32")
     config = model.config
     return VisionExtractor(name, model, config.projection_dim, config.image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
-def _pretrained(name: str, kind: Any, source: str | Path) -> Any:
+def load_pretrained(name: str, kind: Any, source: str | Path, **given: Any) -> Any:
+    """A model of `transformers` in float32.
+
+    Args:
+        name: of the extractor, for the message.
+        kind: its class.
+        source: folder or hub id.
+        **given: to its constructor.
+
+    Raises:
+        ValueError: no such model with safetensors weights, or weights are missing, which would be random.
+    """
     try:
-        return kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        model, found = kind.from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **given
+        )
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} weights, such as {missing[0]}")
+        return model
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"extractor {name!r} could not be loaded from {str(source)!r}: {_first_line(error)}; "

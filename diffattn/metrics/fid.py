@@ -70,6 +70,32 @@ def fid_infinity(
     return torch.linalg.lstsq(line, distances[:, None]).solution[0].item()
 
 
+def fid_without(features: Tensor, reference: Reference | Statistics | Tensor, groups: Tensor) -> Tensor:
+    """FID without each group of the generated pictures, for `grouped_interval`.
+
+    Args:
+        features: of the generated pictures [N, d].
+        reference: as `fid`.
+        groups: group of every picture [N], 0 to G - 1, none of them empty.
+
+    Returns:
+        [G] float64.
+
+    Raises:
+        ValueError: as `fid`.
+    """
+    target, x = _statistics(reference), check_features(features)
+    if x.shape[1:] != target.mean.shape:
+        raise _unequal(x.shape[1], len(target.mean))
+    rooted, found = x @ _root(target.cov), []
+    for group in range(int(groups.max()) + 1):
+        part, y = (values[groups != group] for values in (x, rooted))
+        means = (part.mean(dim=0) - target.mean).square().sum()
+        shared = _singular_values(y - y.mean(dim=0)).sum() / (len(y) - 1) ** 0.5
+        found.append(means + part.var(dim=0).sum() + target.cov.trace() - 2 * shared)
+    return torch.stack(found).clamp(min=0)
+
+
 def _statistics(reference: Reference | Statistics | Tensor) -> Statistics:
     if isinstance(reference, Reference):
         return reference.statistics
@@ -79,10 +105,19 @@ def _statistics(reference: Reference | Statistics | Tensor) -> Statistics:
 def _distance(a: Statistics, b: Statistics, root_b: Tensor) -> float:
     """(Σ_a Σ_b)^½ has the trace of (Σ_b^½ Σ_a Σ_b^½)^½, which is symmetric, so its eigenvalues are real."""
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"both sides need features of one extractor, got {len(a.mean)} and {len(b.mean)} features")
+        raise _unequal(len(a.mean), len(b.mean))
     means = (a.mean - b.mean).square().sum()
     shared = torch.linalg.eigvalsh(root_b @ a.cov @ root_b).clamp(min=0).sqrt().sum()
     return (means + a.cov.trace() + b.cov.trace() - 2 * shared).clamp(min=0).item()
+
+
+def _singular_values(x: Tensor) -> Tensor:
+    """Of x [n, d], from the smaller of its two products with itself."""
+    return torch.linalg.eigvalsh(x @ x.T if len(x) <= x.shape[1] else x.T @ x).clamp(min=0).sqrt()
+
+
+def _unequal(one: int, other: int) -> ValueError:
+    return ValueError(f"both sides need features of one extractor, got {one} and {other} features")
 
 
 def _root(cov: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torchmetrics.image.kid import poly_mmd
 
 from diffattn.metrics.reference import Reference, check_features
 
+ROWS = 1024  # pictures whose kernels with all others are held at a time
+
 
 @dataclass(frozen=True)
 class Kid:
@@ -57,6 +59,35 @@ def kid(
     return Kid(found.mean().item(), found.std(correction=0).item(), subsets, size)
 
 
+def kid_without(features: Tensor, reference: Reference | Tensor, groups: Tensor) -> Tensor:
+    """Unbiased squared MMD of all pictures without each group of the generated ones, for `grouped_interval`.
+
+    The mean over pairs within the reference is left out: it is the same for all that are measured against it.
+
+    Args:
+        features: of the generated pictures [N, d].
+        reference: as `kid`.
+        groups: group of every picture [N], 0 to G - 1, none of them empty; two pictures or more are left without each.
+
+    Returns:
+        [G] float64.
+
+    Raises:
+        ValueError: as `kid`.
+    """
+    fake, real = check_features(features), check_features(reference_features(reference))
+    member = torch.nn.functional.one_hot(groups).double()  # [N, G]
+    within, across = member.new_zeros(member.shape[1], member.shape[1]), member.new_zeros(member.shape[1])
+    for rows in torch.arange(len(fake)).split(ROWS):
+        kernel = _kernel(fake[rows], fake)
+        kernel[torch.arange(len(rows)), rows] = 0  # no picture with itself
+        within += member[rows].T @ kernel @ member
+        across += member[rows].T @ _kernel(fake[rows], real).sum(dim=1)
+    left = len(fake) - member.sum(dim=0)
+    pairs = within.sum() - 2 * within.sum(dim=0) + within.diagonal()
+    return pairs / (left * (left - 1)) - 2 * (across.sum() - across) / (left * len(real))
+
+
 def reference_features(reference: Reference | Tensor) -> Tensor:
     if isinstance(reference, Tensor):
         return reference
@@ -67,3 +98,7 @@ def reference_features(reference: Reference | Tensor) -> Tensor:
 
 def _draw(x: Tensor, size: int, rng: torch.Generator) -> Tensor:
     return x[torch.randperm(len(x), generator=rng)[:size]]
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3

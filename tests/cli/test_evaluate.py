@@ -1,6 +1,8 @@
 """`diffattn evaluate` and `diffattn evaluate compare`: what they print and write, and their exit codes."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,11 @@ def test_a_text_model_with_everything(place: Path, tmp_path: Path) -> None:
     assert "knows only CIFAR-10" in done.stdout
     assert read_pictures(tmp_path / "a.npz").shape == (3, 3, 32, 32)
     assert len(list((tmp_path / "run" / "unaccelerated").glob("*.png"))) == 3
+    worst = result["details"]["worst_pairs"]
+    assert worst["by"] == "lpips"
+    assert f"{worst['worst'][0]['lpips']:.5g}  {worst['worst'][0]['title']}" in done.stdout
+    assert f"look at them: {tmp_path / 'run' / 'worst_pairs.png'}" in done.stdout
+    assert {pair["title"] for pair in worst["worst"]} == {"a cat, seed 5", "a dog, seed 6", "a cat, seed 7"}
     again = call(*words)  # all is there
     assert again.exit_code == 0
     assert again.stdout == done.stdout
@@ -90,6 +97,16 @@ def test_compare_and_what_it_refuses(place: Path, files: tuple[object, ...], tmp
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["b_minus_a"]["fid"] == pytest.approx(found["b"]["scores"]["fid"] - found["a"]["scores"]["fid"])
     assert "A: a.npz" in done.stdout
+    assert {name: x["verdict"] for name, x in found["differences"].items()} == {
+        "fid": "B better", "kid": "no difference shown", "sfid": "B better", "precision": "not known",
+        "recall": "not known",
+    }  # fmt: skip
+    assert all(found["differences"]["fid"]["interval"])
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert rows[0][:4] == ["score", "A", "B", "B"]
+    assert ["fid", "B", "better"] in [[row[0], *row[-2:]] for row in rows]
+    itself = call("evaluate", "compare", a, a)
+    assert itself.stdout.count("no difference shown") == 3
     refused = call("evaluate", "compare", a, c)
     assert refused.exit_code == 2
     assert "protocols differ in num_pictures: 8 and 6; options.kid_subset_size: 4 and 3" in refused.stderr
@@ -99,6 +116,26 @@ def test_compare_and_what_it_refuses(place: Path, files: tuple[object, ...], tmp
     assert "the protocol has no speed" in wrong.stderr
     (tmp_path / "other.json").write_text("{}")
     assert "not a quality result" in call("evaluate", "compare", a, tmp_path / "other.json").stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pictures are opened by xdg-open on Linux")
+def test_the_sheet_is_opened_on_demand(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    viewer = tmp_path / "bin" / "xdg-open"
+    viewer.parent.mkdir()
+    viewer.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/part && mv {tmp_path}/part {tmp_path}/opened\n')
+    viewer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{viewer.parent}:/usr/bin:/bin")
+    words = ("evaluate", "--pictures", place / "a.npz", "--paired-with", place / "a.npz", "--device", "cpu")
+    assert call(*words, "--out", tmp_path / "quiet").exit_code == 0
+    shown = call(*words, "--out", tmp_path / "run", "--show")
+    assert shown.exit_code == 0
+    assert "identical  arr_0[0]" in shown.stdout
+    until = time.monotonic() + 60
+    while not (tmp_path / "opened").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / "opened").read_text().strip() == str(tmp_path / "run" / "worst_pairs.png")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no picture viewer could be opened" in call(*words, "--out", tmp_path / "run", "--show").stdout
 
 
 @pytest.mark.parametrize("name", ["saved/b.safetensors", "b.npz"])
@@ -168,8 +205,11 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
          "16x16 pixels, the reference 32x32; bring both to one size (--size)"),
         (("--pictures", "a.npz", "--clip", "sit", "--prompts", "empty.txt"), "has no prompts"),
         (("--pictures", "a.npz", "--clip", "sit", "--prompts", "prompts.txt"), "no CLIP model could be loaded"),
-        (("--pictures", "a.npz", "--clip", "sit"), "needs the prompts"),
+        (("--pictures", "a.npz", "--clip", "sit"), "need the prompts"),
+        (("--pictures", "a.npz", "--clip-i", "sit"), "there is nothing to measure"),
+        (("--pictures", "a.npz", "--paired-with", "a.npz", "--dino-i", "sit"), "no DINO could be loaded"),
         (("--pictures", "no.npz", "--paired-with", "b.npz"), "no.npz' is not a readable .npz file"),
+        (("--pictures", "a.npz", "--paired-with", "a.npz", "--worst-pairs", -1), "0 or more, got -1"),
         (("--model", "sit", "--num-pictures", 1, "--reference", "b.npz"), "must be 2 or more, got 1"),
         (("--model", "sit", "--paired", "--method", "none"), "takes no --paired"),
         (("--model", "sit", "--paired", "--method", "agent", "--option", "x"), "not of the form key=value"),
@@ -219,6 +259,7 @@ def test_help_names_everything() -> None:
     found = call("evaluate", "--help")
     assert found.exit_code == 0
     for option in ("--model", "--pictures", "--reference", "--clip", "--paired", "--lpips-weights", "--skip-bad",
-                   "--save-npz", "--extractor", "--json", "compare"):  # fmt: skip
+                   "--save-npz", "--extractor", "--json", "compare", "--pickscore", "--clip-i", "--dino-i",
+                   "drawbench", "--worst-pairs", "--show"):  # fmt: skip
         assert option in found.stdout
     assert call("evaluate", "compare", "--help").exit_code == 0

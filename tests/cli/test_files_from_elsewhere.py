@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 from diffattn.app.jobs import Limits
 from diffattn.app.jobs.snippet import snippet
 from diffattn.cli import app
-from diffattn.cli.common import read_prompts
 from diffattn.drawing.request import Request
+from diffattn.evaluation import load_prompts
 from diffattn.sampling import SiTPipeline
 from diffattn.training.config import TrainConfig
 
@@ -83,7 +83,7 @@ PROMPTS = ["a cat\u2028on a mat", "caf\xe9 \x85 noir", "ship"]
 def test_prompts_of_any_program_are_read(tmp_path: Path, coding: str, end: str) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(f"{end}".join([*PROMPTS[:2], "  ", PROMPTS[2], ""]).encode(coding))
-    assert read_prompts(file) == PROMPTS
+    assert load_prompts(file) == PROMPTS
 
 
 def test_a_prompts_file_that_is_no_text_names_the_line(tmp_path: Path) -> None:

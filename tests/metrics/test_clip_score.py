@@ -1,16 +1,16 @@
 """CLIP score with a tiny random CLIP from a folder."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support import tiny
 from torch import Tensor
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
-    CLIPModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
@@ -25,17 +25,7 @@ PROMPTS = ["a cat", "a red dog", "two ships"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("clip")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    text = tiny.text_config().to_dict() | {"projection_dim": 12}
-    vision = sizes | {"patch_size": 4, "image_size": 16, "projection_dim": 12}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    model.visual_projection.weight.data.neg_()  # so that random pictures and texts agree
-    model.save_pretrained(place)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(place)
-    tiny.tokenizer(place).save_pretrained(place)
-    return place
+    return tiny.clip(tmp_path_factory.mktemp("clip"))
 
 
 def pictures(count: int) -> Tensor:
@@ -80,3 +70,13 @@ def test_every_picture_has_its_own_prompt(folder: Path, tmp_path: Path) -> None:
 def test_what_is_no_clip_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no CLIP model could be loaded from .*openai/clip-vit-base-patch32"):
         ClipScore(tmp_path)
+
+
+def test_half_a_clip_is_refused(folder: Path, tmp_path: Path) -> None:
+    """`transformers` would only log it, and the other half be random."""
+    shutil.copytree(folder, tmp_path / "half")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in weights.items() if not name.startswith("text")}
+    save_file(kept, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"it lacks .* weights, such as text"):
+        ClipScore(tmp_path / "half")

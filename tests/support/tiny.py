@@ -21,7 +21,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from diffattn.sampling import SiTPipeline
 from support import sampling_cases, tiny_transformers
@@ -97,6 +105,20 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+def clip(folder: Path) -> Path:
+    """A CLIP model with its processor in a folder: pictures of 16 pixels a side, embeddings of 12."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = text_config().to_dict() | {"projection_dim": 12}
+    vision = sizes | {"patch_size": 4, "image_size": 16, "projection_dim": 12}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    model.visual_projection.weight.data.neg_()  # so that random pictures and texts agree
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    tokenizer(folder).save_pretrained(folder)
+    return folder
 
 
 def scheduler() -> DDIMScheduler:
