@@ -168,10 +168,14 @@ def _convention_of(scheduler: Any) -> Convention:
     return UNKNOWN
 
 
+FLOWS = ("FlowMatch", "FlowMap", "EulerAncestralRF", "Piflow")
+"""Parts of the names of schedulers of flow matching, whose configurations do not say so."""
+
+
 def _is_flow_matching(scheduler: Any) -> bool:
     config = scheduler.config
     return (
-        any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__)
+        any(name in kind.__name__ for kind in type(scheduler).__mro__ for name in FLOWS)
         or config.get("prediction_type") == "flow_prediction"
         or bool(config.get("use_flow_sigmas"))
     )
