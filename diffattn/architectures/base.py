@@ -113,10 +113,15 @@ class MethodProcessor(NotPickled):
             num_tokens: of the call.
         """
         layer = self.layer
+        if layer.copies > 1:
+            references = (grid,) * (layer.copies - 1)
         if num_tokens < prod(grid) + sum(map(prod, references)):
             references = ()
         beyond = num_tokens - prod(grid) - sum(map(prod, references))
-        return TokenLayout((grid, *references), beyond, layer.context == "first", layer.rotated)
+        first = layer.references_first
+        grids = (*references, grid) if first else (grid, *references)
+        picture = len(references) if first else 0
+        return TokenLayout(grids, beyond, layer.context == "first", layer.rotated, picture)
 
     def reason_exact(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str:
         """Why a call in a phase runs exact, or `ACCELERATED`."""

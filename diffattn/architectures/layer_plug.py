@@ -58,10 +58,11 @@ class LayerPlug(MethodProcessor):
         def run(phase: int, *tensors: Tensor) -> Tensor:
             x, q, k, v, mask = tensors
             layout = self._layout(call, q.shape[2 if heads_first else 1])
+            asked, mask = mask, self._key_mask(mask, layout)
             rows = 0 if mask is None else mask.shape[-2]
             method = self._function(call, phase, self.reason_exact(phase, layout, q.device.type, rows))
             if method is None:
-                named = given | {"attn_mask": mask}
+                named = given | {"attn_mask": asked}
                 return function(q, k, v, **named)
             layer_call = LayerCall(x=x, grid=layout.grid, mask=mask, phase=phase, layout=layout)
             scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
@@ -95,6 +96,13 @@ class LayerPlug(MethodProcessor):
     def _layout(self, call: DenoiserCall, num_tokens: int) -> TokenLayout:
         """Where the tokens of a call lie; those beyond the grid are context if the layer has any."""
         return self.layout_of(call.grids[self.layer.level], call.references, num_tokens)
+
+    def _key_mask(self, mask: Tensor | None, layout: TokenLayout) -> Tensor | None:
+        """The mask over the keys alone that a mask [..., N, N] comes to, if the layer's are outer products: the row of
+        a token of the picture, which none masks. Masked queries, whose answers are not used, then have one, too."""
+        if mask is None or mask.shape[-2] == 1 or not self.layer.outer_mask:
+            return mask
+        return mask.narrow(-2, mask.shape[-2] - 1 if layout.context_first else 0, 1)
 
     def _reason_call(self, q: Tensor, k: Tensor, given: Mapping[str, Any], heads_first: bool) -> str | None:
         """Why the arguments of the call keep it exact, or None."""

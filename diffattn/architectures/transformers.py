@@ -46,6 +46,9 @@ FLOW = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda 
 """Flow matching's time steps where no scheduler is known: 1000σ."""
 
 
+TEMPORAL = "temporal layer of a few frames"
+
+
 @dataclass(frozen=True)
 class TransformerFamily:
     """Transformers of diffusers that differ in nothing that matters to attention.
@@ -61,6 +64,9 @@ class TransformerFamily:
     rotated: bool = True  # whether queries and keys carry their place as a rotation
     time: Time = Time()
     training: Convention | None = FLOW  # the meaning of time steps where no scheduler is known
+    references_first: bool = False  # whether the tokens of references stand before the picture's
+    outer_mask: bool = False  # see `LayerSpec`
+    temporal: str = r"$^"  # layers over the frames of one place: a pattern of names
     others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
     sample_name: str = "hidden_states"
     time_name: str = "timestep"
@@ -75,13 +81,21 @@ class TransformerFamily:
 
     def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
         for name, module in model.named_modules():
-            if hasattr(module, "set_processor") and hasattr(module, "processor"):
+            if getattr(module, "processor", None) is not None:
                 yield self._spec(name, module), module
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
         spec = attention.spec_of(name, module, level=0)
         is_other = re.search(self.others, name) is not None or bool(getattr(module, "is_cross_attention", False))
-        return replace(spec, is_cross_attention=is_other, context=self.context, rotated=self.rotated)
+        return replace(
+            spec,
+            is_cross_attention=is_other,
+            exact=TEMPORAL if re.search(self.temporal, name) else None,
+            context=self.context,
+            rotated=self.rotated,
+            references_first=self.references_first,
+            outer_mask=self.outer_mask,
+        )
 
     def reason_exact(self, module: nn.Module) -> str | None:
         return reason_unplugged(module.processor)
@@ -105,6 +119,8 @@ class TransformerFamily:
         return [tuple(-(-p // q) for p, q in zip(pixels, patch, strict=True))]
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
+        if isinstance(time, Tensor) and time.ndim > 1:  # one per token or frame, lower for those that are given
+            time = time.flatten(1).amax(1)
         return levels.read(self.time.timesteps(time), self.training)
 
     def replaced(self, **parts: Any) -> Replaced:
