@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from support.denoisers import CASES
-from support.denoisers.case import Case
+from support.denoisers.case import Case, noise_level_of
 from torch import Tensor, nn
 
 import diffattn
@@ -33,8 +32,13 @@ def inputs(case: Case, batch: int = 2, seed: int = 1) -> dict[str, Any]:
 
 def one_of(given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
     """The arguments for one sample of a batch."""
-    rows = {k: v[index : index + 1] for k, v in given.items() if isinstance(v, Tensor | list) and len(v) == batch}
-    return {**given, **rows}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor | list) and len(value) == batch:
+            return value[index : index + 1]
+        return [of(x) for x in value] if isinstance(value, list) else value
+
+    return {name: of(value) for name, value in given.items()}
 
 
 @every_case
@@ -45,7 +49,7 @@ def test_passing_through_is_bit_equal_and_removing_restores_the_same_objects(cas
     handle = diffattn.patch(model, num_agents=1, min_tokens=10**6)
     handle.quiet()
     assert torch.equal(case.call(model, given), exact)
-    assert handle.report().calls_passed_through == case.num_layers
+    assert handle.report().calls_passed_through == case.num_calls(2)
     handle.remove()
     assert all(model.get_submodule(name).processor is original for name, original in before.items())
     assert torch.equal(case.call(model, given), exact)
@@ -58,7 +62,7 @@ def test_every_layer_is_accelerated_and_close_to_exact(case: Case) -> None:
     with diffattn.patch(model, **FEW) as handle:
         out = case.call(model, given)
         report = handle.report()
-    assert (report.calls_accelerated, report.calls_passed_through) == (case.num_layers, 0), str(report)
+    assert (report.calls_accelerated, report.calls_passed_through) == (case.num_calls(2), 0), str(report)
     assert out.shape == exact.shape
     assert out.isfinite().all()
     assert not torch.equal(out, exact)
@@ -101,16 +105,15 @@ def test_a_batch_is_its_samples(case: Case) -> None:
 
 @every_case
 def test_the_noise_level_is_the_schedulers(case: Case) -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = case.scheduler()
     scheduler.set_timesteps(5)
     model, given = case.build(), inputs(case)
     with diffattn.patch(model, **FEW) as handle:
         for i in (0, 2, 4):
-            sigma = float(scheduler.sigmas[i])
-            case.call(model, given, level=sigma)
+            case.call(model, given, level=float(scheduler.timesteps[i]) / 1000)
             entry = handle.last_call()
             assert entry is not None
-            assert entry["noise_level"] == pytest.approx(sigma, abs=2e-3)
+            assert entry["noise_level"] == pytest.approx(noise_level_of(scheduler, i), abs=2e-3)
 
 
 @every_case

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 Inputs = Callable[[int, torch.Generator], dict[str, Any]]
@@ -21,16 +22,23 @@ class Case:
     config: Mapping[str, Any]
     inputs: Inputs  # (batch, random numbers) -> arguments of forward, without the time
     grid: tuple[int, ...]  # of the picture's tokens in these inputs
-    time: Callable[[float], float]  # σ of flow matching -> the time argument that its pipeline passes
+    time: Callable[[float], float]  # a time step of the scheduler / 1000 -> the argument that its pipeline passes
     num_layers: int  # self-attention layers over the picture's tokens
     time_name: str = "timestep"
     time_dtype: torch.dtype = torch.float32
+    time_shape: tuple[int, ...] = ()  # per sample, of times per token or frame
     context: int = 0  # tokens without a place
     per_sample: frozenset[str] = field(default=frozenset())  # arguments that are not per sample although tensors
     output: Callable[[Any], Tensor] = lambda out: out[0]
+    scheduler: Callable[[], Any] = lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)  # of its pipeline
+    calls_per_sample: bool = False  # the processor attends for one sample after another
 
     def __str__(self) -> str:
         return self.name
+
+    def num_calls(self, batch: int) -> int:
+        """Calls of attention over the picture's tokens in one call of the model."""
+        return self.num_layers * (batch if self.calls_per_sample else 1)
 
     def build(self, seed: int = 0) -> Any:
         """The model with random weights, in eval mode."""
@@ -43,12 +51,21 @@ class Case:
         return model
 
     def call(self, model: Any, given: Mapping[str, Any], level: float = 0.7) -> Tensor:
-        """The output of one call at a noise level."""
+        """The output of one call at a time step of the scheduler, divided by 1000."""
         batch = next(len(x) for x in given.values() if isinstance(x, Tensor | list) and not isinstance(x, str))
-        time = torch.full((batch,), self.time(level), dtype=self.time_dtype)
+        time = torch.full((batch, *self.time_shape), self.time(level), dtype=self.time_dtype)
         with torch.no_grad():
             return self.output(model(**given, **{self.time_name: time}, return_dict=False))
 
 
 def normal(*shape: int, rng: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=rng)
+
+
+def noise_level_of(scheduler: Any, step: int) -> float:
+    """σ of flow matching, or σ/(1 + σ) by the scheduler's table of ᾱ."""
+    if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
+        sigma = float(scheduler.sigmas[step])
+        return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
+    alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+    return (1 - alpha) ** 0.5 / (alpha**0.5 + (1 - alpha) ** 0.5)
