@@ -168,7 +168,7 @@ def _convention_of(scheduler: Any) -> Convention:
     return UNKNOWN
 
 
-FLOWS = ("FlowMatch", "FlowMap", "EulerAncestralRF", "Piflow")
+FLOWS = ("FlowMatch", "FlowMap", "EulerAncestralRF", "Piflow", "MiniMaxH3")
 """Parts of the names of schedulers of flow matching, whose configurations do not say so."""
 
 

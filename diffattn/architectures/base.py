@@ -59,6 +59,10 @@ class Architecture(Protocol):
         """The noisy input [B, ...] among the arguments of `forward`."""
         ...
 
+    def timestep(self, given: Mapping[str, Any]) -> Any:
+        """The time step among the arguments of `forward`."""
+        ...
+
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         """The size of the latents among the arguments of `forward`."""
         ...

@@ -70,6 +70,7 @@ class TransformerFamily:
     others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
     sample_name: str = "hidden_states"
     time_name: str = "timestep"
+    time_of: Callable[[Mapping[str, Any]], Any] | None = None  # the time argument, where it is not simply `time_name`
 
     @property
     def title(self) -> str:
@@ -109,6 +110,9 @@ class TransformerFamily:
             return found
         same = all(x.shape == found[0].shape for x in found)  # a list of pictures, perhaps of different sizes
         return torch.stack(list(found)) if same else torch.cat([x.flatten() for x in found])[None]
+
+    def timestep(self, given: Mapping[str, Any]) -> Any:
+        return self.time_of(given) if self.time_of is not None else given[self.time_name]
 
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         return self.size_of(model, given)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -24,8 +25,11 @@ class Case:
     grid: tuple[int, ...]  # of the picture's tokens in these inputs
     time: Callable[[float], float]  # a time step of the scheduler / 1000 -> the argument that its pipeline passes
     num_layers: int  # self-attention layers over the picture's tokens
+    level: float = 0.7  # a time step of the scheduler / 1000 for calls at any one
+    needs: str = "torch"  # a package without which diffusers cannot run this class
     time_name: str = "timestep"
     time_dtype: torch.dtype = torch.float32
+    per_call: Callable[[float], Sequence[float]] | None = None  # times of a call as a whole, of the time argument
     time_shape: tuple[int, ...] = ()  # per sample, of times per token or frame
     context: int = 0  # tokens without a place
     per_sample: frozenset[str] = field(default=frozenset())  # arguments that are not per sample although tensors
@@ -42,6 +46,7 @@ class Case:
 
     def build(self, seed: int = 0) -> Any:
         """The model with random weights, in eval mode."""
+        pytest.importorskip(self.needs)
         torch.manual_seed(seed)
         kind: Any = getattr(diffusers, self.name.partition(" ")[0])
         model = kind(**self.config).eval()
@@ -50,10 +55,13 @@ class Case:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         return model
 
-    def call(self, model: Any, given: Mapping[str, Any], level: float = 0.7) -> Tensor:
+    def call(self, model: Any, given: Mapping[str, Any], level: float | None = None) -> Tensor:
         """The output of one call at a time step of the scheduler, divided by 1000."""
+        level = self.level if level is None else level
         batch = next(len(x) for x in given.values() if isinstance(x, Tensor | list) and not isinstance(x, str))
         time = torch.full((batch, *self.time_shape), self.time(level), dtype=self.time_dtype)
+        if self.per_call is not None:
+            time = torch.tensor(self.per_call(self.time(level)), dtype=self.time_dtype)
         with torch.no_grad():
             return self.output(model(**given, **{self.time_name: time}, return_dict=False))
 
@@ -63,7 +71,9 @@ def normal(*shape: int, rng: torch.Generator) -> Tensor:
 
 
 def noise_level_of(scheduler: Any, step: int) -> float:
-    """σ of flow matching, or σ/(1 + σ) by the scheduler's table of ᾱ."""
+    """σ of flow matching, or σ/(1 + σ) by the scheduler's σ of EDM or table of ᾱ."""
+    if hasattr(scheduler, "precondition_noise"):
+        return float(scheduler.sigmas[step] / (1 + scheduler.sigmas[step]))
     if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
         sigma = float(scheduler.sigmas[step])
         return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma

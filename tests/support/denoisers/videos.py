@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    MiniMaxH3Scheduler,
+)
 from torch import Tensor
 
 from support.denoisers.case import Case, Inputs, normal
@@ -116,6 +123,105 @@ def kandinsky5(batch: int, rng: torch.Generator) -> dict[str, Any]:
     }
 
 
+def kandinsky6(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = latents(9)(batch, rng)
+    return {
+        "hidden_states": given["hidden_states"].movedim(1, -1).contiguous(),
+        "encoder_hidden_states": given["encoder_hidden_states"],
+        "pooled_projections": normal(batch, 16, rng=rng),
+        "audio_hidden_states": normal(batch, 7, 4, rng=rng),
+        "encoder_attention_mask": padded(batch),
+    }
+
+
+def anyflow(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {**cogvideox(batch, rng), "r_timestep": torch.full((batch, 3), 250.0)}
+
+
+def helios(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    history = {"long": 4, "mid": 3, "short": 1}
+    return {
+        **latents(4)(batch, rng),
+        "indices_hidden_states": torch.arange(8.0, 11).expand(batch, 3),
+        **{f"latents_history_{name}": normal(batch, 4, n, 8, 12, rng=rng) for name, n in history.items()},
+        **{f"indices_latents_history_{name}": torch.arange(1.0, n + 1).expand(batch, n) for name, n in history.items()},
+    }
+
+
+def motif(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **latents(9)(batch, rng),
+        "encoder_attention_mask": padded(batch),
+        "image_embeds": normal(batch, 3, 4, rng=rng),
+    }
+
+
+def ltx(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(batch, 72, 4, rng=rng),
+        "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
+        "encoder_attention_mask": padded(batch),
+        "num_frames": 3,
+        "height": 4,
+        "width": 6,
+    }
+
+
+def ltx_with_coordinates(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = ltx(batch, rng)
+    axes = torch.meshgrid(*(torch.arange(float(n)) for n in (3, 4, 6)), indexing="ij")
+    sizes = {"num_frames": None, "height": None, "width": None}
+    return given | sizes | {"video_coords": torch.stack(axes).flatten(1).expand(batch, 3, 72)}
+
+
+def ltx2(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **ltx(batch, rng),
+        "audio_hidden_states": normal(batch, 9, 4, rng=rng),
+        "audio_encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
+        "audio_num_frames": 9,
+        "fps": 25.0,
+    }
+
+
+def cosmos(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {**latents(4)(batch, rng), "fps": 30}
+
+
+def cosmos_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = cosmos(batch, rng)
+    return {
+        "latents": given.pop("hidden_states"),
+        "controls_latents": normal(batch, 4, 3, 8, 12, rng=rng),
+        "condition_mask": torch.ones(batch, 1, 3, 8, 12),
+        "padding_mask": torch.zeros(1, 1, 8, 12),
+        **given,
+    }
+
+
+def minimax(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    text, condition, audio, video = 6, 24, 8, 72
+    total = text + condition + audio + video
+    places = torch.zeros(total, 3)
+    places[:, 0] = torch.arange(total)
+    axes = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij"))
+    places[-video:] = axes.flatten(1).T + torch.tensor([float(text), 0, 0])
+    starts = text + condition + audio
+    rows = torch.arange(total)
+    tags = torch.tensor([1] * text + [0] * condition + [2] * audio + [0] * video)
+    return {
+        "hidden_states": normal(batch, condition + video, 16, rng=rng),
+        "audio_hidden_states": normal(batch, audio, 6, rng=rng),
+        "encoder_hidden_states": normal(batch, text, 8, rng=rng),
+        "timestep_indices": torch.where(tags == 2, 2, torch.where(rows < starts, 1, 0)),
+        "token_tags": tags,
+        "position_ids": places,
+        "video_indices": rows[tags == 0],
+        "audio_indices": rows[tags == 2],
+        "text_indices": rows[tags == 1],
+    }
+
+
 WAN: dict[str, Any] = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
     "out_channels": 4, "text_dim": 16, "freq_dim": 256, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True,
@@ -132,6 +238,12 @@ HUNYUAN = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
     "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True,
     "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (4, 4, 4),
+}  # fmt: skip
+
+
+COSMOS: dict[str, Any] = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "mlp_ratio": 2, "text_embed_dim": 16, "adaln_lora_dim": 4,
+    "max_size": (4, 32, 32), "patch_size": (1, 2, 2), "extra_pos_embed_type": None,
 }  # fmt: skip
 
 
@@ -215,5 +327,119 @@ VIDEOS = (
             "model_dim": 24, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 4),
         },
         kandinsky5, grid=(3, 4, 6), time=thousand, num_layers=2, output=lambda out: out,
+    ),
+    Case(
+        "Kandinsky6Transformer3DModel",
+        {
+            "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 16, "time_dim": 16,
+            "model_dim": 24, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 4),
+            "in_audio_dim": 4, "out_audio_dim": 4,
+        },
+        kandinsky6, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "AnyFlowTransformer3DModel",
+        {name: value for name, value in WAN.items() if name != "qk_norm"},
+        anyflow, grid=(3, 4, 6), time=thousand, time_shape=(3,), num_layers=2, scheduler=FlowMapEulerDiscreteScheduler,
+    ),
+    Case(
+        "HeliosTransformer3DModel",
+        {name: value for name, value in WAN.items() if name != "rope_max_seq_len"} | {"rope_dim": (4, 4, 4)},
+        helios, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "MotifVideoTransformer3DModel",
+        {
+            "in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+            "num_single_layers": 2, "num_decoder_layers": 1, "patch_size": 2, "patch_size_t": 1, "text_embed_dim": 16,
+            "image_embed_dim": 4, "rope_axes_dim": (4, 4, 4), "enable_text_cross_attention_dual": True,
+        },
+        motif, grid=(3, 4, 6), time=thousand, num_layers=3, context=TEXT + 3,
+    ),
+    Case(
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+            "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16,
+        },
+        ltx, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "LTXVideoTransformer3DModel conditions",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+            "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16,
+        },
+        ltx_with_coordinates, grid=(3, 4, 6), time=thousand, time_shape=(72,), num_layers=2,
+    ),
+    Case(
+        "LTX2VideoTransformer3DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+            "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16, "audio_in_channels": 4,
+            "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8, "rope_double_precision": False,
+        },
+        ltx2, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "AllegroTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+            "cross_attention_dim": 48, "sample_width": 12, "sample_height": 8, "sample_frames": 3,
+            "caption_channels": 16,
+        },
+        latents(4), grid=(3, 4, 6), time=thousand, time_dtype=torch.int64, num_layers=2,
+        scheduler=lambda: DDIMScheduler(beta_start=1e-4, beta_end=0.02),
+    ),
+    Case(
+        "EasyAnimateTransformer3DModel",
+        {
+            "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4, "out_channels": 4,
+            "mmdit_layers": 1, "num_layers": 2, "patch_size": 2, "text_embed_dim": 16, "time_embed_dim": 8,
+        },
+        latents(4), grid=(3, 4, 6), time=thousand, num_layers=2, context=TEXT,
+    ),
+    Case(
+        "LatteTransformer3DModel",
+        {
+            "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+            "caption_channels": 16, "in_channels": 4, "cross_attention_dim": 16, "out_channels": 8,
+            "norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False,
+            "video_length": 3,
+        },
+        latents(4, 3, 8, 12), grid=(4, 6), time=thousand, time_dtype=torch.int64, num_layers=2,
+        scheduler=lambda: DDIMScheduler(beta_start=1e-4, beta_end=0.02),
+    ),
+    Case(
+        "CosmosTransformer3DModel 1",
+        COSMOS
+        | {
+            "in_channels": 4, "out_channels": 4, "num_layers": 2, "extra_pos_embed_type": "learnable",
+            "concat_padding_mask": False,
+        },
+        cosmos, grid=(3, 4, 6), time=lambda t: 1000 * t, num_layers=2,
+        scheduler=lambda: EDMEulerScheduler(sigma_max=80.0, sigma_data=1.0), level=0.0005,
+    ),
+    Case(
+        "CosmosTransformer3DModel 2",
+        COSMOS | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "concat_padding_mask": False},
+        cosmos, grid=(3, 4, 6), time=lambda u: u, time_shape=(1, 3, 1, 1), num_layers=2,
+    ),
+    Case(
+        "CosmosControlNetModel",
+        COSMOS | {"in_channels": 6, "latent_channels": 6, "model_channels": 24, "n_controlnet_blocks": 2},
+        cosmos_control, grid=(3, 4, 6), time=lambda u: u, num_layers=2, output=lambda out: out[0][-1],
+        needs="torchvision",
+    ),
+    Case(
+        "MiniMaxH3Transformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 24, "num_layers": 2,
+            "num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 4, "audio_in_channels": 6, "text_dim": 8,
+            "freq_dim": 8, "time_embed_hidden_dim": 24, "time_embed_dim": 16, "rope_freq_dim": 2,
+        },
+        minimax, grid=(3, 4, 6), time=lambda t: 1000 * t, num_layers=2, context=38, per_call=lambda t: [t, 0.97, 0.9],
+        scheduler=MiniMaxH3Scheduler, level=0.0003,
     ),
 )  # fmt: skip
