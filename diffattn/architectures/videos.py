@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import exp
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,15 @@ from diffattn.architectures.video_sizes import (
     with_several_texts,
 )
 from diffattn.methods.base import LayerSpec
-from diffattn.noise_level import NUM_TRAIN_TIMESTEPS, Convention, Reading, TimeReader, discrete, dit_alphas_cumprod
+from diffattn.noise_level import (
+    NUM_TRAIN_TIMESTEPS,
+    QUARTER_LOG_SIGMA,
+    Convention,
+    Reading,
+    TimeReader,
+    discrete,
+    dit_alphas_cumprod,
+)
 
 FROM_NOISE = Convention(
     lambda t: 1 - min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda t: 0 <= t <= NUM_TRAIN_TIMESTEPS
@@ -44,10 +51,6 @@ class _Cosmos(TransformerFamily):
         if model.config.extra_pos_embed_type is None:
             return super().read_time(model, time, levels)
         return levels.read(time, QUARTER_LOG_SIGMA)
-
-
-QUARTER_LOG_SIGMA = Convention(lambda t: 1 / (1 + exp(-4 * t)), lambda t: -3 < t < 3)
-"""EDM's time steps, log(σ)/4."""
 
 
 def _cubes(config: Any) -> Sequence[int]:

@@ -75,9 +75,10 @@ def test_the_grid_is_where_the_tokens_lie(case: Case) -> None:
         calls = Watched(model)
         case.call(model, given)
         tokens = {layer.tokens for layer in handle.report().layers if layer.accelerated}
-    assert {layout.grid for layout, _, _ in calls} == {case.grid}
+    grids = {case.grid, *case.more_grids}
+    assert {layout.grid for layout, _, _ in calls} == grids
     assert case.context in {layout.num_context for layout, _, _ in calls}
-    assert tokens == {torch.Size(case.grid).numel()}
+    assert tokens == {torch.Size(grid).numel() for grid in grids}
 
 
 @every_case
@@ -97,7 +98,7 @@ def test_text_is_answered_exactly(case: Case) -> None:
 @every_case
 def test_a_batch_is_its_samples(case: Case) -> None:
     model, given = case.build(), inputs(case)
-    with diffattn.patch(model, **FEW):
+    with diffattn.patch(model, **FEW, damping=1e-3):  # so that rounding, which a batch changes, is not amplified
         together = case.call(model, given)
         alone = [case.call(model, one_of(given, i, 2)) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-4)

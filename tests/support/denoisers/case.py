@@ -31,8 +31,10 @@ class Case:
     time_dtype: torch.dtype = torch.float32
     per_call: Callable[[float], Sequence[float]] | None = None  # times of a call as a whole, of the time argument
     time_shape: tuple[int, ...] = ()  # per sample, of times per token or frame
+    more_grids: tuple[tuple[int, ...], ...] = ()  # of other levels that have attention
     context: int = 0  # tokens without a place
     per_sample: frozenset[str] = field(default=frozenset())  # arguments that are not per sample although tensors
+    per_frame: Mapping[str, int] = field(default_factory=dict)  # arguments that its pipeline repeats for every frame
     output: Callable[[Any], Tensor] = lambda out: out[0]
     scheduler: Callable[[], Any] = lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)  # of its pipeline
     calls_per_sample: bool = False  # the processor attends for one sample after another
@@ -52,7 +54,8 @@ class Case:
         model = kind(**self.config).eval()
         for parameter in model.parameters():  # gates and outputs start at zero in many
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                inputs = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]
+                nn.init.normal_(parameter, std=inputs**-0.5)
         return model
 
     def call(self, model: Any, given: Mapping[str, Any], level: float | None = None) -> Tensor:
@@ -62,6 +65,8 @@ class Case:
         time = torch.full((batch, *self.time_shape), self.time(level), dtype=self.time_dtype)
         if self.per_call is not None:
             time = torch.tensor(self.per_call(self.time(level)), dtype=self.time_dtype)
+        repeated = {name: given[name].repeat_interleave(n, dim=0) for name, n in self.per_frame.items()}
+        given = {**given, **repeated}
         with torch.no_grad():
             return self.output(model(**given, **{self.time_name: time}, return_dict=False))
 
@@ -72,7 +77,7 @@ def normal(*shape: int, rng: torch.Generator) -> Tensor:
 
 def noise_level_of(scheduler: Any, step: int) -> float:
     """σ of flow matching, or σ/(1 + σ) by the scheduler's σ of EDM or table of ᾱ."""
-    if hasattr(scheduler, "precondition_noise"):
+    if hasattr(scheduler, "precondition_noise") or scheduler.config.get("timestep_type") == "continuous":
         return float(scheduler.sigmas[step] / (1 + scheduler.sigmas[step]))
     if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
         sigma = float(scheduler.sigmas[step])
