@@ -30,6 +30,8 @@ class Size(NamedTuple):
     frames: int | None = None  # of a video's latents
     references: tuple[Grid, ...] = ()  # tokens of reference pictures beside the picture's, at every level
     num_context: int = 0  # tokens of text beside the picture's, as far as known before the call
+    context_first: bool | None = None  # whether they stand before the picture's; None: where the layer has them
+    same_mask: bool = False  # whether a mask with a row per query has the same row for all queries of the picture
 
 
 class Architecture(Protocol):
@@ -108,13 +110,16 @@ class MethodProcessor(NotPickled):
         self.owner = owner
         self.active = True  # a processor reinstalled after its patch was removed behaves like the original
 
-    def layout_of(self, grid: Grid, references: tuple[Grid, ...], num_tokens: int) -> TokenLayout:
+    def layout_of(
+        self, grid: Grid, references: tuple[Grid, ...], num_tokens: int, context_first: bool | None = None
+    ) -> TokenLayout:
         """Where the tokens of a call lie; those beyond the grids are context if the layer has any, else they fit none.
 
         Args:
             grid: of the layer's picture tokens.
             references: of its reference pictures.
             num_tokens: of the call.
+            context_first: whether context stands first in this call; None: as in every call of the layer.
         """
         layer = self.layer
         if layer.copies > 1:
@@ -122,10 +127,10 @@ class MethodProcessor(NotPickled):
         if num_tokens < prod(grid) + sum(map(prod, references)):
             references = ()
         beyond = num_tokens - prod(grid) - sum(map(prod, references))
-        first = layer.references_first
-        grids = (*references, grid) if first else (grid, *references)
-        picture = len(references) if first else 0
-        return TokenLayout(grids, beyond, layer.context == "first", layer.rotated, picture)
+        grids = (*references, grid) if layer.references_first else (grid, *references)
+        picture = len(references) if layer.references_first else 0
+        first = layer.context == "first" if context_first is None else context_first
+        return TokenLayout(grids, beyond, first, layer.rotated, picture)
 
     def reason_exact(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str:
         """Why a call in a phase runs exact, or `ACCELERATED`."""

@@ -53,23 +53,37 @@ class LayerPlug(MethodProcessor):
             self._count(call, reason)
             return function(q, k, v, *args, **kwargs)
         mask = given.get("attn_mask")
+        tokens = 2 if heads_first else 1
         places = (x if x is not None and x.ndim == 3 and x.shape[0] == q.shape[0] else None, q, k, v, mask)
 
         def run(phase: int, *tensors: Tensor) -> Tensor:
             x, q, k, v, mask = tensors
-            layout = self._layout(call, q.shape[2 if heads_first else 1])
-            asked, mask = mask, self._key_mask(mask, layout)
-            rows = 0 if mask is None else mask.shape[-2]
-            method = self._function(call, phase, self.reason_exact(phase, layout, q.device.type, rows))
+            layout = self._layout(call, k.shape[tokens])
+            of_picture, of_context = _masks(call, layout, mask)
+            rows = 0 if of_picture is None else of_picture.shape[-2]
+            reason = self.reason_exact(phase, layout, q.device.type, rows)
+            if self.layer.keys_only and q.shape[tokens] != layout.num_tokens:
+                reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
+            method = self._function(call, phase, reason)
             if method is None:
-                named = given | {"attn_mask": asked}
+                named = given | {"attn_mask": mask}
                 return function(q, k, v, **named)
-            layer_call = LayerCall(x=x, grid=layout.grid, mask=mask, phase=phase, layout=layout)
-            scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
-            out = self._apply(method, *scaled, layer_call).to(v.dtype)
+            layer_call = LayerCall(x, layout.grid, of_picture, of_context, phase=phase, layout=layout)
+            q, k, values = self._scaled(q, k, v, self._scale(attn, given), heads_first)
+            if self.layer.keys_only:  # the keys of the context stand in for its queries
+                q = layout.join(q, layout.context(k))
+            out = self._apply(method, q, k, values, layer_call).to(v.dtype)
+            if self.layer.keys_only:
+                out = layout.on_grid(out)
             return out if heads_first else out.transpose(1, 2)
 
         return by_phase(call.phase, run, *places)
+
+    def count_exact(self, reason: str) -> None:
+        """Count a call that bypasses `attend`."""
+        call = self._call_under_way()
+        if call is not None:
+            self._count(call, reason)
 
     def will_run(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
         """Whether a call of a layer of image tokens, x [B, N, C] or [B, C, h, w], will run the method in any phase; if
@@ -95,14 +109,7 @@ class LayerPlug(MethodProcessor):
 
     def _layout(self, call: DenoiserCall, num_tokens: int) -> TokenLayout:
         """Where the tokens of a call lie; those beyond the grid are context if the layer has any."""
-        return self.layout_of(call.grids[self.layer.level], call.references, num_tokens)
-
-    def _key_mask(self, mask: Tensor | None, layout: TokenLayout) -> Tensor | None:
-        """The mask over the keys alone that a mask [..., N, N] comes to, if the layer's are outer products: the row of
-        a token of the picture, which none masks. Masked queries, whose answers are not used, then have one, too."""
-        if mask is None or mask.shape[-2] == 1 or not self.layer.outer_mask:
-            return mask
-        return mask.narrow(-2, mask.shape[-2] - 1 if layout.context_first else 0, 1)
+        return self.layout_of(call.grids[self.layer.level], call.references, num_tokens, call.context_first)
 
     def _reason_call(self, q: Tensor, k: Tensor, given: Mapping[str, Any], heads_first: bool) -> str | None:
         """Why the arguments of the call keep it exact, or None."""
@@ -110,7 +117,7 @@ class LayerPlug(MethodProcessor):
         mask = given.get("attn_mask")
         if q.ndim != 4:
             return f"queries of {q.ndim} dimensions"
-        if q.shape[tokens] != k.shape[tokens]:
+        if q.shape[tokens] != k.shape[tokens] and not self.layer.keys_only:
             return "called as cross-attention"
         if mask is not None and not isinstance(mask, Tensor):
             return f"masked by a {type(mask).__name__}"
@@ -147,3 +154,11 @@ class LayerPlug(MethodProcessor):
         if abs(ratio - 1) > 1e-6:  # half on each side, so that products with pooled queries also have it once
             q, k = q * sqrt(ratio), k * sqrt(ratio)
         return q, k, v
+
+
+def _masks(call: DenoiserCall, layout: TokenLayout, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of the picture's queries, and that of the context's where it is another: a mask with a row per query is
+    reduced to one row where the call says that all queries of the picture have the same."""
+    if mask is None or mask.shape[-2] == 1 or not call.same_mask or layout.num_context < 0:
+        return mask, None
+    return layout.on_grid(mask)[..., :1, :], layout.context(mask)

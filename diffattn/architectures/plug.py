@@ -18,7 +18,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NoReturn, Self
 
 from diffusers.models.attention_processor import (
@@ -43,6 +43,9 @@ OTHER_KEYS = re.compile(r"ip_|img|image")
 
 STAND_INS = dict.fromkeys((AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor), AttnProcessor2_0)
 """Processors that call neither function, but compute what another one does; where they run exact, they run."""
+
+CACHE = "kv_cache"
+"""The argument of processors that brings a cache of keys and values."""
 
 SLOT = "diffattn"
 """The attribute of a plugged processor that holds its `LayerPlug`."""
@@ -118,6 +121,8 @@ def plugged_class(kind: type) -> type:
     call = _plugged_call(STAND_INS.get(kind, kind))  # type: ignore[call-overload]
     if kind in STAND_INS:
         call = _standing_in(kind.__call__, call)
+    elif CACHE in inspect.signature(kind.__call__).parameters:
+        call = _without_cache(kind.__call__, call)
     body = {
         "__slots__": (SLOT,),
         "__call__": call,
@@ -151,6 +156,19 @@ def _standing_in(original: Callable[..., Any], plugged: Callable[..., Any]) -> C
     return __call__
 
 
+def _without_cache(original: Callable[..., Any], plugged: Callable[..., Any]) -> Callable[..., Any]:
+    """The original in calls that keep keys and values, or take those of an earlier call; else the plugged code."""
+
+    @wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(CACHE) is None:
+            return plugged(self, *args, **kwargs)
+        self.diffattn.count_exact("keys and values of a cache")
+        return original(self, *args, **kwargs)
+
+    return __call__
+
+
 def _plugged_call(kind: type) -> Callable[..., Any]:
     """`kind.__call__`, compiled again with its call of attention handed over."""
     function = inspect.getattr_static(kind, "__call__", None)
@@ -177,13 +195,23 @@ def _plugged_call(kind: type) -> Callable[..., Any]:
 
 
 class _HandOver(ast.NodeTransformer):
-    """Rewrites the call of attention over the layer's own tokens, the first one whose keys are theirs."""
+    """Rewrites the call of attention over the layer's own tokens, the first one whose keys are theirs; where there are
+    alternatives, the first in each."""
 
     def __init__(self, definition: ast.FunctionDef) -> None:
         self.found = False
         names = [argument.arg for argument in definition.args.args]
         self._self, self._attn = names[0], names[1]
         self._input = "hidden_states" if "hidden_states" in names else None
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        before, found = self.found, []
+        for branch in (node.body, node.orelse):
+            self.found = before
+            branch[:] = [self.visit(statement) for statement in branch]
+            found.append(self.found)
+        self.found = any(found)
+        return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -201,4 +229,6 @@ class _HandOver(ast.NodeTransformer):
 def _are_own_keys(node: ast.Call) -> bool:
     named = {keyword.arg: keyword.value for keyword in node.keywords}
     keys = node.args[1] if len(node.args) > 1 else named.get("key")
-    return keys is not None and not OTHER_KEYS.search(ast.unparse(keys))
+    if keys is None or isinstance(keys, ast.Subscript):  # none, or some of the keys only
+        return False
+    return not OTHER_KEYS.search(ast.unparse(keys))

@@ -54,6 +54,8 @@ class DenoiserCall:
     grids: Sequence[Grid]  # of the tokens, by level
     compiled: bool  # part of the denoiser is compiled: the hook counts instead of the processors
     references: tuple[Grid, ...] = ()  # of reference pictures, at every level
+    context_first: bool | None = None  # see `Size`
+    same_mask: bool = False  # see `Size`
 
 
 class Latest:

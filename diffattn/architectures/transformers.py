@@ -1,7 +1,6 @@
 """A family of diffusers' transformers as a row of facts: where its tokens lie, and what its time means."""
 
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffattn.architectures import plain_attention as attention
 from diffattn.architectures.base import Replaced, Size
@@ -61,11 +61,11 @@ class TransformerFamily:
     patch: Patch
     entry_name: str  # the submodule that every forward runs before any attention
     context: Literal["none", "first", "last"] = "none"  # where text and other tokens without a place stand
+    keys_only: bool = False  # whether those tokens have keys and values, but no queries
     rotated: bool = True  # whether queries and keys carry their place as a rotation
     time: Time = Time()
     training: Convention | None = FLOW  # the meaning of time steps where no scheduler is known
     references_first: bool = False  # whether the tokens of references stand before the picture's
-    outer_mask: bool = False  # see `LayerSpec`
     temporal: str = r"$^"  # layers over the frames of one place: a pattern of names
     others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
     sample_name: str = "hidden_states"
@@ -95,7 +95,7 @@ class TransformerFamily:
             context=self.context,
             rotated=self.rotated,
             references_first=self.references_first,
-            outer_mask=self.outer_mask,
+            keys_only=self.keys_only,
         )
 
     def reason_exact(self, module: nn.Module) -> str | None:
@@ -150,8 +150,9 @@ def video(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def packed(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of tokens [B, N, C] with `img_ids` [N, 3] or [B, N, 3]: picture, row, column; later pictures are references."""
-    grid, *references = _grids_of(given["img_ids"], model)
+    """Of tokens [B, N, C] with `img_ids` [N, 3 or 4] or [B, N, 3 or 4]: picture, row, column, perhaps more; later
+    pictures are references."""
+    grid, *references = grids_of(given["img_ids"])
     return Size(2 * grid[0], 2 * grid[1], references=tuple(references), num_context=text_tokens(given))
 
 
@@ -165,24 +166,33 @@ def own_patch(config: Any) -> Sequence[int]:
     return (config.patch_size, config.patch_size)
 
 
-_LAST_IDS: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], list[Grid]]]" = weakref.WeakKeyDictionary()
+_READ: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+"""What was read off tensors that a run passes in every step."""
 
 
-def _grids_of(ids: Tensor, model: nn.Module) -> list[Grid]:
+def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """`read(tensor)`, of the first call with this tensor."""
+    found = _READ.get(tensor)
+    if found is None:
+        _READ[tensor] = found = read(tensor)
+    return found
+
+
+def grids_of(ids: Tensor) -> list[Grid]:
     """Rows and columns of every picture that `ids` tells the places of. They are read off the device once, not in every
     step of a run that passes the same tensor."""
-    last = _LAST_IDS.get(model)
-    if last is not None and last[0]() is ids:
-        return last[1]
+    return read_once(ids, _read_grids)
+
+
+def _read_grids(ids: Tensor) -> list[Grid]:
     rows = ids if ids.ndim == 2 else ids[0]
-    places = rows[:, -3:].cpu()
+    places = rows[:, :3].cpu()
     grids = []
     starts = [0, *((places[1:, 0] != places[:-1, 0]).nonzero().flatten() + 1).tolist(), len(places)]
     for start, end in pairwise(starts):
         low, high = places[start:end, 1:].amin(0), places[start:end, 1:].amax(0)
         height, width = (int(n) for n in (high - low + 1).tolist())
         grids.append((height, width) if height * width == end - start else (end - start, 1))
-    _LAST_IDS[model] = (weakref.ref(ids), grids)
     return grids
 
 

@@ -110,11 +110,10 @@ VIDEO_FAMILIES = (
     ),
     TransformerFamily(
         ("HunyuanVideo15Transformer3DModel",),
-        size_of=with_several_texts,
+        size_of=lambda model, given: with_several_texts(model, given)._replace(same_mask=True),
         patch=_cubes,
         entry_name="x_embedder",
         context="last",
-        outer_mask=True,
         others=r"^context_embedder",
     ),
     TransformerFamily(

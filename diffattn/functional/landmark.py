@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 MAX_DAMPING = 1e-3
 PROBES = 8  # queries whose exact answer is computed beside the landmarks'
 TRUSTED = 0.8  # a correction that fits the probes this well is used in full
+MASKED = -1e4  # what a mask adds to the logits of keys that take no part, at most
 GOLDEN = 0.618034  # places probes evenly in both directions of any grid
 
 
@@ -157,23 +158,26 @@ def correct(
         key_landmarks: K̃ [B, H, n, D].
         gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
         damping: as in `landmark_attention`.
-        landmark_mask: additive, broadcast to [B, H, 1, n]. A masked landmark is no key, and neither its key nor its
-            query has a part in the correction.
+        landmark_mask: additive, broadcast to [B, H, 1, n]. A masked landmark is no key, and has no part in the
+            correction, so that the result does not depend on padding.
     """
     n = key_landmarks.shape[-2]
     with torch.autocast(gathered.device.type, enabled=False):
         logits = (asked.float() * asked.shape[-1] ** -0.5) @ key_landmarks.float().mT  # [B, H, n + p, n]
         weights = (logits if landmark_mask is None else logits + landmark_mask.float()).softmax(dim=-1)
-        kept = None if landmark_mask is None else landmark_mask.float().exp().clamp(max=1)  # 0: no part in the fit
         w, exact = weights[..., :n, :], gathered.float()
         values = exact[..., :n, :]
-        mean = _mean(values, kept)
+        kept = None if landmark_mask is None else (landmark_mask.float() > MASKED).float()  # [B, H, 1, n]
+        if kept is None:
+            mean = values.mean(dim=-2, keepdim=True)
+        else:
+            w = w * kept.mT
+            mean = (values * kept.mT).sum(dim=-2, keepdim=True) / kept.sum(dim=-1, keepdim=True)
         centred = exact - mean
-        fitted = w if kept is None else w * kept.mT
-        gram = fitted.mT @ w
-        gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :], fitted, damping, kept)[..., None])
+        gram = w.mT @ w
+        gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :], w, damping, kept)[..., None])
         factor, info = torch.linalg.cholesky_ex(gram)
-        z = torch.cholesky_solve(fitted.mT @ centred[..., :n, :], factor)
+        z = torch.cholesky_solve(w.mT @ centred[..., :n, :], factor)
         gamma, error = torch.ones_like(mean), None
         if asked.shape[-2] > n:
             got, wanted = weights[..., n:, :] @ z, centred[..., n:, :]
@@ -186,21 +190,16 @@ def correct(
         return corrected.to(gathered.dtype).contiguous(), error
 
 
-def _mean(values: Tensor, kept: Tensor | None) -> Tensor:
-    """Over the landmarks that are kept [B or 1, H or 1, 1, n]: [B, H, n, D] -> [B, H, 1, D]."""
-    return values.mean(dim=-2, keepdim=True) if kept is None else kept @ values / kept.sum(dim=-1, keepdim=True)
-
-
 def damp(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None = None) -> Tensor:
-    """λ [B, H] from the logits between landmarks and their softmax W, both [B, H, n, n], of those that are kept."""
+    """λ [B, H] from the logits between landmarks and their softmax W, both [B, H, n, n]; `kept` [B, H, 1, n] is 0 at
+    landmarks that are masked."""
     if kept is None:
         deviations = logits - logits.mean(dim=-1, keepdim=True)
         spread = torch.linalg.vector_norm(deviations, dim=-1).mean(dim=-1) * logits.shape[-1] ** -0.5  # σ [B, H]
     else:
         number = kept.sum(dim=-1, keepdim=True)
-        deviations = (logits - (logits * kept).sum(dim=-1, keepdim=True) / number) * kept.sqrt()
-        spread = torch.linalg.vector_norm(deviations, dim=-1, keepdim=True) * number**-0.5
-        spread = (spread * kept.mT).sum(dim=(-2, -1)) / number[..., 0, 0]
+        deviations = (logits - (logits * kept).sum(dim=-1, keepdim=True) / number) * kept * kept.mT
+        spread = torch.linalg.vector_norm(deviations, dim=-1).sum(dim=-1) * number[..., 0, 0] ** -1.5
     sharp = spread.clamp(1, (MAX_DAMPING / damping) ** (1 / 3)).pow(3) * damping
     return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
 

@@ -231,7 +231,8 @@ class AgentAttention(AttentionMethod):
             return self._through(agents, q, k, v, call.mask)
         text = layout.context(q)
         out = self._through(torch.cat((agents, text), dim=2), image, k, v, call.mask)
-        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=call.mask))
+        mask = call.mask if call.context_mask is None else call.context_mask
+        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=mask))
 
     def _through(self, agents: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         kappa = DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
@@ -240,16 +241,18 @@ class AgentAttention(AttentionMethod):
 
     def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layout, mask = call.layout, call.mask
-        image, landmarks = layout.on_grid(q), [self._landmarks(x, layout) for x in (q, k)]
+        image, asked, answering = layout.on_grid(q), self._landmarks(q, layout), self._landmarks(k, layout)
         masked = None if mask is None else self._landmarks(_additive(mask).mT, layout).mT.to(q.dtype)
         out, text, error = landmark_attention_with_context(
-            image, k, v, *landmarks, self.damping, layout.num_context, mask, masked
+            image, k, v, asked, answering, self.damping, layout.num_context, mask, masked
         )
         most = self.max_head_error
         if most is None and q.device.type == "cpu":
             most = DEFAULT_HEAD_ERROR
         if most is not None and not torch.compiler.is_compiling():
             out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
+        if call.context_mask is not None:
+            text = scaled_dot_product_attention(layout.context(q), k, v, attn_mask=call.context_mask)
         return layout.join(out, text)
 
     def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:

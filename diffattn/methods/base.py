@@ -32,10 +32,10 @@ class LayerSpec:
     context: Literal["none", "first", "last"] = (
         "none"  # where tokens without a place on the grid stand: text, registers
     )
+    keys_only: bool = False  # whether those tokens have keys and values, but no queries
     rotated: bool = False  # whether queries and keys carry their place as a rotation, and must not be averaged
     references_first: bool = False  # whether the tokens of reference pictures stand before the picture's
     copies: int = 1  # how often the picture's tokens stand in the sequence, each time with other contents
-    outer_mask: bool = False  # whether masks [N, N] are the outer product of one over the tokens with itself
     exact: str | None = None  # why it must run exact whatever its processor
     kind: str = SOFTMAX  # what the unpatched layer computes: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
@@ -56,6 +56,11 @@ class TokenLayout:
     def grid(self) -> Grid:
         """Of the picture or video."""
         return self.grids[self.picture]
+
+    @property
+    def references(self) -> tuple[Grid, ...]:
+        """Of reference pictures, or of earlier frames."""
+        return self.grids[: self.picture] + self.grids[self.picture + 1 :]
 
     @property
     def rows_and_columns(self) -> tuple[int, int]:
@@ -95,6 +100,7 @@ class LayerCall:
     x: Tensor | None  # the layer's input [B, N, C], already normalised by the block; None where it is another's
     grid: Grid  # of the image tokens
     mask: Tensor | None = None  # boolean (True: attended to) or additive, [B or 1, H or 1, 1 or N, M]
+    context_mask: Tensor | None = None  # of the queries without a place, [B or 1, H or 1, c, M], where theirs differs
     phase: int = 0  # which entry of the schedule applies
     exact_heads: int = 0  # set by the function: heads, over all samples, that it ran exact
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None

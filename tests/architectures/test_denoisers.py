@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,17 +28,6 @@ def _quiet() -> Iterator[None]:
 
 def inputs(case: Case, batch: int = 2, seed: int = 1) -> dict[str, Any]:
     return case.inputs(batch, torch.Generator().manual_seed(seed))
-
-
-def one_of(given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
-    """The arguments for one sample of a batch."""
-
-    def of(value: Any) -> Any:
-        if isinstance(value, Tensor | list) and len(value) == batch:
-            return value[index : index + 1]
-        return [of(x) for x in value] if isinstance(value, list) else value
-
-    return {name: of(value) for name, value in given.items()}
 
 
 @every_case
@@ -78,6 +67,7 @@ def test_the_grid_is_where_the_tokens_lie(case: Case) -> None:
     grids = {case.grid, *case.more_grids}
     assert {layout.grid for layout, _, _ in calls} == grids
     assert case.context in {layout.num_context for layout, _, _ in calls}
+    assert case.references in {layout.references for layout, _, _ in calls}
     assert tokens == {torch.Size(grid).numel() for grid in grids}
 
 
@@ -100,7 +90,7 @@ def test_a_batch_is_its_samples(case: Case) -> None:
     model, given = case.build(), inputs(case)
     with diffattn.patch(model, **FEW, damping=1e-3):  # so that rounding, which a batch changes, is not amplified
         together = case.call(model, given)
-        alone = [case.call(model, one_of(given, i, 2)) for i in range(2)]
+        alone = [case.call(model, case.one_of(given, i, 2)) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-4)
 
 
@@ -141,7 +131,7 @@ def test_it_compiles_whole_where_the_unpatched_model_does(case: Case) -> None:
     model = case.build()
     with diffattn.patch(model, **FEW):
         expected = case.call(model, given)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     with diffattn.patch(compiled, **FEW) as handle:
         out = case.call(compiled, given)
         assert handle.report().calls_accelerated == case.num_layers
@@ -164,7 +154,11 @@ class Watched(list[tuple[Any, Tensor, Tensor]]):
     def _watch(self, function: Any) -> Any:
         def watched(q: Tensor, k: Tensor, v: Tensor, call: Any) -> Tensor:
             out = function(q, k, v, call)
-            exact = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
+            mask = call.mask
+            if call.context_mask is not None:  # a row per query
+                of_picture = mask.expand(*mask.shape[:-2], call.layout.num_tokens, mask.shape[-1])
+                mask = call.layout.join(of_picture, call.context_mask)
+            exact = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             self.append((call.layout, out, exact))
             return out
 

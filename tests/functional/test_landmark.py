@@ -13,6 +13,7 @@ from diffattn.functional.landmark import (
     correct,
     exact_where_missed,
     landmark_attention_and_error,
+    landmark_attention_with_context,
     probe_tokens,
 )
 from diffattn.methods.agent import AgentAttention
@@ -132,6 +133,24 @@ def test_sharp_heads_stay_finite_and_bounded(scale: float) -> None:
     out = landmark_attention(q, k, v, sample_tokens(q, (16, 16), 16), sample_tokens(k, (16, 16), 16))
     assert out.isfinite().all()
     assert out.norm() < 10 * v.norm()
+
+
+def test_the_result_does_not_depend_on_padding() -> None:
+    q, k, v = (smooth(12, 8, seed) for seed in range(3))
+    text, padding = rand(1, 2, 3, 8, seed=7), rand(1, 2, 4, 8, seed=8)
+
+    def attend(*others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = (torch.cat((x, *others), dim=2) for x in (k, v))
+        asked, answering = (torch.cat((sample_tokens(x, (12, 12), 16), *others), dim=2) for x in (q, k))
+        number = sum(x.shape[2] for x in others)
+        masks = [torch.zeros(1, 1, 1, n + number) for n in (144, 16)]
+        for mask, n in zip(masks, (144, 16), strict=True):
+            mask[..., n + 3 :] = -torch.inf
+        return landmark_attention_with_context(q, keys, values, asked, answering, 1e-5, number, *masks)
+
+    padded, alone = attend(text, padding), attend(text)
+    for found, wanted in zip((padded[0], padded[1][:, :, :3], padded[2]), alone, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -35,6 +35,8 @@ class Case:
     context: int = 0  # tokens without a place
     per_sample: frozenset[str] = field(default=frozenset())  # arguments that are not per sample although tensors
     per_frame: Mapping[str, int] = field(default_factory=dict)  # arguments that its pipeline repeats for every frame
+    references: tuple[tuple[int, ...], ...] = ()  # grids of reference pictures in these inputs
+    batched_lists: frozenset[str] = field(default=frozenset())  # arguments that are lists with a batch in each entry
     output: Callable[[Any], Tensor] = lambda out: out[0]
     scheduler: Callable[[], Any] = lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)  # of its pipeline
     calls_per_sample: bool = False  # the processor attends for one sample after another
@@ -57,6 +59,18 @@ class Case:
                 inputs = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]
                 nn.init.normal_(parameter, std=inputs**-0.5)
         return model
+
+    def one_of(self, given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
+        """The arguments for one sample of a batch."""
+
+        def part(name: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: part(k, v) for k, v in value.items()}
+            if name in self.batched_lists:
+                return [x[index : index + 1] for x in value]
+            return value[index : index + 1] if isinstance(value, Tensor | list) and len(value) == batch else value
+
+        return part("", dict(given))
 
     def call(self, model: Any, given: Mapping[str, Any], level: float | None = None) -> Tensor:
         """The output of one call at a time step of the scheduler, divided by 1000."""

@@ -289,7 +289,8 @@ VIDEOS = (
             "LFE_id_dim": 2, "LFE_vit_dim": 2, "LFE_depth": 1, "LFE_dim_head": 8, "LFE_num_heads": 2,
             "LFE_num_id_token": 1, "LFE_num_querie": 1, "LFE_output_dim": 21, "LFE_ff_mult": 1, "LFE_num_scale": 1,
         },
-        consisid, grid=(3, 4, 6), time=thousand, time_dtype=torch.int64, num_layers=2, context=TEXT,
+        consisid, batched_lists=frozenset({"id_vit_hidden"}),
+        grid=(3, 4, 6), time=thousand, time_dtype=torch.int64, num_layers=2, context=TEXT,
         scheduler=CogVideoXDDIMScheduler,
     ),
     Case(
@@ -308,7 +309,8 @@ VIDEOS = (
     Case(
         "HunyuanVideoFramepackTransformer3DModel",
         HUNYUAN | {"has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True},
-        framepack, grid=(3, 4, 6), time=thousand, num_layers=2, context=TEXT + 3,
+        framepack, references=((1, 1, 2), (2, 2, 3), (1, 4, 6)),
+        grid=(3, 4, 6), time=thousand, num_layers=2, context=TEXT + 3,
     ),
     Case(
         "MochiTransformer3DModel",
@@ -345,7 +347,7 @@ VIDEOS = (
     Case(
         "HeliosTransformer3DModel",
         {name: value for name, value in WAN.items() if name != "rope_max_seq_len"} | {"rope_dim": (4, 4, 4)},
-        helios, grid=(3, 4, 6), time=thousand, num_layers=2,
+        helios, references=((1, 1, 2), (2, 2, 3), (1, 4, 6)), grid=(3, 4, 6), time=thousand, num_layers=2,
     ),
     Case(
         "MotifVideoTransformer3DModel",
