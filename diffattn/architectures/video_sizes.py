@@ -77,6 +77,13 @@ def _rows_and_columns(model: nn.Module, coordinates: Tensor) -> Grid:
     return grid
 
 
+def vision_of_text(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of a text of `und_len` tokens and videos that see it, each of the grid that `vision_token_shapes` says."""
+    patch = model.config.latent_patch_size
+    (frames, height, width), *references = (tuple(shape) for shape in given["vision_token_shapes"])
+    return Size(patch * height, patch * width, frames, tuple(references), given["und_len"])
+
+
 def packed_video(model: Any, given: Mapping[str, Any]) -> Size:
     """Of a sequence that ends with a video, of coordinates [N, 3] as time, row and column."""
     ids, video_indices = given["position_ids"], given["video_indices"]

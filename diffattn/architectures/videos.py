@@ -13,6 +13,7 @@ from diffattn.architectures.video_sizes import (
     frames_first,
     packed_video,
     video_tokens,
+    vision_of_text,
     with_history,
     with_several_texts,
 )
@@ -206,6 +207,16 @@ VIDEO_FAMILIES = (
         time=Time(scale=1000),
         sample_name="latents",
         others=r"attn2$",
+    ),
+    TransformerFamily(
+        ("Cosmos3OmniTransformer",),
+        size_of=vision_of_text,
+        patch=lambda config: (1, config.latent_patch_size, config.latent_patch_size),
+        entry_name="embed_tokens",
+        context="first",
+        keys_only=True,
+        sample_name="vision_tokens",
+        time_of=lambda given: given["vision_timesteps"][:1],  # the same for all noisy tokens
     ),
     TransformerFamily(
         ("MiniMaxH3Transformer3DModel",),

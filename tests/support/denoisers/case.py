@@ -39,6 +39,7 @@ class Case:
     batched_lists: frozenset[str] = field(default=frozenset())  # arguments that are lists with a batch in each entry
     output: Callable[[Any], Tensor] = lambda out: out[0]
     scheduler: Callable[[], Any] = lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)  # of its pipeline
+    batched: bool = True  # whether a call takes several samples
     calls_per_sample: bool = False  # the processor attends for one sample after another
 
     def __str__(self) -> str:
@@ -93,6 +94,9 @@ def noise_level_of(scheduler: Any, step: int) -> float:
     """σ of flow matching, or σ/(1 + σ) by the scheduler's σ of EDM or table of ᾱ."""
     if hasattr(scheduler, "precondition_noise") or scheduler.config.get("timestep_type") == "continuous":
         return float(scheduler.sigmas[step] / (1 + scheduler.sigmas[step]))
+    if hasattr(scheduler, "_alpha_cumprod"):
+        alpha = float(scheduler._alpha_cumprod(scheduler.timesteps[step], torch.device("cpu")))
+        return (1 - alpha) ** 0.5 / (alpha**0.5 + (1 - alpha) ** 0.5)
     if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
         sigma = float(scheduler.sigmas[step])
         return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DDPMWuerstchenScheduler, EulerDiscreteScheduler
 
 from support.denoisers.case import Case, normal
 
@@ -59,6 +59,15 @@ def sparse_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
         **video(batch, rng),
         "controlnet_cond": normal(batch, 3, FRAMES, 16, 12, rng=rng),
         "conditioning_mask": torch.ones(batch, 1, FRAMES, 16, 12),
+    }
+
+
+def cascade(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        "sample": normal(batch, 4, 16, 12, rng=rng),
+        "clip_text_pooled": normal(batch, 1, 16, rng=rng),
+        "clip_text": normal(batch, TEXT, 16, rng=rng),
+        "clip_img": normal(batch, 1, 16, rng=rng),
     }
 
 
@@ -126,6 +135,17 @@ UNETS = (
         },
         kandinsky3, grid=(8, 6), more_grids=((16, 12),), time=whole, time_dtype=torch.int64, num_layers=3,
         scheduler=DDPMScheduler,
+    ),
+    Case(
+        "StableCascadeUNet",
+        {
+            "in_channels": 4, "out_channels": 4, "timestep_ratio_embedding_dim": 8, "conditioning_dim": 16,
+            "block_out_channels": (16, 16), "num_attention_heads": (2, 2), "down_num_layers_per_block": (1, 1),
+            "up_num_layers_per_block": (1, 1), "clip_text_in_channels": 16, "clip_text_pooled_in_channels": 16,
+            "clip_image_in_channels": 16, "clip_seq": 2, "self_attn": (False, True),
+        },
+        cascade, grid=(8, 6), time=lambda t: 1000 * t, time_name="timestep_ratio", num_layers=2, context=TEXT + 4,
+        scheduler=DDPMWuerstchenScheduler, level=0.0007,
     ),
     Case(
         "SparseControlNetModel",

@@ -199,6 +199,22 @@ def cosmos_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
     }
 
 
+def cosmos3(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    places = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij")).flatten(1)
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.cat((torch.arange(TEXT).expand(3, TEXT), places + TEXT), dim=1),
+        "und_len": TEXT,
+        "sequence_length": TEXT + 72,
+        "vision_tokens": [normal(1, 4, 3, 8, 12, rng=rng)],
+        "vision_token_shapes": [(3, 4, 6)],
+        "vision_sequence_indexes": TEXT + torch.arange(72),
+        "vision_mse_loss_indexes": TEXT + torch.arange(72),
+        "vision_noisy_frame_indexes": [torch.arange(3)],
+    }
+
+
 def minimax(batch: int, rng: torch.Generator) -> dict[str, Any]:
     text, condition, audio, video = 6, 24, 8, 72
     total = text + condition + audio + video
@@ -433,6 +449,16 @@ VIDEOS = (
         COSMOS | {"in_channels": 6, "latent_channels": 6, "model_channels": 24, "n_controlnet_blocks": 2},
         cosmos_control, grid=(3, 4, 6), time=lambda u: u, num_layers=2, output=lambda out: out[0][-1],
         needs="torchvision",
+    ),
+    Case(
+        "Cosmos3OmniTransformer",
+        {
+            "head_dim": 12, "hidden_size": 24, "intermediate_size": 32, "latent_channel": 4, "latent_patch_size": 2,
+            "num_attention_heads": 2, "num_hidden_layers": 2, "num_key_value_heads": 1, "patch_latent_dim": 16,
+            "rope_axes_dim": [2, 2, 2], "vocab_size": 32,
+        },
+        cosmos3, grid=(3, 4, 6), time=thousand, time_name="vision_timesteps", per_call=lambda t: [t] * 72,
+        num_layers=2, context=TEXT, batched=False, output=lambda out: out[0][0],
     ),
     Case(
         "MiniMaxH3Transformer3DModel",
