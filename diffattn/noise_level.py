@@ -148,6 +148,10 @@ UNKNOWN = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lamb
 """For a scheduler without any σ: levels that fall with the time step but are not noise levels."""
 
 
+QUARTER_LOG_SIGMA = Convention(lambda t: level_of_sigma(exp(min(4 * t, 80.0))), lambda t: -3 < t < 3)
+"""EDM's time steps, log(σ)/4."""
+
+
 def _convention_of(scheduler: Any) -> Convention:
     """The convention of one scheduler for its time steps."""
     if scheduler is None:
@@ -168,10 +172,14 @@ def _convention_of(scheduler: Any) -> Convention:
     return UNKNOWN
 
 
+FLOWS = ("FlowMatch", "FlowMap", "EulerAncestralRF", "Piflow", "MiniMaxH3")
+"""Parts of the names of schedulers of flow matching, whose configurations do not say so."""
+
+
 def _is_flow_matching(scheduler: Any) -> bool:
     config = scheduler.config
     return (
-        any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__)
+        any(name in kind.__name__ for kind in type(scheduler).__mro__ for name in FLOWS)
         or config.get("prediction_type") == "flow_prediction"
         or bool(config.get("use_flow_sigmas"))
     )
@@ -190,10 +198,10 @@ def _sigma_levels(scheduler: Any, times: Sequence[float]) -> list[float] | None:
         inverted = bool(scheduler.config.get("invert_sigmas"))
         return [min(max(1 - s if inverted else s, 0.0), 1.0) for s in values]
     sigma_data = scheduler.config.get("sigma_data", 1.0)
-    return [_level_of(s / sigma_data) for s in values]
+    return [level_of_sigma(s / sigma_data) for s in values]
 
 
-def _level_of(sigma: float) -> float:
+def level_of_sigma(sigma: float) -> float:
     """u = σ/(1 + σ), also of an infinite σ."""
     return 1.0 if sigma == inf else max(sigma, 0.0) / (1 + max(sigma, 0.0))
 
@@ -248,7 +256,7 @@ def _table(timesteps: Sequence[float], sigmas: Sequence[float], sigma_data: floa
     def level(timestep: float) -> float:
         i = min(max(bisect_left(known, timestep) - 1, 0), max(len(slopes) - 1, 0))
         slope = slopes[i] if slopes else 0.0
-        return _level_of(exp(min(logs[i] + slope * (timestep - known[i]), 80.0)))
+        return level_of_sigma(exp(min(logs[i] + slope * (timestep - known[i]), 80.0)))
 
     margin = (known[-1] - known[0]) / 2
     return Convention(level, lambda t: known[0] - margin <= t <= known[-1] + margin)

@@ -3,6 +3,7 @@
 from torch import nn
 
 from diffattn.architectures.base import Architecture
+from diffattn.architectures.cascade import CASCADE_FAMILIES
 from diffattn.architectures.diffusers_dit import Transformer2DArchitecture
 from diffattn.architectures.joint import JOINT_FAMILIES
 from diffattn.architectures.own_dit import SiTArchitecture
@@ -15,6 +16,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     SiTArchitecture(),
     *JOINT_FAMILIES,
     *VIDEO_FAMILIES,
+    *CASCADE_FAMILIES,
 )
 
 

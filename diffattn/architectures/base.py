@@ -67,6 +67,10 @@ class Architecture(Protocol):
         """The noisy input [B, ...] among the arguments of `forward`."""
         ...
 
+    def timestep(self, given: Mapping[str, Any]) -> Any:
+        """The time step among the arguments of `forward`."""
+        ...
+
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         """The size of the latents among the arguments of `forward`."""
         ...
@@ -124,11 +128,15 @@ class MethodProcessor(NotPickled):
             context_first: whether context stands first in this call; None: as in every call of the layer.
         """
         layer = self.layer
+        if layer.copies > 1:
+            references = (grid,) * (layer.copies - 1)
         if num_tokens < prod(grid) + sum(map(prod, references)):
             references = ()
         beyond = num_tokens - prod(grid) - sum(map(prod, references))
+        grids = (*references, grid) if layer.references_first else (grid, *references)
+        picture = len(references) if layer.references_first else 0
         first = layer.context == "first" if context_first is None else context_first
-        return TokenLayout((grid, *references), beyond, first, layer.rotated)
+        return TokenLayout(grids, beyond, first, layer.rotated, picture)
 
     def reason_exact(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str:
         """Why a call in a phase runs exact, or `ACCELERATED`."""

@@ -12,6 +12,9 @@ from diffattn.methods.base import LayerSpec
 CONTROL = ("controlnet", "adapter")
 """Attribute names of the networks that steer a pipeline's denoiser."""
 
+DENOISER = ("unet", "transformer", "decoder", "prior")
+"""Attribute names of the denoiser of a pipeline."""
+
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, or the module itself."""
@@ -24,8 +27,9 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The UNet or transformer of a pipeline, supported or not; None if it has neither."""
-    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    """The UNet, transformer, or decoder or prior of Stable Cascade of a pipeline, supported or not; None if it has
+    none."""
+    return next((part for name in DENOISER if (part := getattr(pipe, name, None)) is not None), None)
 
 
 def denoisers_of(pipe_or_model: Any) -> dict[str, nn.Module]:

@@ -50,6 +50,9 @@ class SiTArchitecture:
     def sample(self, given: Mapping[str, Any]) -> Tensor:
         return given[self.sample_name]
 
+    def timestep(self, given: Mapping[str, Any]) -> Any:
+        return given[self.time_name]
+
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         height, width = self.sample(given).shape[-2:]
         return Size(height, width)

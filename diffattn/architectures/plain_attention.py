@@ -20,7 +20,7 @@ def reason_exact(module: nn.Module) -> str | None:
 
 def spec_of(name: str, module: nn.Module, level: int) -> LayerSpec:
     """What is known about a layer, whatever its attention class."""
-    heads = int(getattr(module, "heads", 1))
+    heads = int(getattr(module, "heads", None) or getattr(module, "num_heads", 1))
     return LayerSpec(
         name=name,
         level=level,
@@ -29,6 +29,14 @@ def spec_of(name: str, module: nn.Module, level: int) -> LayerSpec:
         is_cross_attention=not isinstance(module, Attention) or module.is_cross_attention,
         upcast=bool(getattr(module, "upcast_attention", False) or getattr(module, "upcast_softmax", False)),
     )
+
+
+def install(module: Any, processor: Any) -> None:
+    """Give a layer a processor, whether or not it has `set_processor` (Mochi's has not)."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def replaced(*, original: Any, **parts: Any) -> Replaced:

@@ -231,4 +231,7 @@ def _are_own_keys(node: ast.Call) -> bool:
     keys = node.args[1] if len(node.args) > 1 else named.get("key")
     if keys is None or isinstance(keys, ast.Subscript):  # none, or some of the keys only
         return False
+    causal = named.get("is_causal")
+    if isinstance(causal, ast.Constant) and causal.value is True:  # of a text
+        return False
     return not OTHER_KEYS.search(ast.unparse(keys))

@@ -46,6 +46,9 @@ FLOW = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda 
 """Flow matching's time steps where no scheduler is known: 1000σ."""
 
 
+TEMPORAL = "temporal layer of a few frames"
+
+
 @dataclass(frozen=True)
 class TransformerFamily:
     """Transformers of diffusers that differ in nothing that matters to attention.
@@ -62,9 +65,12 @@ class TransformerFamily:
     rotated: bool = True  # whether queries and keys carry their place as a rotation
     time: Time = Time()
     training: Convention | None = FLOW  # the meaning of time steps where no scheduler is known
+    references_first: bool = False  # whether the tokens of references stand before the picture's
+    temporal: str = r"$^"  # layers over the frames of one place: a pattern of names
     others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
     sample_name: str = "hidden_states"
     time_name: str = "timestep"
+    time_of: Callable[[Mapping[str, Any]], Any] | None = None  # the time argument, where it is not simply `time_name`
 
     @property
     def title(self) -> str:
@@ -76,14 +82,20 @@ class TransformerFamily:
 
     def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
         for name, module in model.named_modules():
-            if hasattr(module, "set_processor") and hasattr(module, "processor"):
+            if getattr(module, "processor", None) is not None:
                 yield self._spec(name, module), module
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
         spec = attention.spec_of(name, module, level=0)
         is_other = re.search(self.others, name) is not None or bool(getattr(module, "is_cross_attention", False))
         return replace(
-            spec, is_cross_attention=is_other, context=self.context, keys_only=self.keys_only, rotated=self.rotated
+            spec,
+            is_cross_attention=is_other,
+            exact=TEMPORAL if re.search(self.temporal, name) else None,
+            context=self.context,
+            rotated=self.rotated,
+            references_first=self.references_first,
+            keys_only=self.keys_only,
         )
 
     def reason_exact(self, module: nn.Module) -> str | None:
@@ -99,6 +111,9 @@ class TransformerFamily:
         same = all(x.shape == found[0].shape for x in found)  # a list of pictures, perhaps of different sizes
         return torch.stack(list(found)) if same else torch.cat([x.flatten() for x in found])[None]
 
+    def timestep(self, given: Mapping[str, Any]) -> Any:
+        return self.time_of(given) if self.time_of is not None else given[self.time_name]
+
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         return self.size_of(model, given)
 
@@ -108,6 +123,8 @@ class TransformerFamily:
         return [tuple(-(-p // q) for p, q in zip(pixels, patch, strict=True))]
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
+        if isinstance(time, Tensor) and time.ndim > 1:  # one per token or frame, lower for those that are given
+            time = time.flatten(1).amax(1)
         return levels.read(self.time.timesteps(time), self.training)
 
     def replaced(self, **parts: Any) -> Replaced:

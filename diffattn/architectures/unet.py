@@ -1,36 +1,91 @@
-"""Stable Diffusion's UNets (1.x, 2.x, XL, inpainting), the ControlNets beside them, and ControlNet-XS within them."""
+"""UNets of pictures and of videos, the ControlNets beside them, and ControlNet-XS within them.
 
+Videos are pictures to their spatial layers: frames are folded into the batch. Their temporal layers run exact.
+"""
+
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from diffusers import ControlNetModel, ControlNetUnionModel, UNet2DConditionModel, UNetControlNetXSModel
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    I2VGenXLUNet,
+    Kandinsky3UNet,
+    SparseControlNetModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNet3DConditionModel,
+    UNetControlNetXSModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from torch import Tensor, nn
 
 from diffattn.architectures import plain_attention as attention
 from diffattn.architectures.base import Replaced, Size
+from diffattn.architectures.transformers import TEMPORAL
 from diffattn.methods.base import LayerSpec
-from diffattn.noise_level import Reading, TimeReader
+from diffattn.noise_level import (
+    QUARTER_LOG_SIGMA,
+    Convention,
+    Reading,
+    TimeReader,
+    discrete,
+    dit_alphas_cumprod,
+    level_of_sigma,
+    values_of,
+)
+
+KINDS = (
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+    I2VGenXLUNet,
+    Kandinsky3UNet,
+    ControlNetModel,
+    ControlNetUnionModel,
+    SparseControlNetModel,
+    UNetControlNetXSModel,
+)
+
+TRAINING: Mapping[type, Convention] = {
+    UNet2DModel: discrete(dit_alphas_cumprod()),
+    UNetSpatioTemporalConditionModel: QUARTER_LOG_SIGMA,
+}
+"""What time steps mean where no scheduler is known, if not what Stable Diffusion's mean."""
+
+OVER_FRAMES = re.compile(r"motion_modules|temporal_transformer_blocks|temp_attentions|transformer_in|temporal_encoder")
+"""Names of layers over the frames of one place."""
 
 
 class UNetArchitecture:
-    """`UNet2DConditionModel`, `ControlNetModel`, `ControlNetUnionModel` and `UNetControlNetXSModel`."""
+    """The UNets of diffusers whose levels halve the resolution."""
 
     title = (
-        "UNet2DConditionModel (Stable Diffusion 1.x, 2.x, XL), ControlNetModel, ControlNetUnionModel and "
-        "UNetControlNetXSModel"
+        "UNet2DConditionModel (Stable Diffusion 1.x, 2.x, XL), UNet2DModel, UNetMotionModel (AnimateDiff), "
+        "UNetSpatioTemporalConditionModel (Stable Video Diffusion), UNet3DConditionModel, I2VGenXLUNet, "
+        "Kandinsky3UNet, ControlNetModel, ControlNetUnionModel, SparseControlNetModel and UNetControlNetXSModel"
     )
     sample_name = "sample"
     time_name = "timestep"
 
     def matches(self, model: nn.Module) -> bool:
-        kinds = UNet2DConditionModel | ControlNetModel | ControlNetUnionModel | UNetControlNetXSModel
-        return isinstance(model, kinds)
+        return isinstance(model, KINDS)
 
     def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
         num_levels = len(_config(model).block_out_channels)
         for name, module in model.named_modules():
             if hasattr(module, "set_processor"):
-                yield attention.spec_of(name, module, _level(name, num_levels)), module
+                spec = attention.spec_of(name, module, _level(name, num_levels))
+                if isinstance(model, Kandinsky3UNet):  # passes a layer's own tokens as if they were another's
+                    spec = replace(spec, is_cross_attention=not name.endswith("attentions.0.attention"))
+                if OVER_FRAMES.search(name):
+                    spec = replace(spec, exact=TEMPORAL)
+                yield spec, module
 
     def reason_exact(self, module: nn.Module) -> str | None:
         return attention.reason_exact(module)
@@ -40,6 +95,9 @@ class UNetArchitecture:
 
     def sample(self, given: Mapping[str, Any]) -> Tensor:
         return given[self.sample_name]
+
+    def timestep(self, given: Mapping[str, Any]) -> Any:
+        return given[self.time_name]
 
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         height, width = self.sample(given).shape[-2:]
@@ -53,7 +111,11 @@ class UNetArchitecture:
         return grids
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
-        return levels.read(time)
+        if isinstance(model, UNet2DModel) and model.config.time_embedding_type == "fourier":  # its time is σ itself
+            found = [level_of_sigma(sigma) for sigma in values_of(time)]
+            return Reading(found, found, None)
+        training = next((meaning for kind, meaning in TRAINING.items() if isinstance(model, kind)), None)
+        return levels.read(time, training)
 
     def replaced(self, **parts: Any) -> Replaced:
         return attention.replaced(**parts)

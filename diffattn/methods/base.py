@@ -34,24 +34,33 @@ class LayerSpec:
     )
     keys_only: bool = False  # whether those tokens have keys and values, but no queries
     rotated: bool = False  # whether queries and keys carry their place as a rotation, and must not be averaged
+    references_first: bool = False  # whether the tokens of reference pictures stand before the picture's
+    copies: int = 1  # how often the picture's tokens stand in the sequence, each time with other contents
+    exact: str | None = None  # why it must run exact whatever its processor
     kind: str = SOFTMAX  # what the unpatched layer computes: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens of a layer lie: those of the picture, then of any reference pictures, and before or after all of
+    """Where the tokens of a layer lie: those of the picture and of any reference pictures, and before or after all of
     these the context: text, registers, whatever has no place on a grid."""
 
-    grids: tuple[Grid, ...]  # of the picture or video, then of its references
+    grids: tuple[Grid, ...]  # of the picture or video and its references, in the order of the tokens
     num_context: int = 0
     context_first: bool = False
     rotated: bool = False  # see `LayerSpec`
+    picture: int = 0  # which of the grids is the picture's or video's: the first or the last
 
     @property
     def grid(self) -> Grid:
         """Of the picture or video."""
-        return self.grids[0]
+        return self.grids[self.picture]
+
+    @property
+    def references(self) -> tuple[Grid, ...]:
+        """Of reference pictures, or of earlier frames."""
+        return self.grids[: self.picture] + self.grids[self.picture + 1 :]
 
     @property
     def rows_and_columns(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from diffattn.architectures.base import Architecture, MethodProcessor, Replaced, Size
 from diffattn.architectures.denoisers import is_compiled, uncompiled
+from diffattn.architectures.plain_attention import install
 from diffattn.architectures.plug import plug_of
 from diffattn.architectures.run_state import ACCELERATED
 from diffattn.methods.base import Grid, LayerSpec
@@ -20,7 +21,7 @@ class PatchedLayer:
     """One attention layer of a denoiser, patched or left alone."""
 
     spec: LayerSpec
-    module: Any  # has set_processor and processor
+    module: Any  # has processor
     runs: MethodProcessor | None = None  # runs the method
     processor: Any = None  # the one that the layer was given for it
     left_alone: str | None = None  # why it has no processor of ours
@@ -38,7 +39,7 @@ class PatchedLayer:
             self.earlier.append(self.runs)
         self.runs, self.processor = replaced
         self.displaced_by = None
-        self.module.set_processor(self.processor)
+        install(self.module, self.processor)
 
     def look(self) -> str | None:
         """The class of the processor that replaced ours; None if it is still ours or wraps it."""

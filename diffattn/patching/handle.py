@@ -15,6 +15,7 @@ from torch import nn
 from diffattn.architectures import Architecture, architecture_of
 from diffattn.architectures.base import Size
 from diffattn.architectures.denoisers import denoisers_of, uncompiled, uncovered_networks
+from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, NotPickled
 from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers, runs_of
 from diffattn.patching.hook import RunHook
@@ -70,7 +71,7 @@ class Patch(NotPickled):
         spec = layer.spec
         if spec.is_cross_attention:
             layer.left_alone = "cross-attention"
-        elif reason := architecture.reason_exact(layer.module):
+        elif reason := spec.exact or architecture.reason_exact(layer.module):
             layer.left_alone = reason
         elif not self.plan.chooses(spec):
             layer.left_alone = "not among the chosen layers"
@@ -92,7 +93,7 @@ class Patch(NotPickled):
                 hook.register()
             for layer in self._layers:
                 if layer.runs is not None:
-                    layer.module.set_processor(layer.processor)
+                    install(layer.module, layer.processor)
         except BaseException:
             self.remove()
             raise
@@ -106,7 +107,7 @@ class Patch(NotPickled):
                 for runs in layer.all_runs:
                     runs.active = False
                 if is_ours:
-                    layer.module.set_processor(runs_of(ours).original)  # type: ignore[union-attr]
+                    install(layer.module, runs_of(ours).original)  # type: ignore[union-attr]
         for hook in self._hooks:
             hook.unregister()
         self._removed = True

@@ -72,7 +72,7 @@ class RunHook(NotPickled):
         self.listener.begin_call(
             self.denoiser,
             architecture.sample(given),
-            given[architecture.time_name],
+            architecture.timestep(given),
             size=architecture.size(uncompiled(self.denoiser.model), given),
             mask_rows=int(given.get("attention_mask") is not None),
             traced=traced,

@@ -120,7 +120,7 @@ class Runs:
         architecture = architecture_of(model)
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
-        reading = architecture.read_time(model, given[architecture.time_name], self._levels)
+        reading = architecture.read_time(model, architecture.timestep(given), self._levels)
         kept = {name: _copy(value) for name, value in kwargs.items()}
         self._taken.append(Call(tuple(map(_copy, args)), kept, max(reading.levels)))
 

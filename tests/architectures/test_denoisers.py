@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.denoisers import CASES
-from support.denoisers.case import Case
+from support.denoisers.case import Case, noise_level_of
 from torch import Tensor, nn
 
 import diffattn
@@ -38,7 +38,7 @@ def test_passing_through_is_bit_equal_and_removing_restores_the_same_objects(cas
     handle = diffattn.patch(model, num_agents=1, min_tokens=10**6)
     handle.quiet()
     assert torch.equal(case.call(model, given), exact)
-    assert handle.report().calls_passed_through == case.num_layers
+    assert handle.report().calls_passed_through == case.num_calls(2)
     handle.remove()
     assert all(model.get_submodule(name).processor is original for name, original in before.items())
     assert torch.equal(case.call(model, given), exact)
@@ -51,7 +51,7 @@ def test_every_layer_is_accelerated_and_close_to_exact(case: Case) -> None:
     with diffattn.patch(model, **FEW) as handle:
         out = case.call(model, given)
         report = handle.report()
-    assert (report.calls_accelerated, report.calls_passed_through) == (case.num_layers, 0), str(report)
+    assert (report.calls_accelerated, report.calls_passed_through) == (case.num_calls(2), 0), str(report)
     assert out.shape == exact.shape
     assert out.isfinite().all()
     assert not torch.equal(out, exact)
@@ -64,10 +64,11 @@ def test_the_grid_is_where_the_tokens_lie(case: Case) -> None:
         calls = Watched(model)
         case.call(model, given)
         tokens = {layer.tokens for layer in handle.report().layers if layer.accelerated}
-    assert {layout.grid for layout, _, _ in calls} == {case.grid}
+    grids = {case.grid, *case.more_grids}
+    assert {layout.grid for layout, _, _ in calls} == grids
     assert case.context in {layout.num_context for layout, _, _ in calls}
-    assert case.references in {layout.grids[1:] for layout, _, _ in calls}
-    assert tokens == {torch.Size(case.grid).numel()}
+    assert case.references in {layout.references for layout, _, _ in calls}
+    assert tokens == {torch.Size(grid).numel() for grid in grids}
 
 
 @every_case
@@ -86,8 +87,10 @@ def test_text_is_answered_exactly(case: Case) -> None:
 
 @every_case
 def test_a_batch_is_its_samples(case: Case) -> None:
+    if not case.batched:
+        pytest.skip("one sample per call")
     model, given = case.build(), inputs(case)
-    with diffattn.patch(model, **FEW):
+    with diffattn.patch(model, **FEW, damping=1e-3):  # so that rounding, which a batch changes, is not amplified
         together = case.call(model, given)
         alone = [case.call(model, case.one_of(given, i, 2)) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-4)
@@ -99,20 +102,11 @@ def test_the_noise_level_is_the_schedulers(case: Case) -> None:
     scheduler.set_timesteps(5)
     model, given = case.build(), inputs(case)
     with diffattn.patch(model, **FEW) as handle:
-        for i in (0, 2, 4):
-            time = float(scheduler.timesteps[i])
-            case.call(model, given, level=time / 1000)
+        for i in (0, len(scheduler.timesteps) // 2, len(scheduler.timesteps) - 1):
+            case.call(model, given, level=float(scheduler.timesteps[i]) / 1000)
             entry = handle.last_call()
             assert entry is not None
-            assert entry["noise_level"] == pytest.approx(level_of(scheduler, i), abs=2e-3)
-
-
-def level_of(scheduler: Any, step: int) -> float:
-    """The noise level of a step: flow matching's σ, or σ/(1 + σ) of a scheduler with ᾱ."""
-    if not hasattr(scheduler, "alphas_cumprod"):
-        return float(scheduler.sigmas[step])
-    signal = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
-    return (1 - signal) ** 0.5 / (signal**0.5 + (1 - signal) ** 0.5)
+            assert entry["noise_level"] == pytest.approx(noise_level_of(scheduler, i), abs=2e-3)
 
 
 @every_case

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 Inputs = Callable[[int, torch.Generator], dict[str, Any]]
@@ -21,28 +23,42 @@ class Case:
     config: Mapping[str, Any]
     inputs: Inputs  # (batch, random numbers) -> arguments of forward, without the time
     grid: tuple[int, ...]  # of the picture's tokens in these inputs
-    time: Callable[[float], float]  # σ of flow matching -> the time argument that its pipeline passes
+    time: Callable[[float], float]  # a time step of the scheduler / 1000 -> the argument that its pipeline passes
     num_layers: int  # self-attention layers over the picture's tokens
+    level: float = 0.7  # a time step of the scheduler / 1000 for calls at any one
+    needs: str = "torch"  # a package without which diffusers cannot run this class
     time_name: str = "timestep"
     time_dtype: torch.dtype = torch.float32
+    per_call: Callable[[float], Sequence[float]] | None = None  # times of a call as a whole, of the time argument
+    time_shape: tuple[int, ...] = ()  # per sample, of times per token or frame
+    more_grids: tuple[tuple[int, ...], ...] = ()  # of other levels that have attention
     context: int = 0  # tokens without a place
     per_sample: frozenset[str] = field(default=frozenset())  # arguments that are not per sample although tensors
+    per_frame: Mapping[str, int] = field(default_factory=dict)  # arguments that its pipeline repeats for every frame
     references: tuple[tuple[int, ...], ...] = ()  # grids of reference pictures in these inputs
     batched_lists: frozenset[str] = field(default=frozenset())  # arguments that are lists with a batch in each entry
-    scheduler: Callable[[], Any] = lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     output: Callable[[Any], Tensor] = lambda out: out[0]
+    scheduler: Callable[[], Any] = lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)  # of its pipeline
+    batched: bool = True  # whether a call takes several samples
+    calls_per_sample: bool = False  # the processor attends for one sample after another
 
     def __str__(self) -> str:
         return self.name
 
+    def num_calls(self, batch: int) -> int:
+        """Calls of attention over the picture's tokens in one call of the model."""
+        return self.num_layers * (batch if self.calls_per_sample else 1)
+
     def build(self, seed: int = 0) -> Any:
         """The model with random weights, in eval mode."""
+        pytest.importorskip(self.needs)
         torch.manual_seed(seed)
         kind: Any = getattr(diffusers, self.name.partition(" ")[0])
         model = kind(**self.config).eval()
         for parameter in model.parameters():  # gates and outputs start at zero in many
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+                inputs = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]
+                nn.init.normal_(parameter, std=inputs**-0.5)
         return model
 
     def one_of(self, given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
@@ -57,13 +73,32 @@ class Case:
 
         return part("", dict(given))
 
-    def call(self, model: Any, given: Mapping[str, Any], level: float = 0.7) -> Tensor:
-        """The output of one call at a noise level."""
+    def call(self, model: Any, given: Mapping[str, Any], level: float | None = None) -> Tensor:
+        """The output of one call at a time step of the scheduler, divided by 1000."""
+        level = self.level if level is None else level
         batch = next(len(x) for x in given.values() if isinstance(x, Tensor | list) and not isinstance(x, str))
-        time = torch.full((batch,), self.time(level), dtype=self.time_dtype)
+        time = torch.full((batch, *self.time_shape), self.time(level), dtype=self.time_dtype)
+        if self.per_call is not None:
+            time = torch.tensor(self.per_call(self.time(level)), dtype=self.time_dtype)
+        repeated = {name: given[name].repeat_interleave(n, dim=0) for name, n in self.per_frame.items()}
+        given = {**given, **repeated}
         with torch.no_grad():
             return self.output(model(**given, **{self.time_name: time}, return_dict=False))
 
 
 def normal(*shape: int, rng: torch.Generator) -> Tensor:
     return torch.randn(*shape, generator=rng)
+
+
+def noise_level_of(scheduler: Any, step: int) -> float:
+    """σ of flow matching, or σ/(1 + σ) by the scheduler's σ of EDM or table of ᾱ."""
+    if hasattr(scheduler, "precondition_noise") or scheduler.config.get("timestep_type") == "continuous":
+        return float(scheduler.sigmas[step] / (1 + scheduler.sigmas[step]))
+    if hasattr(scheduler, "_alpha_cumprod"):
+        alpha = float(scheduler._alpha_cumprod(scheduler.timesteps[step], torch.device("cpu")))
+        return (1 - alpha) ** 0.5 / (alpha**0.5 + (1 - alpha) ** 0.5)
+    if scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction":
+        sigma = float(scheduler.sigmas[step])
+        return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
+    alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+    return (1 - alpha) ** 0.5 / (alpha**0.5 + (1 - alpha) ** 0.5)

@@ -5,25 +5,469 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    MiniMaxH3Scheduler,
+)
+from torch import Tensor
 
-from support.denoisers.case import Case, normal
+from support.denoisers.case import Case, Inputs, normal
+
+TEXT = 6
 
 
-def wan(batch: int, rng: torch.Generator) -> dict[str, Any]:
+def latents(channels: int, frames: int = 3, height: int = 8, width: int = 12, text: int = 16) -> Inputs:
+    """Latents [B, C, f, h, w] and a text [B, 6, text]."""
+
+    def inputs(batch: int, rng: torch.Generator) -> dict[str, Any]:
+        return {
+            "hidden_states": normal(batch, channels, frames, height, width, rng=rng),
+            "encoder_hidden_states": normal(batch, TEXT, text, rng=rng),
+        }
+
+    return inputs
+
+
+def wan_with_image(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        "hidden_states": normal(batch, 4, 3, 8, 12, rng=rng),
-        "encoder_hidden_states": normal(batch, 6, 16, rng=rng),
+        **latents(8)(batch, rng),
+        "encoder_hidden_states": normal(batch, 512, 16, rng=rng),
+        "encoder_hidden_states_image": normal(batch, 5, 20, rng=rng),
     }
 
 
+def vace(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {**latents(4)(batch, rng), "control_hidden_states": normal(batch, 12, 3, 8, 12, rng=rng)}
+
+
+def animate(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **latents(12, frames=5)(batch, rng),
+        "encoder_hidden_states_image": normal(batch, 5, 16, rng=rng),
+        "pose_hidden_states": normal(batch, 4, 4, 8, 12, rng=rng),
+        "face_pixel_values": normal(batch, 3, 13, 16, 16, rng=rng),
+    }
+
+
+def cogvideox(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = latents(4)(batch, rng)
+    return given | {"hidden_states": given["hidden_states"].transpose(1, 2).contiguous()}
+
+
+def consisid(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **cogvideox(batch, rng),
+        "id_vit_hidden": [normal(batch, 2, 2, rng=rng)],
+        "id_cond": normal(batch, 2, rng=rng),
+    }
+
+
+def padded(batch: int, tokens: int = TEXT) -> Tensor:
+    """A mask [B, tokens] over text of different lengths."""
+    lengths = tokens - 2 * torch.arange(batch)[:, None] % tokens
+    return torch.arange(tokens)[None] < lengths
+
+
+def hunyuan(channels: int, *size: int) -> Inputs:
+    def inputs(batch: int, rng: torch.Generator) -> dict[str, Any]:
+        return {
+            **latents(channels, *size)(batch, rng),
+            "encoder_attention_mask": padded(batch).float(),
+            "pooled_projections": normal(batch, 8, rng=rng),
+            "guidance": torch.full((batch,), 6000.0),
+        }
+
+    return inputs
+
+
+def hunyuan_15(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **latents(4, 3, 4, 6)(batch, rng),
+        "encoder_attention_mask": padded(batch).float(),
+        "encoder_hidden_states_2": normal(batch, 4, 16, rng=rng),
+        "encoder_attention_mask_2": padded(batch, 4).float(),
+        "image_embeds": torch.zeros(batch, 3, 16),
+    }
+
+
+def framepack(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **hunyuan(4)(batch, rng),
+        "image_embeds": normal(batch, 3, 16, rng=rng),
+        "indices_latents": torch.arange(8.0, 11),
+        "latents_clean": normal(batch, 4, 1, 8, 12, rng=rng),
+        "indices_latents_clean": torch.zeros(1),
+        "latents_history_2x": normal(batch, 4, 3, 8, 12, rng=rng),
+        "indices_latents_history_2x": torch.arange(5.0, 8),
+        "latents_history_4x": normal(batch, 4, 4, 8, 12, rng=rng),
+        "indices_latents_history_4x": torch.arange(1.0, 5),
+    }
+
+
+def mochi(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {**latents(4)(batch, rng), "encoder_attention_mask": padded(batch)}
+
+
+def kandinsky5(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = latents(4)(batch, rng)
+    return {
+        "hidden_states": given["hidden_states"].movedim(1, -1).contiguous(),
+        "encoder_hidden_states": given["encoder_hidden_states"],
+        "pooled_projections": normal(batch, 16, rng=rng),
+        "visual_rope_pos": [torch.arange(n) for n in (3, 4, 6)],
+        "text_rope_pos": torch.arange(TEXT),
+    }
+
+
+def kandinsky6(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = latents(9)(batch, rng)
+    return {
+        "hidden_states": given["hidden_states"].movedim(1, -1).contiguous(),
+        "encoder_hidden_states": given["encoder_hidden_states"],
+        "pooled_projections": normal(batch, 16, rng=rng),
+        "audio_hidden_states": normal(batch, 7, 4, rng=rng),
+        "encoder_attention_mask": padded(batch),
+    }
+
+
+def anyflow(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {**cogvideox(batch, rng), "r_timestep": torch.full((batch, 3), 250.0)}
+
+
+def helios(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    history = {"long": 4, "mid": 3, "short": 1}
+    return {
+        **latents(4)(batch, rng),
+        "indices_hidden_states": torch.arange(8.0, 11).expand(batch, 3),
+        **{f"latents_history_{name}": normal(batch, 4, n, 8, 12, rng=rng) for name, n in history.items()},
+        **{f"indices_latents_history_{name}": torch.arange(1.0, n + 1).expand(batch, n) for name, n in history.items()},
+    }
+
+
+def motif(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **latents(9)(batch, rng),
+        "encoder_attention_mask": padded(batch),
+        "image_embeds": normal(batch, 3, 4, rng=rng),
+    }
+
+
+def ltx(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": normal(batch, 72, 4, rng=rng),
+        "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
+        "encoder_attention_mask": padded(batch),
+        "num_frames": 3,
+        "height": 4,
+        "width": 6,
+    }
+
+
+def ltx_with_coordinates(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = ltx(batch, rng)
+    axes = torch.meshgrid(*(torch.arange(float(n)) for n in (3, 4, 6)), indexing="ij")
+    sizes = {"num_frames": None, "height": None, "width": None}
+    return given | sizes | {"video_coords": torch.stack(axes).flatten(1).expand(batch, 3, 72)}
+
+
+def ltx2(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        **ltx(batch, rng),
+        "audio_hidden_states": normal(batch, 9, 4, rng=rng),
+        "audio_encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
+        "audio_num_frames": 9,
+        "fps": 25.0,
+    }
+
+
+def cosmos(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {**latents(4)(batch, rng), "fps": 30}
+
+
+def cosmos_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    given = cosmos(batch, rng)
+    return {
+        "latents": given.pop("hidden_states"),
+        "controls_latents": normal(batch, 4, 3, 8, 12, rng=rng),
+        "condition_mask": torch.ones(batch, 1, 3, 8, 12),
+        "padding_mask": torch.zeros(1, 1, 8, 12),
+        **given,
+    }
+
+
+def cosmos3(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    places = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij")).flatten(1)
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.cat((torch.arange(TEXT).expand(3, TEXT), places + TEXT), dim=1),
+        "und_len": TEXT,
+        "sequence_length": TEXT + 72,
+        "vision_tokens": [normal(1, 4, 3, 8, 12, rng=rng)],
+        "vision_token_shapes": [(3, 4, 6)],
+        "vision_sequence_indexes": TEXT + torch.arange(72),
+        "vision_mse_loss_indexes": TEXT + torch.arange(72),
+        "vision_noisy_frame_indexes": [torch.arange(3)],
+    }
+
+
+def minimax(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    text, condition, audio, video = 6, 24, 8, 72
+    total = text + condition + audio + video
+    places = torch.zeros(total, 3)
+    places[:, 0] = torch.arange(total)
+    axes = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij"))
+    places[-video:] = axes.flatten(1).T + torch.tensor([float(text), 0, 0])
+    starts = text + condition + audio
+    rows = torch.arange(total)
+    tags = torch.tensor([1] * text + [0] * condition + [2] * audio + [0] * video)
+    return {
+        "hidden_states": normal(batch, condition + video, 16, rng=rng),
+        "audio_hidden_states": normal(batch, audio, 6, rng=rng),
+        "encoder_hidden_states": normal(batch, text, 8, rng=rng),
+        "timestep_indices": torch.where(tags == 2, 2, torch.where(rows < starts, 1, 0)),
+        "token_tags": tags,
+        "position_ids": places,
+        "video_indices": rows[tags == 0],
+        "audio_indices": rows[tags == 2],
+        "text_indices": rows[tags == 1],
+    }
+
+
+WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
+    "out_channels": 4, "text_dim": 16, "freq_dim": 256, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+}  # fmt: skip
+
+COGVIDEOX = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 16,
+    "text_embed_dim": 16, "num_layers": 2, "sample_width": 12, "sample_height": 8, "sample_frames": 9,
+    "patch_size": 2, "temporal_compression_ratio": 4, "max_text_seq_length": TEXT,
+}  # fmt: skip
+
+HUNYUAN = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+    "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True,
+    "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (4, 4, 4),
+}  # fmt: skip
+
+
+COSMOS: dict[str, Any] = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "mlp_ratio": 2, "text_embed_dim": 16, "adaln_lora_dim": 4,
+    "max_size": (4, 32, 32), "patch_size": (1, 2, 2), "extra_pos_embed_type": None,
+}  # fmt: skip
+
+
+def thousand(u: float) -> float:
+    """The scheduler's time step itself."""
+    return round(1000 * u, 3)
+
+
 VIDEOS = (
+    Case("WanTransformer3DModel", WAN, latents(4), grid=(3, 4, 6), time=thousand, num_layers=2),
     Case(
-        "WanTransformer3DModel",
-        {
-            "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
-            "out_channels": 4, "text_dim": 16, "freq_dim": 256, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+        "WanTransformer3DModel I2V", WAN | {"in_channels": 8, "image_dim": 20, "added_kv_proj_dim": 24},
+        wan_with_image, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "WanTransformer3DModel 2.2 TI2V", WAN, latents(4), grid=(3, 4, 6), time=thousand, time_shape=(72,),
+        num_layers=2,
+    ),
+    Case(
+        "WanVACETransformer3DModel", WAN | {"vace_layers": [0], "vace_in_channels": 12}, vace, grid=(3, 4, 6),
+        time=thousand, num_layers=3,
+    ),
+    Case(
+        "WanAnimateTransformer3DModel",
+        WAN | {
+            "in_channels": 12, "latent_channels": 4, "image_dim": 16, "motion_encoder_size": 16, "motion_dim": 4,
+            "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_style_dim": 8,
+            "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
         },
-        wan, grid=(3, 4, 6), time=lambda u: 1000 * u, num_layers=2,
+        animate, grid=(5, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case("SkyReelsV2Transformer3DModel", WAN, latents(4), grid=(3, 4, 6), time=thousand, num_layers=2),
+    Case("ChronoEditTransformer3DModel", WAN, latents(4), grid=(3, 4, 6), time=thousand, num_layers=2),
+    Case(
+        "CogVideoXTransformer3DModel", COGVIDEOX, cogvideox, grid=(3, 4, 6), time=thousand, time_dtype=torch.int64,
+        num_layers=2, context=TEXT, scheduler=CogVideoXDDIMScheduler,
+    ),
+    Case(
+        "ConsisIDTransformer3DModel",
+        COGVIDEOX | {
+            "is_train_face": True, "cross_attn_interval": 1, "cross_attn_dim_head": 4, "cross_attn_num_heads": 1,
+            "LFE_id_dim": 2, "LFE_vit_dim": 2, "LFE_depth": 1, "LFE_dim_head": 8, "LFE_num_heads": 2,
+            "LFE_num_id_token": 1, "LFE_num_querie": 1, "LFE_output_dim": 21, "LFE_ff_mult": 1, "LFE_num_scale": 1,
+        },
+        consisid, batched_lists=frozenset({"id_vit_hidden"}),
+        grid=(3, 4, 6), time=thousand, time_dtype=torch.int64, num_layers=2, context=TEXT,
+        scheduler=CogVideoXDDIMScheduler,
+    ),
+    Case(
+        "HunyuanVideoTransformer3DModel", HUNYUAN, hunyuan(4), grid=(3, 4, 6), time=thousand, num_layers=2,
+        context=TEXT,
+    ),
+    Case(
+        "HunyuanVideo15Transformer3DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2,
+            "num_refiner_layers": 1, "mlp_ratio": 2.0, "text_embed_dim": 16, "text_embed_2_dim": 16,
+            "image_embed_dim": 16, "rope_axes_dim": (4, 4, 4), "target_size": 16, "task_type": "t2v",
+        },
+        hunyuan_15, grid=(3, 4, 6), time=thousand, num_layers=2, context=TEXT + 4 + 3,
+    ),
+    Case(
+        "HunyuanVideoFramepackTransformer3DModel",
+        HUNYUAN | {"has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True},
+        framepack, references=((1, 1, 2), (2, 2, 3), (1, 4, 6)),
+        grid=(3, 4, 6), time=thousand, num_layers=2, context=TEXT + 3,
+    ),
+    Case(
+        "MochiTransformer3DModel",
+        {
+            "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2,
+            "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 4,
+            "max_sequence_length": TEXT,
+        },
+        mochi, grid=(3, 4, 6), time=thousand, num_layers=2, context=TEXT, calls_per_sample=True,
+        scheduler=lambda: FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    ),
+    Case(
+        "Kandinsky5Transformer3DModel",
+        {
+            "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 16, "time_dim": 16,
+            "model_dim": 24, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 4),
+        },
+        kandinsky5, grid=(3, 4, 6), time=thousand, num_layers=2, output=lambda out: out,
+    ),
+    Case(
+        "Kandinsky6Transformer3DModel",
+        {
+            "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 16, "time_dim": 16,
+            "model_dim": 24, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (4, 4, 4),
+            "in_audio_dim": 4, "out_audio_dim": 4,
+        },
+        kandinsky6, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "AnyFlowTransformer3DModel",
+        {name: value for name, value in WAN.items() if name != "qk_norm"},
+        anyflow, grid=(3, 4, 6), time=thousand, time_shape=(3,), num_layers=2, scheduler=FlowMapEulerDiscreteScheduler,
+    ),
+    Case(
+        "HeliosTransformer3DModel",
+        {name: value for name, value in WAN.items() if name != "rope_max_seq_len"} | {"rope_dim": (4, 4, 4)},
+        helios, references=((1, 1, 2), (2, 2, 3), (1, 4, 6)), grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "MotifVideoTransformer3DModel",
+        {
+            "in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+            "num_single_layers": 2, "num_decoder_layers": 1, "patch_size": 2, "patch_size_t": 1, "text_embed_dim": 16,
+            "image_embed_dim": 4, "rope_axes_dim": (4, 4, 4), "enable_text_cross_attention_dual": True,
+        },
+        motif, grid=(3, 4, 6), time=thousand, num_layers=3, context=TEXT + 3,
+    ),
+    Case(
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+            "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16,
+        },
+        ltx, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "LTXVideoTransformer3DModel conditions",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+            "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16,
+        },
+        ltx_with_coordinates, grid=(3, 4, 6), time=thousand, time_shape=(72,), num_layers=2,
+    ),
+    Case(
+        "LTX2VideoTransformer3DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+            "cross_attention_dim": 16, "num_layers": 2, "caption_channels": 16, "audio_in_channels": 4,
+            "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8, "rope_double_precision": False,
+        },
+        ltx2, grid=(3, 4, 6), time=thousand, num_layers=2,
+    ),
+    Case(
+        "AllegroTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+            "cross_attention_dim": 48, "sample_width": 12, "sample_height": 8, "sample_frames": 3,
+            "caption_channels": 16,
+        },
+        latents(4), grid=(3, 4, 6), time=thousand, time_dtype=torch.int64, num_layers=2,
+        scheduler=lambda: DDIMScheduler(beta_start=1e-4, beta_end=0.02),
+    ),
+    Case(
+        "EasyAnimateTransformer3DModel",
+        {
+            "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4, "out_channels": 4,
+            "mmdit_layers": 1, "num_layers": 2, "patch_size": 2, "text_embed_dim": 16, "time_embed_dim": 8,
+        },
+        latents(4), grid=(3, 4, 6), time=thousand, num_layers=2, context=TEXT,
+    ),
+    Case(
+        "LatteTransformer3DModel",
+        {
+            "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+            "caption_channels": 16, "in_channels": 4, "cross_attention_dim": 16, "out_channels": 8,
+            "norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False,
+            "video_length": 3,
+        },
+        latents(4, 3, 8, 12), grid=(4, 6), time=thousand, time_dtype=torch.int64, num_layers=2,
+        scheduler=lambda: DDIMScheduler(beta_start=1e-4, beta_end=0.02),
+    ),
+    Case(
+        "CosmosTransformer3DModel 1",
+        COSMOS
+        | {
+            "in_channels": 4, "out_channels": 4, "num_layers": 2, "extra_pos_embed_type": "learnable",
+            "concat_padding_mask": False,
+        },
+        cosmos, grid=(3, 4, 6), time=lambda t: 1000 * t, num_layers=2,
+        scheduler=lambda: EDMEulerScheduler(sigma_max=80.0, sigma_data=1.0), level=0.0005,
+    ),
+    Case(
+        "CosmosTransformer3DModel 2",
+        COSMOS | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "concat_padding_mask": False},
+        cosmos, grid=(3, 4, 6), time=lambda u: u, time_shape=(1, 3, 1, 1), num_layers=2,
+    ),
+    Case(
+        "CosmosControlNetModel",
+        COSMOS | {"in_channels": 6, "latent_channels": 6, "model_channels": 24, "n_controlnet_blocks": 2},
+        cosmos_control, grid=(3, 4, 6), time=lambda u: u, num_layers=2, output=lambda out: out[0][-1],
+        needs="torchvision",
+    ),
+    Case(
+        "Cosmos3OmniTransformer",
+        {
+            "head_dim": 12, "hidden_size": 24, "intermediate_size": 32, "latent_channel": 4, "latent_patch_size": 2,
+            "num_attention_heads": 2, "num_hidden_layers": 2, "num_key_value_heads": 1, "patch_latent_dim": 16,
+            "rope_axes_dim": [2, 2, 2], "vocab_size": 32,
+        },
+        cosmos3, grid=(3, 4, 6), time=thousand, time_name="vision_timesteps", per_call=lambda t: [t] * 72,
+        num_layers=2, context=TEXT, batched=False, output=lambda out: out[0][0],
+    ),
+    Case(
+        "MiniMaxH3Transformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 24, "num_layers": 2,
+            "num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 4, "audio_in_channels": 6, "text_dim": 8,
+            "freq_dim": 8, "time_embed_hidden_dim": 24, "time_embed_dim": 16, "rope_freq_dim": 2,
+        },
+        minimax, grid=(3, 4, 6), time=lambda t: 1000 * t, num_layers=2, context=38, per_call=lambda t: [t, 0.97, 0.9],
+        scheduler=MiniMaxH3Scheduler, level=0.0003,
     ),
 )  # fmt: skip

@@ -1,0 +1,106 @@
+"""The sizes of videos, read from the arguments of a transformer's forward."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffattn.architectures.base import Size
+from diffattn.architectures.transformers import SizeOf, text_tokens, video
+from diffattn.methods.base import Grid
+
+
+def frames_first(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of latents [B, f, C, h, w]."""
+    _, frames, _, height, width = given["hidden_states"].shape
+    return Size(height, width, frames, num_context=text_tokens(given))
+
+
+def channels_last(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of latents [B, f, h, w, C]."""
+    _, frames, height, width, _ = given["hidden_states"].shape
+    return Size(height, width, frames)
+
+
+def with_several_texts(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of latents [B, C, f, h, w] with tokens of one or two texts and perhaps of a picture."""
+    names = ("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_t5", "image_embeds")
+    return video(model, given)._replace(num_context=sum(text_tokens(given, name) for name in names))
+
+
+def with_history(patches: Mapping[str, int], texts: Sequence[str] = ()) -> SizeOf:
+    """Of latents [B, C, f, h, w] with earlier ones before them, the farther the coarser.
+
+    Args:
+        patches: argument of forward -> how much coarser it is than the latents, in the order of the tokens.
+        texts: arguments of forward whose tokens stand in the sequence.
+    """
+
+    def size_of(model: Any, given: Mapping[str, Any]) -> Size:
+        references = []
+        for name, factor in patches.items():
+            if given.get(name) is not None:
+                patch = (factor, 2 * factor, 2 * factor)
+                pixels = given[name].shape[-3:]
+                references.append(tuple(-(-p // q) for p, q in zip(pixels, patch, strict=True)))
+        context = sum(text_tokens(given, name) for name in texts)
+        return video(model, given)._replace(references=tuple(references), num_context=context)
+
+    return size_of
+
+
+def video_tokens(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of tokens [B, N, C] with the frames, rows and columns of the video, or coordinates [B, 3, N] or [B, 3, N, 2].
+    Further frames beside the video's, as keyframes are, count as its own."""
+    tokens = given["hidden_states"].shape[1]
+    frames, height, width = (given.get(name) for name in ("num_frames", "height", "width"))
+    if height is None or width is None:
+        height, width = _rows_and_columns(model, given["video_coords"])
+    if tokens % (height * width) == 0:
+        frames = tokens // (height * width)
+    return Size(height, width, frames)
+
+
+_LAST: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], Grid]]" = weakref.WeakKeyDictionary()
+
+
+def _rows_and_columns(model: nn.Module, coordinates: Tensor) -> Grid:
+    """Of video tokens with these coordinates, which are read off the device once per tensor."""
+    last = _LAST.get(model)
+    if last is not None and last[0]() is coordinates:
+        return last[1]
+    places = coordinates[0, 1:].flatten(2)[..., 0] if coordinates.ndim == 4 else coordinates[0, 1:]
+    grid = tuple(len(axis.unique()) for axis in places.cpu())
+    _LAST[model] = (weakref.ref(coordinates), grid)
+    return grid
+
+
+def vision_of_text(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of a text of `und_len` tokens and videos that see it, each of the grid that `vision_token_shapes` says."""
+    patch = model.config.latent_patch_size
+    (frames, height, width), *references = (tuple(shape) for shape in given["vision_token_shapes"])
+    return Size(patch * height, patch * width, frames, tuple(references), given["und_len"])
+
+
+def packed_video(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of a sequence that ends with a video, of coordinates [N, 3] as time, row and column."""
+    ids, video_indices = given["position_ids"], given["video_indices"]
+    last = _LAST.get(model)
+    if last is None or last[0]() is not ids:
+        _LAST[model] = last = (weakref.ref(ids), _last_frames(ids.cpu(), video_indices.cpu()))
+    frames, height, width = (p * n for p, n in zip(model.config.patch_size, last[1], strict=True))
+    return Size(height, width, frames, num_context=ids.shape[0] - prod(last[1]))
+
+
+def _last_frames(ids: Tensor, video_indices: Tensor) -> Grid:
+    """The grid of the frames at the end of a sequence, all as large as the last one."""
+    gaps = (video_indices[1:] != video_indices[:-1] + 1).nonzero().flatten()
+    start = int(video_indices[int(gaps[-1]) + 1]) if len(gaps) else int(video_indices[0])
+    times, sizes = ids[start:, 0].unique_consecutive(return_counts=True)
+    size, frames = int(sizes[-1]), 1
+    while frames < len(times) and int(sizes[-1 - frames]) == size:
+        frames += 1
+    height = len(ids[-size:, 1].unique())
+    return (frames, height, size // height)

@@ -1,0 +1,123 @@
+"""What runs exact in denoisers of videos: sharp heads, sparse and causal masks, layers over frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Kandinsky5Transformer3DModel
+from support.denoisers import CASES
+from support.denoisers.case import Case
+
+import diffattn
+from diffattn.architectures import architecture_of
+
+FEW: dict[str, Any] = {"num_agents": 6, "min_tokens": 0}
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def inputs(case: Case) -> dict[str, Any]:
+    return case.inputs(2, torch.Generator().manual_seed(1))
+
+
+def test_heads_too_sharp_for_landmarks_fall_back_one_by_one() -> None:
+    case = case_of("WanTransformer3DModel")
+    model, given = case.build(), inputs(case)
+    with torch.no_grad():  # the first of two heads of the first layer; the other one is flat
+        scale: Any = model.get_parameter("blocks.0.attn1.norm_q.weight")
+        scale[: case.config["attention_head_dim"]] *= 30
+        scale[case.config["attention_head_dim"] :] /= 10
+    exact = case.call(model, given)
+    with diffattn.patch(model, **FEW, max_head_error=1e9) as handle:
+        unchecked = case.call(model, given)
+        assert [layer.exact_heads for layer in handle.report().layers if layer.accelerated] == [0, 0]
+    with diffattn.patch(model, **FEW) as handle:
+        out = case.call(model, given)
+        first = next(layer for layer in handle.report().layers if layer.accelerated)
+        assert (first.name, first.exact_heads) == ("blocks.0.attn1", 2), str(handle.report())
+    assert torch.dist(out, exact) < torch.dist(unchecked, exact)
+
+
+def test_kandinskys_sparse_attention_runs_exact_and_is_counted() -> None:
+    config = {**case_of("Kandinsky5Transformer3DModel").config, "axes_dims": (4, 6, 6), "model_dim": 32}
+    torch.manual_seed(0)
+    model = Kandinsky5Transformer3DModel(**config).eval()
+    model.set_attention_backend("flex")
+    tokens = (2, 8, 8)
+    given = {
+        "hidden_states": torch.randn(1, 2, 16, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 6, 16),
+        "pooled_projections": torch.randn(1, 16),
+        "visual_rope_pos": [torch.arange(n) for n in tokens],
+        "text_rope_pos": torch.arange(6),
+        "sparse_params": {"sta_mask": torch.ones(1, 1, 2, 2, dtype=torch.bool), "to_fractal": True, "P": 0.9},
+        "timestep": torch.tensor([700.0]),
+    }
+    with torch.no_grad():
+        exact = model(**given).sample
+        with diffattn.patch(model, **FEW) as handle:
+            out = model(**given).sample
+    assert torch.equal(out, exact)
+    reasons = [layer.passed_through for layer in handle.report().layers if layer.left_alone is None]
+    assert reasons == [{"masked by a BlockMask": 1}] * 2
+
+
+def test_skyreels_causal_mask_runs_exact_and_is_counted() -> None:
+    case = case_of("SkyReelsV2Transformer3DModel")
+    model, given = case.build(), inputs(case)
+    model._set_ar_attention(3)
+    exact = case.call(model, given)
+    with diffattn.patch(model, **FEW) as handle:
+        assert torch.equal(case.call(model, given), exact)
+    reasons = [layer.passed_through for layer in handle.report().layers if layer.left_alone is None]
+    assert reasons == [{"masked: the mask differs between queries": 1}] * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["UNetMotionModel", "UNetSpatioTemporalConditionModel", "UNet3DConditionModel", "LatteTransformer3DModel"]
+)
+def test_layers_over_a_few_frames_are_listed_with_their_reason(name: str) -> None:
+    case = case_of(name)
+    model, given = case.build(), inputs(case)
+    with diffattn.patch(model, **FEW) as handle:
+        case.call(model, given)
+    left = {layer.left_alone for layer in handle.report().layers if not layer.accelerated}
+    assert left == {"temporal layer of a few frames", "cross-attention"}
+
+
+def test_frames_that_are_given_do_not_lower_the_noise_level() -> None:
+    case = case_of("WanTransformer3DModel 2.2 TI2V")
+    model, given = case.build(), inputs(case)
+    times = torch.full((2, 72), 600.0)
+    times[:, :24] = 0  # the frame that is given
+    with diffattn.patch(model, **FEW) as handle, torch.no_grad():
+        model(**given, timestep=times)
+        entry = handle.last_call()
+    assert entry is not None
+    assert entry["noise_level"] == pytest.approx(0.6)
+
+
+def test_frames_beside_the_video_count_as_its_own() -> None:
+    case = case_of("LTXVideoTransformer3DModel conditions")
+    model, given = case.build(), inputs(case)
+    keyframe = given["video_coords"][:, :, :24]
+    given["video_coords"] = torch.cat((keyframe, given["video_coords"]), dim=2)
+    given["hidden_states"] = torch.cat((given["hidden_states"][:, :24], given["hidden_states"]), dim=1)
+    size = architecture_of(model).size(model, given)
+    assert (size.frames, size.height, size.width) == (4, 4, 6)
+
+
+def test_an_odd_number_of_tokens_runs_exact_and_says_so() -> None:
+    case = case_of("LTXVideoTransformer3DModel")
+    model, given = case.build(), inputs(case)
+    given["hidden_states"] = torch.cat((given["hidden_states"], given["hidden_states"][:, :5]), dim=1)
+    coordinates = torch.arange(77.0).expand(2, 3, 77)
+    with diffattn.patch(model, **FEW) as handle:
+        handle.quiet()
+        case.call(model, given | {"video_coords": coordinates})
+    reasons = {reason for layer in handle.report().layers for reason in layer.passed_through}
+    assert reasons == {"77 tokens do not form the layer's grid of 3x4x6"}
