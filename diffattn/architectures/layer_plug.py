@@ -4,10 +4,12 @@ Shapes: B batch, H heads, N tokens, D channels per head.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import isfinite, sqrt
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from diffattn.architectures.base import MethodProcessor, by_phase
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
@@ -46,29 +48,62 @@ class LayerPlug(MethodProcessor):
         if call is None:
             return function(q, k, v, *args, **kwargs)
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-        reason = self._reason_call(q, k, given, heads_first) or self._reason_together(call, q.shape[0])
+        reason = self._reason_together(call, q.shape[0]) or self._reason_call(call, q, k, given, heads_first)
         if reason is None:
             reason = self._reason_scale(attn)
         if reason is not None:
             self._count(call, reason)
             return function(q, k, v, *args, **kwargs)
-        mask = given.get("attn_mask")
-        places = (x if x is not None and x.ndim == 3 and x.shape[0] == q.shape[0] else None, q, k, v, mask)
+        tokens, counted = 2 if heads_first else 1, set()
+        places = (x if x is not None and x.ndim == 3 and x.shape[0] == q.shape[0] else None, q, k, v)
 
-        def run(phase: int, *tensors: Tensor) -> Tensor:
+        def run(place: Any, *tensors: Tensor) -> Tensor:
             x, q, k, v, mask = tensors
-            layout = self._layout(call, q.shape[2 if heads_first else 1])
-            rows = 0 if mask is None else mask.shape[-2]
-            method = self._function(call, phase, self.reason_exact(phase, layout, q.device.type, rows))
+            phase, context = place if isinstance(place, tuple) else (place, None)
+            layout = self._layout(call, k.shape[tokens], context)
+            keys = self._key_mask(mask, layout)
+            rows = 0 if keys is None else keys.shape[-2]
+            reason = self.reason_exact(phase, layout, q.device.type, rows)
+            if (phase, reason) not in counted:  # once, however many groups the samples form
+                counted.add((phase, reason))
+                self._count(call, reason)
+            method = self.functions[phase] if reason == ACCELERATED else None
             if method is None:
                 named = given | {"attn_mask": mask}
                 return function(q, k, v, **named)
-            layer_call = LayerCall(x=x, grid=layout.grid, mask=mask, phase=phase, layout=layout)
+            layer_call = LayerCall(x=x, grid=layout.grid, mask=keys, phase=phase, layout=layout)
             scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
-            out = self._apply(method, *scaled, layer_call).to(v.dtype)
+            out = self._over(method, *scaled, layer_call, mask).to(v.dtype)
             return out if heads_first else out.transpose(1, 2)
 
-        return by_phase(call.phase, run, *places)
+        return by_phase(self._places(call, k.shape[tokens]), run, *places, _repeated(given.get("attn_mask")))
+
+    def _over(self, method: Any, q: Tensor, k: Tensor, v: Tensor, call: LayerCall, mask: Tensor | None) -> Tensor:
+        """The method's output [B, H, N, D], of tokens that padding may follow, for queries of all tokens or of the
+        picture's alone.
+
+        Args:
+            method: its function.
+            q, k, v: [B, H, N, D].
+            call: what the method needs to know, with the mask of the picture's queries.
+            mask: of every query, broadcast to [B, H, N, N].
+        """
+        layout, rest = call.layout, 0
+        end = layout.num_tokens + layout.num_context
+        if k.shape[2] > end:
+            rest = k.shape[2] - end
+            q, k, v = (x[:, :, :end] for x in (q, k, v))
+            call.x = None if call.x is None else call.x[:, :end]
+            call.mask = None if call.mask is None else call.mask[..., :end]
+        if self.layer.context_queries:
+            out = self._apply(method, q, k, v, call)
+        else:  # any vectors may stand for the queries that are lacking, since nobody asks for their answers
+            out = layout.on_grid(self._apply(method, layout.join(q, layout.context(k)), k, v, call))
+        if mask is not None and mask.shape[-2] > 1 and layout.num_context:  # rows of its own
+            own = layout.context(mask)[..., :end]
+            text = scaled_dot_product_attention(layout.context(q), k, v, attn_mask=own)
+            out = layout.join(layout.on_grid(out), text)
+        return pad(out, (0, 0, 0, rest)) if rest else out
 
     def will_run(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
         """Whether a call of a layer of image tokens, x [B, N, C] or [B, C, h, w], will run the method in any phase; if
@@ -92,21 +127,47 @@ class LayerPlug(MethodProcessor):
         self._count(call, reason)
         return False
 
-    def _layout(self, call: DenoiserCall, num_tokens: int) -> TokenLayout:
-        """Where the tokens of a call lie; those beyond the grid are context if the layer has any."""
-        return self.layout_of(call.grids[self.layer.level], call.references, num_tokens)
+    def _layout(self, call: DenoiserCall, num_tokens: int, context: int | None = None) -> TokenLayout:
+        """Where the tokens of a call lie; those beyond the grid are context if the layer has any.
 
-    def _reason_call(self, q: Tensor, k: Tensor, given: Mapping[str, Any], heads_first: bool) -> str | None:
+        Args:
+            call: the call of the denoiser.
+            num_tokens: of the call of the layer.
+            context: how many of them are context, if padding follows.
+        """
+        layout = self.layout_of(call.grids[self.layer.level], call.references, num_tokens)
+        return layout if context is None else replace(layout, num_context=context)
+
+    def _places(self, call: DenoiserCall, num_tokens: int) -> int | tuple[Any, ...]:
+        """The phase, or one per sample, with the number of its context tokens if that differs."""
+        contexts = call.contexts
+        if contexts is None or self._layout(call, num_tokens).num_context != max(contexts):
+            return call.phase
+        phases = (call.phase,) * len(contexts) if isinstance(call.phase, int) else call.phase
+        return tuple(zip(phases, contexts, strict=True))
+
+    def _key_mask(self, mask: Tensor | None, layout: TokenLayout) -> Tensor | None:
+        """The mask of the picture's queries [..., 1, M], where they all have the same."""
+        if mask is None or mask.shape[-2] == 1 or not self.layer.outer_mask:
+            return mask
+        return mask.narrow(-2, mask.shape[-2] - 1 if layout.context_first else 0, 1)
+
+    def _reason_call(
+        self, call: DenoiserCall, q: Tensor, k: Tensor, given: Mapping[str, Any], heads_first: bool
+    ) -> str | None:
         """Why the arguments of the call keep it exact, or None."""
         tokens = 2 if heads_first else 1
         mask = given.get("attn_mask")
         if q.ndim != 4:
             return f"queries of {q.ndim} dimensions"
-        if q.shape[tokens] != k.shape[tokens]:
+        if q.shape[tokens] != k.shape[tokens] and (
+            self.layer.context_queries or self._layout(call, k.shape[tokens]).num_tokens != q.shape[tokens]
+        ):
             return "called as cross-attention"
         if mask is not None and not isinstance(mask, Tensor):
             return f"masked by a {type(mask).__name__}"
-        if mask is not None and mask.ndim != 4:
+        is_by_key = not heads_first and mask is not None and mask.shape == (k.shape[0], k.shape[1])
+        if mask is not None and mask.ndim != 4 and not is_by_key:
             return f"a mask of {mask.ndim} dimensions"
         if given.get("dropout_p"):
             return "dropout"
@@ -139,3 +200,12 @@ class LayerPlug(MethodProcessor):
         if abs(ratio - 1) > 1e-6:  # half on each side, so that products with pooled queries also have it once
             q, k = q * sqrt(ratio), k * sqrt(ratio)
         return q, k, v
+
+
+def _repeated(mask: Tensor | None) -> Tensor | None:
+    """A mask as [B or 1, H or 1, 1 or N, M], with one row where it is the same for all queries."""
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, None, None]
+    return mask[..., :1, :] if mask.stride(-2) == 0 else mask

@@ -54,6 +54,8 @@ class DenoiserCall:
     grids: Sequence[Grid]  # of the tokens, by level
     compiled: bool  # part of the denoiser is compiled: the hook counts instead of the processors
     references: tuple[Grid, ...] = ()  # of reference pictures, at every level
+    contexts: tuple[int, ...] | None = None  # see `Size`
+    exact: str | None = None  # see `Size`
 
 
 class Latest:

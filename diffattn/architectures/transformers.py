@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from diffattn.architectures.plug import reason_unplugged
 from diffattn.methods.base import Grid, LayerSpec
 from diffattn.noise_level import NUM_TRAIN_TIMESTEPS, Convention, Reading, TimeReader, values_of
 
+T = TypeVar("T")
+
 SizeOf = Callable[[Any, Mapping[str, Any]], Size]
 """(denoiser, arguments of its forward) -> the size of its latents."""
 
@@ -26,17 +28,18 @@ Patch = Callable[[Any], Sequence[int]]
 
 @dataclass(frozen=True)
 class Time:
-    """What a denoiser's time argument t means, as the time step of a scheduler, 1000 noise ... 0 data: `scale`·t, or
-    counted from the other end."""
+    """What a denoiser's time argument t means, as the time step of a scheduler, 1000 noise ... 0 data:
+    `scale`·t + `offset`, or counted from the other end."""
 
     scale: float = 1.0
+    offset: float = 0.0
     from_data: bool = False  # t rises from noise to data
 
     def timesteps(self, time: Tensor | float) -> Tensor | float:
         """The scheduler's time steps of t, one number or [B]; t itself where it is one."""
         if self == Time():
             return time
-        values = [v * self.scale for v in values_of(time)]
+        values = [v * self.scale + self.offset for v in values_of(time)]
         if self.from_data:
             values = [NUM_TRAIN_TIMESTEPS - v for v in values]
         return values[0] if len(values) == 1 else torch.tensor(values, dtype=torch.float64)
@@ -44,6 +47,9 @@ class Time:
 
 FLOW = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda t: 0 <= t <= NUM_TRAIN_TIMESTEPS)
 """Flow matching's time steps where no scheduler is known: 1000σ."""
+
+RISING_FLOW = Convention(lambda t: 1 - FLOW.level(t), FLOW.covers)
+"""The same of a scheduler with `invert_sigmas`: 1000(1 - σ)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class TransformerFamily:
     rotated: bool = True  # whether queries and keys carry their place as a rotation
     time: Time = Time()
     training: Convention | None = FLOW  # the meaning of time steps where no scheduler is known
+    outer_mask: bool = False  # see `LayerSpec`
+    context_queries: bool = True  # see `LayerSpec`
+    is_told: bool = True  # whether the `is_cross_attention` of its layers is true
     others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
     sample_name: str = "hidden_states"
     time_name: str = "timestep"
@@ -80,8 +89,15 @@ class TransformerFamily:
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
         spec = attention.spec_of(name, module, level=0)
-        is_other = re.search(self.others, name) is not None or bool(getattr(module, "is_cross_attention", False))
-        return replace(spec, is_cross_attention=is_other, context=self.context, rotated=self.rotated)
+        is_cross = self.is_told and bool(getattr(module, "is_cross_attention", False))
+        return replace(
+            spec,
+            is_cross_attention=is_cross or re.search(self.others, name) is not None,
+            context=self.context,
+            rotated=self.rotated,
+            outer_mask=self.outer_mask,
+            context_queries=self.context_queries,
+        )
 
     def reason_exact(self, module: nn.Module) -> str | None:
         return reason_unplugged(module.processor)
@@ -93,6 +109,7 @@ class TransformerFamily:
         found = given[self.sample_name]
         if isinstance(found, Tensor):
             return found
+        found = [x if isinstance(x, Tensor) else x[-1] for x in found]  # of several, the last is drawn
         same = all(x.shape == found[0].shape for x in found)  # a list of pictures, perhaps of different sizes
         return torch.stack(list(found)) if same else torch.cat([x.flatten() for x in found])[None]
 
@@ -131,7 +148,8 @@ def video(model: Any, given: Mapping[str, Any]) -> Size:
 
 def packed(model: Any, given: Mapping[str, Any]) -> Size:
     """Of tokens [B, N, C] with `img_ids` [N, 3] or [B, N, 3]: picture, row, column; later pictures are references."""
-    grid, *references = _grids_of(given["img_ids"], model)
+    ids = given["img_ids"]
+    grid, *references = read_once(model, ids, lambda: grids_of(ids))
     return Size(2 * grid[0], 2 * grid[1], references=tuple(references), num_context=text_tokens(given))
 
 
@@ -145,24 +163,30 @@ def own_patch(config: Any) -> Sequence[int]:
     return (config.patch_size, config.patch_size)
 
 
-_LAST_IDS: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], list[Grid]]]" = weakref.WeakKeyDictionary()
+_LAST_READ: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], Any]]" = weakref.WeakKeyDictionary()
 
 
-def _grids_of(ids: Tensor, model: nn.Module) -> list[Grid]:
-    """Rows and columns of every picture that `ids` tells the places of. They are read off the device once, not in every
-    step of a run that passes the same tensor."""
-    last = _LAST_IDS.get(model)
-    if last is not None and last[0]() is ids:
+def read_once(model: nn.Module, tensor: Tensor, read: Callable[[], T]) -> T:
+    """What `read` finds in a tensor among the arguments of forward: not again in every step of a run that passes the
+    same tensor, since reading synchronises its device."""
+    last = _LAST_READ.get(model)
+    if last is not None and last[0]() is tensor:
         return last[1]
+    found = read()
+    _LAST_READ[model] = (weakref.ref(tensor), found)
+    return found
+
+
+def grids_of(ids: Tensor, first: int = 0) -> list[Grid]:
+    """Rows and columns of every picture that `ids` [N, 3] or [B, N, 3] tells the places of, from row `first` on."""
     rows = ids if ids.ndim == 2 else ids[0]
-    places = rows[:, -3:].cpu()
+    places = rows[first:, -3:].cpu()
     grids = []
     starts = [0, *((places[1:, 0] != places[:-1, 0]).nonzero().flatten() + 1).tolist(), len(places)]
     for start, end in pairwise(starts):
         low, high = places[start:end, 1:].amin(0), places[start:end, 1:].amax(0)
         height, width = (int(n) for n in (high - low + 1).tolist())
         grids.append((height, width) if height * width == end - start else (end - start, 1))
-    _LAST_IDS[model] = (weakref.ref(ids), grids)
     return grids
 
 

@@ -33,6 +33,8 @@ class LayerSpec:
         "none"  # where tokens without a place on the grid stand: text, registers
     )
     rotated: bool = False  # whether queries and keys carry their place as a rotation, and must not be averaged
+    outer_mask: bool = False  # whether in a mask [N, N] all queries of the picture have the same row
+    context_queries: bool = True  # whether the context has queries, or keys and values only
     kind: str = SOFTMAX  # what the unpatched layer computes: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
 

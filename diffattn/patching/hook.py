@@ -72,7 +72,7 @@ class RunHook(NotPickled):
         self.listener.begin_call(
             self.denoiser,
             architecture.sample(given),
-            given[architecture.time_name],
+            given.get(architecture.time_name),
             size=architecture.size(uncompiled(self.denoiser.model), given),
             mask_rows=int(given.get("attention_mask") is not None),
             traced=traced,

@@ -69,7 +69,7 @@ class Runs(NotPickled):
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
         compiled = traced or denoiser.compiled
-        state.begin(DenoiserCall(phase, grids, compiled, size.references))
+        state.begin(DenoiserCall(phase, grids, compiled, size.references, size.contexts, size.exact))
         self._count_displaced(denoiser)
         if compiled:
             self._count(denoiser, phase, device, mask_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,12 +29,6 @@ def _quiet() -> Iterator[None]:
 
 def inputs(case: Case, batch: int = 2, seed: int = 1) -> dict[str, Any]:
     return case.inputs(batch, torch.Generator().manual_seed(seed))
-
-
-def one_of(given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
-    """The arguments for one sample of a batch."""
-    rows = {k: v[index : index + 1] for k, v in given.items() if isinstance(v, Tensor | list) and len(v) == batch}
-    return {**given, **rows}
 
 
 @every_case
@@ -93,9 +87,9 @@ def test_text_is_answered_exactly(case: Case) -> None:
 @every_case
 def test_a_batch_is_its_samples(case: Case) -> None:
     model, given = case.build(), inputs(case)
-    with diffattn.patch(model, **FEW):
+    with diffattn.patch(model, **FEW, damping=1e-3):  # tokens that are alike, as of padding, would amplify rounding
         together = case.call(model, given)
-        alone = [case.call(model, one_of(given, i, 2)) for i in range(2)]
+        alone = [case.call(model, case.one_of(given, i, 2)) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-4)
 
 

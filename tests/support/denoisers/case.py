@@ -27,6 +27,8 @@ class Case:
     time_dtype: torch.dtype = torch.float32
     context: int = 0  # tokens without a place
     per_sample: frozenset[str] = field(default=frozenset())  # arguments that are not per sample although tensors
+    batch_dims: Mapping[str, int] = field(default_factory=dict)  # where the batch is not the first dimension
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"return_dict": False})  # arguments beside the inputs
     output: Callable[[Any], Tensor] = lambda out: out[0]
 
     def __str__(self) -> str:
@@ -47,7 +49,12 @@ class Case:
         batch = next(len(x) for x in given.values() if isinstance(x, Tensor | list) and not isinstance(x, str))
         time = torch.full((batch,), self.time(level), dtype=self.time_dtype)
         with torch.no_grad():
-            return self.output(model(**given, **{self.time_name: time}, return_dict=False))
+            return self.output(model(**given, **{self.time_name: time}, **self.fixed))
+
+    def one_of(self, given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
+        """The arguments for one sample of a batch."""
+        rows = {k: v[index : index + 1] for k, v in given.items() if isinstance(v, Tensor | list) and len(v) == batch}
+        return {**given, **rows, **{k: given[k].narrow(dim, index, 1) for k, dim in self.batch_dims.items()}}
 
 
 def normal(*shape: int, rng: torch.Generator) -> Tensor:
