@@ -2,6 +2,7 @@
 
 from support.denoisers.case import Case
 from support.denoisers.joint import JOINT
+from support.denoisers.pictures import PICTURES
 from support.denoisers.videos import VIDEOS
 
-CASES: tuple[Case, ...] = (*JOINT, *VIDEOS)
+CASES: tuple[Case, ...] = (*JOINT, *VIDEOS, *PICTURES)
