@@ -32,6 +32,8 @@ class Size(NamedTuple):
     num_context: int = 0  # tokens of text beside the picture's, as far as known before the call
     context_first: bool | None = None  # whether they stand before the picture's; None: where the layer has them
     same_mask: bool = False  # whether a mask with a row per query has the same row for all queries of the picture
+    contexts: tuple[int, ...] | None = None  # of each sample, where they differ; padding follows all of its tokens
+    exact: str | None = None  # why no layer can be accelerated in this call
 
 
 class Architecture(Protocol):
@@ -162,10 +164,14 @@ class MethodProcessor(NotPickled):
         return call
 
     def _reason_together(self, call: DenoiserCall, batch: int) -> str | None:
-        """Why the samples of a call, each in its own phase, cannot be distinguished, or None."""
-        if isinstance(call.phase, int) or batch == len(call.phase):
-            return None
-        return f"a batch of {batch} where {len(call.phase)} samples are in phases of their own"
+        """Why a call runs exact whatever its layer, or its samples cannot be told apart that must be, or None."""
+        if call.exact:
+            return call.exact
+        if not isinstance(call.phase, int) and batch != len(call.phase):
+            return f"a batch of {batch} where {len(call.phase)} samples are in phases of their own"
+        if call.contexts is not None and batch != len(call.contexts):
+            return f"a batch of {batch} where {len(call.contexts)} samples have texts of their own lengths"
+        return None
 
     def _memory(self, call: DenoiserCall, phase: int) -> dict[str, Any] | None:
         """See `LayerCall.memory`."""
@@ -190,11 +196,11 @@ class MethodProcessor(NotPickled):
         return out
 
 
-def by_phase(phases: int | tuple[int, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+def by_phase(phases: int | tuple[Any, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """`run(phase, *tensors)`: once, or for the samples of each phase together.
 
     Args:
-        phases: of the batch, or one per sample.
+        phases: of the batch, or one per sample, perhaps with more that tells samples apart.
         run: returns a tensor [B, ...] for the samples passed to it.
         tensors: [B, ...], or [B·heads, ...] sample by sample, or [1, ...] for all samples.
     """

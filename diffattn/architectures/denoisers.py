@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import ControlNetXSAdapter, DiffusionPipeline
 from torch import nn
 
-from diffattn.architectures import ARCHITECTURES, architecture_of
+from diffattn.architectures import ARCHITECTURES, architecture_of, why_not_covered
 from diffattn.methods.base import LayerSpec
 
 CONTROL = ("controlnet", "adapter")
@@ -85,6 +85,8 @@ def _is_supported(network: nn.Module) -> bool:
 
 
 def _reason_uncovered(network: nn.Module) -> str:
+    if reason := why_not_covered(network):
+        return f"nothing to accelerate in it: {reason}"
     if any(hasattr(m, "set_processor") or isinstance(m, nn.MultiheadAttention) for m in network.modules()):
         return "its architecture is not supported"
     return "it has no attention layers"

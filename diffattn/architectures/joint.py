@@ -49,7 +49,7 @@ def _chroma(model: Any, given: Mapping[str, Any]) -> Size:
 def _flux3(model: Any, given: Mapping[str, Any]) -> Size:
     """References have an argument of their own."""
     size, ids = packed(model, given), given.get("image_cond_ids")
-    return size if ids is None else size._replace(references=tuple(grids_of(ids)))
+    return size if ids is None else size._replace(references=tuple(read_once(ids, grids_of)))
 
 
 def _qwen(model: Any, given: Mapping[str, Any]) -> Size:

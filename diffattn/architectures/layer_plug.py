@@ -4,14 +4,16 @@ Shapes: B batch, H heads, N tokens, D channels per head.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import isfinite, sqrt
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffattn.architectures.base import MethodProcessor, by_phase
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
-from diffattn.methods.base import LayerCall, TokenLayout
+from diffattn.methods.base import AttentionFn, LayerCall, TokenLayout
 
 ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 """What follows q, k and v in the functions that processors call, in this order."""
@@ -46,39 +48,55 @@ class LayerPlug(MethodProcessor):
         if call is None:
             return function(q, k, v, *args, **kwargs)
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-        reason = self._reason_call(q, k, given, heads_first) or self._reason_together(call, q.shape[0])
+        reason = self._reason_together(call, q.shape[0]) or self._reason_call(q, k, given, heads_first)
         if reason is None:
             reason = self._reason_scale(attn)
         if reason is not None:
             self._count(call, reason)
             return function(q, k, v, *args, **kwargs)
-        mask = given.get("attn_mask")
-        tokens = 2 if heads_first else 1
-        places = (x if x is not None and x.ndim == 3 and x.shape[0] == q.shape[0] else None, q, k, v, mask)
+        tokens, counted = 2 if heads_first else 1, set()
+        places = (x if x is not None and x.ndim == 3 and x.shape[0] == q.shape[0] else None, q, k, v)
 
-        def run(phase: int, *tensors: Tensor) -> Tensor:
+        def run(place: Any, *tensors: Tensor) -> Tensor:
             x, q, k, v, mask = tensors
-            layout = self._layout(call, k.shape[tokens])
+            phase, context = place if isinstance(place, tuple) else (place, None)
+            layout = self._layout(call, k.shape[tokens], context)
             of_picture, of_context = _masks(call, layout, mask)
             rows = 0 if of_picture is None else of_picture.shape[-2]
             reason = self.reason_exact(phase, layout, q.device.type, rows)
             if self.layer.keys_only and q.shape[tokens] != layout.num_tokens:
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
-            method = self._function(call, phase, reason)
+            if (phase, reason) not in counted:  # once, however many groups the samples form
+                counted.add((phase, reason))
+                self._count(call, reason)
+            method = self.functions[phase] if reason == ACCELERATED else None
             if method is None:
                 named = given | {"attn_mask": mask}
                 return function(q, k, v, **named)
-            memory = self._memory(call, phase)
+            memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
             layer_call = LayerCall(x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory)
             q, k, values = self._scaled(q, k, v, self._scale(attn, given), heads_first)
-            if self.layer.keys_only:  # the keys of the context stand in for its queries
-                q = layout.join(q, layout.context(k))
-            out = self._apply(method, q, k, values, layer_call).to(v.dtype)
-            if self.layer.keys_only:
-                out = layout.on_grid(out)
+            out = self._over(method, q, k, values, layer_call).to(v.dtype)
             return out if heads_first else out.transpose(1, 2)
 
-        return by_phase(call.phase, run, *places)
+        return by_phase(self._places(call, k.shape[tokens]), run, *places, _repeated(given.get("attn_mask")))
+
+    def _over(self, method: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """The method's output [B, H, N, D], of tokens that padding may follow, for queries of all tokens or of the
+        picture's alone."""
+        layout, rest = call.layout, 0
+        end = layout.num_tokens + layout.num_context
+        if k.shape[2] > end:
+            rest = k.shape[2] - end
+            q, k, v = (x[:, :, :end] for x in (q, k, v))
+            call.x = None if call.x is None else call.x[:, :end]
+            call.mask = None if call.mask is None else call.mask[..., :end]
+            call.context_mask = None if call.context_mask is None else call.context_mask[..., :end]
+        if self.layer.keys_only:  # any vectors may stand for the queries that are lacking, since nobody asks for them
+            out = layout.on_grid(self._apply(method, layout.join(q, layout.context(k)), k, v, call))
+        else:
+            out = self._apply(method, q, k, v, call)
+        return pad(out, (0, 0, 0, rest)) if rest else out
 
     def count_exact(self, reason: str) -> None:
         """Count a call that bypasses `attend`."""
@@ -108,9 +126,24 @@ class LayerPlug(MethodProcessor):
         self._count(call, reason)
         return False
 
-    def _layout(self, call: DenoiserCall, num_tokens: int) -> TokenLayout:
-        """Where the tokens of a call lie; those beyond the grid are context if the layer has any."""
-        return self.layout_of(call.grids[self.layer.level], call.references, num_tokens, call.context_first)
+    def _layout(self, call: DenoiserCall, num_tokens: int, context: int | None = None) -> TokenLayout:
+        """Where the tokens of a call lie; those beyond the grid are context if the layer has any.
+
+        Args:
+            call: the call of the denoiser.
+            num_tokens: of the call of the layer.
+            context: how many of them are context, if padding follows.
+        """
+        layout = self.layout_of(call.grids[self.layer.level], call.references, num_tokens, call.context_first)
+        return layout if context is None else replace(layout, num_context=context)
+
+    def _places(self, call: DenoiserCall, num_tokens: int) -> int | tuple[Any, ...]:
+        """The phase, or one per sample, with the number of its context tokens if that differs."""
+        contexts = call.contexts
+        if contexts is None or self._layout(call, num_tokens).num_context != max(contexts):
+            return call.phase
+        phases = (call.phase,) * len(contexts) if isinstance(call.phase, int) else call.phase
+        return tuple(zip(phases, contexts, strict=True))
 
     def _reason_call(self, q: Tensor, k: Tensor, given: Mapping[str, Any], heads_first: bool) -> str | None:
         """Why the arguments of the call keep it exact, or None."""
@@ -122,7 +155,8 @@ class LayerPlug(MethodProcessor):
             return "called as cross-attention"
         if mask is not None and not isinstance(mask, Tensor):
             return f"masked by a {type(mask).__name__}"
-        if mask is not None and mask.ndim != 4:
+        is_by_key = not heads_first and mask is not None and mask.shape == (k.shape[0], k.shape[1])
+        if mask is not None and mask.ndim != 4 and not is_by_key:
             return f"a mask of {mask.ndim} dimensions"
         if given.get("dropout_p"):
             return "dropout"
@@ -163,3 +197,12 @@ def _masks(call: DenoiserCall, layout: TokenLayout, mask: Tensor | None) -> tupl
     if mask is None or mask.shape[-2] == 1 or not call.same_mask or layout.num_context < 0:
         return mask, None
     return layout.on_grid(mask)[..., :1, :], layout.context(mask)
+
+
+def _repeated(mask: Tensor | None) -> Tensor | None:
+    """A mask as [B or 1, H or 1, 1 or N, M], with one row where it is the same for all queries."""
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, None, None]
+    return mask[..., :1, :] if mask.stride(-2) == 0 else mask

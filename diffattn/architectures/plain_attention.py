@@ -26,7 +26,7 @@ def spec_of(name: str, module: nn.Module, level: int) -> LayerSpec:
         level=level,
         num_heads=heads,
         head_dim=int(getattr(module, "inner_dim", 0)) // heads,
-        is_cross_attention=not isinstance(module, Attention) or module.is_cross_attention,
+        is_cross_attention=not isinstance(module, Attention) or getattr(module, "is_cross_attention", False),
         upcast=bool(getattr(module, "upcast_attention", False) or getattr(module, "upcast_softmax", False)),
     )
 

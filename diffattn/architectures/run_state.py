@@ -57,6 +57,8 @@ class DenoiserCall:
     context_first: bool | None = None  # see `Size`
     same_mask: bool = False  # see `Size`
     place: int = 0  # among the calls at its noise level, as with one call for each side of the guidance
+    contexts: tuple[int, ...] | None = None  # see `Size`
+    exact: str | None = None  # see `Size`
 
 
 class Latest:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from diffattn.architectures.plug import reason_unplugged
 from diffattn.methods.base import Grid, LayerSpec
 from diffattn.noise_level import NUM_TRAIN_TIMESTEPS, Convention, Reading, TimeReader, values_of
 
+T = TypeVar("T")
+
 SizeOf = Callable[[Any, Mapping[str, Any]], Size]
 """(denoiser, arguments of its forward) -> the size of its latents."""
 
@@ -26,17 +28,18 @@ Patch = Callable[[Any], Sequence[int]]
 
 @dataclass(frozen=True)
 class Time:
-    """What a denoiser's time argument t means, as the time step of a scheduler, 1000 noise ... 0 data: `scale`·t, or
-    counted from the other end."""
+    """What a denoiser's time argument t means, as the time step of a scheduler, 1000 noise ... 0 data:
+    `scale`·t + `offset`, or counted from the other end."""
 
     scale: float = 1.0
+    offset: float = 0.0
     from_data: bool = False  # t rises from noise to data
 
     def timesteps(self, time: Tensor | float) -> Tensor | float:
         """The scheduler's time steps of t, one number or [B]; t itself where it is one."""
         if self == Time():
             return time
-        values = [v * self.scale for v in values_of(time)]
+        values = [v * self.scale + self.offset for v in values_of(time)]
         if self.from_data:
             values = [NUM_TRAIN_TIMESTEPS - v for v in values]
         return values[0] if len(values) == 1 else torch.tensor(values, dtype=torch.float64)
@@ -44,6 +47,9 @@ class Time:
 
 FLOW = Convention(lambda t: min(max(t / NUM_TRAIN_TIMESTEPS, 0.0), 1.0), lambda t: 0 <= t <= NUM_TRAIN_TIMESTEPS)
 """Flow matching's time steps where no scheduler is known: 1000σ."""
+
+RISING_FLOW = Convention(lambda t: 1 - FLOW.level(t), FLOW.covers)
+"""The same of a scheduler with `invert_sigmas`: 1000(1 - σ)."""
 
 
 TEMPORAL = "temporal layer of a few frames"
@@ -67,6 +73,8 @@ class TransformerFamily:
     training: Convention | None = FLOW  # the meaning of time steps where no scheduler is known
     references_first: bool = False  # whether the tokens of references stand before the picture's
     temporal: str = r"$^"  # layers over the frames of one place: a pattern of names
+    outer_mask: bool = False  # whether in a mask [N, N] all queries of the picture have the same row
+    is_told: bool = True  # whether the `is_cross_attention` of its layers is true
     others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
     sample_name: str = "hidden_states"
     time_name: str = "timestep"
@@ -87,10 +95,10 @@ class TransformerFamily:
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
         spec = attention.spec_of(name, module, level=0)
-        is_other = re.search(self.others, name) is not None or bool(getattr(module, "is_cross_attention", False))
+        is_cross = self.is_told and bool(getattr(module, "is_cross_attention", False))
         return replace(
             spec,
-            is_cross_attention=is_other,
+            is_cross_attention=is_cross or re.search(self.others, name) is not None,
             exact=TEMPORAL if re.search(self.temporal, name) else None,
             context=self.context,
             rotated=self.rotated,
@@ -108,14 +116,16 @@ class TransformerFamily:
         found = given[self.sample_name]
         if isinstance(found, Tensor):
             return found
+        found = [x if isinstance(x, Tensor) else x[-1] for x in found]  # of several, the last is drawn
         same = all(x.shape == found[0].shape for x in found)  # a list of pictures, perhaps of different sizes
         return torch.stack(list(found)) if same else torch.cat([x.flatten() for x in found])[None]
 
     def timestep(self, given: Mapping[str, Any]) -> Any:
-        return self.time_of(given) if self.time_of is not None else given[self.time_name]
+        return self.time_of(given) if self.time_of is not None else given.get(self.time_name)
 
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
-        return self.size_of(model, given)
+        size = self.size_of(model, given)
+        return size._replace(same_mask=True) if self.outer_mask else size
 
     def grids(self, model: Any, height: int, width: int, frames: int | None = None) -> list[Grid]:
         patch = tuple(self.patch(model.config))
@@ -152,7 +162,7 @@ def video(model: Any, given: Mapping[str, Any]) -> Size:
 def packed(model: Any, given: Mapping[str, Any]) -> Size:
     """Of tokens [B, N, C] with `img_ids` [N, 3 or 4] or [B, N, 3 or 4]: picture, row, column, perhaps more; later
     pictures are references."""
-    grid, *references = grids_of(given["img_ids"])
+    grid, *references = read_once(given["img_ids"], grids_of)
     return Size(2 * grid[0], 2 * grid[1], references=tuple(references), num_context=text_tokens(given))
 
 
@@ -178,15 +188,11 @@ def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
     return found
 
 
-def grids_of(ids: Tensor) -> list[Grid]:
-    """Rows and columns of every picture that `ids` tells the places of. They are read off the device once, not in every
-    step of a run that passes the same tensor."""
-    return read_once(ids, _read_grids)
-
-
-def _read_grids(ids: Tensor) -> list[Grid]:
+def grids_of(ids: Tensor, first: int = 0) -> list[Grid]:
+    """Rows and columns of every picture that `ids` [N, 3 or more] or [B, N, 3 or more] tells the places of, from row
+    `first` on."""
     rows = ids if ids.ndim == 2 else ids[0]
-    places = rows[:, :3].cpu()
+    places = rows[first:, :3].cpu()
     grids = []
     starts = [0, *((places[1:, 0] != places[:-1, 0]).nonzero().flatten() + 1).tolist(), len(places)]
     for start, end in pairwise(starts):

@@ -2,15 +2,29 @@
 
 from collections.abc import Mapping
 
+LINEAR = "no quadratic self-attention: it is linear"
+AUDIO = "one-dimensional: audio"
+
 NOT_COVERED: Mapping[str, str] = {
-    "SanaTransformer2DModel": "no quadratic self-attention: it is linear",
-    "SanaControlNetModel": "no quadratic self-attention: it is linear",
     "SanaVideoTransformer3DModel": "no quadratic self-attention: it is linear",
-    "PriorTransformer": "one-dimensional: the words of a text and one embedding",
     "MotionAdapter": "temporal layers of a few frames",
-    "TransformerTemporalModel": "temporal layers of a few frames",
     "AnyFlowFARTransformer3DModel": "KV cache and BlockMask throughout",
     "Kandinsky6SRTransformer3DModel": "BlockMask throughout",
     "SanaWMLTX2RefinerTransformer3DModel": "KV cache throughout",
     "WanAnimate2Transformer3DModel": "KV cache and BlockMask throughout",
+    "AceStepTransformer1DModel": AUDIO,
+    "LongCatAudioDiTTransformer": AUDIO,
+    "MiniMaxMusic3RVQDepthDecoder": AUDIO,
+    "MiniMaxMusic3Transformer1DModel": AUDIO,
+    "PriorTransformer": "one-dimensional: the words of a text and one embedding",
+    "RFD4ProteinaTransformer": "one-dimensional: molecules",
+    "SanaControlNetModel": LINEAR,
+    "SanaTransformer2DModel": LINEAR,
+    "StableAudio3DiTModel": AUDIO,
+    "StableAudioDiTModel": AUDIO,
+    "T5FilmDecoder": AUDIO,
+    "TransformerTemporalModel": "temporal layers of a few frames",
+    "UNet1DModel": "one-dimensional: audio, and the paths of robots",
+    "UniDiffuserTextDecoder": "one-dimensional: text",
 }
+"""Class -> why nothing of it is accelerated."""

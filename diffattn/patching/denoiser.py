@@ -145,6 +145,8 @@ class PatchedDenoiser:
     @staticmethod
     def _reason(layer: PatchedLayer, grids: Sequence[Grid], size: Size, phase: int, device: str, mask_rows: int) -> str:
         assert layer.runs is not None
+        if size.exact:
+            return size.exact
         grid = grids[layer.spec.level]
         tokens = prod(grid) + sum(map(prod, size.references))
         if layer.spec.context != "none":

@@ -71,8 +71,12 @@ class Runs(NotPickled):
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
         compiled = traced or denoiser.compiled
-        places = (size.references, size.context_first, size.same_mask, place)
-        state.begin(DenoiserCall(phase, grids, compiled, *places))
+        state.begin(
+            DenoiserCall(
+                phase, grids, compiled, size.references, context_first=size.context_first, same_mask=size.same_mask,
+                contexts=size.contexts, exact=size.exact, place=place,
+            )
+        )  # fmt: skip
         self._count_displaced(denoiser)
         if compiled:
             self._count(denoiser, phase, device, mask_rows)

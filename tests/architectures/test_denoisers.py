@@ -90,7 +90,7 @@ def test_a_batch_is_its_samples(case: Case) -> None:
     if not case.batched:
         pytest.skip("one sample per call")
     model, given = case.build(), inputs(case)
-    with diffattn.patch(model, **FEW, damping=1e-3):  # so that rounding, which a batch changes, is not amplified
+    with diffattn.patch(model, **FEW, damping=1e-3):  # tokens that are alike, as of padding, would amplify rounding
         together = case.call(model, given)
         alone = [case.call(model, case.one_of(given, i, 2)) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=2e-3, atol=2e-4)

@@ -37,6 +37,8 @@ class Case:
     per_frame: Mapping[str, int] = field(default_factory=dict)  # arguments that its pipeline repeats for every frame
     references: tuple[tuple[int, ...], ...] = ()  # grids of reference pictures in these inputs
     batched_lists: frozenset[str] = field(default=frozenset())  # arguments that are lists with a batch in each entry
+    batch_dims: Mapping[str, int] = field(default_factory=dict)  # where the batch is not the first dimension
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"return_dict": False})  # arguments beside the inputs
     output: Callable[[Any], Tensor] = lambda out: out[0]
     scheduler: Callable[[], Any] = lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)  # of its pipeline
     batched: bool = True  # whether a call takes several samples
@@ -71,7 +73,8 @@ class Case:
                 return [x[index : index + 1] for x in value]
             return value[index : index + 1] if isinstance(value, Tensor | list) and len(value) == batch else value
 
-        return part("", dict(given))
+        elsewhere = {name: given[name].narrow(dim, index, 1) for name, dim in self.batch_dims.items()}
+        return part("", dict(given)) | elsewhere
 
     def call(self, model: Any, given: Mapping[str, Any], level: float | None = None) -> Tensor:
         """The output of one call at a time step of the scheduler, divided by 1000."""
@@ -83,7 +86,7 @@ class Case:
         repeated = {name: given[name].repeat_interleave(n, dim=0) for name, n in self.per_frame.items()}
         given = {**given, **repeated}
         with torch.no_grad():
-            return self.output(model(**given, **{self.time_name: time}, return_dict=False))
+            return self.output(model(**given, **{self.time_name: time}, **self.fixed))
 
 
 def normal(*shape: int, rng: torch.Generator) -> Tensor:

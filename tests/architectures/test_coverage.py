@@ -1,0 +1,90 @@
+"""Every denoiser of diffusers is covered, or has nothing to accelerate: a new release says here what it brings."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import pytest
+from diffusers import SanaControlNetModel, SanaTransformer2DModel
+
+import diffattn
+from diffattn.architectures import ARCHITECTURES, NOT_COVERED
+
+ALLOWED = (
+    "no quadratic self-attention",
+    "one-dimensional",
+    "KV cache, BlockMask or packed segments throughout",
+    "temporal layers of a few frames",
+)
+"""How the reason of a class that is not covered may begin."""
+
+NO_DENOISERS = ("models.autoencoders.", "models.condition_embedders.", "models.latent_upscaler.", "models.adapter")
+"""Modules of diffusers whose classes surround a denoiser."""
+
+ASIDE = {
+    "AceStepAudioTokenDetokenizer": "decodes",
+    "AceStepAudioTokenizer": "encodes",
+    "AceStepConditionEncoder": "encodes conditions",
+    "AudioLDM2ProjectionModel": "encodes text",
+    "CLIPImageProjection": "encodes pictures",
+    "ControlNetXSAdapter": "holds weights for UNetControlNetXSModel",
+    "Ideogram4PromptEnhancerHead": "writes prompts",
+    "MotionAdapter": "holds weights for UNetMotionModel",
+    "ReduxImageEncoder": "encodes pictures",
+    "StableAudio3DurationEmbedder": "encodes conditions",
+    "StableAudioProjectionModel": "encodes text",
+}
+"""Classes elsewhere that are no denoisers -> what they do."""
+
+
+def denoisers() -> dict[str, Any]:
+    """Name -> class of every denoiser that diffusers exports."""
+    exported = {name: getattr(diffusers, name) for name in dir(diffusers)}
+    return {
+        name: kind
+        for name, kind in exported.items()
+        if inspect.isclass(kind)
+        and issubclass(kind, diffusers.ModelMixin)
+        and kind is not diffusers.ModelMixin
+        and not kind.__module__.removeprefix("diffusers.").startswith(NO_DENOISERS)
+        and name not in ASIDE
+        and "controlnets" not in inspect.signature(kind.__init__).parameters  # several in one
+    }
+
+
+def is_covered(kind: Any) -> bool:
+    model = kind.__new__(kind)  # architectures tell a model by its class
+    return any(architecture.matches(model) for architecture in ARCHITECTURES)
+
+
+def test_every_denoiser_is_covered_or_says_why_not() -> None:
+    missing = [name for name, kind in denoisers().items() if not is_covered(kind) and name not in NOT_COVERED]
+    assert not missing, f"no row in diffattn.architectures, and not in NOT_COVERED: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("name", NOT_COVERED)
+def test_what_is_not_covered_exists_and_has_an_allowed_reason(name: str) -> None:
+    assert name in denoisers()
+    assert not is_covered(denoisers()[name])
+    assert NOT_COVERED[name].startswith(ALLOWED)
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_what_is_set_aside_exists(name: str) -> None:
+    assert issubclass(getattr(diffusers, name), diffusers.ModelMixin)
+
+
+SANA: dict[str, Any] = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1,
+    "num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 8,
+    "sample_size": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [SanaTransformer2DModel, SanaControlNetModel])
+def test_linear_attention_is_refused_with_the_reason(kind: Any) -> None:
+    model = kind(**SANA)
+    with pytest.raises(TypeError, match=f"nothing to accelerate in {kind.__name__}: no quadratic self-attention"):
+        diffattn.patch(model)
