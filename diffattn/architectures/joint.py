@@ -66,7 +66,13 @@ def _qwen21(model: Any, given: Mapping[str, Any]) -> Size:
     see nothing of the picture; to its queries they are keys. A slot of the encoder for a reference is four tokens."""
     *references, (frames, rows, columns) = given["img_shapes"][0]
     before = given["encoder_hidden_states"].shape[1] + sum(map(prod, references)) * 3 // 4
-    return Size(2 * frames * rows, 2 * columns, num_context=before)
+    return Size(frames * rows, columns, num_context=before)
+
+
+def _fibo(model: Any, given: Mapping[str, Any]) -> Size:
+    """Every latent pixel is a token."""
+    size = packed(model, given)
+    return size._replace(height=size.height // 2, width=size.width // 2)
 
 
 def _fibo2(model: Any, given: Mapping[str, Any]) -> Size:
@@ -144,9 +150,16 @@ JOINT_FAMILIES = (
         others=r"^(txt_mode_blocks|mode_blocks\.image_cond)\.",
     ),
     TransformerFamily(
-        ("BriaTransformer2DModel", "BriaFiboTransformer2DModel"),
+        ("BriaTransformer2DModel",),
         size_of=packed,
         patch=square(2),
+        entry_name="x_embedder",
+        context="first",
+    ),
+    TransformerFamily(
+        ("BriaFiboTransformer2DModel",),
+        size_of=_fibo,
+        patch=square(1),
         entry_name="x_embedder",
         context="first",
     ),
@@ -170,7 +183,7 @@ JOINT_FAMILIES = (
     TransformerFamily(
         ("QwenImage21Transformer2DModel",),
         size_of=_qwen21,
-        patch=square(2),
+        patch=square(1),
         entry_name="img_in",
         context="first",
         keys_only=True,
