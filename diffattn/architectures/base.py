@@ -37,9 +37,20 @@ class Size(NamedTuple):
 class Architecture(Protocol):
     """How to access the parts of one family of denoisers. One file per family."""
 
-    title: str  # supported classes, as listed in error messages
-    sample_name: str  # name of the noisy input of `forward`
-    time_name: str  # name of the time step of `forward`
+    @property
+    def title(self) -> str:
+        """The supported classes, as listed in error messages."""
+        ...
+
+    @property
+    def sample_name(self) -> str:
+        """The name of the noisy input of `forward`."""
+        ...
+
+    @property
+    def time_name(self) -> str:
+        """The name of the time step of `forward`."""
+        ...
 
     def matches(self, model: nn.Module) -> bool:
         """Whether this family covers the model."""

@@ -111,7 +111,7 @@ class UNetArchitecture:
         return grids
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
-        if isinstance(model, UNet2DModel) and model.config.time_embedding_type == "fourier":  # its time is σ itself
+        if isinstance(model, UNet2DModel) and _config(model).time_embedding_type == "fourier":  # its time is σ itself
             found = [level_of_sigma(sigma) for sigma in values_of(time)]
             return Reading(found, found, None)
         training = next((meaning for kind, meaning in TRAINING.items() if isinstance(model, kind)), None)

@@ -215,6 +215,18 @@ def cosmos3(batch: int, rng: torch.Generator) -> dict[str, Any]:
     }
 
 
+def sana_wm(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    pose = torch.eye(4).flatten().repeat(batch, 3, 1)
+    pose[..., 3] += torch.arange(3.0) / 8
+    lens = torch.tensor([8.0, 8.0, 3.0, 2.0]).repeat(batch, 3, 1)
+    return {
+        "hidden_states": normal(batch, 4, 3, 4, 6, rng=rng),
+        "encoder_hidden_states": normal(batch, 1, TEXT, 16, rng=rng),
+        "encoder_attention_mask": torch.ones(batch, TEXT),
+        "camera_conditions": torch.cat((pose, lens), dim=-1),
+    }
+
+
 def minimax(batch: int, rng: torch.Generator) -> dict[str, Any]:
     text, condition, audio, video = 6, 24, 8, 72
     total = text + condition + audio + video
@@ -449,6 +461,14 @@ VIDEOS = (
         COSMOS | {"in_channels": 6, "latent_channels": 6, "model_channels": 24, "n_controlnet_blocks": 2},
         cosmos_control, grid=(3, 4, 6), time=lambda u: u, num_layers=2, output=lambda out: out[0][-1],
         needs="torchvision",
+    ),
+    Case(
+        "SanaWMTransformer3DModel",
+        {
+            "in_channels": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "softmax_every_n": 2,
+            "linear_head_dim": 16, "caption_channels": 16, "image_size": 64,
+        },
+        sana_wm, grid=(3, 4, 6), time=thousand, time_shape=(1, 3), num_layers=2,
     ),
     Case(
         "Cosmos3OmniTransformer",
