@@ -171,8 +171,8 @@ def _without_cache(original: Callable[..., Any], plugged: Callable[..., Any]) ->
 
 
 def _method(kind: type) -> str:
-    """The name of the method that attends."""
-    return "forward" if issubclass(kind, nn.Module) else "__call__"
+    """The name of the method that attends; a module with a `__call__` of its own is a processor like any other."""
+    return "forward" if kind.__call__ is nn.Module.__call__ else "__call__"
 
 
 def _plugged_call(kind: type) -> Callable[..., Any]:
