@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from diffattn.architectures.run_state import (
     ACCELERATED,
@@ -41,7 +42,12 @@ class Architecture(Protocol):
 
     @property
     def title(self) -> str:
-        """Supported classes, as listed in error messages."""
+        """The supported classes, as listed in error messages."""
+        ...
+
+    @property
+    def sample_name(self) -> str:
+        """The name of the noisy input of `forward`."""
         ...
 
     @property
@@ -132,7 +138,7 @@ class MethodProcessor(NotPickled):
         layer = self.layer
         if layer.copies > 1:
             references = (grid,) * (layer.copies - 1)
-        if num_tokens < prod(grid) + sum(map(prod, references)):
+        if references and num_tokens < prod(grid) + sum(map(prod, references)):
             references = ()
         beyond = num_tokens - prod(grid) - sum(map(prod, references))
         grids = (*references, grid) if layer.references_first else (grid, *references)
@@ -147,7 +153,8 @@ class MethodProcessor(NotPickled):
         method = self.methods[phase]
         if method is None:
             return f"{EXACT} by schedule"
-        if layout.num_context < 0 or (layout.num_context and self.layer.context == "none"):
+        context = layout.num_context  # unknown while a processor is compiled that picks the text that is not padding
+        if guard_or_false(context < 0) or (self.layer.context == "none" and context):
             tokens = layout.num_tokens + layout.num_context
             return f"{tokens} tokens do not form the layer's grid of {'x'.join(map(str, layout.grid))}"
         if reason := method.reason_layout(layout):

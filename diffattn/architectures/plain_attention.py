@@ -31,6 +31,20 @@ def spec_of(name: str, module: nn.Module, level: int) -> LayerSpec:
     )
 
 
+class Slot:
+    """A child module without parameters that attends, seen as a layer that has it as its processor."""
+
+    def __init__(self, parent: nn.Module, name: str) -> None:
+        self.parent, self.name = parent, name
+
+    @property
+    def processor(self) -> nn.Module:
+        return getattr(self.parent, self.name)
+
+    def set_processor(self, processor: nn.Module) -> None:
+        setattr(self.parent, self.name, processor)
+
+
 def install(module: Any, processor: Any) -> None:
     """Give a layer a processor, whether or not it has `set_processor` (Mochi's has not)."""
     if hasattr(module, "set_processor"):

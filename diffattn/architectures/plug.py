@@ -27,6 +27,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
+from torch import nn
 
 from diffattn.architectures.layer_plug import LayerPlug
 from diffattn.architectures.run_state import NotPickled
@@ -121,11 +122,11 @@ def plugged_class(kind: type) -> type:
     call = _plugged_call(STAND_INS.get(kind, kind))  # type: ignore[call-overload]
     if kind in STAND_INS:
         call = _standing_in(kind.__call__, call)
-    elif CACHE in inspect.signature(kind.__call__).parameters:
+    elif CACHE in inspect.signature(getattr(kind, _method(kind))).parameters:
         call = _without_cache(kind.__call__, call)
     body = {
         "__slots__": (SLOT,),
-        "__call__": call,
+        _method(kind): call,
         "__class__": property(lambda self: kind),  # what `processor.__class__` is compared with, or made from
         "__doc__": kind.__doc__,
         "__module__": __name__,
@@ -169,9 +170,14 @@ def _without_cache(original: Callable[..., Any], plugged: Callable[..., Any]) ->
     return __call__
 
 
+def _method(kind: type) -> str:
+    """The name of the method that attends; a module with a `__call__` of its own is a processor like any other."""
+    return "forward" if kind.__call__ is nn.Module.__call__ else "__call__"
+
+
 def _plugged_call(kind: type) -> Callable[..., Any]:
-    """`kind.__call__`, compiled again with its call of attention handed over."""
-    function = inspect.getattr_static(kind, "__call__", None)
+    """`kind.__call__`, or the forward of a module, compiled again with its call of attention handed over."""
+    function = inspect.getattr_static(kind, _method(kind), None)
     if not inspect.isfunction(function) or not kind.__module__.startswith("diffusers."):
         raise PluggedError(f"custom processor {kind.__name__}")
     if function.__code__.co_freevars:

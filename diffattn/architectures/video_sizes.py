@@ -54,12 +54,13 @@ def with_history(patches: Mapping[str, int], texts: Sequence[str] = ()) -> SizeO
 def video_tokens(model: Any, given: Mapping[str, Any]) -> Size:
     """Of tokens [B, N, C] with the frames, rows and columns of the video, or coordinates [B, 3, N] or [B, 3, N, 2].
     Further frames beside the video's, as keyframes are, count as its own."""
-    tokens = given["hidden_states"].shape[1]
+    tokens, config = given["hidden_states"].shape[1], model.config
     frames, height, width = (given.get(name) for name in ("num_frames", "height", "width"))
     if height is None or width is None:
-        height, width = _rows_and_columns(model, given["video_coords"])
-    if tokens % (height * width) == 0:
-        frames = tokens // (height * width)
+        height, width = (config.patch_size * n for n in _rows_and_columns(model, given["video_coords"]))
+    each = (height // config.patch_size) * (width // config.patch_size)
+    if tokens % each == 0:
+        frames = tokens // each * config.patch_size_t
     return Size(height, width, frames)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from diffattn.architectures import plain_attention as attention
 from diffattn.architectures.transformers import Time, TransformerFamily, video
 from diffattn.architectures.video_sizes import (
     channels_last,
@@ -43,6 +44,20 @@ class _WithDecoder(TransformerFamily):
             place = re.match(r"single_transformer_blocks\.(\d+)\.attn$", spec.name)
             decodes = place is not None and int(place[1]) >= first
             yield (replace(spec, context="none", copies=2) if decodes else spec), module
+
+
+class _SanaWM(TransformerFamily):
+    """Three of four blocks are linear; in the fourth, child modules attend to the video and in the rays of a camera."""
+
+    def layers(self, model: Any) -> Iterator[tuple[LayerSpec, Any]]:
+        for name, module in model.named_modules():
+            if any(
+                kind.__name__ in ("SanaWMSoftmaxAttention", "SanaWMSoftmaxCamAttention")
+                for kind in type(module).__mro__
+            ):
+                parent, _, child = name.rpartition(".")
+                spec = LayerSpec(name, level=0, num_heads=model.config.num_attention_heads, head_dim=0, rotated=True)
+                yield spec, attention.Slot(model.get_submodule(parent), child)
 
 
 class _Cosmos(TransformerFamily):
@@ -143,6 +158,12 @@ VIDEO_FAMILIES = (
         patch=_cubes,
         entry_name="proj_in",
         others=r"attn2$|audio",
+    ),
+    _SanaWM(
+        ("SanaWMTransformer3DModel",),
+        size_of=video,
+        patch=_own_cubes,
+        entry_name="x_embedder",
     ),
     TransformerFamily(
         ("MochiTransformer3DModel",),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional import (
@@ -218,7 +219,7 @@ class AgentAttention(AttentionMethod):
         if self.source == "pool" and (layout.rotated or len(layout.grids) > 1 or len(layout.grid) != 2):
             return "rotated tokens, and those of several pictures or frames, cannot be averaged into pooled agents"
         n, context = self.count(layout.num_tokens), layout.num_context
-        if 2 * (n + context) < layout.num_tokens + context:
+        if guard_or_true(2 * (n + context) < layout.num_tokens + context):
             return None
         return f"{n} agents and {context} tokens of context for {layout.num_tokens} of the picture: too many to pay"
 

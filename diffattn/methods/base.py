@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 SOFTMAX = "softmax"
 """The kind of a layer that computes exact attention."""
@@ -76,7 +77,7 @@ class TokenLayout:
     @property
     def is_plain(self) -> bool:
         """Whether all tokens form one grid of rows and columns, and may be averaged."""
-        return len(self.grids) == 1 and len(self.grid) == 2 and not self.num_context and not self.rotated
+        return len(self.grids) == 1 and len(self.grid) == 2 and not self.rotated and not self.num_context
 
     def on_grid(self, x: Tensor) -> Tensor:
         """The tokens with a place, of all: [..., N + c, D] -> [..., N, D], a view."""
@@ -88,7 +89,7 @@ class TokenLayout:
 
     def join(self, on_grid: Tensor, context: Tensor) -> Tensor:
         """[..., N, D] and [..., c, D] -> [..., N + c, D], in the layer's order."""
-        if not self.num_context:
+        if guard_or_false(self.num_context == 0):
             return on_grid
         return torch.cat((context, on_grid) if self.context_first else (on_grid, context), dim=-2)
 

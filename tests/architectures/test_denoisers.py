@@ -142,7 +142,7 @@ def test_it_compiles_whole_where_the_unpatched_model_does(case: Case) -> None:
 
 
 def _plugs(model: nn.Module) -> list[Any]:
-    found = [plug_of(getattr(m, "processor", None)) for m in model.modules()]
+    found = [plug_of(part) for m in model.modules() for part in (m, getattr(m, "processor", None))]
     return [plug for plug in found if plug is not None]
 
 

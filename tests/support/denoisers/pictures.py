@@ -32,6 +32,7 @@ class Masked(Case):
     """UVit's noise is masked tokens, and it has no time."""
 
     def call(self, model: Any, given: Mapping[str, Any], level: float | None = None) -> Tensor:
+        level = self.level if level is None else level
         ids = given["input_ids"].clone().flatten(1)
         ids[:, : round(level * ids.shape[1])] = model.config.vocab_size - 1
         with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DDPMWuerstchenScheduler, EulerDiscreteScheduler
 
-from support.denoisers.case import Case, normal
+from support.denoisers.case import Case, Inputs, normal
 
 TEXT = 6
 FRAMES = 3
@@ -22,16 +22,21 @@ def picture(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {"sample": normal(batch, 4, 16, 12, rng=rng)}
 
 
-def video(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        "sample": normal(batch, 4, FRAMES, 16, 12, rng=rng),
-        "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
-    }
+def video(height: int, width: int) -> Inputs:
+    """Latents [B, 4, f, h, w] and a text."""
+
+    def inputs(batch: int, rng: torch.Generator) -> dict[str, Any]:
+        return {
+            "sample": normal(batch, 4, FRAMES, height, width, rng=rng),
+            "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
+        }
+
+    return inputs
 
 
 def stable_video(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        "sample": normal(batch, FRAMES, 4, 16, 12, rng=rng),
+        "sample": normal(batch, FRAMES, 4, 8, 6, rng=rng),
         "encoder_hidden_states": normal(batch, 1, 16, rng=rng),
         "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]).repeat(batch, 1),
     }
@@ -39,9 +44,9 @@ def stable_video(batch: int, rng: torch.Generator) -> dict[str, Any]:
 
 def i2vgen(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        **video(batch, rng),
+        **video(8, 6)(batch, rng),
         "fps": torch.full((batch,), 16.0),
-        "image_latents": normal(batch, 4, FRAMES, 16, 12, rng=rng),
+        "image_latents": normal(batch, 4, FRAMES, 8, 6, rng=rng),
         "image_embeddings": normal(batch, 16, rng=rng),
     }
 
@@ -56,7 +61,7 @@ def kandinsky3(batch: int, rng: torch.Generator) -> dict[str, Any]:
 
 def sparse_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        **video(batch, rng),
+        **video(16, 12)(batch, rng),
         "controlnet_cond": normal(batch, 3, FRAMES, 16, 12, rng=rng),
         "conditioning_mask": torch.ones(batch, 1, FRAMES, 16, 12),
     }
@@ -92,18 +97,18 @@ UNETS = (
             "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
             "up_block_types": ("CrossAttnUpBlockMotion", "UpBlockMotion"), "num_attention_heads": 2,
         },
-        video, per_frame={"encoder_hidden_states": FRAMES}, grid=(8, 6), time=whole, time_dtype=torch.int64,
+        video(16, 12), per_frame={"encoder_hidden_states": FRAMES}, grid=(8, 6), time=whole, time_dtype=torch.int64,
         num_layers=4,
         scheduler=lambda: DDIMScheduler(beta_schedule="linear"),
     ),
     Case(
         "UNetSpatioTemporalConditionModel",
         {
-            "block_out_channels": (32, 64), "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+            "block_out_channels": (32,), "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
             "sample_size": 16, "cross_attention_dim": 16, "num_attention_heads": 2, "addition_time_embed_dim": 32,
             "projection_class_embeddings_input_dim": 96,
-            "down_block_types": ("DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"),
-            "up_block_types": ("CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
+            "down_block_types": ("CrossAttnDownBlockSpatioTemporal",),
+            "up_block_types": ("CrossAttnUpBlockSpatioTemporal",),
         },
         stable_video, grid=(8, 6), time=lambda t: 1000 * t, num_layers=4, level=0.0003,
         scheduler=lambda: EulerDiscreteScheduler(
@@ -114,16 +119,16 @@ UNETS = (
     Case(
         "UNet3DConditionModel",
         TWO_LEVELS | {
-            "down_block_types": ("DownBlock3D", "CrossAttnDownBlock3D"),
-            "up_block_types": ("CrossAttnUpBlock3D", "UpBlock3D"), "attention_head_dim": 8,
+            "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock3D",),
+            "up_block_types": ("CrossAttnUpBlock3D",), "attention_head_dim": 8,
         },
-        video, grid=(8, 6), time=whole, time_dtype=torch.int64, num_layers=4, scheduler=DDIMScheduler,
+        video(8, 6), grid=(8, 6), time=whole, time_dtype=torch.int64, num_layers=4, scheduler=DDIMScheduler,
     ),
     Case(
         "I2VGenXLUNet",
         TWO_LEVELS | {
-            "down_block_types": ("DownBlock3D", "CrossAttnDownBlock3D"),
-            "up_block_types": ("CrossAttnUpBlock3D", "UpBlock3D"), "attention_head_dim": 4,
+            "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock3D",),
+            "up_block_types": ("CrossAttnUpBlock3D",), "attention_head_dim": 4,
         },
         i2vgen, grid=(8, 6), time=whole, time_dtype=torch.int64, num_layers=4, scheduler=DDIMScheduler,
     ),

@@ -13,230 +13,34 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     MiniMaxH3Scheduler,
 )
-from torch import Tensor
 
-from support.denoisers.case import Case, Inputs, normal
-
-TEXT = 6
-
-
-def latents(channels: int, frames: int = 3, height: int = 8, width: int = 12, text: int = 16) -> Inputs:
-    """Latents [B, C, f, h, w] and a text [B, 6, text]."""
-
-    def inputs(batch: int, rng: torch.Generator) -> dict[str, Any]:
-        return {
-            "hidden_states": normal(batch, channels, frames, height, width, rng=rng),
-            "encoder_hidden_states": normal(batch, TEXT, text, rng=rng),
-        }
-
-    return inputs
-
-
-def wan_with_image(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        **latents(8)(batch, rng),
-        "encoder_hidden_states": normal(batch, 512, 16, rng=rng),
-        "encoder_hidden_states_image": normal(batch, 5, 20, rng=rng),
-    }
-
-
-def vace(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {**latents(4)(batch, rng), "control_hidden_states": normal(batch, 12, 3, 8, 12, rng=rng)}
-
-
-def animate(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        **latents(12, frames=5)(batch, rng),
-        "encoder_hidden_states_image": normal(batch, 5, 16, rng=rng),
-        "pose_hidden_states": normal(batch, 4, 4, 8, 12, rng=rng),
-        "face_pixel_values": normal(batch, 3, 13, 16, 16, rng=rng),
-    }
-
-
-def cogvideox(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    given = latents(4)(batch, rng)
-    return given | {"hidden_states": given["hidden_states"].transpose(1, 2).contiguous()}
-
-
-def consisid(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        **cogvideox(batch, rng),
-        "id_vit_hidden": [normal(batch, 2, 2, rng=rng)],
-        "id_cond": normal(batch, 2, rng=rng),
-    }
-
-
-def padded(batch: int, tokens: int = TEXT) -> Tensor:
-    """A mask [B, tokens] over text of different lengths."""
-    lengths = tokens - 2 * torch.arange(batch)[:, None] % tokens
-    return torch.arange(tokens)[None] < lengths
-
-
-def hunyuan(channels: int, *size: int) -> Inputs:
-    def inputs(batch: int, rng: torch.Generator) -> dict[str, Any]:
-        return {
-            **latents(channels, *size)(batch, rng),
-            "encoder_attention_mask": padded(batch).float(),
-            "pooled_projections": normal(batch, 8, rng=rng),
-            "guidance": torch.full((batch,), 6000.0),
-        }
-
-    return inputs
-
-
-def hunyuan_15(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        **latents(4, 3, 4, 6)(batch, rng),
-        "encoder_attention_mask": padded(batch).float(),
-        "encoder_hidden_states_2": normal(batch, 4, 16, rng=rng),
-        "encoder_attention_mask_2": padded(batch, 4).float(),
-        "image_embeds": torch.zeros(batch, 3, 16),
-    }
-
-
-def framepack(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        **hunyuan(4)(batch, rng),
-        "image_embeds": normal(batch, 3, 16, rng=rng),
-        "indices_latents": torch.arange(8.0, 11),
-        "latents_clean": normal(batch, 4, 1, 8, 12, rng=rng),
-        "indices_latents_clean": torch.zeros(1),
-        "latents_history_2x": normal(batch, 4, 3, 8, 12, rng=rng),
-        "indices_latents_history_2x": torch.arange(5.0, 8),
-        "latents_history_4x": normal(batch, 4, 4, 8, 12, rng=rng),
-        "indices_latents_history_4x": torch.arange(1.0, 5),
-    }
-
-
-def mochi(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {**latents(4)(batch, rng), "encoder_attention_mask": padded(batch)}
-
-
-def kandinsky5(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    given = latents(4)(batch, rng)
-    return {
-        "hidden_states": given["hidden_states"].movedim(1, -1).contiguous(),
-        "encoder_hidden_states": given["encoder_hidden_states"],
-        "pooled_projections": normal(batch, 16, rng=rng),
-        "visual_rope_pos": [torch.arange(n) for n in (3, 4, 6)],
-        "text_rope_pos": torch.arange(TEXT),
-    }
-
-
-def kandinsky6(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    given = latents(9)(batch, rng)
-    return {
-        "hidden_states": given["hidden_states"].movedim(1, -1).contiguous(),
-        "encoder_hidden_states": given["encoder_hidden_states"],
-        "pooled_projections": normal(batch, 16, rng=rng),
-        "audio_hidden_states": normal(batch, 7, 4, rng=rng),
-        "encoder_attention_mask": padded(batch),
-    }
-
-
-def anyflow(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {**cogvideox(batch, rng), "r_timestep": torch.full((batch, 3), 250.0)}
-
-
-def helios(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    history = {"long": 4, "mid": 3, "short": 1}
-    return {
-        **latents(4)(batch, rng),
-        "indices_hidden_states": torch.arange(8.0, 11).expand(batch, 3),
-        **{f"latents_history_{name}": normal(batch, 4, n, 8, 12, rng=rng) for name, n in history.items()},
-        **{f"indices_latents_history_{name}": torch.arange(1.0, n + 1).expand(batch, n) for name, n in history.items()},
-    }
-
-
-def motif(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        **latents(9)(batch, rng),
-        "encoder_attention_mask": padded(batch),
-        "image_embeds": normal(batch, 3, 4, rng=rng),
-    }
-
-
-def ltx(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": normal(batch, 72, 4, rng=rng),
-        "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
-        "encoder_attention_mask": padded(batch),
-        "num_frames": 3,
-        "height": 4,
-        "width": 6,
-    }
-
-
-def ltx_with_coordinates(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    given = ltx(batch, rng)
-    axes = torch.meshgrid(*(torch.arange(float(n)) for n in (3, 4, 6)), indexing="ij")
-    sizes = {"num_frames": None, "height": None, "width": None}
-    return given | sizes | {"video_coords": torch.stack(axes).flatten(1).expand(batch, 3, 72)}
-
-
-def ltx2(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {
-        **ltx(batch, rng),
-        "audio_hidden_states": normal(batch, 9, 4, rng=rng),
-        "audio_encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
-        "audio_num_frames": 9,
-        "fps": 25.0,
-    }
-
-
-def cosmos(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {**latents(4)(batch, rng), "fps": 30}
-
-
-def cosmos_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    given = cosmos(batch, rng)
-    return {
-        "latents": given.pop("hidden_states"),
-        "controls_latents": normal(batch, 4, 3, 8, 12, rng=rng),
-        "condition_mask": torch.ones(batch, 1, 3, 8, 12),
-        "padding_mask": torch.zeros(1, 1, 8, 12),
-        **given,
-    }
-
-
-def cosmos3(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    places = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij")).flatten(1)
-    return {
-        "input_ids": torch.arange(TEXT),
-        "text_indexes": torch.arange(TEXT),
-        "position_ids": torch.cat((torch.arange(TEXT).expand(3, TEXT), places + TEXT), dim=1),
-        "und_len": TEXT,
-        "sequence_length": TEXT + 72,
-        "vision_tokens": [normal(1, 4, 3, 8, 12, rng=rng)],
-        "vision_token_shapes": [(3, 4, 6)],
-        "vision_sequence_indexes": TEXT + torch.arange(72),
-        "vision_mse_loss_indexes": TEXT + torch.arange(72),
-        "vision_noisy_frame_indexes": [torch.arange(3)],
-    }
-
-
-def minimax(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    text, condition, audio, video = 6, 24, 8, 72
-    total = text + condition + audio + video
-    places = torch.zeros(total, 3)
-    places[:, 0] = torch.arange(total)
-    axes = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij"))
-    places[-video:] = axes.flatten(1).T + torch.tensor([float(text), 0, 0])
-    starts = text + condition + audio
-    rows = torch.arange(total)
-    tags = torch.tensor([1] * text + [0] * condition + [2] * audio + [0] * video)
-    return {
-        "hidden_states": normal(batch, condition + video, 16, rng=rng),
-        "audio_hidden_states": normal(batch, audio, 6, rng=rng),
-        "encoder_hidden_states": normal(batch, text, 8, rng=rng),
-        "timestep_indices": torch.where(tags == 2, 2, torch.where(rows < starts, 1, 0)),
-        "token_tags": tags,
-        "position_ids": places,
-        "video_indices": rows[tags == 0],
-        "audio_indices": rows[tags == 2],
-        "text_indices": rows[tags == 1],
-    }
-
+from support.denoisers.case import Case
+from support.denoisers.video_inputs import (
+    TEXT,
+    animate,
+    anyflow,
+    cogvideox,
+    consisid,
+    cosmos,
+    cosmos3,
+    cosmos_control,
+    framepack,
+    helios,
+    hunyuan,
+    hunyuan_15,
+    kandinsky5,
+    kandinsky6,
+    latents,
+    ltx,
+    ltx2,
+    ltx_with_coordinates,
+    minimax,
+    mochi,
+    motif,
+    sana_wm,
+    vace,
+    wan_with_image,
+)
 
 WAN: dict[str, Any] = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
@@ -449,6 +253,14 @@ VIDEOS = (
         COSMOS | {"in_channels": 6, "latent_channels": 6, "model_channels": 24, "n_controlnet_blocks": 2},
         cosmos_control, grid=(3, 4, 6), time=lambda u: u, num_layers=2, output=lambda out: out[0][-1],
         needs="torchvision",
+    ),
+    Case(
+        "SanaWMTransformer3DModel",
+        {
+            "in_channels": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "softmax_every_n": 2,
+            "linear_head_dim": 16, "caption_channels": 16, "image_size": 64,
+        },
+        sana_wm, grid=(3, 4, 6), time=thousand, time_shape=(1, 3), num_layers=2,
     ),
     Case(
         "Cosmos3OmniTransformer",
