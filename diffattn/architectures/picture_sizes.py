@@ -158,6 +158,13 @@ def with_other_pictures(model: Any, given: Mapping[str, Any]) -> Size:
     )
 
 
+def with_clip(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of UniDiffuser: latents [B, C, h, w], behind two times, perhaps the kind of data, a text and an embedding."""
+    height, width = given["latent_image_embeds"].shape[-2:]
+    others = 2 + bool(model.config.use_data_type_embedding) + given["image_embeds"].shape[1]
+    return Size(height, width, num_context=others + text_tokens(given, "prompt_embeds"))
+
+
 def shaped(model: Any, given: Mapping[str, Any]) -> Size:
     """Of NucleusMoE-Image: tokens [B, N, C] of the pictures in `img_shapes`."""
     shapes = given["img_shapes"]

@@ -222,6 +222,15 @@ def plain_tokens(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {"hidden_states": torch.randint(20, (batch, ROWS * ROWS), generator=rng)}
 
 
+def unidiffuser(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        "latent_image_embeds": normal(batch, 4, 2 * ROWS, 2 * ROWS, rng=rng),
+        "image_embeds": normal(batch, 1, 16, rng=rng),
+        "prompt_embeds": normal(batch, TEXT, 16, rng=rng),
+        "timestep_text": 0,
+    }
+
+
 def dream_lite(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
         "sample": normal(batch, 4, ROWS, 2 * COLUMNS, rng=rng),  # beside the picture, the one to be edited

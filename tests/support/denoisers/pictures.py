@@ -120,6 +120,10 @@ PICTURES = (
     joy("JoyImageEditPlusTransformer3DModel", inputs=given.joy_plus, context=TEXT + 2),
     nucleus("NucleusMoEImageTransformer2DModel", inputs=given.nucleus),
     nucleus("NucleusMoEImageTransformer2DModel masked", inputs=partial(given.nucleus, masked=True)),
+    joint(
+        "UniDiffuserModel", config.UNIDIFFUSER, given.unidiffuser, grid=(ROWS, ROWS), num_layers=3, context=TEXT + 4,
+        time_name="timestep_img", fixed={},
+    ),
     Masked("UVit2DModel", config.UVIT, given.uvit, grid=(16, 16), num_layers=2, time=of_scheduler),
     plain(
         "Transformer2DModel of patches",
