@@ -30,7 +30,7 @@ class Size(NamedTuple):
     frames: int | None = None  # of a video's latents
     references: tuple[Grid, ...] = ()  # tokens of reference pictures beside the picture's, at every level
     num_context: int = 0  # tokens of text beside the picture's, as far as known before the call
-    contexts: tuple[int, ...] | None = None  # of each sample, where they differ; padding follows all of its tokens
+    contexts: tuple[int, ...] | None = None  # tokens of each sample's text, where padding follows all of its tokens
     exact: str | None = None  # why no layer can be accelerated in this call
 
 

@@ -88,10 +88,9 @@ class LayerPlug(MethodProcessor):
             call: what the method needs to know, with the mask of the picture's queries.
             mask: of every query, broadcast to [B, H, N, N].
         """
-        layout, rest = call.layout, 0
+        layout, num_queries = call.layout, q.shape[2]
         end = layout.num_tokens + layout.num_context
         if k.shape[2] > end:
-            rest = k.shape[2] - end
             q, k, v = (x[:, :, :end] for x in (q, k, v))
             call.x = None if call.x is None else call.x[:, :end]
             call.mask = None if call.mask is None else call.mask[..., :end]
@@ -103,7 +102,7 @@ class LayerPlug(MethodProcessor):
             own = layout.context(mask)[..., :end]
             text = scaled_dot_product_attention(layout.context(q), k, v, attn_mask=own)
             out = layout.join(layout.on_grid(out), text)
-        return pad(out, (0, 0, 0, rest)) if rest else out
+        return pad(out, (0, 0, 0, num_queries - out.shape[2])) if out.shape[2] < num_queries else out
 
     def will_run(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
         """Whether a call of a layer of image tokens, x [B, N, C] or [B, C, h, w], will run the method in any phase; if
@@ -139,9 +138,11 @@ class LayerPlug(MethodProcessor):
         return layout if context is None else replace(layout, num_context=context)
 
     def _places(self, call: DenoiserCall, num_tokens: int) -> int | tuple[Any, ...]:
-        """The phase, or one per sample, with the number of its context tokens if that differs."""
+        """The phase, or one per sample, with the number of its context tokens if padding follows."""
         contexts = call.contexts
-        if contexts is None or self._layout(call, num_tokens).num_context != max(contexts):
+        if contexts is None or self._layout(call, num_tokens).num_context < max(contexts):
+            return call.phase
+        if call.compiled and len(set(contexts)) == 1:  # not compiled again for every length of a text
             return call.phase
         phases = (call.phase,) * len(contexts) if isinstance(call.phase, int) else call.phase
         return tuple(zip(phases, contexts, strict=True))

@@ -109,7 +109,7 @@ PICTURE_FAMILIES = (
     ),
     TransformerFamily(
         ("ErnieImageTransformer2DModel",),
-        size_of=before_text("text_bth"),
+        size_of=before_text,
         patch=own_patch,
         entry_name="x_embedder",
         context="last",

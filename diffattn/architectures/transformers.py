@@ -163,17 +163,19 @@ def own_patch(config: Any) -> Sequence[int]:
     return (config.patch_size, config.patch_size)
 
 
-_LAST_READ: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], Any]]" = weakref.WeakKeyDictionary()
+_LAST_READ: "weakref.WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[Tensor], Any]]]" = weakref.WeakKeyDictionary()
+MOST_READ = 4  # such as two texts, each with and without a prompt
 
 
 def read_once(model: nn.Module, tensor: Tensor, read: Callable[[], T]) -> T:
     """What `read` finds in a tensor among the arguments of forward: not again in every step of a run that passes the
     same tensor, since reading synchronises its device."""
-    last = _LAST_READ.get(model)
-    if last is not None and last[0]() is tensor:
-        return last[1]
+    before = _LAST_READ.get(model, [])
+    for seen, found in before:
+        if seen() is tensor:
+            return found
     found = read()
-    _LAST_READ[model] = (weakref.ref(tensor), found)
+    _LAST_READ[model] = [*before, (weakref.ref(tensor), found)][-MOST_READ:]
     return found
 
 

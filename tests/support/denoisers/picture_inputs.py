@@ -177,8 +177,8 @@ def joy(batch: int, rng: torch.Generator, items: int = 1) -> dict[str, Any]:
     }
 
 
-def joy_plus(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    patches = ROWS * COLUMNS + 20 + 2  # of a picture, another one and padding
+def joy_plus(batch: int, rng: torch.Generator, padding: int = 0) -> dict[str, Any]:
+    patches = ROWS * COLUMNS + 20 + padding  # of a picture, and of another one
     return {
         "hidden_states": normal(batch, patches, 4, 1, 2, 2, rng=rng),
         "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
