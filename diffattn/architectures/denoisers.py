@@ -9,8 +9,8 @@ from torch import nn
 from diffattn.architectures import ARCHITECTURES, architecture_of, why_not_covered
 from diffattn.methods.base import LayerSpec
 
-CONTROL = ("controlnet", "adapter")
-"""Attribute names of the networks that steer a pipeline's denoiser."""
+CONTROL = ("controlnet", "adapter", "unconditional_transformer")
+"""Attribute names of the networks that a pipeline calls beside its denoiser in every step."""
 
 DENOISER = ("unet", "transformer", "decoder", "prior")
 """Attribute names of the denoiser of a pipeline."""

@@ -84,10 +84,9 @@ class LayerPlug(MethodProcessor):
     def _over(self, method: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         """The method's output [B, H, N, D], of tokens that padding may follow, for queries of all tokens or of the
         picture's alone."""
-        layout, rest = call.layout, 0
+        layout, num_queries = call.layout, q.shape[2]
         end = layout.num_tokens + layout.num_context
         if k.shape[2] > end:
-            rest = k.shape[2] - end
             q, k, v = (x[:, :, :end] for x in (q, k, v))
             call.x = None if call.x is None else call.x[:, :end]
             call.mask = None if call.mask is None else call.mask[..., :end]
@@ -96,7 +95,7 @@ class LayerPlug(MethodProcessor):
             out = layout.on_grid(self._apply(method, layout.join(q, layout.context(k)), k, v, call))
         else:
             out = self._apply(method, q, k, v, call)
-        return pad(out, (0, 0, 0, rest)) if rest else out
+        return pad(out, (0, 0, 0, num_queries - out.shape[2])) if out.shape[2] < num_queries else out
 
     def count_exact(self, reason: str) -> None:
         """Count a call that bypasses `attend`."""
@@ -138,9 +137,11 @@ class LayerPlug(MethodProcessor):
         return layout if context is None else replace(layout, num_context=context)
 
     def _places(self, call: DenoiserCall, num_tokens: int) -> int | tuple[Any, ...]:
-        """The phase, or one per sample, with the number of its context tokens if that differs."""
+        """The phase, or one per sample, with the number of its context tokens if padding follows."""
         contexts = call.contexts
-        if contexts is None or self._layout(call, num_tokens).num_context != max(contexts):
+        if contexts is None or self._layout(call, num_tokens).num_context < max(contexts):
+            return call.phase
+        if call.compiled and len(set(contexts)) == 1:  # not compiled again for every length of a text
             return call.phase
         phases = (call.phase,) * len(contexts) if isinstance(call.phase, int) else call.phase
         return tuple(zip(phases, contexts, strict=True))

@@ -26,6 +26,18 @@ def behind_each_text(model: Any, given: Mapping[str, Any]) -> Size:
     return Size(height, width, num_context=max(contexts), contexts=contexts if len(set(contexts)) > 1 else None)
 
 
+def lengths_of(model: Any, mask: Tensor | None) -> tuple[int, ...] | None:
+    """Of texts by their mask [B, c]: None without padding, or where it does not follow the text."""
+
+    def read(mask: Tensor) -> tuple[int, ...] | None:
+        kept = mask.bool().cpu()
+        lengths = tuple(int(n) for n in kept.sum(dim=1))
+        follows = all(row[:n].all() for row, n in zip(kept, lengths, strict=True))
+        return lengths if follows and min(lengths) < kept.shape[1] else None
+
+    return None if mask is None else read_once(mask, lambda _: read(mask))
+
+
 PADDED_TO = 32
 """Z-Image pads the tokens of pictures and texts to a multiple of this."""
 
@@ -72,7 +84,19 @@ def with_two_texts(model: Any, given: Mapping[str, Any]) -> Size:
     """Of HunyuanImage: latents [B, C, h, w] or [B, C, 1, h, w], and two texts."""
     *frames, height, width = given["hidden_states"].shape[2:]
     context = text_tokens(given) + text_tokens(given, "encoder_hidden_states_2")
-    return Size(height, width, frames[0] if frames else None, num_context=context)
+    size = Size(height, width, frames[0] if frames else None, num_context=context)
+    mask = given["encoder_attention_mask"]
+    if model.context_embedder_2 is None or given.get("encoder_hidden_states_2") is None:
+        return _without_padding(size, lengths_of(model, mask))
+    masks = (mask, given["encoder_attention_mask_2"])
+    counts = [read_once(model, m, lambda m=m: m.bool().sum(dim=1).tolist()) for m in masks]
+    return _without_padding(size, tuple(map(sum, zip(*counts, strict=True))))  # all padding is put last
+
+
+def _without_padding(size: Size, contexts: tuple[int, ...] | None) -> Size:
+    if contexts is None or min(contexts) == size.num_context:
+        return size
+    return size._replace(num_context=max(contexts), contexts=contexts)
 
 
 def placed_behind_text(model: Any, given: Mapping[str, Any]) -> Size:
@@ -107,14 +131,11 @@ def packed_behind_text(model: Any, given: Mapping[str, Any]) -> Size:
     return Size(2 * rows, 2 * columns, num_context=start, exact=exact)
 
 
-def before_text(name: str) -> Any:
-    """Of latents [B, C, h, w] and a text [B, c, C] under another name."""
-
-    def size(model: Any, given: Mapping[str, Any]) -> Size:
-        height, width = given["hidden_states"].shape[-2:]
-        return Size(height, width, num_context=text_tokens(given, name))
-
-    return size
+def before_text(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of Ernie: latents [B, C, h, w], before texts [B, c, C] of `text_lens` tokens."""
+    (height, width), lengths = given["hidden_states"].shape[-2:], given["text_lens"]
+    size = Size(height, width, num_context=text_tokens(given, "text_bth"))
+    return _without_padding(size, read_once(lengths, lambda _: tuple(int(n) for n in lengths.tolist())))
 
 
 def with_cache(model: Any, given: Mapping[str, Any]) -> Size:
@@ -147,15 +168,23 @@ def with_other_pictures(model: Any, given: Mapping[str, Any]) -> Size:
     (frames, rows, columns), *others = (tuple(int(n) for n in shape) for shape in shapes[0])
     references = tuple(others)
     padding = x.shape[1] - frames * rows * columns - sum(map(prod, references))
-    size = [n * p for n, p in zip((frames, rows, columns), model.config.patch_size, strict=True)]
-    return Size(
-        size[1],
-        size[2],
-        size[0],
+    pixels = [n * p for n, p in zip((frames, rows, columns), model.config.patch_size, strict=True)]
+    size = Size(
+        pixels[1],
+        pixels[2],
+        pixels[0],
         references=references,
         num_context=padding + text_tokens(given),
         exact=None if all(list(shape) == list(shapes[0]) for shape in shapes) else DIFFERENT,
     )
+    return size if padding else _without_padding(size, lengths_of(model, given.get("encoder_hidden_states_mask")))
+
+
+def with_clip(model: Any, given: Mapping[str, Any]) -> Size:
+    """Of UniDiffuser: latents [B, C, h, w], behind two times, perhaps the kind of data, a text and an embedding."""
+    height, width = given["latent_image_embeds"].shape[-2:]
+    others = 2 + bool(model.config.use_data_type_embedding) + given["image_embeds"].shape[1]
+    return Size(height, width, num_context=others + text_tokens(given, "prompt_embeds"))
 
 
 def shaped(model: Any, given: Mapping[str, Any]) -> Size:
@@ -164,4 +193,5 @@ def shaped(model: Any, given: Mapping[str, Any]) -> Size:
     first = shapes[0] if isinstance(shapes, list) else shapes
     (frames, rows, columns), *others = first if isinstance(first, list) else [first]
     references = tuple(tuple(shape) for shape in others)
-    return Size(2 * rows, 2 * columns, frames, references=references, num_context=text_tokens(given))
+    size = Size(2 * rows, 2 * columns, frames, references=references, num_context=text_tokens(given))
+    return _without_padding(size, lengths_of(model, given.get("encoder_hidden_states_mask")))

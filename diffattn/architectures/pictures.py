@@ -12,6 +12,7 @@ from diffattn.architectures.picture_sizes import (
     placed_behind_text,
     shaped,
     with_cache,
+    with_clip,
     with_other_items,
     with_other_pictures,
     with_three_texts,
@@ -108,7 +109,7 @@ PICTURE_FAMILIES = (
     ),
     TransformerFamily(
         ("ErnieImageTransformer2DModel",),
-        size_of=before_text("text_bth"),
+        size_of=before_text,
         patch=own_patch,
         entry_name="x_embedder",
         context="last",
@@ -154,5 +155,16 @@ PICTURE_FAMILIES = (
         context="last",
         keys_only=True,
         time=Time(scale=1000),
+    ),
+    TransformerFamily(
+        ("UniDiffuserModel",),
+        size_of=with_clip,
+        patch=own_patch,
+        entry_name="vae_img_in",
+        context="first",
+        rotated=False,
+        training=None,
+        sample_name="latent_image_embeds",
+        time_name="timestep_img",
     ),
 )

@@ -16,7 +16,7 @@ NOT_COVERED: Mapping[str, str] = {
     "LongCatAudioDiTTransformer": AUDIO,
     "MiniMaxMusic3RVQDepthDecoder": AUDIO,
     "MiniMaxMusic3Transformer1DModel": AUDIO,
-    "PriorTransformer": "one-dimensional: the words of a text and one embedding",
+    "PriorTransformer": "one-dimensional: embeddings of texts, pictures or shapes",
     "RFD4ProteinaTransformer": "one-dimensional: molecules",
     "SanaControlNetModel": LINEAR,
     "SanaTransformer2DModel": LINEAR,

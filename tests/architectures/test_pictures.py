@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from support.denoisers.case import Case, normal
 from support.denoisers.pictures import PICTURES, TEXT
@@ -137,3 +138,17 @@ def test_the_tokens_of_hidream_may_come_packed() -> None:
         out = case.call(model, given | packed)
         assert handle.report().calls_accelerated == 2 * case.num_layers
     torch.testing.assert_close(out, expected)
+
+
+def test_both_transformers_of_ideogram_are_patched() -> None:
+    case = CASES["Ideogram4Transformer2DModel"]
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": None, "text_encoder": None, "tokenizer": None}
+    pipe = Ideogram4Pipeline(**parts, transformer=case.build(), unconditional_transformer=case.build(seed=1))
+    given = case.inputs(2, rng())
+    without_text = {k: v if k == "timestep" else v[:, TEXT:] for k, v in given.items()}
+    exact = case.call(pipe.unconditional_transformer, without_text)
+    with diffattn.patch(pipe, **FEW) as handle:
+        case.call(pipe.transformer, given)
+        assert not torch.equal(case.call(pipe.unconditional_transformer, without_text), exact)
+        report = handle.report()
+    assert (report.calls, report.calls_accelerated) == (1, 2 * case.num_layers)

@@ -34,6 +34,7 @@ class PlainAttention(AttentionMethod):
     def build(self, layer: LayerSpec) -> AttentionFn:
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
             assert call.grid == (6, 4)
+            assert call.x is not None
             assert call.x.shape[:2] == (q.shape[0], q.shape[2])
             return scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
 

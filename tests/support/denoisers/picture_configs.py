@@ -73,6 +73,11 @@ UVIT: Config = {
     "num_attention_heads": 2, "intermediate_size": 16,
 }  # fmt: skip
 PLAIN: Config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+UNIDIFFUSER: Config = {
+    "text_dim": 16, "clip_img_dim": 16, "num_text_tokens": 6, "num_attention_heads": 2, "attention_head_dim": 8,
+    "in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 16, "patch_size": 2,
+    "use_data_type_embedding": True, "norm_num_groups": 2,
+}  # fmt: skip
 DREAM_LITE: Config = {
     "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (16,), "norm_num_groups": 4,
     "down_block_types": ("DreamLiteCrossAttnDownBlock2D",), "up_block_types": ("DreamLiteCrossAttnUpBlock2D",),

@@ -177,8 +177,8 @@ def joy(batch: int, rng: torch.Generator, items: int = 1) -> dict[str, Any]:
     }
 
 
-def joy_plus(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    patches = ROWS * COLUMNS + 20 + 2  # of a picture, another one and padding
+def joy_plus(batch: int, rng: torch.Generator, padding: int = 0) -> dict[str, Any]:
+    patches = ROWS * COLUMNS + 20 + padding  # of a picture, and of another one
     return {
         "hidden_states": normal(batch, patches, 4, 1, 2, 2, rng=rng),
         "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
@@ -220,6 +220,15 @@ def plain_with_text(batch: int, rng: torch.Generator) -> dict[str, Any]:
 
 def plain_tokens(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {"hidden_states": torch.randint(20, (batch, ROWS * ROWS), generator=rng)}
+
+
+def unidiffuser(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    return {
+        "latent_image_embeds": normal(batch, 4, 2 * ROWS, 2 * ROWS, rng=rng),
+        "image_embeds": normal(batch, 1, 16, rng=rng),
+        "prompt_embeds": normal(batch, TEXT, 16, rng=rng),
+        "timestep_text": 0,
+    }
 
 
 def dream_lite(batch: int, rng: torch.Generator) -> dict[str, Any]:

@@ -118,9 +118,14 @@ PICTURES = (
     omnigen("OmniGenTransformer2DModel padded", inputs=partial(given.omnigen, shorter=2)),
     joy("JoyImageEditTransformer3DModel", inputs=given.joy),
     joy("JoyImageEditTransformer3DModel with another picture", inputs=partial(given.joy, items=2)),
-    joy("JoyImageEditPlusTransformer3DModel", inputs=given.joy_plus, context=TEXT + 2),
+    joy("JoyImageEditPlusTransformer3DModel", inputs=given.joy_plus),
+    joy("JoyImageEditPlusTransformer3DModel padded", inputs=partial(given.joy_plus, padding=2), context=TEXT + 2),
     nucleus("NucleusMoEImageTransformer2DModel", inputs=given.nucleus),
     nucleus("NucleusMoEImageTransformer2DModel masked", inputs=partial(given.nucleus, masked=True)),
+    joint(
+        "UniDiffuserModel", config.UNIDIFFUSER, given.unidiffuser, grid=(ROWS, ROWS), num_layers=3, context=TEXT + 4,
+        time_name="timestep_img", fixed={},
+    ),
     Masked("UVit2DModel", config.UVIT, given.uvit, grid=(16, 16), num_layers=2, time=of_scheduler),
     plain(
         "Transformer2DModel of patches",
