@@ -89,7 +89,7 @@ def with_two_texts(model: Any, given: Mapping[str, Any]) -> Size:
     if model.context_embedder_2 is None or given.get("encoder_hidden_states_2") is None:
         return _without_padding(size, lengths_of(model, mask))
     masks = (mask, given["encoder_attention_mask_2"])
-    counts = [read_once(model, m, lambda m=m: m.bool().sum(dim=1).tolist()) for m in masks]
+    counts = [read_once(m, lambda x: x.bool().sum(dim=1).tolist()) for m in masks]
     return _without_padding(size, tuple(map(sum, zip(*counts, strict=True))))  # all padding is put last
 
 
