@@ -1,14 +1,13 @@
 """The sizes of videos, read from the arguments of a transformer's forward."""
 
-import weakref
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffattn.architectures.base import Size
-from diffattn.architectures.transformers import SizeOf, text_tokens, video
+from diffattn.architectures.transformers import SizeOf, read_once, text_tokens, video
 from diffattn.methods.base import Grid
 
 
@@ -57,25 +56,17 @@ def video_tokens(model: Any, given: Mapping[str, Any]) -> Size:
     tokens, config = given["hidden_states"].shape[1], model.config
     frames, height, width = (given.get(name) for name in ("num_frames", "height", "width"))
     if height is None or width is None:
-        height, width = (config.patch_size * n for n in _rows_and_columns(model, given["video_coords"]))
+        height, width = (config.patch_size * n for n in read_once(given["video_coords"], _rows_and_columns))
     each = (height // config.patch_size) * (width // config.patch_size)
     if tokens % each == 0:
         frames = tokens // each * config.patch_size_t
     return Size(height, width, frames)
 
 
-_LAST: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], Grid]]" = weakref.WeakKeyDictionary()
-
-
-def _rows_and_columns(model: nn.Module, coordinates: Tensor) -> Grid:
-    """Of video tokens with these coordinates, which are read off the device once per tensor."""
-    last = _LAST.get(model)
-    if last is not None and last[0]() is coordinates:
-        return last[1]
+def _rows_and_columns(coordinates: Tensor) -> Grid:
+    """Of video tokens with these coordinates."""
     places = coordinates[0, 1:].flatten(2)[..., 0] if coordinates.ndim == 4 else coordinates[0, 1:]
-    grid = tuple(len(axis.unique()) for axis in places.cpu())
-    _LAST[model] = (weakref.ref(coordinates), grid)
-    return grid
+    return tuple(len(axis.unique()) for axis in places.cpu())
 
 
 def vision_of_text(model: Any, given: Mapping[str, Any]) -> Size:
@@ -88,11 +79,9 @@ def vision_of_text(model: Any, given: Mapping[str, Any]) -> Size:
 def packed_video(model: Any, given: Mapping[str, Any]) -> Size:
     """Of a sequence that ends with a video, of coordinates [N, 3] as time, row and column."""
     ids, video_indices = given["position_ids"], given["video_indices"]
-    last = _LAST.get(model)
-    if last is None or last[0]() is not ids:
-        _LAST[model] = last = (weakref.ref(ids), _last_frames(ids.cpu(), video_indices.cpu()))
-    frames, height, width = (p * n for p, n in zip(model.config.patch_size, last[1], strict=True))
-    return Size(height, width, frames, num_context=ids.shape[0] - prod(last[1]))
+    grid = read_once(ids, lambda ids: _last_frames(ids.cpu(), video_indices.cpu()))
+    frames, height, width = (p * n for p, n in zip(model.config.patch_size, grid, strict=True))
+    return Size(height, width, frames, num_context=ids.shape[0] - prod(grid))
 
 
 def _last_frames(ids: Tensor, video_indices: Tensor) -> Grid:

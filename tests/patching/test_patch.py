@@ -275,15 +275,14 @@ def test_what_is_not_a_supported_model_is_refused(function: Any, target: Any, me
 
 
 def test_a_pipeline_without_a_denoiser_that_is_supported_is_refused() -> None:
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
+    unet = diffusers.UNet1DModel(
         block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
+        extra_in_channels=0,
+        down_block_types=("DownBlock1DNoSkip",),
+        up_block_types=("UpBlock1DNoSkip",),
     )
-    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
-    with pytest.raises(TypeError, match="UNet2DModel is not supported; supported: UNet2DConditionModel"):
+    pipe = diffusers.DanceDiffusionPipeline(unet, diffusers.IPNDMScheduler())
+    with pytest.raises(TypeError, match="UNet1DModel is not supported; supported: UNet2DConditionModel"):
         diffattn.patch(pipe)
 
 
