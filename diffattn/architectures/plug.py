@@ -13,6 +13,7 @@ processor it stands for, and answers for its class.
 """
 
 import __future__
+
 import ast
 import copy
 import inspect
@@ -111,6 +112,17 @@ class _Plugged:
         return memo.setdefault(id(self), _instance(type(self), plug))
 
 
+class _StandIn(type):
+    """The type of plugged classes, each equal to the class that it stands for, so that `type(processor) ==
+    AttnProcessor2_0` holds as it did before."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__mro__[2]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[2])
+
+
 @cache
 def plugged_class(kind: type) -> type:
     """The subclass of a processor's class that is plugged."""
@@ -124,7 +136,7 @@ def plugged_class(kind: type) -> type:
         "__doc__": kind.__doc__,
         "__module__": __name__,
     }
-    return type(f"Plugged{kind.__name__}", (_Plugged, kind), body)
+    return _StandIn(f"Plugged{kind.__name__}", (_Plugged, kind), body)
 
 
 def _standing_in(original: Any, plugged: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +206,7 @@ class _HandOver(ast.NodeTransformer):
         plug = ast.Attribute(ast.Name(self._self, ast.Load()), SLOT, ast.Load())
         given = ast.Name(self._input, ast.Load()) if self._input else ast.Constant(None)
         leading = [node.func, ast.Constant(HEADS_FIRST[name]), ast.Name(self._attn, ast.Load()), given]
-        attend = ast.Attribute(plug, "attend", ast.Load())
+        attend = ast.copy_location(ast.Attribute(plug, "attend", ast.Load()), node.func)  # the line in tracebacks
         for keyword in node.keywords:
             keyword.arg = {"query": "q", "key": "k", "value": "v"}.get(str(keyword.arg), keyword.arg)
         return ast.copy_location(ast.Call(attend, [*leading, *node.args], node.keywords), node)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import diffattn
 from diffattn import DiffAttnWarning
+from diffattn.architectures.plug import plug_of
 from diffattn.patching.patch import find_patch
 
 
@@ -106,8 +107,8 @@ def test_what_displaces_our_processors_is_plugged_in_the_next_run(pipe: Diffusio
     assert report.layers_patched == 7
     assert report.calls_accelerated == 2 * 4 * 7
     assert report.calls_passed_through == 0
-    assert {layer.processor.__class__ for layer in self_attention(pipe.unet).values()} == {kind}
-    assert types_of(pipe) != {kind}
+    assert types_of(pipe) == {layer.processor.__class__ for layer in self_attention(pipe.unet).values()} == {kind}
+    assert all(plug_of(layer.processor) is not None for layer in self_attention(pipe.unet).values())
     handle.remove()
     assert {name: layer.processor for name, layer in self_attention(pipe.unet).items()} == theirs
     assert not pipe.unet._forward_pre_hooks

@@ -244,16 +244,16 @@ def test_bad_input_is_refused_and_leaves_no_trace(
 
 @pytest.mark.parametrize("agents", ["pool", "merge"])
 @pytest.mark.parametrize("num_agents", [256, 1000])
-def test_as_many_agents_as_tokens_run_exact_and_say_so(
-    pipe: DiffusionPipeline, agents: str, num_agents: int
-) -> None:
+def test_as_many_agents_as_tokens_run_exact_and_say_so(pipe: DiffusionPipeline, agents: str, num_agents: int) -> None:
     original = tiny.run(pipe)
     handle = diffattn.patch(pipe, **(ALWAYS | {"num_agents": num_agents, "agents": agents}))
     with pytest.warns(DiffAttnWarning, match=f"num_agents={num_agents} is not below the 256 tokens"):
         assert torch.equal(tiny.run(pipe), original)
     assert torch.equal(tiny.run(pipe), original)  # said once
     reasons = {reason for layer in handle.report().layers for reason in layer.passed_through}
-    assert {reason.partition(":")[0] for reason in reasons} == {f"{num_agents} agents for {n} tokens" for n in (256, 64)}
+    assert {reason.partition(":")[0] for reason in reasons} == {
+        f"{num_agents} agents for {n} tokens" for n in (256, 64)
+    }
     diffattn.unpatch(pipe)
     assert torch.equal(tiny.run(pipe), original)
 
