@@ -58,8 +58,10 @@ def made(original: Any = None, **options: Any) -> Any:
     """A plugged processor within a call of a denoiser of 8x8 tokens; (its plug is `processor.diffattn`)."""
     run = RunState(Latest())
     run.begin(DenoiserCall(phase=0, grids=[GRID], compiled=False))
-    landmarks = {} if "agents" in options else {"max_head_error": 100.0}  # no head falls back to exact attention
-    method = AgentAttention(**({"num_agents": 4, "min_tokens": 0} | landmarks | options))
+    landmarks: dict[str, Any] = (
+        {} if "agents" in options else {"max_head_error": 100.0}
+    )  # no head falls back to exact attention
+    method = AgentAttention.from_options({"num_agents": 4, "min_tokens": 0} | landmarks | options)
     original = AttnProcessor2_0() if original is None else original
     parts = {"layer": SPEC, "methods": [method], "run": run, "tally": Tally()}
     return plain_attention.replaced(original=original, **parts).processor
@@ -98,7 +100,7 @@ def test_it_answers_for_the_class_and_has_the_attributes_of_the_original(make: C
     processor.told = "by the plugged"
     assert original.told == "by the plugged"
     assert not hasattr(original, plug.SLOT)
-    assert plug.plug_of(processor).original is original
+    assert processor.diffattn.original is original
     assert plug.plug_of(original) is None
 
 
@@ -146,8 +148,9 @@ def test_pickling_is_refused_and_says_what_to_do(make: Callable[[], Any]) -> Non
 
 def all_processors() -> Iterator[type]:
     """The classes of diffusers that attend between projections, by their signature."""
-    for name in dir(diffusers.models.transformers) + dir(diffusers.models.unets):
-        getattr(diffusers.models.transformers, name, None) or getattr(diffusers.models.unets, name, None)  # imports
+    for package in (diffusers.models.transformers, diffusers.models.unets):
+        for name in dir(package):
+            getattr(package, name)  # imported when asked for
     for name, module in sorted(sys.modules.items()):
         if name.startswith("diffusers.models.") and module is not None:
             for kind in vars(module).values():
@@ -193,7 +196,7 @@ def _instructions(code: Any) -> list[Any]:
 
 def test_perturbed_attention_is_accelerated_where_it_attends_and_kept_where_it_does_not() -> None:
     attn, x = layer(), torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(0))
-    original = PAGIdentitySelfAttnProcessor2_0()
+    original: Any = PAGIdentitySelfAttnProcessor2_0()
     processor = made(original)
     plain, perturbed = processor(attn, x).chunk(2)
     exact = original(attn, x).chunk(2)
