@@ -12,14 +12,15 @@ that nothing of diffusers is copied or changed, and tracebacks point to diffuser
 processor it stands for, and answers for its class.
 """
 
+import __future__
+
 import ast
 import copy
 import inspect
 import re
-import textwrap
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 from diffusers.models.attention_processor import (
     AttnProcessor,
@@ -110,16 +111,26 @@ class _Plugged:
         raise AssertionError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        plug = plug_of(self)
+        plug = copy.deepcopy(plug_of(self), memo)  # with its patch, which refers to this processor again
         assert plug is not None
-        memo[id(self)] = new = _instance(type(self), copy.deepcopy(plug, memo))
-        return new
+        return memo.setdefault(id(self), _instance(type(self), plug))
+
+
+class _StandIn(type):
+    """The type of plugged classes, each equal to the class that it stands for, so that `type(processor) ==
+    AttnProcessor2_0` holds as it did before."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__mro__[2]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[2])
 
 
 @cache
 def plugged_class(kind: type) -> type:
     """The subclass of a processor's class that is plugged."""
-    call = _plugged_call(STAND_INS.get(kind, kind))  # type: ignore[call-overload]
+    call: Any = _plugged_call(STAND_INS.get(kind, kind))  # type: ignore[call-overload]
     if kind in STAND_INS:
         call = _standing_in(kind.__call__, call)
     elif CACHE in inspect.signature(getattr(kind, _method(kind))).parameters:
@@ -131,12 +142,11 @@ def plugged_class(kind: type) -> type:
         "__doc__": kind.__doc__,
         "__module__": __name__,
     }
-    return type(f"Plugged{kind.__name__}", (_Plugged, kind), body)
+    return _StandIn(f"Plugged{kind.__name__}", (_Plugged, kind), body)
 
 
-def _standing_in(original: Callable[..., Any], plugged: Callable[..., Any]) -> Callable[..., Any]:
+def _standing_in(original: Any, plugged: Callable[..., Any]) -> Callable[..., Any]:
     """The original where the layer runs exact, else the plugged code of another class."""
-    takes_temb = "temb" in inspect.signature(original).parameters
 
     def __call__(
         self: Any,
@@ -144,16 +154,14 @@ def _standing_in(original: Callable[..., Any], plugged: Callable[..., Any]) -> C
         hidden_states: Any,
         encoder_hidden_states: Any = None,
         attention_mask: Any = None,
-        temb: Any = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         will_run = self.diffattn.will_run(attn, hidden_states, encoder_hidden_states, attention_mask)
-        if will_run:
-            return plugged(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        named = {"temb": temb} if takes_temb else {}
-        return original(self, attn, hidden_states, encoder_hidden_states, attention_mask, **named)
+        run = plugged if will_run else original
+        return run(self, attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
 
+    __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return __call__
 
 
@@ -186,18 +194,22 @@ def _plugged_call(kind: type) -> Callable[..., Any]:
         lines, first = inspect.getsourcelines(function)
     except OSError:
         raise PluggedError(f"processor {kind.__name__}, whose source code is not at hand") from None
-    tree = ast.parse(textwrap.dedent("".join(lines)))
-    definition = tree.body[0]
+    tree = ast.parse("if True:\n" + "".join(lines))  # under a header, so that every column stays as it is
+    definition = cast(ast.If, tree.body[0]).body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
     handing = _HandOver(definition)
     handing.visit(definition)
     if not handing.found:
         raise PluggedError(f"processor {kind.__name__}, which calls no attention that can be replaced")
-    ast.increment_lineno(ast.fix_missing_locations(tree), first - 1)
-    made: dict[str, Any] = {}
-    exec(compile(tree, function.__code__.co_filename, "exec", dont_inherit=True), function.__globals__, made)
-    return made[definition.name]
+    ast.increment_lineno(ast.fix_missing_locations(tree), first - 2)
+    code, made = function.__code__, dict[str, Any]()
+    flags = code.co_flags & __future__.annotations.compiler_flag  # whether its module leaves annotations unevaluated
+    exec(compile(tree, code.co_filename, "exec", flags, dont_inherit=True), function.__globals__, made)
+    plugged = made[definition.name]
+    for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__qualname__"):
+        setattr(plugged, name, getattr(function, name))
+    return plugged
 
 
 class _HandOver(ast.NodeTransformer):
@@ -228,7 +240,9 @@ class _HandOver(ast.NodeTransformer):
         plug = ast.Attribute(ast.Name(self._self, ast.Load()), SLOT, ast.Load())
         given = ast.Name(self._input, ast.Load()) if self._input else ast.Constant(None)
         leading = [node.func, ast.Constant(HEADS_FIRST[name]), ast.Name(self._attn, ast.Load()), given]
-        attend = ast.Attribute(plug, "attend", ast.Load())
+        attend = ast.copy_location(ast.Attribute(plug, "attend", ast.Load()), node.func)  # the line in tracebacks
+        for keyword in node.keywords:
+            keyword.arg = {"query": "q", "key": "k", "value": "v"}.get(str(keyword.arg), keyword.arg)
         return ast.copy_location(ast.Call(attend, [*leading, *node.args], node.keywords), node)
 
 

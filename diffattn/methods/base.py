@@ -180,10 +180,10 @@ class AttentionMethod(ABC):
         return None
 
     def out_of_range(self, given: Collection[str], num_tokens: int) -> str | None:
-        """The error message for an option that leaves nothing to accelerate at this picture size, or None.
+        """What is wrong with an option that leaves nothing to accelerate at this picture size, or None.
 
         Args:
-            given: names of the options that the user gave; only these can be an error.
+            given: names of the options that the user gave; only these can be wrong.
             num_tokens: tokens of the largest layer.
         """
         return None

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -26,7 +27,8 @@ class PatchedLayer:
     processor: Any = None  # the one that the layer was given for it
     left_alone: str | None = None  # why it has no processor of ours
     displaced_by: str | None = None  # class of the processor that replaced ours
-    earlier: list[MethodProcessor] = field(default_factory=list)  # those before `runs`, which a caller may put back
+    is_told: bool = False  # whether the user was warned of that
+    earlier: WeakSet[MethodProcessor] = field(default_factory=WeakSet)  # those before `runs` that a caller may put back
 
     @property
     def all_runs(self) -> list[MethodProcessor]:
@@ -36,9 +38,9 @@ class PatchedLayer:
     def renew(self, replaced: Replaced) -> None:
         """Take a new processor, in place of the one that displaced ours."""
         if self.runs is not None:
-            self.earlier.append(self.runs)
+            self.earlier.add(self.runs)
         self.runs, self.processor = replaced
-        self.displaced_by = None
+        self.displaced_by, self.is_told = None, False
         install(self.module, self.processor)
 
     def look(self) -> str | None:
@@ -47,7 +49,7 @@ class PatchedLayer:
         if self.processor is not None and self.is_ours(there):
             self.processor = there  # perhaps an earlier one, which a caller kept and put back
         if self.processor is None or any(part is self.processor for part in (there, *_attributes(there))):
-            self.displaced_by = None
+            self.displaced_by, self.is_told = None, False
         else:
             self.displaced_by = "the layer's own attention" if there is None else type(there).__name__
         return self.displaced_by

@@ -131,15 +131,14 @@ class Plan:
         """Whether the layer is among those the user chose."""
         return _chooses(self.layers, layer)
 
-    def check_size(self, num_tokens: int) -> None:
-        """Raise `ValueError` if an option given by the user leaves nothing to accelerate.
+    def out_of_range(self, num_tokens: int) -> str | None:
+        """What an option given by the user that leaves nothing to accelerate should be, or None.
 
         Args:
             num_tokens: tokens of the largest layer at this picture size.
         """
-        for method in self.methods:
-            if method is not None and (error := method.out_of_range(self.options, num_tokens)):
-                raise ValueError(error)
+        found = (method.out_of_range(self.options, num_tokens) for method in self.methods if method is not None)
+        return next((message for message in found if message), None)
 
     def check_names(self, names: Collection[str]) -> None:
         """Raise `ValueError` if `layers` or the recipe names one that the model does not have."""

@@ -19,7 +19,7 @@ from diffattn.architectures.run_state import (
 )
 from diffattn.noise_level import Reading
 from diffattn.patching.callers import is_kept_by_caller, stacklevel
-from diffattn.patching.denoiser import PatchedDenoiser
+from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.plan import Plan
 from diffattn.patching.scheduler import SchedulerInUse
@@ -104,14 +104,9 @@ class Runs(NotPickled):
         """Stop warning about runs in which nothing is accelerated."""
         self._warned.add("nothing")
 
-    def displaced(self) -> list[str]:
-        """Names of the layers whose processor was replaced since the last check."""
-        names = []
-        for layer in (layer for denoiser in self.denoisers for layer in denoiser.patched):
-            before = layer.displaced_by
-            if layer.look() and not before:
-                names.append(layer.spec.name)
-        return names
+    def displaced(self) -> list[PatchedLayer]:
+        """The layers whose processor was replaced, and is not ours at present."""
+        return [layer for denoiser in self.denoisers for layer in denoiser.patched if layer.look()]
 
     def _is_enough(self, reading: Reading) -> bool:
         """Whether the known noise level is enough for the schedule."""
@@ -140,35 +135,35 @@ class Runs(NotPickled):
             self._check_reachable(state.schedule.reachable(reading.to_come), device, mask_rows)
 
     def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
-        """Handle a run without any acceleration: an error if a user's option causes it, else a warning."""
+        """Warn about a run without any acceleration; it is drawn exactly, also where a user's option causes it."""
         reasons = [r for d in self.denoisers for p in sorted(phases) for _, r in d.reasons(p, device, mask_rows)]
         if not reasons or ACCELERATED in reasons:
             return
         largest = max(d.tokens(layer.spec) or 0 for d in self.denoisers for layer in d.patched)
-        self.plan.check_size(largest)
-        why = "; ".join(dict.fromkeys(reasons))
+        why = self.plan.out_of_range(largest) or "; ".join(dict.fromkeys(reasons))
         self._warn_once("nothing", f"diffattn accelerates no layer in this run: {why}")
 
     def _renew_displaced(self) -> None:
         """Plug the method into processors that diffusers or the user put in place of ours."""
         for denoiser in self.denoisers:
             for layer in denoiser.patched:
-                before = layer.runs
-                is_plug = isinstance(before, LayerPlug)
-                if is_plug and layer.look() and not denoiser.architecture.reason_exact(layer.module):
+                before, there = layer.runs, layer.module.processor
+                if not isinstance(before, LayerPlug) or not layer.look() or layer.is_ours(there):
+                    continue
+                if denoiser.architecture.reason_exact(layer.module) is None:
                     parts = {"layer": before.layer, "methods": before.methods, "run": before.run, "tally": before.tally}
-                    layer.renew(
-                        denoiser.architecture.replaced(original=layer.module.processor, owner=before.owner, **parts)
-                    )
+                    layer.renew(denoiser.architecture.replaced(original=there, owner=before.owner, **parts))
 
     def _look_for_displaced(self) -> None:
         """Warn about layers that run without diffattn, with advice where possible."""
-        names = self.displaced()
-        layers = [layer for denoiser in self.denoisers for layer in denoiser.patched if layer.displaced_by]
-        if not names:
+        layers = self.displaced()
+        news = [layer for layer in layers if not layer.is_told]
+        if not news:
             return
+        for layer in news:
+            layer.is_told = True
         by = ", ".join(sorted({layer.displaced_by for layer in layers if layer.displaced_by}))
-        many = f"{len(names)} patched layers run" if len(names) > 1 else "1 patched layer runs"
+        many = f"{len(news)} patched layers run" if len(news) > 1 else "1 patched layer runs"
         if all(is_kept_by_caller(layer.processor) for layer in layers):
             self._warn_once(
                 f"swapped by {by}",

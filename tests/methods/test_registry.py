@@ -15,7 +15,7 @@ from support.tiny_dit import tiny_dit
 from torch import Tensor
 
 import diffattn
-from diffattn import LayerSpec
+from diffattn import DiffAttnWarning, LayerSpec
 from diffattn.app.jobs.choices import accelerations
 from diffattn.capabilities import capabilities
 from diffattn.drawing.draw import prepare
@@ -148,13 +148,13 @@ def test_options_of_another_method_are_refused_by_the_one_that_fits(make_pipelin
 
 
 @pytest.mark.parametrize(("agents", "most"), [("pool", 31), ("landmarks", 31), ("merge", 63)])
-def test_too_many_agents_for_the_size_are_refused_with_what_is_allowed(
+def test_too_many_agents_for_the_size_run_exact_and_say_what_is_allowed(
     agents: str, most: int, make_pipeline: Make
 ) -> None:
     pipe = make_pipeline("sit")
     with (
         diffattn.patch(pipe, agents=agents, num_agents=64, min_tokens=0),
-        pytest.raises(ValueError, match=f"num_agents=64 is not below the 64 tokens .*; allowed: 1 to {most}$"),
+        pytest.warns(DiffAttnWarning, match=f"num_agents=64 is not below the 64 tokens .*; allowed: 1 to {most}$"),
     ):
         tiny.run(pipe)
     with diffattn.patch(pipe, agents=agents, num_agents=most, agent_ratio=None, min_tokens=0) as patch:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from support import tiny
-from support.patching import ALWAYS, FEW, MID, Make, call, record
+from support.patching import ALWAYS, FEW, MID, ExactCalls, Make, call
 from torch import nn
 
 import diffattn
@@ -26,29 +26,28 @@ def _no_thresholds_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(tmp_path / "none.json"))
 
 
-# Where exact attention runs, the original processor object runs.
+# Where exact attention runs, the processor's own call of it runs.
 
 
-def test_layers_with_few_tokens_call_the_original_processor(pipe: DiffusionPipeline) -> None:
+def test_layers_with_few_tokens_call_their_own_attention(pipe: DiffusionPipeline) -> None:
     handle = diffattn.patch(pipe, **(ALWAYS | {"min_tokens": 100}))  # level 0 has 256 tokens, level 1 has 64
-    called = record(handle)
-    call(pipe.unet)
-    levels = {layer.name: layer.level for layer in handle.report().layers if layer.left_alone is None}
-    assert sorted(called) == sorted(name for name, level in levels.items() if level == 1)
-    for layer in handle.report().layers:
-        if layer.left_alone is None:
-            assert layer.accelerated == (layer.level == 0)
-            expected = {} if layer.level == 0 else {"64 tokens: exact attention is faster below 100": 1}
-            assert layer.passed_through == expected
+    with ExactCalls() as calls:
+        call(pipe.unet)
+    patched = [layer for layer in handle.report().layers if layer.left_alone is None]
+    assert calls.tokens == [64] * sum(layer.level == 1 for layer in patched)
+    for layer in patched:
+        assert layer.accelerated == (layer.level == 0)
+        expected = {} if layer.level == 0 else {"64 tokens: exact attention is faster below 100": 1}
+        assert layer.passed_through == expected
 
 
 @pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")
 @pytest.mark.parametrize(("timestep", "exact_calls"), [(901, 0), (100, 7)])
-def test_exact_phases_call_the_original_processor(pipe: DiffusionPipeline, timestep: int, exact_calls: int) -> None:
-    handle = diffattn.patch(pipe, **FEW, schedule={0.5: {}, 0.0: "exact"})
-    called = record(handle)
-    call(pipe.unet, timestep=timestep)
-    assert len(called) == exact_calls
+def test_exact_phases_call_their_own_attention(pipe: DiffusionPipeline, timestep: int, exact_calls: int) -> None:
+    diffattn.patch(pipe, **FEW, schedule={0.5: {}, 0.0: "exact"})
+    with ExactCalls() as calls:
+        call(pipe.unet, timestep=timestep)
+    assert len(calls.tokens) == exact_calls
 
 
 @pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")
@@ -245,14 +244,16 @@ def test_bad_input_is_refused_and_leaves_no_trace(
 
 @pytest.mark.parametrize("agents", ["pool", "merge"])
 @pytest.mark.parametrize("num_agents", [256, 1000])
-def test_as_many_agents_as_tokens_are_refused_when_it_is_known(
-    pipe: DiffusionPipeline, agents: str, num_agents: int
-) -> None:
+def test_as_many_agents_as_tokens_run_exact_and_say_so(pipe: DiffusionPipeline, agents: str, num_agents: int) -> None:
     original = tiny.run(pipe)
-    diffattn.patch(pipe, **(ALWAYS | {"num_agents": num_agents, "agents": agents}))
-    for _ in range(2):
-        with pytest.raises(ValueError, match=f"num_agents={num_agents} is not below the 256 tokens"):
-            tiny.run(pipe)
+    handle = diffattn.patch(pipe, **(ALWAYS | {"num_agents": num_agents, "agents": agents}))
+    with pytest.warns(DiffAttnWarning, match=f"num_agents={num_agents} is not below the 256 tokens"):
+        assert torch.equal(tiny.run(pipe), original)
+    assert torch.equal(tiny.run(pipe), original)  # said once
+    reasons = {reason for layer in handle.report().layers for reason in layer.passed_through}
+    assert {reason.partition(":")[0] for reason in reasons} == {
+        f"{num_agents} agents for {n} tokens" for n in (256, 64)
+    }
     diffattn.unpatch(pipe)
     assert torch.equal(tiny.run(pipe), original)
 

@@ -126,9 +126,7 @@ def pag_pipeline(pipe: DiffusionPipeline) -> Any:
     return pag
 
 
-def test_layers_of_perturbed_attention_guidance_are_reported_and_the_others_accelerated(
-    pipe: DiffusionPipeline,
-) -> None:
+def test_layers_of_perturbed_attention_guidance_are_accelerated(pipe: DiffusionPipeline) -> None:
     pag = pag_pipeline(pipe)
 
     def draw() -> Tensor:
@@ -137,15 +135,12 @@ def test_layers_of_perturbed_attention_guidance_are_reported_and_the_others_acce
     exact = draw()
     for _ in range(2):  # patching again changes nothing
         handle = diffattn.patch(pag, **FEW)
-        with pytest.warns(DiffAttnWarning, match="PAGCFGIdentitySelfAttnProcessor2_0") as warned:
-            [draw() for _ in range(2)]
-        said = [str(w.message) for w in warned if w.category is DiffAttnWarning]
-        assert len(said) == 1
-        assert "patch again" not in said[0]
-        reason = "replaced by PAGCFGIdentitySelfAttnProcessor2_0 during the call"
-        assert row(handle).passed_through == {reason: 6}
-        assert (handle.report().layers_accelerated, handle.report().calls_accelerated) == (6, 36)
+        drawn = [draw() for _ in range(2)]  # the pipeline installs its processors, and restores ours, in each
+        assert torch.equal(*drawn)
+        assert row(handle).passed_through == {}
+        assert (handle.report().layers_accelerated, handle.report().calls_accelerated) == (7, 42)
         handle.remove()
+        assert all(type(p) is AttnProcessor2_0 for p in pag.unet.attn_processors.values())
     assert torch.equal(draw(), exact)
 
 

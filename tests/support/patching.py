@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
-import diffattn
 from support import tiny
 
 Make = Callable[[str], DiffusionPipeline]
@@ -31,18 +32,18 @@ def call(unet: UNet2DConditionModel, size: tuple[int, int] = (16, 16), timestep:
     return unet(x.to(dtype), timestep, encoder_hidden_states=context.to(dtype), **more).sample
 
 
-def record(handle: diffattn.Patch) -> list[str]:
-    """The layers whose original processors are called from now on, in order."""
-    called: list[str] = []
+class ExactCalls(TorchFunctionMode):
+    """Watches exact attention over the layers' own tokens: as many queries as keys.
 
-    def recording(name: str, original: Any) -> Any:
-        def processor(*args: Any, **kwargs: Any) -> Tensor:
-            called.append(name)
-            return original(*args, **kwargs)
+    Attributes:
+        tokens: of every call, in order.
+    """
 
-        return processor
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: list[int] = []
 
-    for layer in handle._layers:
-        if layer.processor is not None:
-            layer.processor.original = recording(layer.spec.name, layer.processor.original)
-    return called
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is scaled_dot_product_attention and args[0].shape[-2] == args[1].shape[-2]:
+            self.tokens.append(args[0].shape[-2])
+        return function(*args, **(kwargs or {}))
