@@ -25,12 +25,14 @@ from diffattn.app.jobs.quality_run import Measurement, QualityRun
 from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
-from diffattn.app.jobs.stops import Stops
+from diffattn.app.jobs.stops import Stop, Stopped, Stops
 from diffattn.app.jobs.turns import Turns
-from diffattn.app.jobs.watch import Audience, JobProgress, Stopped, Watch
-from diffattn.drawing.classes import class_ids
+from diffattn.app.jobs.visitor import Visitor
+from diffattn.app.jobs.watch import Audience, JobProgress, Watch
+from diffattn.drawing.classes import class_ids, draws_classes
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
+from diffattn.drawing.prompt_length import unread_part
 from diffattn.drawing.request import Picture, Request
 from diffattn.files import stem_of
 from diffattn.machine import choose_device, choose_dtype
@@ -51,6 +53,7 @@ class Drawn:
     report: Report | None
     trace: RunTrace  # of the last picture
     code: str  # Python that draws the first picture again
+    unread: str = ""  # the end of the prompt, beyond what the model's text encoder takes
 
 
 Emit = Callable[[Any], None]
@@ -72,25 +75,28 @@ class Worker:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self._turns = Turns()
-        self._stops = Stops(self.limits.jobs)
+        limits = self.limits
+        self._stops = Stops(limits.jobs, limits.jobs_of_address, limits.jobs_in_all)
         self._pace = Pace()
         self._loaded: tuple[str, Any, Preview | None] | None = None
 
-    def generate(self, session: str, request: Request) -> Iterator[JobProgress | Drawn]:
+    def generate(self, session: Hashable | Visitor, request: Request) -> Iterator[JobProgress | Drawn]:
         """Draw; yields progress after every step, and all pictures so far after every picture.
 
         Raises:
             Stopped: by `stop`.
-            ValueError, TypeError: an invalid model, class or size, see `prepare`; more jobs of a session than
-                `Limits.jobs`.
+            ValueError, TypeError: an invalid model, class or size, see `prepare`; more jobs, or a longer one, than
+                `Limits` allow.
         """
         return self._stream(session, lambda emit, stop: self._generate(request, emit, stop))
 
-    def compare(self, session: str, request: Request, names: Sequence[str]) -> Iterator[JobProgress | Comparison]:
+    def compare(
+        self, session: Hashable | Visitor, request: Request, names: Sequence[str]
+    ) -> Iterator[JobProgress | Comparison]:
         """Draw the same pictures unpatched and with every acceleration; raises like `generate`."""
         self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
 
-        def work(emit: Emit, stop: threading.Event) -> None:
+        def work(emit: Emit, stop: Stop) -> None:
             pipe, _ = self._model(request.model, emit)
 
             def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
@@ -100,24 +106,24 @@ class Worker:
 
         return self._stream(session, work)
 
-    def measure(self, session: str, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
+    def measure(self, session: Hashable | Visitor, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
         """Measure speed and quality; a `QualityRun` per completed model. Raises like `generate` and `measure`."""
         for name in asked.models:
             extractor_for(name, asked.extractor, self.models)  # before anything is loaded
 
-        def work(emit: Emit, stop: threading.Event) -> None:
+        def work(emit: Emit, stop: Stop) -> None:
             for name in asked.models:
                 emit(self._measure(name, asked, emit, stop))
 
         return self._stream(session, work)
 
-    def stop(self, session: str) -> bool:
+    def stop(self, session: Hashable) -> bool:
         """Stop the jobs of a session: the running one within one step, waiting ones immediately. → whether any were"""
         found = self._stops.stop(session)
         self._turns.wake()
         return found
 
-    def ended(self, session: str, timeout: float) -> bool:
+    def ended(self, session: Hashable, timeout: float) -> bool:
         """Wait for the jobs of a session to end; False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._stops.has_jobs(session):
@@ -196,7 +202,7 @@ class Worker:
         except Stopped:
             pass  # the worker is closed
 
-    def _generate(self, request: Request, emit: Emit, stop: threading.Event) -> None:
+    def _generate(self, request: Request, emit: Emit, stop: Stop) -> None:
         pipe, preview = self._model(request.model, emit)
         ready, patch = prepare(pipe, request)
         try:
@@ -217,9 +223,10 @@ class Worker:
         local = self.models.is_local(request.model)
         ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
         code = snippet(request, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
-        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
+        unread = "" if draws_classes(pipe) else unread_part(pipe, request.prompt)
+        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code, unread)
 
-    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> QualityRun:
+    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: Stop) -> QualityRun:
         """Measure one model; no reference to it is kept, so that it is freed before the next one is loaded."""
         pipe, _ = self._model(name, emit)
 
@@ -253,7 +260,7 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _stream(self, session: Hashable, work: Callable[[Emit, threading.Event], None]) -> Iterator[Any]:
+    def _stream(self, session: Hashable | Visitor, work: Callable[[Emit, Stop], None]) -> Iterator[Any]:
         """Yield what `work`, run in its own thread, emits.
 
         Closing the iterator stops the work within one step without waiting for it, since the caller may have others to
@@ -262,10 +269,14 @@ class Worker:
         found: queue.Queue[Any] = queue.Queue()
         stop, done = self._stops.add(session), object()
 
+        def waiting(ahead: int) -> None:
+            found.put(JobProgress(0, 0, 0, 0, None, ahead=ahead))
+
         def run() -> None:
             last: Any = done
             try:
-                with self._turns.turn(stop, lambda ahead: found.put(JobProgress(0, 0, 0, 0, None, ahead=ahead))):
+                with self._turns.turn(stop, waiting, session):
+                    stop.start_clock(self.limits.seconds)
                     work(found.put, stop)
             except BaseException as error:  # re-raised in the calling thread
                 last = error

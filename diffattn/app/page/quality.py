@@ -15,11 +15,15 @@ from diffattn.app.jobs.speed_quality import has_reference
 from diffattn.app.page.browser_runs import checked
 from diffattn.app.page.files import Files
 from diffattn.app.page.generate import stopper
+from diffattn.app.page.guard import visitor_of
 from diffattn.app.page.inputs import OWN, PROMPTS
 from diffattn.app.page.quality_charts import TIME, WORK, results
 from diffattn.app.page.shared import (
     JOB,
     QUICK,
+    TOLD,
+    busy,
+    columns,
     duration,
     given_or_own,
     note,
@@ -80,7 +84,7 @@ class _Parts:
     found: _Inputs
     go: gr.Button
     halt: gr.Button
-    time: gr.Markdown
+    time: gr.HTML
     stage: gr.HTML
     shown: gr.CheckboxGroup  # titles of the runs to show
     horizontal: gr.Radio
@@ -145,15 +149,14 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
 
 def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
     gr.Markdown(INTRO)
-    with gr.Row(elem_classes="diffattn-split"):
-        with gr.Column(scale=2, min_width=280):
+    with columns() as (ask, result, _):
+        with ask:
             found = _inputs(worker, bool(stored))
-        with gr.Column(scale=3, min_width=280):
-            with gr.Row():
-                go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
-                halt = gr.Button("Stop", variant="stop", elem_id="stop-measure")
-            time = gr.Markdown("", elem_id="measure-time")
+        with result:
+            go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
+            time = gr.HTML("", elem_id="measure-time")
             stage = gr.HTML(note("Earlier runs are below; yours appear beside them."), elem_id="measure-stage")
+            halt = gr.Button("Stop", variant="stop", elem_id="stop-measure", elem_classes="diffattn-stop")
     labels = [run.title for run in stored]
     shown = gr.CheckboxGroup(labels, value=labels, label="Runs shown", elem_id="runs")
     horizontal = gr.Radio([TIME, WORK], value=TIME, label="Horizontal axis")
@@ -168,18 +171,18 @@ def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
 def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
     """Lay out the Measure and Stop buttons; returns the event that ends a measurement."""
 
-    @with_toasts
+    @with_toasts(5)
     def run(
         models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
         guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: _Visitor,
         labels: list[str], axis: str, request: gr.Request,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
-        blank = [gr.skip()] * 4
+        asked, blank = _asked(worker, given), [gr.skip()] * 4
         visitor.choose(labels, axis)
-        yield note("Starting …"), *blank
+        yield busy("Starting …"), *blank
         try:
-            for event in worker.measure(str(request.session_hash), _asked(worker, given)):
+            for event in worker.measure(visitor_of(request), asked):
                 if isinstance(event, JobProgress):
                     yield progress_html(event), *blank
                 elif isinstance(event, QualityRun):
@@ -218,7 +221,7 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
         visitor, boxes, charts, made = shelf.added(visitor, new)
         return visitor, boxes, said + charts, made
 
-    return parts.load.upload(load_runs, [parts.load, *parts.now], parts.outputs, api_name="load_runs", **QUICK)
+    return parts.load.upload(load_runs, [parts.load, *parts.now], parts.outputs, api_name="load_runs", **TOLD)
 
 
 def _summary(run: QualityRun) -> str:

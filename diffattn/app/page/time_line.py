@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from diffattn.app.jobs import Worker
-from diffattn.app.page.shared import QUICK, duration, given_or_own
+from diffattn.app.page.inputs import Inputs
+from diffattn.app.page.shared import QUICK, duration, given_or_own, line
 
 REPEAT_SECONDS = 5
 
@@ -16,13 +17,13 @@ Estimate = tuple[str, bool]  # the line; whether it gives a time
 
 def keep_estimated(
     page: gr.Blocks,
-    line: gr.Markdown,
+    shown: gr.HTML,
     estimate: Callable[..., Estimate],
     counted: Sequence[Any],
     run: Any,
     **endpoint: Any,
 ) -> None:
-    """Keep `line` showing what `estimate` returns for the inputs `counted`.
+    """Keep `shown` showing what `estimate` returns for the inputs `counted`.
 
     It is updated at the start, after every change of the inputs and after the event `run` (which measures the pace),
     and every few seconds while no time is known, since the first model may be warming up.
@@ -33,20 +34,30 @@ def keep_estimated(
 
     @wraps(estimate)
     def text(*given: Any) -> str:
-        return estimate(*given)[0]
+        return line(estimate(*given)[0])
 
     def again(*given: Any) -> tuple[str, gr.Timer]:
         words, known = estimate(*given)
-        return words, gr.Timer(active=not known)
+        return line(words), gr.Timer(active=not known)
 
     inputs: list[Any] = list(counted)
     gr.on(
-        [page.load, *(component.change for component in inputs)], text, inputs, line, trigger_mode="always_last",
+        [page.load, *(component.change for component in inputs)], text, inputs, shown, trigger_mode="always_last",
         **endpoint, **QUICK,
     )  # fmt: skip
-    run.then(text, inputs, line, api_visibility="private", **QUICK)
+    run.then(text, inputs, shown, api_visibility="private", **QUICK)
     timer = gr.Timer(REPEAT_SECONDS)
-    timer.tick(again, inputs, [line, timer], api_visibility="private", **QUICK)
+    timer.tick(again, inputs, [shown, timer], api_visibility="private", **QUICK)
+
+
+def wire_time(page: gr.Blocks, worker: Worker, found: Inputs, shown: gr.HTML, run: Any) -> None:
+    """Keep the time estimate up to date, for pictures that are each drawn once."""
+
+    def estimate(model: str, steps: float, width: float | None, height: float | None, num_images: float) -> Estimate:
+        return time_of_drawing(worker, model, steps, width, height, num_images)
+
+    counted = [found.model, found.steps, found.width, found.height, found.num_images]
+    keep_estimated(page, shown, estimate, counted, run, api_name="estimate")
 
 
 def time_of_drawing(

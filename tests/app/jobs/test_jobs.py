@@ -251,7 +251,7 @@ def test_compare_draws_the_same_seeds_and_leaves_the_model_clean(worker: Worker)
     assert [picture.seed for picture in fast.pictures] == [0, 1]
     assert fast.psnr is not None
     assert 10 < fast.psnr < 100
-    assert found.speedup(exact) == 1
+    assert found.speedup(fast) is None  # two pictures are too few
     assert fast.report is not None
     assert fast.report.layers_accelerated > 0
     hooks = web.traces_of_patching(web.loaded(worker))
