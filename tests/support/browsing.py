@@ -54,13 +54,23 @@ def go_to(page: Page, tab: str) -> None:
     expect(tab_of(page)).to_be_visible()
 
 
+def unfold(page: Page) -> None:
+    """Open the settings, which a narrow window has folded away."""
+    page.wait_for_timeout(300)
+    folded = tab_of(page).locator(".diffattn-settings > button:not(.open)")
+    if folded.count():
+        folded.first.click()
+
+
 def choose(page: Page, label: str, value: str) -> None:
+    unfold(page)
     field = tab_of(page).get_by_label(label, exact=True).first
     field.fill(value)
     field.press("Enter")
 
 
 def set_number(page: Page, label: str, value: int) -> None:
+    unfold(page)
     field = tab_of(page).get_by_label(f"number input for {label}").first
     field.fill(str(value))
     field.press("Tab")

@@ -98,7 +98,7 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
         names: accelerations, see `choices.accelerations`, or "recipe".
         watch: makes the `Watch` of one picture, called as watch(request, patch, done, pictures, what).
     """
-    collected = {name: _variant(request, name) for name in (UNPATCHED, *names)}
+    collected = {name: Collected(one) for name, one in requests_of(request, names).items()}
     order, total = list(collected), len(collected) * request.num_images
     for name in order:
         warm_up(pipe, collected[name].request, watch)
@@ -109,11 +109,16 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
     return Comparison(request, found)
 
 
-def _variant(request: Request, name: str) -> Collected:
+def requests_of(request: Request, names: Sequence[str]) -> dict[str, Request]:
+    """Name -> request of every variant of a comparison, the unpatched one first."""
+    return {name: _variant(request, name) for name in (UNPATCHED, *names)}
+
+
+def _variant(request: Request, name: str) -> Request:
     if name == RECIPE:
-        return Collected(replace(request, method=None, preset=None))
+        return replace(request, method=None, preset=None)
     method, preset = method_and_preset(name)
-    return Collected(replace(request, method=method, preset=preset, recipe=None))
+    return replace(request, method=method, preset=preset, recipe=None)
 
 
 def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:

@@ -1,7 +1,7 @@
 """Which accelerations work for a model, judged by its files alone: nothing is loaded, no weights are read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 
-from diffattn.app.jobs.choices import AUTOMATIC, accelerations
+from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
 from diffattn.architectures.denoisers import self_attention_layers
 from diffattn.drawing.request import UNPATCHED
 from diffattn.files import read_json
@@ -32,6 +32,15 @@ def suited_accelerations(folder: Path | None) -> list[str]:
         return accelerations()
     working = [name for name, kind in METHODS.items() if _works(name, layers)]
     return [AUTOMATIC, UNPATCHED, *(f"{name}/{preset}" for name in working for preset in METHODS[name].presets)]
+
+
+def check_suited(models: Models, name: str, chosen: Collection[str]) -> None:
+    """Raise `ValueError` for an acceleration that cannot work for a model, naming those that can."""
+    working = suited_accelerations(models.place(name))
+    for acceleration in chosen:
+        if acceleration in accelerations() and acceleration not in working:
+            allowed = ", ".join(working[2:]) or "none"
+            raise ValueError(f"{acceleration!r} does not work for model {name!r}; choose from: {allowed}")
 
 
 def own_method(folder: Path | None) -> str | None:

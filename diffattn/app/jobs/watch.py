@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -36,6 +36,9 @@ class JobProgress:
     ahead: int = 0  # jobs before this one, which has not started
 
 
+Learn = Callable[[Request, float, Sequence[float]], None]
+
+
 @dataclass(frozen=True)
 class Audience:
     """Callbacks that follow the runs of a job, and the event that stops them."""
@@ -43,7 +46,7 @@ class Audience:
     stop: Stop  # ends the run
     emit: Callable[[JobProgress], None]  # takes the events
     preview: Preview | None = None  # makes the previews; None: no previews
-    learn: Callable[[Request, float], None] | None = None  # called with every whole picture's request and seconds
+    learn: Learn | None = None  # called with every whole picture's request, its seconds and those of its calls
 
 
 class Watch:
@@ -96,7 +99,7 @@ class Watch:
         """Note that the current picture is complete."""
         self.done += 1
         if self.audience.learn is not None:
-            self.audience.learn(self.request, picture.seconds)
+            self.audience.learn(self.request, picture.seconds, self.recorder.trace.seconds)
 
     @property
     def trace(self) -> RunTrace:

@@ -15,7 +15,7 @@ from diffusers import DiTPipeline
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffattn.app.jobs.choices import Models
-from diffattn.app.jobs.compare import Comparison, compare
+from diffattn.app.jobs.compare import Comparison, compare, requests_of
 from diffattn.app.jobs.events import latest
 from diffattn.app.jobs.limits import Limits
 from diffattn.app.jobs.naming import naming
@@ -26,6 +26,7 @@ from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
 from diffattn.app.jobs.stops import Stop, Stopped, Stops
+from diffattn.app.jobs.suited import check_suited, own_method
 from diffattn.app.jobs.turns import Turns
 from diffattn.app.jobs.visitor import Visitor
 from diffattn.app.jobs.watch import Audience, JobProgress, Watch
@@ -95,12 +96,13 @@ class Worker:
     ) -> Iterator[JobProgress | Comparison]:
         """Draw the same pictures unpatched and with every acceleration; raises like `generate`."""
         self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
+        check_suited(self.models, request.model, names)
 
         def work(emit: Emit, stop: Stop) -> None:
             pipe, _ = self._model(request.model, emit)
 
             def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
-                return self._watch(pipe, ready, patch, Audience(stop, emit), done, pictures, what)
+                return self._watch(pipe, ready, patch, self._audience(stop, emit), done, pictures, what)
 
             emit(compare(pipe, request, names, watch))
 
@@ -109,7 +111,8 @@ class Worker:
     def measure(self, session: Hashable | Visitor, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
         """Measure speed and quality; a `QualityRun` per completed model. Raises like `generate` and `measure`."""
         for name in asked.models:
-            extractor_for(name, asked.extractor, self.models)  # before anything is loaded
+            extractor_for(name, asked.extractor, self.models)  # before anything is loaded or measured
+            check_suited(self.models, name, asked.accelerations)
 
         def work(emit: Emit, stop: Stop) -> None:
             for name in asked.models:
@@ -147,22 +150,32 @@ class Worker:
         return self._turns.wait_for_none(timeout)
 
     def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
-        """Estimated seconds for a job without acceleration, see `Pace`; None until the model has drawn something.
+        """Estimated seconds for a job, see `Pace`; None until the model has drawn a picture of this size.
 
         Args:
-            request: what is drawn.
+            request: what is drawn, and how.
             pictures: how many in all; None: those of the request.
 
         Raises:
             ValueError: a size or an amount of work above the limits.
         """
         count = request.num_images if pictures is None else pictures
-        unknown = min(512, self.limits.side)
-        own = self.models.describe(request.model).size or (unknown, unknown)
+        own = self.models.describe(request.model).size or (None, None)
         width, height = request.width or own[0], request.height or own[1]
-        self.limits.check_size(width, height)
         self.limits.check_work(count, request.steps)
-        return self._pace.seconds(request.model, width * height, request.steps * count)
+        if width is None or height is None:
+            return None
+        self.limits.check_size(width, height)
+        if request.method is None and request.recipe is None:  # as `prepare` fills it in
+            request = replace(request, method=own_method(self.models.place(request.model)), preset="balanced")
+        one = self._pace.seconds(request, width, height)
+        return None if one is None else one * count
+
+    def seconds_to_compare(self, request: Request, names: Sequence[str]) -> float | None:
+        """Estimated seconds for a comparison, without the two steps that warm each way up; raises as `seconds_for`."""
+        self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
+        found = [self.seconds_for(one) for one in requests_of(request, names).values()]
+        return None if None in found else sum(seconds for seconds in found if seconds is not None)
 
     def stored_runs(self) -> list[QualityRun]:
         """The measurements stored beside the models; a damaged file is skipped, with a line in the log."""
@@ -191,22 +204,23 @@ class Worker:
         return found
 
     def warm_up(self, name: str) -> None:
-        """Load a model and run two steps, so that the first job starts immediately and its time is known."""
+        """Load a model and run two steps, so that the first job starts immediately; two are no measure of its time."""
         nobody = object()  # no visitor can name it to stop it
         try:
             request = self.limits.request(name, "0", steps=min(2, self.limits.steps), acceleration="none")
-            for _ in self._stream(nobody, lambda emit, stop: self._generate(request, emit, stop)):
+            for _ in self._stream(nobody, lambda emit, stop: self._generate(request, emit, stop, learn=False)):
                 pass
         except ValueError as error:  # for example a model whose pictures are larger than allowed
             log.warning("%s is not warmed up: %s", name, error)
         except Stopped:
             pass  # the worker is closed
 
-    def _generate(self, request: Request, emit: Emit, stop: Stop) -> None:
+    def _generate(self, request: Request, emit: Emit, stop: Stop, learn: bool = True) -> None:
         pipe, preview = self._model(request.model, emit)
         ready, patch = prepare(pipe, request)
         try:
-            with self._watch(pipe, ready, patch, Audience(stop, emit, preview), 0, ready.num_images) as watch:
+            audience = Audience(stop, emit, preview, self._pace.learn if learn else None)
+            with self._watch(pipe, ready, patch, audience, 0, ready.num_images) as watch:
                 pictures: list[Picture] = []
                 for picture in generate(pipe, ready):
                     pictures.append(picture)
@@ -231,7 +245,8 @@ class Worker:
         pipe, _ = self._model(name, emit)
 
         def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
-            return self._watch(pipe, ready, patch, Audience(stop, emit), done, pictures, f"{ready.model}: {what}")
+            audience = self._audience(stop, emit)
+            return self._watch(pipe, ready, patch, audience, done, pictures, f"{ready.model}: {what}")
 
         return measure(pipe, name, asked, self.models, watch)
 
@@ -240,7 +255,10 @@ class Worker:
         assert ready.width is not None
         assert ready.height is not None
         self.limits.check_size(ready.width, ready.height)
-        return Watch(pipe, ready, patch, replace(audience, learn=self._pace.learn), *rest)
+        return Watch(pipe, ready, patch, audience, *rest)
+
+    def _audience(self, stop: Stop, emit: Emit) -> Audience:
+        return Audience(stop, emit, learn=self._pace.learn)
 
     def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
         """Load the model of this name, replacing any other."""

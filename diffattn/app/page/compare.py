@@ -121,10 +121,10 @@ def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.HTML, ru
         recipe: str | None,
     ) -> Estimate:  # fmt: skip
         try:
-            variants = 1 + len(worker.limits.variants_of(chosen, recipe is not None))
+            names = worker.limits.variants_of(chosen, recipe is not None)
         except ValueError as error:
             return str(error), False
-        return time_of_drawing(worker, model, steps, width, height, num_images, variants)
+        return time_of_drawing(worker, model, steps, width, height, num_images, beside=names)
 
     counted = [found.model, found.steps, found.width, found.height, found.num_images, found.acceleration, found.recipe]
     keep_estimated(page, time, estimate, counted, run, api_visibility="private")

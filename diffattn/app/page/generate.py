@@ -10,12 +10,18 @@ from diffattn.app.jobs import Drawn, JobProgress, Stopped, Worker
 from diffattn.app.jobs.suited import own_method, plain_name
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.app.page.files import Files
+from diffattn.app.page.first_view import first_view
 from diffattn.app.page.guard import visitor_of
 from diffattn.app.page.history import Entry, caption, entries, remembered, strip, wire_history
 from diffattn.app.page.inputs import Inputs, inputs, request_of, wire_about
 from diffattn.app.page.kept_settings import wire_drop, wire_reload
 from diffattn.app.page.shared import JOB, QUICK, busy, columns, duration, note, progress_html, with_toasts
 from diffattn.app.page.time_line import wire_time
+
+EMPTY = "The picture appears here."
+MEASURED = (
+    "Measured before: the same picture with exact and with accelerated attention. Move the line; yours comes here."
+)
 
 SOON = 1.0  # seconds that a small model's job takes: no message is needed meanwhile
 CUT = 80  # characters of a prompt's unread end that are shown
@@ -40,8 +46,11 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
             go = gr.Button("Generate (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="generate")
             time = gr.HTML("", elem_id="generate-time")
         with result:
-            stage = gr.HTML(note("The picture appears here."), elem_id="stage")
+            shown_first = first_view(worker)
+            stage = gr.HTML(note(MEASURED if shown_first else EMPTY), elem_id="stage")
             halt = gr.Button("Stop", variant="stop", elem_id="stop", elem_classes="diffattn-stop")
+            if shown_first:
+                gr.HTML(shown_first, elem_id="first")
             gallery = gr.Gallery(
                 label="Pictures", show_label=False, format="png", type="filepath", interactive=False, columns=2,
                 object_fit="contain", height="auto", elem_id="gallery", elem_classes="diffattn-pictures",
@@ -62,7 +71,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
         with rest:
             dropped = gr.File(
                 label="Drop a PNG drawn here: restores its settings", file_types=[".png"], file_count="single",
-                type="filepath", height=140, elem_id="drop",
+                type="filepath", height=170, elem_id="drop",
             )  # fmt: skip
     draw = _drawing(worker, files)
     outputs = [stage, gallery, saved, code, records, latest, history]

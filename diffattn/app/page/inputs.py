@@ -151,7 +151,7 @@ def _wire(worker: Worker, found: Inputs, several: bool) -> None:
 
     def follow(model: str, chosen: Any, width: float | None, height: float | None) -> tuple[Any, ...]:
         try:
-            size = size_value(given_or_own(width), given_or_own(height))
+            size = size_value(worker, model, given_or_own(width), given_or_own(height))
             return describe_model(worker, model), *following(worker, model, chosen, size, several)
         except ValueError as error:
             raise toast(error) from None
@@ -178,10 +178,9 @@ def following(worker: Worker, model: str, chosen: Any, size: str | None, several
     elif kept not in allowed:
         kept = AUTOMATIC
     offered, choices = sizes(worker, model), [(plain_name(name, own), name) for name in allowed]
-    shown = size if size in [value for _, value in offered] else None
     return (
         gr.Dataset(samples=_examples(worker, model)),
-        gr.Radio(offered, value=shown),
+        gr.Radio(offered, value=size),
         gr.Dropdown(choices, value=kept),
     )
 

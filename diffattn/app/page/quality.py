@@ -141,7 +141,12 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
     for event in (done, loaded):
         event.then(lambda visitor: visitor.kept, parts.own, stored_in_browser, **hidden)
 
-    def estimate(*given: Any) -> Estimate:
+    def estimate(
+        models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
+        guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
+        seed: float = 0,
+    ) -> Estimate:  # fmt: skip
+        given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         return _estimate(worker, given)
 
     keep_estimated(page, parts.time, estimate, parts.found.all(), done, api_name="estimate_measure")
@@ -173,9 +178,9 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
 
     @with_toasts(5)
     def run(
-        models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
+        request: gr.Request, models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
         guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: _Visitor,
-        labels: list[str], axis: str, request: gr.Request,
+        labels: list[str], axis: str,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         asked, blank = _asked(worker, given), [gr.skip()] * 4
@@ -282,7 +287,7 @@ def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
         references = sum(not has_reference(name, asked, worker.models) for name in asked.models)
     except (ValueError, TypeError) as error:
         return str(error), False
-    about = "unknown until each model has drawn a picture" if seconds is None else f"about {duration(seconds)}"
+    about = "known after a picture of each model" if seconds is None else f"about {duration(seconds)}"
     limits, count = worker.limits, asked.samples * (asked.num_variants * len(asked.models) + references)
     line = f"Time: {about}, for {count} pictures. At most N = {limits.samples} and {limits.steps} steps."
     return line, seconds is not None

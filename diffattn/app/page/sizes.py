@@ -31,11 +31,12 @@ def own_sizes(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 
-def size_value(width: float | None, height: float | None) -> str | None:
-    """The value of `sizes` for a width and a height; None if only one of them is given."""
-    if width is None and height is None:
+def size_value(worker: Worker, model: str, width: float | None, height: float | None) -> str | None:
+    """The value of `sizes` for a width and a height; None for a size that is not among them."""
+    if (width, height) in ((None, None), worker.models.describe(model).size):
         return OWN_SIZE
-    return f"{width:.0f}x{height:.0f}" if width and height else None
+    value = f"{width:.0f}x{height:.0f}" if width and height else None
+    return value if value in [value for _, value in sizes(worker, model)] else None
 
 
 def small_gain(worker: Worker, model: str, width: int, height: int) -> str:

@@ -65,6 +65,7 @@ CSS = """
 .diffattn-table th, .diffattn-table td { padding: .35rem .5rem; text-align: left; white-space: nowrap;
   border: 0; border-bottom: 1px solid var(--border-color-primary); }
 .diffattn-table th { white-space: normal; vertical-align: bottom; }
+.diffattn-stop { min-height: 2.75rem; }
 .diffattn-chart { width: 100%; min-width: 560px; max-width: 1000px; }
 .diffattn-scroll { overflow-x: auto; }
 .diffattn-panels { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -74,14 +75,11 @@ CSS = """
 @media (max-width: 768px) {
   .diffattn-split { grid-template: "ask" auto "result" auto "rest" auto / minmax(0, 1fr); }
   .diffattn-split > * { overflow-x: hidden; }
-  .gradio-container [role=tablist] button { padding-inline: .5rem !important; }
+  .gradio-container .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
 }
 """
 
-FOLD = """() => {
-  if (window.innerWidth > 768) return;
-  for (const button of document.querySelectorAll(".diffattn-settings > button.open")) button.click();
-}"""
+FOLD = "() => diffattnFold()"
 """Folds the settings away on a narrow window, where the result comes first."""
 
 # The page's frame, out of reach of `css`: as wide as the window, so that wide tables scroll within it.
@@ -90,9 +88,19 @@ attention.">
 <style>.gradio-container { width: 100% !important; }</style>
 <script>
 let diffattnTab = "generate";
+const diffattnFolded = new WeakSet();
+function diffattnFold() {
+  if (window.innerWidth > 768) return;
+  for (const button of document.querySelectorAll(".diffattn-settings > button.open")) {
+    if (diffattnFolded.has(button)) continue;
+    diffattnFolded.add(button);
+    button.click();
+  }
+}
 function diffattnSwitch(to, values) {
   const left = diffattnTab, drawing = values.slice(0, 3), comparing = values.slice(3);
   diffattnTab = to;
+  setTimeout(diffattnFold, 0);
   if (left === "generate") return [...drawing, ...drawing];
   return left === "compare" ? [...comparing, ...comparing] : values;
 }

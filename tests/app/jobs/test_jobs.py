@@ -3,7 +3,6 @@
 import gc
 import math
 import shutil
-import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from diffattn.app.jobs import Comparison, Drawn, JobProgress, Limits, Models, Wo
 from diffattn.app.jobs.compare import WARMING_UP, compare
 from diffattn.app.jobs.preview import Preview
 from diffattn.app.jobs.snippet import snippet
+from diffattn.app.jobs.stops import Stop
 from diffattn.app.jobs.watch import Audience, Watch
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.drawing.loading import load_pipeline
@@ -264,7 +264,7 @@ def test_warming_up_says_no_time_and_is_no_picture(worker: Worker) -> None:
     pipe, events = web.loaded(worker), list[JobProgress]()
 
     def watch(ready: Request, patch: Patch | None, *of_the_job: Any) -> Watch:
-        return Watch(pipe, ready, patch, Audience(threading.Event(), events.append), *of_the_job)
+        return Watch(pipe, ready, patch, Audience(Stop(), events.append), *of_the_job)
 
     compare(pipe, web.ask(worker, num_images=2), ["agent/fast"], watch)
     told = {what: [x for x in events if x.what == what] for what in (WARMING_UP, UNPATCHED)}
