@@ -49,7 +49,9 @@ class FirstView:
             pictures = folder / EXACT, folder / ACCELERATED
             try:
                 width, height = found["size"]
-                faster = SpeedUp(**{name: float(found["speedup"][name]) for name in ("value", "low", "high", "pairs")})
+                figures = found["speedup"]
+                bounds = (float(figures[name]) for name in ("value", "low", "high"))
+                faster = SpeedUp(*bounds, pairs=int(figures["pairs"]))
                 view = cls(
                     str(found["model"]), str(found["prompt"]), str(found["acceleration"]), (int(width), int(height)),
                     int(found["steps"]), faster, float(found["psnr"]), str(found["machine"]), *pictures,

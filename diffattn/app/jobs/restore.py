@@ -38,7 +38,7 @@ def checked_settings(given: Any, models: Models, limits: Limits) -> dict[str, An
     """Untrusted values of `SETTINGS`, each of a valid request; raises `ValueError` like `Limits.request`."""
     if not isinstance(given, Mapping):
         raise ValueError("settings must be an object")
-    found = {name: given.get(name) for name in SETTINGS}
+    found: dict[str, Any] = {name: given.get(name) for name in SETTINGS}
     if not isinstance(found["recipe"], Mapping | None):  # text would be the path of a file on the server
         raise ValueError("a recipe must be an object")
     models.source(found["model"])

@@ -33,7 +33,7 @@ def _html(view: FirstView, name: str) -> str:
     both = slider(_inline(view.exact), _inline(view.accelerated), view.prompt, ("Exact", name))
     figures = f'<div class="diffattn-verdict">{card(name, view.speedup, view.psnr)}</div>'
     what = (
-        f"“{view.prompt}”, {view.model} at {own_sizes(view.size)} pixels, {view.steps} steps; {view.speedup.pairs:.0f} "
+        f"“{view.prompt}”, {view.model} at {own_sizes(view.size)} pixels, {view.steps} steps; {view.speedup.pairs} "
         f"pictures of each, drawn in turns, with the 95 % interval; {view.machine}."
     )
     small = " Small picture, small gain: attention takes more of the time in larger ones." * (max(view.size) < LARGE)

@@ -16,7 +16,7 @@ HEAD = ("run", "acceleration", "s per picture (middle half)", "speed-up", "GFLOP
         "precision", "recall")  # fmt: skip
 BARS = (
     "Bars: KID ± standard deviation over subsets of the pictures, and the middle half of the times. "
-    "FID is one figure of all N pictures and has no error bar. Grey: exact attention, plus and minus a standard deviation."
+    "FID is one figure of all N pictures and has no error bar. Grey: exact attention ± its standard deviation."
 )
 
 Bar = tuple[float, float, float]  # value, low, high
@@ -33,7 +33,7 @@ def results(runs: Sequence[QualityRun], horizontal: str) -> str:
         p = first.protocol
         apart = ""
         if group is not groups[0]:
-            apart = f" Not comparable with the runs above: {_in_words(why_apart(group[0], groups[0][0]))}."
+            apart = f" Not comparable with the runs above: {_in_words(group[0], groups[0][0])}."
         parts.append(f"<h3>{escape(str(group[0].model))}: {escape(first.label)}</h3>")
         parts.append(note(f"{p.steps} steps, guidance {p.guidance}, {p.sampler}, {p.dtype}; {group[0].where}.{apart}"))
         rows, skip = [_row(run, line) for run in group for line in run.lines], len(group) == 1
@@ -44,12 +44,13 @@ def results(runs: Sequence[QualityRun], horizontal: str) -> str:
     return f'<div class="diffattn-results">{"".join(parts)}</div>'
 
 
-def _in_words(names: str) -> str:
-    """What differs between runs, the most important first and the rest counted."""
+def _in_words(run: QualityRun, above: QualityRun) -> str:
+    """What keeps two runs from being compared, the important differences alone if there are any."""
+    names = why_apart(run, above).split(", ")
     words = {"num pictures": "other N", "reference": "other reference", "extractor": "other features",
              "steps": "other number of steps", "guidance": "other guidance", "machine": "other machine"}  # fmt: skip
-    found = [words[name] for name in names.split(", ") if name in words]
-    return ", ".join(found) or f"other {names}"
+    found = ["other model"] * (run.model != above.model) + [words[name] for name in names if name in words]
+    return ", ".join(found) or f"other {', '.join(names)}"
 
 
 def _row(run: QualityRun, line: Line) -> tuple[str, ...]:

@@ -167,10 +167,10 @@ def test_under_a_password_the_limit_is_the_users(worker: Worker) -> None:
         job = client.submit("x", "one", "none", 400, api_name="/generate")
         wait_for(lambda: worker._stops._jobs)
         (visitor,) = worker._stops._jobs.values()
+        worker.stop(visitor.session)
         assert visitor.owner == ("user", "me")
         job.cancel()
     finally:
-        worker.stop(visitor.session)
         page.close()
 
 
@@ -197,7 +197,7 @@ def test_the_oldest_files_make_room_for_new_ones(tmp_path: Path) -> None:
         places.append(files.subfolder())
         places[-1].mkdir()
         (places[-1] / "x.png").write_bytes(b"x" * 1000)
-        os.utime(places[-1], (time.time() - 100 + i,) * 2)
+        os.utime(places[-1], (time.time(), time.time() - 100 + i))
     files.make_room()
     assert [place.exists() for place in places] == [False, False, True, True]
     files.close()
