@@ -28,6 +28,7 @@ The others are /show_pair, /show_runs, /load_runs, /stop, /describe_model, /esti
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from diffattn.app.jobs import Worker
 from diffattn.app.page import compare, generate, quality, steps
 from diffattn.app.page.browser_runs import stored_in_browser
 from diffattn.app.page.compare_this import compare_this
-from diffattn.app.page.ending import GRACE_SECONDS, end, terminated_like_interrupted
+from diffattn.app.page.ending import GRACE_SECONDS, end, leave, terminated_like_interrupted
 from diffattn.app.page.files import Files
 from diffattn.app.page.guard import LOOPBACK, UPLOAD_BYTES, believing, middleware
 from diffattn.app.page.inputs import share
@@ -102,7 +103,7 @@ def launch(
         port: None: the first free one from 7860 up.
         share: a public link through gradio's servers.
         auth: name and password; needed with `share` and with a host other than loopback.
-        wait: block until interrupted, by Ctrl+C or SIGTERM; then delete the visitors' files.
+        wait: block until interrupted, by Ctrl+C or SIGTERM; then delete the visitors' files and end the process.
         warm_up: a model to load right away.
         open_browser: open the page in a browser.
         host_names: names under which the page is called, besides those of this machine.
@@ -136,16 +137,11 @@ def launch(
             page.server.config.timeout_graceful_shutdown = GRACE_SECONDS
             if warm_up in worker.models.names():  # only now: a page that cannot be served leaves no thread behind
                 threading.Thread(target=worker.warm_up, args=(warm_up,), name=WARM_UP, daemon=True).start()
-            if wait:
-                page.block_thread()
-    except KeyboardInterrupt:  # during start-up; `block_thread` handles its own
-        if not wait:
-            raise
-        page.close(verbose=False)
-    except BaseException:
-        files.close()
+            while wait and page.is_running:
+                time.sleep(0.1)
+    except BaseException as error:
+        end(page, worker, files)
+        if wait and isinstance(error, KeyboardInterrupt):
+            leave()
         raise
-    finally:
-        if wait:
-            end(worker, files)
     return page, page.local_url or ""

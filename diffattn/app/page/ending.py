@@ -2,10 +2,13 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
+
+import gradio as gr
 
 from diffattn.app.jobs import Worker
 from diffattn.app.page.files import Files
@@ -31,13 +34,18 @@ def terminated_like_interrupted(wanted: bool) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def end(worker: Worker, files: Files) -> None:
-    """Stop all jobs and delete all files.
-
-    Ends the process if a step is still under way: Python would abort or hang at its own end, while PyTorch computes in
-    another thread.
-    """
-    ended = worker.close(STEP_SECONDS)
+def end(page: gr.Blocks, worker: Worker, files: Files) -> None:
+    """Stop all jobs, close the server, and delete all files, without waiting longer than `STEP_SECONDS` for a step and
+    `GRACE_SECONDS` for connections."""
+    closing = threading.Thread(target=page.close, kwargs={"verbose": False}, name="diffattn-closing", daemon=True)
+    closing.start()
+    worker.close(STEP_SECONDS)
+    closing.join(GRACE_SECONDS)
     files.close()
-    if not ended:
-        os._exit(0)
+
+
+def leave() -> NoReturn:
+    """End the process at once: Python's own end takes seconds, and aborts or hangs while PyTorch computes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
