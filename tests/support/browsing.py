@@ -30,6 +30,8 @@ def visitors(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(address)
+        if width <= 768:  # the page folds its settings once it is there
+            page.locator(".diffattn-settings > button:not(.open)").first.wait_for()
         if tab != "Generate":
             go_to(page, tab)
         return page

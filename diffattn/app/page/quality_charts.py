@@ -175,12 +175,8 @@ def _point(across: _Scale, upward: _Scale, x: Bar, y: Bar, colour: str, mark: st
         f'<path d="M{left:.1f} {middle:.1f}H{right:.1f}M{mid:.1f} {low:.1f}V{high:.1f}" '
         f'stroke="{colour}" stroke-opacity="0.6" fill="none"/>'
     )
-    label = (
-        f'<text x="{min(mid + 8, WIDTH - 120):.1f}" y="{middle - 8:.1f}" font-size="10">'
-        f"{escape(what.rpartition(': ')[2])}</text>"
-    )
     hint = f"<title>{escape(f'{what}: {x[0]:.3g}, {y[0]:.3g}')}</title>"
-    return f'{bars}<path d="{mark}" transform="translate({mid:.1f} {middle:.1f})" fill="{colour}">{hint}</path>{label}'
+    return f'{bars}<path d="{mark}" transform="translate({mid:.1f} {middle:.1f})" fill="{colour}">{hint}</path>'
 
 
 def _colours(group: Sequence[QualityRun]) -> dict[str, str]:
