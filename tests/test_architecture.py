@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
     "benchmarks": "architectures files functional machine measure methods models patching tables",
     "demo": "drawing files machine measure metrics patching",
-    "app.jobs": "architectures drawing evaluation files machine measure methods metrics patching schedules",
+    "app.jobs": "architectures drawing evaluation files machine measure methods metrics models patching schedules",
     "app.page": "app.jobs",
     "capabilities": "architectures drawing machine methods models",
     "cli": "app.jobs app.page benchmarks capabilities demo drawing evaluation files machine methods metrics models"

@@ -30,6 +30,15 @@ def app(
     max_side: Annotated[int, typer.Option(help="Maximum width and height, in pixels.", min=8)] = 1024,
     max_steps: Annotated[int, typer.Option(help="Maximum number of steps.", min=1)] = 100,
     max_images: Annotated[int, typer.Option(help="Maximum number of pictures per job.", min=1)] = 8,
+    max_minutes: Annotated[float, typer.Option(help="Maximum minutes of a job.", min=0.1)] = 60,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which others call the page; may be repeated.", metavar="NAME"),
+    ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(help="Address of the proxy in front, whose forwarded headers are believed.", metavar="ADDRESS"),
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -47,13 +56,12 @@ def app(
             fail("the web page needs Gradio: pip install 'diffattn[app]'")
         from diffattn.app.jobs import Limits, Models, Worker
 
-        worker = Worker(
-            Models(models_dir, hub), Limits(side=max_side, steps=max_steps, images=max_images), device, dtype
-        )
+        limits = Limits(side=max_side, steps=max_steps, images=max_images, seconds=60 * max_minutes)
+        worker = Worker(Models(models_dir, hub), limits, device, dtype)
         try:
             launch(
                 worker, host="0.0.0.0" if listen else "127.0.0.1", port=port, share=share, auth=_auth(auth),
-                open_browser=browser,
+                open_browser=browser, host_names=host_name or (), proxy=proxy,
             )  # fmt: skip
         except OSError as error:
             fail(f"cannot serve the page on port {port or '7860 and up'}: {error}")

@@ -1,6 +1,5 @@
 """Diffusers pipelines by name: embedded in the package, in a local folder, or on the hub. Safetensors only."""
 
-import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,11 +14,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffattn.drawing.variants import choose_variant, variants_in
+from diffattn.files import read_json, read_text
 from diffattn.sampling import SiTPipeline
 
 INDEX = "model_index.json"
 BROKEN = (OSError, ValueError, AttributeError, SafetensorError)
 """Errors raised when loading damaged or missing files."""
+
+CONFIGS = ("config.json", "scheduler_config.json")
+"""Files that configure a part of a pipeline. A tokenizer's may hold numbers larger than any that are read here."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # 96: the longest name on the hub
@@ -124,6 +127,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Diffu
         why = "a pickle, which can run code when loaded" if folder.suffix in PICKLES else "a single file"
         raise ValueError(f"{str(folder)!r} is {why}; give a folder in diffusers' layout with safetensors weights")
     parts = _parts(folder)
+    _check_configs(folder, parts)
     _refuse_pickles(folder, parts)
     files = _files_in(folder)
     variant = choose_variant(str(folder), variants_in(files, parts), variant)
@@ -132,7 +136,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Diffu
         raise ValueError(f"variants cannot be read beside {bare[0]!r}, a name without a dot; remove it from {folder}")
     try:
         return _from_pretrained(folder, dtype, variant)
-    except BROKEN as error:
+    except (*BROKEN, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"{str(folder)!r} could not be loaded: {_first_line(error)}") from error
 
 
@@ -146,12 +150,22 @@ def _parts(folder: Path) -> list[str]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{str(folder)!r} is not a model: it has no {INDEX}")
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_text((folder / INDEX).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(folder)!r} is not a model: its {INDEX} is not JSON: {error}") from None
-    if not isinstance(index, dict) or "_class_name" not in index:
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{str(folder)!r} is not a model: its {INDEX} names no pipeline class")
+    if not isinstance(index.get("id2label", {}), dict | None):
+        raise ValueError(f"{str(folder)!r} is not a model: id2label in its {INDEX} is not an object of id and name")
     return [name for name in index if not name.startswith("_")]
+
+
+def _check_configs(folder: Path, parts: list[str]) -> None:
+    """Raise `ValueError` for a part whose configuration is not a JSON object, or is nested too deeply."""
+    for part in parts:
+        for path in (folder / part / name for name in CONFIGS):
+            if path.is_file():
+                read_json(path)
 
 
 def _refuse_pickles(folder: Path, parts: list[str]) -> None:

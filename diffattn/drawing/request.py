@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from diffattn.files import write_whole
+from diffattn.files import read_text, write_whole
 
 UNPATCHED = "none"
 """The method that leaves the pipeline unpatched."""
@@ -82,11 +82,14 @@ def record_of(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = image.info.get(PNG_KEY)
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise ValueError(f"{str(path)!r} is not a picture: {error}") from None
-    if text is None:
+    if not isinstance(text, str):
         raise ValueError(f"{str(path)!r} carries no {PNG_KEY} record")
-    return json.loads(text)
+    found = read_text(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"the {PNG_KEY} record in {str(path)!r} is not an object")
+    return found
 
 
 def request_of(record: Mapping[str, Any]) -> Request:

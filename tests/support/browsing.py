@@ -30,6 +30,8 @@ def visitors(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(address)
+        if width <= 768:  # the page folds its settings once it is there
+            page.locator(".diffattn-settings > button:not(.open)").first.wait_for()
         if tab != "Generate":
             go_to(page, tab)
         return page
@@ -54,13 +56,23 @@ def go_to(page: Page, tab: str) -> None:
     expect(tab_of(page)).to_be_visible()
 
 
+def unfold(page: Page) -> None:
+    """Open the settings, which a narrow window has folded away."""
+    page.wait_for_timeout(300)
+    folded = tab_of(page).locator(".diffattn-settings > button:not(.open)")
+    if folded.count():
+        folded.first.click()
+
+
 def choose(page: Page, label: str, value: str) -> None:
+    unfold(page)
     field = tab_of(page).get_by_label(label, exact=True).first
     field.fill(value)
     field.press("Enter")
 
 
 def set_number(page: Page, label: str, value: int) -> None:
+    unfold(page)
     field = tab_of(page).get_by_label(f"number input for {label}").first
     field.fill(str(value))
     field.press("Tab")

@@ -6,7 +6,9 @@ from diffattn.app.jobs.limits import Limits
 from diffattn.app.jobs.quality_run import Measurement, QualityRun
 from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
-from diffattn.app.jobs.watch import JobProgress, Stopped
+from diffattn.app.jobs.stops import Stopped, TooLong
+from diffattn.app.jobs.visitor import Visitor
+from diffattn.app.jobs.watch import JobProgress
 from diffattn.app.jobs.worker import Drawn, Worker
 from diffattn.drawing.batch import NotFinite
 
@@ -22,7 +24,9 @@ __all__ = [
     "QualityRun",
     "RunTrace",
     "Stopped",
+    "TooLong",
     "Variant",
+    "Visitor",
     "Worker",
     "accelerations",
     "snippet",

@@ -1,6 +1,5 @@
 """The models and accelerations that a visitor may choose; all others are refused."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from diffattn.drawing.loading import EMBEDDED, HUB_ID, INDEX, embedded_folder, embedded_models
 from diffattn.drawing.request import UNPATCHED
+from diffattn.files import read_json
 from diffattn.methods import METHODS
 from diffattn.metrics.extractors import EXTRACTORS
 
@@ -16,6 +16,8 @@ AUTOMATIC = "automatic"
 
 RECIPE = "recipe"
 """Name of the variant in a comparison that comes from a recipe file."""
+
+CLASS_PIPELINES = ("SiTPipeline", "DiTPipeline")
 
 MAX_DEPTH = 2  # how deep below the models' folder a model may be
 
@@ -43,6 +45,8 @@ class Description:
     size: tuple[int, int] | None = None  # width, height in pixels it was trained for
     guidance: float | None = None  # the scale it recommends
     classes: tuple[str, ...] = ()  # of a class-conditional model
+    draws_classes: bool = False
+    only_its_size: bool = False  # it draws no other
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,15 @@ class Models:
         source, folder = self.source(name), self.place(name)
         if folder is None:
             return Description(f"{source} from the hub, downloaded when it is first used")
-        index = _json(folder / INDEX)
-        known = EMBEDDED.get(source)
+        index, known = _json(folder / INDEX), EMBEDDED.get(source)
+        kind, labels = str(index.get("_class_name", "pipeline"))[:80], index.get("id2label")
         return Description(
-            what=known.what if known else f"a {index.get('_class_name', 'pipeline')}",
+            what=known.what if known else f"a {kind}",
             size=_size(folder),
             guidance=known.guidance if known else _number(index.get("guidance_scale")),
-            classes=tuple(str(label) for label in (index.get("id2label") or {}).values()),
+            classes=tuple(str(label)[:80] for label in labels.values()) if isinstance(labels, dict) else (),
+            draws_classes=kind in CLASS_PIPELINES,
+            only_its_size=kind == "DiTPipeline",
         )
 
     def _local(self) -> dict[str, Path]:
@@ -125,14 +131,14 @@ class Models:
 
 
 def _size(folder: Path) -> tuple[int, int] | None:
-    """Pixels a saved pipeline was trained for: its denoiser's size times its VAE's factor."""
+    """Pixels a saved pipeline was trained for: its denoiser's size times its VAE's factor; None if it is not told."""
     denoiser = _json(folder / "unet" / "config.json") or _json(folder / "transformer" / "config.json")
     size, stages = denoiser.get("sample_size"), _json(folder / "vae" / "config.json").get("block_out_channels", [0])
-    if size is None:
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list) or len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         return None
-    rows, columns = (size, size) if isinstance(size, int) else size
-    factor = 2 ** (len(stages) - 1)
-    return columns * factor, rows * factor
+    factor = 2 ** (len(stages) - 1) if isinstance(stages, list) and 0 < len(stages) < 16 else 1
+    return sides[1] * factor, sides[0] * factor
 
 
 def _number(value: object) -> float | None:
@@ -140,8 +146,8 @@ def _number(value: object) -> float | None:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
+    """A JSON object; empty for anything else: loading the model says what is wrong with it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}

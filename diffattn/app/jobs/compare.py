@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffattn.app.jobs.choices import RECIPE, method_and_preset
 from diffattn.app.jobs.run_trace import RunTrace
+from diffattn.app.jobs.speed_up import SpeedUp
 from diffattn.app.jobs.watch import Watch, noisy_input
 from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.draw import generate, prepare
@@ -58,9 +59,22 @@ class Comparison:
     request: Request
     variants: tuple[Variant, ...]
 
-    def speedup(self, variant: Variant) -> float:
-        """Ratio of the median times, unpatched over the variant."""
-        return self.variants[0].seconds / variant.seconds
+    def speedup(self, variant: Variant) -> SpeedUp | None:
+        """Of a variant over the unpatched one, picture by picture; None for too few pictures."""
+        exact, own = ([picture.seconds for picture in v.pictures] for v in (self.variants[0], variant))
+        return SpeedUp.of(exact, own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure, as JSON types."""
+        return {"variants": [self._figures(variant) for variant in self.variants]}
+
+    def _figures(self, v: Variant) -> dict[str, Any]:
+        faster = None if v is self.variants[0] else self.speedup(v)
+        figures = {"seconds_each": [picture.seconds for picture in v.pictures], "seconds": v.seconds}
+        figures |= {"speedup": faster and {**asdict(faster), "difference_shown": faster.shown}}
+        identical = v.psnr is not None and math.isinf(v.psnr)
+        alike = {"psnr": None if identical else v.psnr, "identical": identical, "ssim": v.ssim}
+        return {"acceleration": v.name, "gflops": v.gflops, "peak_mib": v.peak_mib, **figures, **alike}
 
 
 @dataclass
@@ -84,7 +98,7 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
         names: accelerations, see `choices.accelerations`, or "recipe".
         watch: makes the `Watch` of one picture, called as watch(request, patch, done, pictures, what).
     """
-    collected = {name: _variant(request, name) for name in (UNPATCHED, *names)}
+    collected = {name: Collected(one) for name, one in requests_of(request, names).items()}
     order, total = list(collected), len(collected) * request.num_images
     for name in order:
         warm_up(pipe, collected[name].request, watch)
@@ -95,11 +109,16 @@ def compare(pipe: Any, request: Request, names: Sequence[str], watch: MakeWatch)
     return Comparison(request, found)
 
 
-def _variant(request: Request, name: str) -> Collected:
+def requests_of(request: Request, names: Sequence[str]) -> dict[str, Request]:
+    """Name -> request of every variant of a comparison, the unpatched one first."""
+    return {name: _variant(request, name) for name in (UNPATCHED, *names)}
+
+
+def _variant(request: Request, name: str) -> Request:
     if name == RECIPE:
-        return Collected(replace(request, method=None, preset=None))
+        return replace(request, method=None, preset=None)
     method, preset = method_and_preset(name)
-    return Collected(replace(request, method=method, preset=preset, recipe=None))
+    return replace(request, method=method, preset=preset, recipe=None)
 
 
 def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:

@@ -35,6 +35,9 @@ class Limits:
     prompts: int = 2000  # distinct ones in a measurement
     calls: int = 25_000  # steps of all pictures of a job together
     jobs: int = 4  # of one visitor, running or queued
+    jobs_of_address: int = 16  # of one user or network address
+    jobs_in_all: int = 48
+    seconds: float = 3600.0  # of one job, from its turn on
 
     def __str__(self) -> str:
         return f"At most {self.side} pixels a side, {self.steps} steps and {self.images} pictures per job."

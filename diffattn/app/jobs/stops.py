@@ -1,63 +1,107 @@
-"""The jobs of every visitor, waiting or running, and how each is stopped."""
+"""The jobs of every visitor, waiting or running, how many there may be, and how each is stopped."""
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Hashable
+
+from diffattn.app.jobs.visitor import Visitor
+
+
+class Stopped(Exception):
+    """The run was stopped by its user."""
+
+
+class TooLong(ValueError):
+    """A job took longer than is allowed."""
+
+
+class Stop(threading.Event):
+    """Ends one job once it is set, or once its time is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends = self._seconds = float("inf")
+
+    def start_clock(self, seconds: float) -> None:
+        """The job begins, and has so many seconds."""
+        self._seconds, self._ends = seconds, time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise `Stopped` if the job was stopped, `TooLong` if its time is over."""
+        if self.is_set():
+            raise Stopped
+        if time.monotonic() > self._ends:
+            raise TooLong(
+                f"the job was ended after {self._seconds / 60:g} minutes, the limit here; use fewer steps, pictures or "
+                "accelerations, or a smaller size"
+            )
 
 
 class Stops:
-    """The jobs of every session, each with the event that stops it; for any number of threads.
+    """The jobs of all visitors, each with what stops it; for any number of threads.
 
     Args:
-        most: jobs that one session may have at a time.
+        most: jobs that one visitor may have at a time.
+        of_owner: jobs of one user or network address, whatever its visitors call themselves.
+        in_all: jobs of everybody.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, of_owner: int | None = None, in_all: int | None = None) -> None:
         self.most = most
+        self.of_owner = 4 * most if of_owner is None else of_owner
+        self.in_all = 16 * most if in_all is None else in_all
         self._lock = threading.Lock()
-        self._events: dict[Hashable, set[threading.Event]] = {}
+        self._jobs: dict[Stop, Visitor] = {}
         self._all_stopped = False
 
-    def add(self, session: Hashable) -> threading.Event:
-        """Add a job (already stopped after `stop_all`); raises `ValueError` if the session has reached its limit."""
+    def add(self, session: Hashable | Visitor) -> Stop:
+        """Add a job (already stopped after `stop_all`); raises `ValueError` if there are too many."""
+        visitor, stop = Visitor.of(session), Stop()
         with self._lock:
-            own = self._events.get(session, set())
-            if len(own) >= self.most:
-                raise ValueError(
-                    f"you already have {len(own)} jobs running or queued (limit {self.most}): stop them, or wait for "
-                    "one to finish"
-                )
-            stop = threading.Event()
+            self._check(visitor)
             if self._all_stopped:
                 stop.set()
-            self._events[session] = own | {stop}
+            self._jobs[stop] = visitor
         return stop
 
-    def discard(self, session: Hashable, stop: threading.Event) -> None:
+    def _check(self, visitor: Visitor) -> None:
+        names, owners = Counter(v.name for v in self._jobs.values()), Counter(v.owner for v in self._jobs.values())
+        wait = "stop them, or wait for one to finish"
+        if visitor.name is not None and names[visitor.name] >= self.most:
+            raise ValueError(
+                f"you already have {names[visitor.name]} jobs running or queued (limit {self.most}): {wait}"
+            )
+        if owners[visitor.owner] >= self.of_owner:
+            raise ValueError(
+                f"{owners[visitor.owner]} jobs from your address or of your user are running or queued (limit "
+                f"{self.of_owner}): {wait}"
+            )
+        if len(self._jobs) >= self.in_all:
+            raise ValueError(f"the queue is full, with {len(self._jobs)} jobs: please try again in a few minutes")
+
+    def discard(self, session: Hashable | Visitor, stop: Stop) -> None:
         """Remove a job that is over."""
         with self._lock:
-            left = self._events.get(session, set()) - {stop}
-            if left:
-                self._events[session] = left
-            else:
-                self._events.pop(session, None)
+            self._jobs.pop(stop, None)
 
     def stop(self, session: Hashable) -> bool:
-        """Set the events of a session. → whether there were any"""
+        """Stop the jobs of a session. → whether there were any"""
         with self._lock:
-            found = self._events.get(session, set())
-        for event in found:
-            event.set()
+            found = [stop for stop, visitor in self._jobs.items() if visitor.session == session]
+        for stop in found:
+            stop.set()
         return bool(found)
 
     def has_jobs(self, session: Hashable) -> bool:
         """Whether a session has jobs that have not ended."""
         with self._lock:
-            return bool(self._events.get(session))
+            return any(visitor.session == session for visitor in self._jobs.values())
 
     def stop_all(self) -> None:
-        """Set the events of all sessions, and of every job added later."""
+        """Stop all jobs, and every one added later."""
         with self._lock:
             self._all_stopped = True
-            found = [event for events in self._events.values() for event in events]
-        for event in found:
-            event.set()
+            found = list(self._jobs)
+        for stop in found:
+            stop.set()

@@ -1,51 +1,112 @@
-"""One queue for the jobs of all visitors, which a waiting job can leave."""
+"""One queue for the jobs of all visitors, fair between them, which a waiting job can leave."""
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from diffattn.app.jobs.watch import Stopped
+from diffattn.app.jobs.stops import Stopped
+from diffattn.app.jobs.visitor import Visitor
 
 REPEAT_SECONDS = 5.0  # between reports of a waiting job, so that a listener that has gone is noticed
+REMEMBERED = 1024  # owners and names whose last turn is known
+
+
+@dataclass(frozen=True, eq=False)
+class _Ticket:
+    visitor: Visitor
+
+
+@dataclass
+class _Served:
+    """When everybody had their last turn, in turns."""
+
+    turn: Iterator[int] = field(default_factory=itertools.count)
+    last: "OrderedDict[Hashable, int]" = field(default_factory=OrderedDict)
+
+    def keys(self, visitor: Visitor) -> tuple[Hashable, Hashable]:
+        return ("owner", visitor.owner), ("name", visitor.owner, visitor.name or visitor.session)
+
+    def note(self, visitor: Visitor) -> None:
+        now = next(self.turn)
+        for key in self.keys(visitor):
+            self.last[key] = now
+            self.last.move_to_end(key)
+        while len(self.last) > REMEMBERED:
+            self.last.popitem(last=False)
+
+    def rank(self, visitor: Visitor) -> tuple[int, int]:
+        owner, name = self.keys(visitor)
+        return self.last.get(owner, -1), self.last.get(name, -1)
 
 
 class Turns:
-    """Runs one job at a time, in order of arrival."""
+    """Runs one job at a time.
+
+    The next is that of the user or address whose last turn is longest ago, of theirs that of the visitor whose last
+    turn is longest ago, and of theirs the one that came first: twenty jobs of one do not hold up the one of another.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._line: list[object] = []  # the first has its turn
+        self._running: _Ticket | None = None
+        self._waiting: list[_Ticket] = []  # in order of arrival
+        self._served = _Served()
 
     def __len__(self) -> int:
         """The number of jobs running or waiting."""
-        return len(self._line)
+        return len(self._waiting) + (self._running is not None)
 
     @contextmanager
-    def turn(self, stop: threading.Event, waiting: Callable[[int], None]) -> Iterator[None]:
+    def turn(
+        self, stop: threading.Event, waiting: Callable[[int], None], session: Hashable | Visitor = None
+    ) -> Iterator[None]:
         """Wait, then hold the turn.
 
         Args:
             stop: leave the queue once it is set; call `wake` to make that take effect immediately.
             waiting: called with the number of jobs ahead whenever it changes.
+            session: whose job it is.
 
         Raises:
             Stopped: the job left the queue before its turn.
         """
-        ticket = object()
-        with self._changed:
-            self._line.append(ticket)
+        ticket = _Ticket(Visitor.of(session))
         try:
             with self._changed:
-                while (ahead := self._line.index(ticket)) and not stop.is_set():
+                self._waiting.append(ticket)
+                while (ahead := self._ahead(ticket)) and not stop.is_set():
                     waiting(ahead)
-                    self._changed.wait_for(lambda: stop.is_set() or self._line.index(ticket) != ahead, REPEAT_SECONDS)
-            if stop.is_set():
-                raise Stopped
+                    self._changed.wait_for(lambda: stop.is_set() or self._ahead(ticket) != ahead, REPEAT_SECONDS)
+                if stop.is_set():
+                    raise Stopped
+                self._waiting.remove(ticket)
+                self._running = ticket
+                self._served.note(ticket.visitor)
             yield
         finally:
             with self._changed:
-                self._line.remove(ticket)
+                if self._running is ticket:
+                    self._running = None
+                else:
+                    self._waiting.remove(ticket)
                 self._changed.notify_all()
+
+    def _ahead(self, ticket: _Ticket) -> int:
+        """How many jobs come before this one, as things stand."""
+        return (self._running is not None) + self._order().index(ticket)
+
+    def _order(self) -> Sequence[_Ticket]:
+        """The waiting jobs in the order in which they will run, if none is added."""
+        served, left, found = _Served(itertools.count(10**9), self._served.last.copy()), list(self._waiting), []
+        while left:
+            first = min(left, key=lambda ticket: served.rank(ticket.visitor))
+            left.remove(first)
+            found.append(first)
+            served.note(first.visitor)
+        return found
 
     def wake(self) -> None:
         """Make waiting jobs check whether they have been stopped."""
@@ -55,4 +116,4 @@ class Turns:
     def wait_for_none(self, timeout: float) -> bool:
         """Wait until no job is running or waiting; False after `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._line, timeout)
+            return self._changed.wait_for(lambda: not len(self), timeout)

@@ -1,9 +1,8 @@
 """Follows a run from outside, with hooks on the denoiser that stop it, time it and make previews."""
 
 import logging
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from diffattn.app.jobs.preview import Preview, clean_estimate
 from diffattn.app.jobs.run_trace import Recorder, RunTrace
+from diffattn.app.jobs.stops import Stop
 from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.request import Picture, Request
 from diffattn.patching.patch import Patch
@@ -20,10 +20,6 @@ from diffattn.patching.patch import Patch
 log = logging.getLogger("diffattn.app.jobs")
 
 EVENT_SECONDS = 0.3  # minimum time between two events, and thus between two previews
-
-
-class Stopped(Exception):
-    """The run was stopped by its user."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +36,17 @@ class JobProgress:
     ahead: int = 0  # jobs before this one, which has not started
 
 
+Learn = Callable[[Request, float, Sequence[float]], None]
+
+
 @dataclass(frozen=True)
 class Audience:
     """Callbacks that follow the runs of a job, and the event that stops them."""
 
-    stop: threading.Event  # ends the run
+    stop: Stop  # ends the run
     emit: Callable[[JobProgress], None]  # takes the events
     preview: Preview | None = None  # makes the previews; None: no previews
-    learn: Callable[[Request, float], None] | None = None  # called with every whole picture's request and seconds
+    learn: Learn | None = None  # called with every whole picture's request, its seconds and those of its calls
 
 
 class Watch:
@@ -65,7 +64,7 @@ class Watch:
         what: description of the run in its events.
 
     Raises:
-        Stopped: out of the denoiser, before its next call, once `stop` is set.
+        Stopped, TooLong: out of the denoiser, before its next call, see `Stop.check`.
         ValueError, TypeError: raised by the pipeline; logged with the traceback, since it may be a bug.
     """
 
@@ -100,7 +99,7 @@ class Watch:
         """Note that the current picture is complete."""
         self.done += 1
         if self.audience.learn is not None:
-            self.audience.learn(self.request, picture.seconds)
+            self.audience.learn(self.request, picture.seconds, self.recorder.trace.seconds)
 
     @property
     def trace(self) -> RunTrace:
@@ -123,8 +122,7 @@ class Watch:
             log.error("drawing failed", exc_info=error)
 
     def _before(self, module: Any, args: tuple[Any, ...]) -> None:
-        if self.audience.stop.is_set():
-            raise Stopped
+        self.audience.stop.check()
 
     def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         now = time.perf_counter()

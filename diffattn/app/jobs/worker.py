@@ -15,7 +15,7 @@ from diffusers import DiTPipeline
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffattn.app.jobs.choices import Models
-from diffattn.app.jobs.compare import Comparison, compare
+from diffattn.app.jobs.compare import Comparison, compare, requests_of
 from diffattn.app.jobs.events import latest
 from diffattn.app.jobs.limits import Limits
 from diffattn.app.jobs.naming import naming
@@ -25,12 +25,15 @@ from diffattn.app.jobs.quality_run import Measurement, QualityRun
 from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
-from diffattn.app.jobs.stops import Stops
+from diffattn.app.jobs.stops import Stop, Stopped, Stops
+from diffattn.app.jobs.suited import check_suited, own_method
 from diffattn.app.jobs.turns import Turns
-from diffattn.app.jobs.watch import Audience, JobProgress, Stopped, Watch
-from diffattn.drawing.classes import class_ids
+from diffattn.app.jobs.visitor import Visitor
+from diffattn.app.jobs.watch import Audience, JobProgress, Watch
+from diffattn.drawing.classes import class_ids, draws_classes
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
+from diffattn.drawing.prompt_length import unread_part
 from diffattn.drawing.request import Picture, Request
 from diffattn.files import stem_of
 from diffattn.machine import choose_device, choose_dtype
@@ -51,6 +54,7 @@ class Drawn:
     report: Report | None
     trace: RunTrace  # of the last picture
     code: str  # Python that draws the first picture again
+    unread: str = ""  # the end of the prompt, beyond what the model's text encoder takes
 
 
 Emit = Callable[[Any], None]
@@ -72,52 +76,57 @@ class Worker:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self._turns = Turns()
-        self._stops = Stops(self.limits.jobs)
+        limits = self.limits
+        self._stops = Stops(limits.jobs, limits.jobs_of_address, limits.jobs_in_all)
         self._pace = Pace()
         self._loaded: tuple[str, Any, Preview | None] | None = None
 
-    def generate(self, session: str, request: Request) -> Iterator[JobProgress | Drawn]:
+    def generate(self, session: Hashable | Visitor, request: Request) -> Iterator[JobProgress | Drawn]:
         """Draw; yields progress after every step, and all pictures so far after every picture.
 
         Raises:
             Stopped: by `stop`.
-            ValueError, TypeError: an invalid model, class or size, see `prepare`; more jobs of a session than
-                `Limits.jobs`.
+            ValueError, TypeError: an invalid model, class or size, see `prepare`; more jobs, or a longer one, than
+                `Limits` allow.
         """
         return self._stream(session, lambda emit, stop: self._generate(request, emit, stop))
 
-    def compare(self, session: str, request: Request, names: Sequence[str]) -> Iterator[JobProgress | Comparison]:
+    def compare(
+        self, session: Hashable | Visitor, request: Request, names: Sequence[str]
+    ) -> Iterator[JobProgress | Comparison]:
         """Draw the same pictures unpatched and with every acceleration; raises like `generate`."""
         self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
+        check_suited(self.models, request.model, names)
 
-        def work(emit: Emit, stop: threading.Event) -> None:
+        def work(emit: Emit, stop: Stop) -> None:
             pipe, _ = self._model(request.model, emit)
 
             def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
-                return self._watch(pipe, ready, patch, Audience(stop, emit), done, pictures, what)
+                return self._watch(pipe, ready, patch, self._audience(stop, emit), done, pictures, what)
 
             emit(compare(pipe, request, names, watch))
 
         return self._stream(session, work)
 
-    def measure(self, session: str, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
+    def measure(self, session: Hashable | Visitor, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
         """Measure speed and quality; a `QualityRun` per completed model. Raises like `generate` and `measure`."""
         for name in asked.models:
-            extractor_for(name, asked.extractor, self.models)  # before anything is loaded
+            extractor_for(name, asked.extractor, self.models)  # before anything is loaded or measured
+            check_suited(self.models, name, asked.accelerations)
 
-        def work(emit: Emit, stop: threading.Event) -> None:
+        def work(emit: Emit, stop: Stop) -> None:
             for name in asked.models:
                 emit(self._measure(name, asked, emit, stop))
 
         return self._stream(session, work)
 
-    def stop(self, session: str) -> bool:
+    def stop(self, session: Hashable) -> bool:
         """Stop the jobs of a session: the running one within one step, waiting ones immediately. → whether any were"""
         found = self._stops.stop(session)
         self._turns.wake()
         return found
 
-    def ended(self, session: str, timeout: float) -> bool:
+    def ended(self, session: Hashable, timeout: float) -> bool:
         """Wait for the jobs of a session to end; False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._stops.has_jobs(session):
@@ -141,22 +150,32 @@ class Worker:
         return self._turns.wait_for_none(timeout)
 
     def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
-        """Estimated seconds for a job without acceleration, see `Pace`; None until the model has drawn something.
+        """Estimated seconds for a job, see `Pace`; None until the model has drawn a picture of this size.
 
         Args:
-            request: what is drawn.
+            request: what is drawn, and how.
             pictures: how many in all; None: those of the request.
 
         Raises:
             ValueError: a size or an amount of work above the limits.
         """
         count = request.num_images if pictures is None else pictures
-        unknown = min(512, self.limits.side)
-        own = self.models.describe(request.model).size or (unknown, unknown)
+        own = self.models.describe(request.model).size or (None, None)
         width, height = request.width or own[0], request.height or own[1]
-        self.limits.check_size(width, height)
         self.limits.check_work(count, request.steps)
-        return self._pace.seconds(request.model, width * height, request.steps * count)
+        if width is None or height is None:
+            return None
+        self.limits.check_size(width, height)
+        if request.method is None and request.recipe is None:  # as `prepare` fills it in
+            request = replace(request, method=own_method(self.models.place(request.model)), preset="balanced")
+        one = self._pace.seconds(request, width, height)
+        return None if one is None else one * count
+
+    def seconds_to_compare(self, request: Request, names: Sequence[str]) -> float | None:
+        """Estimated seconds for a comparison, without the two steps that warm each way up; raises as `seconds_for`."""
+        self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
+        found = [self.seconds_for(one) for one in requests_of(request, names).values()]
+        return None if None in found else sum(seconds for seconds in found if seconds is not None)
 
     def stored_runs(self) -> list[QualityRun]:
         """The measurements stored beside the models; a damaged file is skipped, with a line in the log."""
@@ -185,22 +204,23 @@ class Worker:
         return found
 
     def warm_up(self, name: str) -> None:
-        """Load a model and run two steps, so that the first job starts immediately and its time is known."""
+        """Load a model and run two steps, so that the first job starts immediately; two are no measure of its time."""
         nobody = object()  # no visitor can name it to stop it
         try:
             request = self.limits.request(name, "0", steps=min(2, self.limits.steps), acceleration="none")
-            for _ in self._stream(nobody, lambda emit, stop: self._generate(request, emit, stop)):
+            for _ in self._stream(nobody, lambda emit, stop: self._generate(request, emit, stop, learn=False)):
                 pass
         except ValueError as error:  # for example a model whose pictures are larger than allowed
             log.warning("%s is not warmed up: %s", name, error)
         except Stopped:
             pass  # the worker is closed
 
-    def _generate(self, request: Request, emit: Emit, stop: threading.Event) -> None:
+    def _generate(self, request: Request, emit: Emit, stop: Stop, learn: bool = True) -> None:
         pipe, preview = self._model(request.model, emit)
         ready, patch = prepare(pipe, request)
         try:
-            with self._watch(pipe, ready, patch, Audience(stop, emit, preview), 0, ready.num_images) as watch:
+            audience = Audience(stop, emit, preview, self._pace.learn if learn else None)
+            with self._watch(pipe, ready, patch, audience, 0, ready.num_images) as watch:
                 pictures: list[Picture] = []
                 for picture in generate(pipe, ready):
                     pictures.append(picture)
@@ -217,14 +237,16 @@ class Worker:
         local = self.models.is_local(request.model)
         ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
         code = snippet(request, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
-        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code)
+        unread = "" if draws_classes(pipe) else unread_part(pipe, request.prompt)
+        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code, unread)
 
-    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: threading.Event) -> QualityRun:
+    def _measure(self, name: str, asked: Measurement, emit: Emit, stop: Stop) -> QualityRun:
         """Measure one model; no reference to it is kept, so that it is freed before the next one is loaded."""
         pipe, _ = self._model(name, emit)
 
         def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
-            return self._watch(pipe, ready, patch, Audience(stop, emit), done, pictures, f"{ready.model}: {what}")
+            audience = self._audience(stop, emit)
+            return self._watch(pipe, ready, patch, audience, done, pictures, f"{ready.model}: {what}")
 
         return measure(pipe, name, asked, self.models, watch)
 
@@ -233,7 +255,10 @@ class Worker:
         assert ready.width is not None
         assert ready.height is not None
         self.limits.check_size(ready.width, ready.height)
-        return Watch(pipe, ready, patch, replace(audience, learn=self._pace.learn), *rest)
+        return Watch(pipe, ready, patch, audience, *rest)
+
+    def _audience(self, stop: Stop, emit: Emit) -> Audience:
+        return Audience(stop, emit, learn=self._pace.learn)
 
     def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
         """Load the model of this name, replacing any other."""
@@ -253,7 +278,7 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _stream(self, session: Hashable, work: Callable[[Emit, threading.Event], None]) -> Iterator[Any]:
+    def _stream(self, session: Hashable | Visitor, work: Callable[[Emit, Stop], None]) -> Iterator[Any]:
         """Yield what `work`, run in its own thread, emits.
 
         Closing the iterator stops the work within one step without waiting for it, since the caller may have others to
@@ -262,10 +287,14 @@ class Worker:
         found: queue.Queue[Any] = queue.Queue()
         stop, done = self._stops.add(session), object()
 
+        def waiting(ahead: int) -> None:
+            found.put(JobProgress(0, 0, 0, 0, None, ahead=ahead))
+
         def run() -> None:
             last: Any = done
             try:
-                with self._turns.turn(stop, lambda ahead: found.put(JobProgress(0, 0, 0, 0, None, ahead=ahead))):
+                with self._turns.turn(stop, waiting, session):
+                    stop.start_clock(self.limits.seconds)
                     work(found.put, stop)
             except BaseException as error:  # re-raised in the calling thread
                 last = error

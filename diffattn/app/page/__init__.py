@@ -5,13 +5,14 @@ Every action is also an endpoint, called from Python like this:
     from gradio_client import Client
 
     client = Client("http://127.0.0.1:7860")
-    status, pictures, files, code = client.predict(
+    status, pictures, files, code, records = client.predict(prompt="T-Rex", api_name="/generate")
+    status, pictures, files, code, records = client.predict(
         prompt="T-Rex", model="emoji-sd", acceleration="agent/fast", steps=25, guidance=None, width=None, height=None,
         seed=0, num_images=1, negative_prompt="", recipe=None, api_name="/generate",
     )
     chart, per_step = client.predict("Generate", api_name="/time_steps")  # of this client's latest run
 
-    status, slider, pair, figures, report = client.predict(
+    status, shown, pair, figures, report, data, verdict = client.predict(
         prompt="T-Rex", model="emoji-sd", accelerations=["agent/fast"], steps=25, guidance=None, width=None,
         height=None, seed=0, num_images=2, negative_prompt="", recipe=None, api_name="/compare",
     )
@@ -27,8 +28,11 @@ The others are /show_pair, /show_runs, /load_runs, /stop, /describe_model, /esti
 
 import os
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it reads this on import
 
@@ -38,9 +42,13 @@ from gradio.utils import get_upload_folder
 from diffattn.app.jobs import Worker
 from diffattn.app.page import compare, generate, quality, steps
 from diffattn.app.page.browser_runs import stored_in_browser
+from diffattn.app.page.compare_this import compare_this
+from diffattn.app.page.ending import GRACE_SECONDS, end, leave, terminated_like_interrupted
 from diffattn.app.page.files import Files
+from diffattn.app.page.guard import LOOPBACK, UPLOAD_BYTES, believing, middleware
+from diffattn.app.page.inputs import share
 from diffattn.app.page.shared import WAITING
-from diffattn.app.page.style import CSS, HEAD, THEME
+from diffattn.app.page.style import CSS, FOLD, HEAD, THEME
 
 __all__ = ["build", "launch"]
 
@@ -57,15 +65,19 @@ def build(worker: Worker, files: Files) -> gr.Blocks:
         gr.Markdown("# diffattn\nDiffusion models with linear-cost attention: draw, and compare with exact attention.")
         latest, traces = gr.State(None), gr.State({})  # of this visitor's latest runs, see `steps.tab`
         runs = stored_in_browser()
-        with gr.Tabs():
-            with gr.Tab("Generate", id="generate"):
+        with gr.Tabs() as tabs:
+            with gr.Tab("Generate", id="generate") as first:
                 drawn = generate.tab(page, worker, files, latest)
-            with gr.Tab("Compare", id="compare"):
+            with gr.Tab("Compare", id="compare") as second:
                 compared = compare.tab(page, worker, files, traces)
-            with gr.Tab("Speed and FID", id="quality"):
+            with gr.Tab("Speed and FID", id="quality") as third:
                 quality.tab(page, worker, files, runs)
-            with gr.Tab("Time steps", id="steps"):
-                steps.tab(latest, traces, drawn, compared)
+            with gr.Tab("Time steps", id="steps") as fourth:
+                steps.tab(latest, traces, drawn.run, compared.run)
+        compare_this(worker, files, drawn, compared, tabs)
+        by_id = {"generate": first, "compare": second, "quality": third, "steps": fourth}
+        share(by_id, drawn.found, compared.found)
+        page.load(None, None, None, js=FOLD, api_visibility="private")
     page.queue(max_size=WAITING)
     return page
 
@@ -80,6 +92,8 @@ def launch(
     wait: bool = True,
     warm_up: str | None = "emoji-sd",
     open_browser: bool = False,
+    host_names: Sequence[str] = (),
+    proxy: str | None = None,
 ) -> tuple[gr.Blocks, str]:
     """Serve the page, by default to this machine only.
 
@@ -89,35 +103,45 @@ def launch(
         port: None: the first free one from 7860 up.
         share: a public link through gradio's servers.
         auth: name and password; needed with `share` and with a host other than loopback.
-        wait: block until interrupted.
+        wait: block until interrupted, by Ctrl+C or SIGTERM; then delete the visitors' files and end the process.
         warm_up: a model to load right away.
         open_browser: open the page in a browser.
+        host_names: names under which the page is called, besides those of this machine.
+        proxy: address of the proxy whose forwarded headers are believed; None: nobody's are.
 
     Raises:
         ValueError: the page would be open to others without a password.
         OSError: the port is taken.
     """
-    if (share or host not in ("127.0.0.1", "localhost", "::1")) and not (auth and all(auth)):
+    if (share or host not in LOOPBACK) and not (auth and all(auth)):
         raise ValueError("a page that others can reach needs --auth NAME:PASSWORD (--share, --listen)")
-    files = Files(Path(get_upload_folder()), CACHE_SECONDS)
+    files, names = Files(Path(get_upload_folder()), CACHE_SECONDS), {*LOOPBACK, *map(str.lower, host_names)}
     page = build(worker, files)
-    options: dict[str, Any] = dict(theme=THEME, css=CSS, head=HEAD, app_kwargs={"lifespan": files.lifespan})
+    guard = middleware(names, host not in LOOPBACK, files.make_room)
+    options: dict[str, Any] = dict(
+        theme=THEME, css=CSS, head=HEAD, app_kwargs={"lifespan": files.lifespan, "middleware": guard}
+    )
+    files.open()
     try:
-        page.launch(
-            server_name=host, server_port=port, share=share, auth=auth, allowed_paths=[], max_file_size="1mb",
-            show_error=False, enable_monitoring=False, strict_cors=True, ssr_mode=False, pwa=False, mcp_server=False,
-            run_history=False, footer_links=["api"], max_threads=WAITING + THREADS, inbrowser=open_browser,
-            quiet=not wait, prevent_thread_lock=True, **options,
-        )  # fmt: skip
-        if warm_up in worker.models.names():  # only now, so that a page that cannot be served leaves no thread behind
-            threading.Thread(target=worker.warm_up, args=(warm_up,), name=WARM_UP, daemon=True).start()
-        if wait:
-            page.block_thread()
-    except KeyboardInterrupt:  # during start-up; `block_thread` handles its own
-        if not wait:
-            raise
-        page.close(verbose=False)
-    finally:
-        if wait:
-            worker.close()
+        with terminated_like_interrupted(wait):
+            with believing(proxy):
+                page.launch(
+                    server_name=host, server_port=port, share=share, auth=auth, allowed_paths=[],
+                    max_file_size=UPLOAD_BYTES, show_error=False, enable_monitoring=False, strict_cors=True,
+                    ssr_mode=False, pwa=False, mcp_server=False, run_history=False, footer_links=["api"],
+                    max_threads=WAITING + THREADS, inbrowser=open_browser, quiet=not wait, prevent_thread_lock=True,
+                    **options,
+                )  # fmt: skip
+            names |= {urlsplit(page.share_url).hostname or ""} if page.share_url else set()
+            page.app.uploaded_file_dir = str(files.folder)
+            page.server.config.timeout_graceful_shutdown = GRACE_SECONDS
+            if warm_up in worker.models.names():  # only now: a page that cannot be served leaves no thread behind
+                threading.Thread(target=worker.warm_up, args=(warm_up,), name=WARM_UP, daemon=True).start()
+            while wait and page.is_running:
+                time.sleep(0.1)
+    except BaseException as error:
+        end(page, worker, files)
+        if wait and isinstance(error, KeyboardInterrupt):
+            leave()
+        raise
     return page, page.local_url or ""

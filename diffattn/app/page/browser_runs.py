@@ -1,5 +1,6 @@
 """A visitor's measured runs, kept in the browser: they survive a reload."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
@@ -8,6 +9,23 @@ from diffattn.app.jobs import QualityRun
 from diffattn.app.jobs.kept import MOST
 
 KEY = "diffattn-runs"
+
+
+@dataclass
+class RunsShown:
+    """What a visitor sees.
+
+    One object per visitor, changed in place by everything they do, so that a measurement's run is added to the runs
+    present when it ends rather than to those present when it began.
+    """
+
+    ticked: list[str]  # titles of the runs shown
+    axis: str
+    kept: list[dict[str, Any]] = field(default_factory=list)  # their own runs, as JSON types
+
+    def choose(self, ticked: list[str], axis: str) -> None:
+        """Take over what the page shows now."""
+        self.ticked, self.axis = ticked, axis
 
 
 def stored_in_browser() -> gr.BrowserState:

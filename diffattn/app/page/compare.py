@@ -1,83 +1,103 @@
 """The tab that draws the same pictures exact and accelerated."""
 
-import math
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from diffattn.app.jobs import Comparison, JobProgress, Stopped, Worker
+from diffattn.app.jobs.suited import own_method, plain_name
 from diffattn.app.jobs.worker import save_pictures
+from diffattn.app.page.before_after import shown_pair
+from diffattn.app.page.compare_figures import figures, headline, reports
 from diffattn.app.page.files import Files
 from diffattn.app.page.generate import stopper
+from diffattn.app.page.guard import visitor_of
 from diffattn.app.page.inputs import Inputs, inputs, request_of
-from diffattn.app.page.shared import JOB, QUICK, UNCOUNTED, note, progress_html, table, with_toasts
+from diffattn.app.page.shared import JOB, QUICK, TOLD, busy, columns, note, progress_html, with_toasts
 from diffattn.app.page.time_line import Estimate, keep_estimated, time_of_drawing
 
-HEAD = (
-    "acceleration",
-    "s per picture",
-    "speed-up",
-    "GFLOPs per picture",
-    "peak MiB (GPU)",
-    "PSNR dB",
-    "SSIM",
-    "layers",
-)
 
-BLANKED = "{} pictures were blanked by the model's safety checker; their pairs count for neither PSNR nor SSIM."
-UNMEASURED = "Peak memory is measured on CUDA devices only."
+@dataclass(frozen=True)
+class Compared:
+    """The parts of the tab that others use."""
+
+    found: Inputs
+    run: Any  # the event that ends a run, after which the variants' traces are known
 
 
-def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
-    """Lay out the tab; returns the event that ends a run, after which `traces` holds its variants' traces by name."""
-    with gr.Row(elem_classes="diffattn-split"):
-        with gr.Column(scale=2, min_width=320):
-            found = inputs(worker, several=True)
-        with gr.Column(scale=3, min_width=320):
-            with gr.Row():
-                go = gr.Button("Compare (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="compare")
-                halt = gr.Button("Stop", variant="stop", elem_id="stop-compare")
-            time = gr.Markdown(str(worker.limits), elem_id="compare-time")
-            stage = gr.HTML(note("Exact on the left, accelerated on the right."), elem_id="compare-stage")
-            shown = gr.Radio([], label="Shown", visible=False)
-            slider = gr.ImageSlider(
-                label="Exact | accelerated", format="png", type="filepath", interactive=False, slider_position=50,
-                elem_id="slider",
-            )  # fmt: skip
-            figures = gr.HTML()
+def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Compared:
+    """Lay out the tab; after a run `traces` holds its variants' traces by name."""
+    pairs = gr.State({})
+    with columns() as (ask, result, rest):
+        found = inputs(worker, ask, rest, several=True)
+        with ask:
+            go = gr.Button("Compare (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="compare")
+            time = gr.HTML("", elem_id="compare-time")
+        with result:
+            stage = gr.HTML(
+                note("The same pictures, exact on the left and accelerated on the right."), elem_id="compare-stage"
+            )
+            halt = gr.Button("Stop", variant="stop", elem_id="stop-compare", elem_classes="diffattn-stop")
+            told = gr.HTML("", elem_id="verdict")
+            shown = gr.Radio([], label="Shown", visible=False, elem_id="pairs")
+            slider = gr.ImageSlider(type="filepath", format="png", interactive=False, visible=False)  # for programs
+            both = gr.HTML("", visible=False, elem_id="slider", elem_classes="diffattn-pictures")
+            table = gr.HTML("", elem_id="figures")
             with gr.Accordion("What ran in which layer", open=False):
-                report = gr.HTML()
-            pairs = gr.State({})
+                report = gr.HTML("")
+            data = gr.JSON(label="Figures", visible=False)
+    outputs = [stage, shown, slider, table, report, data, told, pairs, traces]
+    done = go.click(_comparing(worker, files), found.all(), outputs, api_name="compare", **JOB)
+    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+    _wire_pairs(shown, pairs, slider, both, done)
+    _wire_time(page, worker, found, time, done)
+    return Compared(found, done)
 
-    @with_toasts
+
+def _comparing(worker: Worker, files: Files) -> Any:
+    """The handler that compares. What earlier runs left stays until the new figures are there."""
+
+    @with_toasts(9)
     def run(
-        prompt: str, model: str, accelerations: list[str], steps: float, guidance: float | None, width: float | None,
-        height: float | None, seed: float, num_images: float, negative_prompt: str, recipe: str | None,
-        request: gr.Request,
+        request: gr.Request, prompt: str, model: str, accelerations: list[str], steps: float,
+        guidance: float | None = None, width: float | None = None, height: float | None = None, seed: float = 0,
+        num_images: float = 3, negative_prompt: str = "", recipe: str | None = None,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [prompt, model, None, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
-        blank = gr.skip()
-        yield note("Starting …"), blank, None, "", "", blank, blank
+        names = worker.limits.variants_of(accelerations, recipe is not None)
+        asked, blank = request_of(worker, given, acceleration="automatic"), [gr.skip()] * 8
+        yield busy("Starting …"), *blank
         try:
-            names = worker.limits.variants_of(accelerations, recipe is not None)
-            asked = request_of(worker, given, acceleration="automatic")
-            for event in worker.compare(str(request.session_hash), asked, names):
+            for event in worker.compare(visitor_of(request), asked, names):
                 if isinstance(event, JobProgress):
-                    yield progress_html(event), *[blank] * 6
+                    yield progress_html(event), *blank
                 elif isinstance(event, Comparison):
-                    chosen = _pairs(event, files)
-                    first = next(iter(chosen))
-                    radio = gr.Radio(list(chosen), value=first, visible=len(chosen) > 1)
-                    steps_of = {variant.name: variant.trace.to_dict() for variant in event.variants}
-                    yield note("Done."), radio, chosen[first], _figures(event), _reports(event), chosen, steps_of
+                    yield note("Done."), *_shown(worker, event, files)
         except Stopped:
-            yield note("Stopped. Change something and press Compare again."), *[blank] * 6
+            yield note("Stopped. Change something and press Compare again."), *blank
 
-    outputs = [stage, shown, slider, figures, report, pairs, traces]
-    done = go.click(run, found.all(), outputs, api_name="compare", **JOB)
-    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+    return run
+
+
+def _shown(worker: Worker, found: Comparison, files: Files) -> tuple[Any, ...]:
+    """The outputs after a comparison: pairs to choose, the first pair, figures, layers, data, verdict, state."""
+    model = found.request.model
+    own, size = own_method(worker.models.place(model)), worker.models.describe(model).size
+    chosen = _pairs(found, files, own)
+    first = next(iter(chosen))
+    radio = gr.Radio(list(chosen), value=first, visible=True)
+    steps_of = {variant.name: variant.trace.to_dict() for variant in found.variants}
+    return (
+        radio, chosen[first], figures(found, own, size), reports(found, own), found.to_dict(),
+        headline(found, own, size), chosen, steps_of,
+    )  # fmt: skip
+
+
+def _wire_pairs(shown: gr.Radio, pairs: gr.State, slider: gr.ImageSlider, both: gr.HTML, done: Any) -> None:
+    """Show the pair that is chosen."""
 
     def show(name: str, pairs: dict[str, Any]) -> Any:
         pair = pairs.get(name)
@@ -85,12 +105,15 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Any:
             raise gr.Error("These pictures are no longer on the server: press Compare again.", print_exception=False)
         return pair
 
-    shown.input(show, [shown, pairs], slider, api_name="show_pair", **QUICK)
-    _wire_time(page, worker, found, time, done)
-    return done
+    def draw(name: str, pairs: dict[str, Any]) -> Any:
+        return shown_pair(show(name, pairs), name)
+
+    shown.input(show, [shown, pairs], slider, api_name="show_pair", **TOLD)
+    for event in (shown.input, done.then):
+        event(draw, [shown, pairs], both, api_visibility="private", **QUICK)
 
 
-def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown, run: Any) -> None:
+def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.HTML, run: Any) -> None:
     """Keep the time estimate up to date, for pictures drawn by every variant."""
 
     def estimate(
@@ -98,57 +121,24 @@ def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown
         recipe: str | None,
     ) -> Estimate:  # fmt: skip
         try:
-            variants = 1 + len(worker.limits.variants_of(chosen, recipe is not None))
+            names = worker.limits.variants_of(chosen, recipe is not None)
         except ValueError as error:
             return str(error), False
-        return time_of_drawing(worker, model, steps, width, height, num_images, variants)
+        return time_of_drawing(worker, model, steps, width, height, num_images, beside=names)
 
     counted = [found.model, found.steps, found.width, found.height, found.num_images, found.acceleration, found.recipe]
     keep_estimated(page, time, estimate, counted, run, api_visibility="private")
 
 
-def _pairs(comparison: Comparison, files: Files) -> dict[str, tuple[str, str]]:
+def _pairs(comparison: Comparison, files: Files, own: str | None) -> dict[str, tuple[str, str]]:
     """Label of a pair -> files of its exact and accelerated picture."""
     exact, *others = ((v.name, save_pictures(v.pictures, files.subfolder())) for v in comparison.variants)
     several = comparison.request.num_images > 1
     return {
-        name + (f", seed {comparison.request.seed + i}" if several else ""): (str(exact[1][i]), str(path))
+        plain_name(name, own) + (f", seed {comparison.request.seed + i}" if several else ""): (
+            str(exact[1][i]),
+            str(path),
+        )
         for name, paths in others
         for i, path in enumerate(paths)
     }
-
-
-def _figures(comparison: Comparison) -> str:
-    rows = []
-    for v in comparison.variants:
-        db = "–" if v.psnr is None else "identical" if math.isinf(v.psnr) else f"{v.psnr:.1f}"
-        layers = f"{v.report.layers_accelerated} of {v.report.layers_patched} accelerated" if v.report else "exact"
-        rows.append(
-            (v.name, f"{v.seconds:.2f}", f"{comparison.speedup(v):.2f}×", _or_dash(v.gflops, ".1f"),
-             _or_dash(v.peak_mib, ".0f"), db, _or_dash(v.ssim, ".3f"), layers)
-        )  # fmt: skip
-    count = comparison.request.num_images
-    what = "one picture each: times of single pictures vary, draw more for a firm figure"
-    below = what if count == 1 else f"median of {count} pictures, drawn in turns"
-    blanked = sum(v.blanked for v in comparison.variants)
-    missing = [BLANKED.format(blanked)] * bool(blanked)
-    missing += [UNMEASURED] * (comparison.variants[0].peak_mib is None)
-    missing += [UNCOUNTED] * any(v.gflops is None for v in comparison.variants)
-    return table(HEAD, rows) + "".join(map(note, [f"Times: {below}.", *missing]))
-
-
-def _reports(comparison: Comparison) -> str:
-    head, parts = ("layer", "tokens", "calls accelerated", "calls exact", "why exact"), []
-    for v in comparison.variants:
-        if v.report:
-            rows = [
-                (x.name, str(x.tokens or "–"), str(x.accelerated), str(sum(x.passed_through.values())), x.note)
-                for x in v.report.layers
-                if x.left_alone != "cross-attention"
-            ]
-            parts.append(note(v.name) + table(head, rows))
-    return "".join(parts)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

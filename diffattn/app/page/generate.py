@@ -1,72 +1,132 @@
 """The tab that draws."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from diffattn.app.jobs import Drawn, JobProgress, Stopped, Worker
+from diffattn.app.jobs.suited import own_method, plain_name
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.app.page.files import Files
-from diffattn.app.page.inputs import describe_model, inputs, request_of, wire_model, wire_time
-from diffattn.app.page.shared import JOB, QUICK, duration, note, progress_html, with_toasts
+from diffattn.app.page.first_view import first_view
+from diffattn.app.page.guard import visitor_of
+from diffattn.app.page.history import Entry, caption, entries, remembered, strip, wire_history
+from diffattn.app.page.inputs import Inputs, inputs, request_of, wire_about
+from diffattn.app.page.kept_settings import wire_drop, wire_reload
+from diffattn.app.page.shared import JOB, QUICK, busy, columns, duration, note, progress_html, with_toasts
+from diffattn.app.page.time_line import wire_time
+
+EMPTY = "The picture appears here."
+MEASURED = (
+    "Measured before: the same picture with exact and with accelerated attention. Move the line; yours comes here."
+)
 
 SOON = 1.0  # seconds that a small model's job takes: no message is needed meanwhile
+CUT = 80  # characters of a prompt's unread end that are shown
 
 
-def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Any:
-    """Lay out the tab; returns the event that ends a run, after which `latest` holds its trace."""
-    with gr.Row(elem_classes="diffattn-split"):
-        with gr.Column(scale=2, min_width=320):
-            found = inputs(worker, several=False)
-            about = gr.Markdown(describe_model(worker, found.model.value) if found.model.value else "No model.")
-        with gr.Column(scale=3, min_width=320):
-            with gr.Row():
-                go = gr.Button(
-                    "Generate (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="generate"
-                )
-                halt = gr.Button("Stop", variant="stop", elem_id="stop")
-            time = gr.Markdown(str(worker.limits))
-            stage = gr.HTML(note("The picture appears here."), elem_id="stage")
+@dataclass(frozen=True)
+class Generated:
+    """The parts of the tab that others use."""
+
+    found: Inputs
+    run: Any  # the event that ends a run, after which the latest trace is known
+    compare: gr.Button  # "Compare this picture"
+    records: gr.JSON  # of the pictures that are shown
+
+
+def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Generated:
+    """Lay out the tab; after a run `latest` holds its trace."""
+    history = gr.State([])
+    with columns() as (ask, result, rest):
+        found = inputs(worker, ask, rest, several=False)
+        with ask:
+            go = gr.Button("Generate (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="generate")
+            time = gr.HTML("", elem_id="generate-time")
+        with result:
+            shown_first = first_view(worker)
+            stage = gr.HTML(note(MEASURED if shown_first else EMPTY), elem_id="stage")
+            halt = gr.Button("Stop", variant="stop", elem_id="stop", elem_classes="diffattn-stop")
+            if shown_first:
+                gr.HTML(shown_first, elem_id="first")
             gallery = gr.Gallery(
-                label="Pictures", format="png", type="filepath", interactive=False, columns=1, object_fit="contain",
-                height="auto", elem_id="gallery",
+                label="Pictures", show_label=False, format="png", type="filepath", interactive=False, columns=2,
+                object_fit="contain", height="auto", elem_id="gallery", elem_classes="diffattn-pictures",
             )  # fmt: skip
-            saved = gr.File(label="PNG files, each with its record inside", file_count="multiple", interactive=False)
-            code = gr.Code(label="The same in Python", language="python", interactive=False, wrap_lines=True)
-
-    @with_toasts
-    def draw(
-        prompt: str, model: str, acceleration: str, steps: float, guidance: float | None, width: float | None,
-        height: float | None, seed: float, num_images: float, negative_prompt: str, recipe: str | None,
-        request: gr.Request,
-    ) -> Generator[tuple[Any, ...]]:  # fmt: skip
-        given = [prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
-        blank, paths = gr.skip(), []
-        place = files.subfolder()  # adding a picture keeps those before it
-        yield note("Starting …"), [], None, "", blank
-        shown = 0
-        try:
-            for event in worker.generate(_session(request), request_of(worker, given)):
-                if isinstance(event, JobProgress):
-                    yield progress_html(event), blank, blank, blank, blank
-                elif isinstance(event, Drawn):
-                    paths += save_pictures(event.pictures[shown:], place)
-                    shown = len(event.pictures)
-                    names = [str(path) for path in paths]
-                    yield note(_summary(event)), names, names, event.code, event.trace.to_dict()
-        except Stopped:
-            yield note("Stopped. Change something and press Generate again."), blank, blank, blank, blank
-
-    outputs = [stage, gallery, saved, code, latest]
-    run = gr.on([go.click, found.prompt.submit], draw, found.all(), outputs,
-                api_name="generate", **JOB)  # fmt: skip
+            compare = gr.Button(
+                "Compare this picture with exact attention", elem_id="compare-this", elem_classes="diffattn-after"
+            )
+            earlier = strip()
+            saved = gr.File(
+                label="PNG files, each with its record inside", file_count="multiple", interactive=False,
+                elem_classes="diffattn-after",
+            )  # fmt: skip
+            code = gr.Code(
+                label="The same in Python", language="python", interactive=False, wrap_lines=True,
+                elem_classes="diffattn-after",
+            )  # fmt: skip
+            records = gr.JSON(label="Records of the pictures", visible=False)
+        with rest:
+            dropped = gr.File(
+                label="Drop a PNG drawn here: restores its settings", file_types=[".png"], file_count="single",
+                type="filepath", height=170, elem_id="drop",
+            )  # fmt: skip
+    draw = _drawing(worker, files)
+    outputs = [stage, gallery, saved, code, records, latest, history]
+    run = gr.on([go.click, found.prompt.submit], draw, [*found.all(), history], outputs, api_name="generate", **JOB)
     halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
     gr.Button(visible=False).click(stopping(worker), None, stage, api_name="stop", **QUICK)  # for programs only
     found.renew_seed(run)
-    wire_model(worker, found, about)
+    wire_about(worker, found)
     wire_time(page, worker, found, time, run)
-    return run
+    wire_history(worker, found, files, history, earlier, run, [stage, gallery, saved, code, records])
+    wire_drop(worker, found, files, dropped, stage)
+    wire_reload(page, worker, found, files, "generate")
+    return Generated(found, run, compare, records)
+
+
+def _drawing(worker: Worker, files: Files) -> Any:
+    """The handler that draws. What earlier runs left stays until the first new picture is there."""
+
+    @with_toasts(7)
+    def draw(
+        request: gr.Request, prompt: str, model: str, acceleration: str, steps: float, guidance: float | None = None,
+        width: float | None = None, height: float | None = None, seed: float = 0, num_images: float = 1,
+        negative_prompt: str = "", recipe: str | None = None, history: Sequence[Entry] = (),
+    ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        given = [prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
+        asked = request_of(worker, given)
+        blank, paths = [gr.skip()] * 6, []
+        place, before = files.subfolder(), list(history)  # adding a picture keeps those before it
+        yield busy("Starting …"), *blank
+        try:
+            for event in worker.generate(visitor_of(request), asked):
+                if isinstance(event, JobProgress):
+                    yield progress_html(event), *blank
+                elif isinstance(event, Drawn):
+                    paths += save_pictures(event.pictures[len(paths) :], place)
+                    yield _shown(worker, event, paths, before)
+        except Stopped:
+            yield note("Stopped. Change something and press Generate again."), *blank
+
+    return draw
+
+
+def _shown(worker: Worker, drawn: Drawn, paths: Sequence[Any], before: Sequence[Entry]) -> tuple[Any, ...]:
+    """The outputs after a picture: words, pictures, files, code, records, trace, history."""
+    items = [(str(path), caption(picture.record)) for path, picture in zip(paths, drawn.pictures, strict=True)]
+    words, done = _summary(worker, drawn), len(items) == drawn.request.num_images
+    return (
+        note(words) if done else busy(words),
+        items,
+        [str(path) for path in paths],
+        drawn.code,
+        [dict(picture.record) | {"seconds": picture.seconds} for picture in drawn.pictures],
+        drawn.trace.to_dict(),
+        remembered(before, entries(drawn, paths)),
+    )
 
 
 def stopper(worker: Worker) -> Any:
@@ -76,7 +136,7 @@ def stopper(worker: Worker) -> Any:
         session = _session(request)
         if not worker.stop(session):
             return note("Nothing is running.")
-        return gr.skip() if worker.ended(session, SOON) else note("Stopping after the step under way …")
+        return gr.skip() if worker.ended(session, SOON) else busy("Stopping after the step under way …")
 
     return halt
 
@@ -94,12 +154,21 @@ def _session(request: gr.Request) -> str:
     return str(request.session_hash)
 
 
-def _summary(drawn: Drawn) -> str:
+def _summary(worker: Worker, drawn: Drawn) -> str:
     seconds = sum(picture.seconds for picture in drawn.pictures)
-    done, total = len(drawn.pictures), drawn.request.num_images
-    which = f"{done} of {total} pictures" if total > 1 else "Done"
-    method = drawn.request.method if drawn.report else "exact attention"
+    done, asked = len(drawn.pictures), drawn.request
+    which = f"{done} of {asked.num_images} pictures" if asked.num_images > 1 else "Done"
+    name = f"{asked.method}/{asked.preset}" if asked.preset else str(asked.method)
+    way = plain_name(name, own_method(worker.models.place(asked.model))) if drawn.report else "exact attention"
     ran = f": {drawn.report.layers_accelerated} layers ran accelerated" if drawn.report else ""
     blanked = sum(picture.blanked for picture in drawn.pictures)
     black = f"; {blanked} of {done} blanked by the model's safety checker" if blanked else ""
-    return f"{which} in {duration(seconds) if seconds >= 10 else f'{seconds:.1f} s'} with {method}{ran}{black}"
+    took = duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{which} in {took} with {way}{ran}{black}.{_cut(drawn.unread)}"
+
+
+def _cut(unread: str) -> str:
+    if not unread:
+        return ""
+    shown = unread if len(unread) <= CUT else unread[: CUT - 1] + "…"
+    return f" The prompt was cut, since the model reads no more tokens; left out: “{shown}”."

@@ -1,17 +1,24 @@
 """The inputs of a request, shared by Generate and Compare."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
 from diffattn.app.jobs import AUTOMATIC, Worker, accelerations
-from diffattn.app.page.shared import QUICK, given_or_own, toast, whole_numbers
-from diffattn.app.page.time_line import Estimate, keep_estimated, time_of_drawing
+from diffattn.app.jobs.restore import SETTINGS
+from diffattn.app.jobs.suited import own_method, plain_name, suited_accelerations
+from diffattn.app.page.shared import QUICK, TOLD, given_or_own, line, toast, whole_numbers
+from diffattn.app.page.sizes import OWN_SIZE, SIZE_OF, own_sizes, size_value, sizes
 
 OWN = "the model's own"
+SWITCH = "diffattnSwitch"
+"""Name of the page's script that takes values from one tab to the other."""
+
 RANDOM = "Math.floor(Math.random() * 2 ** 31)"
 PROMPTS = ("T-Rex", "green heart", "tent", "footprints", "man vampire")
+SHOWN_CLASSES = 20  # as examples
 
 
 @dataclass
@@ -29,11 +36,20 @@ class Inputs:
     num_images: gr.Slider
     negative_prompt: gr.Textbox
     recipe: gr.File
-    keep_seed: gr.Checkbox | None  # not sent
+    keep_seed: gr.Checkbox | None  # the rest is not sent
+    examples: gr.Dataset
+    size: gr.Radio
+    about: gr.HTML
+    filled: list[Any] = field(default_factory=list)  # events other than typing that fill in the shared values
+    follow: Any = None  # handler, inputs and outputs that let everything else follow the model
 
     def all(self) -> list[Any]:
         """The components whose values are sent."""
-        return list(vars(self).values())[:-1]
+        return [getattr(self, name) for name in SETTINGS]
+
+    def shared(self) -> list[Any]:
+        """The components whose values all tabs share."""
+        return [self.prompt, self.model, self.seed]
 
     def renew_seed(self, run: Any) -> None:
         """After the event `run`, choose a new seed for the next run unless the seed is kept."""
@@ -41,27 +57,58 @@ class Inputs:
         run.then(None, [self.keep_seed, self.seed], self.seed, js=js, api_visibility="private")
 
 
-def inputs(worker: Worker, several: bool) -> Inputs:
-    """Lay out the inputs; `several`: allow more than one acceleration."""
+def inputs(worker: Worker, ask: gr.Column, rest: gr.Column, several: bool) -> Inputs:
+    """Lay out the inputs: the prompt in the column `ask`, all others in `rest`.
+
+    Args:
+        worker: for its models and limits.
+        ask, rest: columns of the page.
+        several: more than one acceleration may be chosen.
+    """
     names, limits = worker.models.names(), worker.limits
-    prompt = gr.Textbox(
-        PROMPTS[0], label="Prompt", info="What to draw; for a class-conditional model the name of a class.",
-        max_length=limits.prompt, lines=2, placeholder="green heart", submit_btn=False,
+    first = names[0] if names else ""
+    with ask:
+        prompt = gr.Textbox(
+            PROMPTS[0], label="Prompt", max_length=limits.prompt, lines=2, max_lines=4, placeholder=PROMPTS[1],
+            submit_btn=False,
+        )  # fmt: skip
+        examples = gr.Dataset(
+            label="Examples", components=[prompt], samples=_examples(worker, first), show_label=False, type="values",
+            elem_classes="diffattn-examples",
+        )  # fmt: skip
+    with rest, gr.Accordion("Settings", open=True, elem_classes="diffattn-settings"):
+        model = gr.Dropdown(
+            names, value=first or None, label="Model", allow_custom_value=worker.models.hub,
+            info="Or type a name from the hub: owner/name." if worker.models.hub else None,
+        )  # fmt: skip
+        about = gr.HTML(describe_model(worker, first) if first else line("No model."))
+        acceleration = _acceleration(worker, first, several)
+        size = gr.Radio(sizes(worker, first), value=OWN_SIZE, label="Size")
+        steps = whole_numbers(1, limits.steps, 20, label="Steps")
+        count = 3 if several else 1
+        num_images = whole_numbers(1, limits.images, count, label="Pictures", info="Each has the next seed.")
+        seed, keep = _seed(several)
+        width, height, guidance, negative, recipe = _more(worker, several)
+    found = Inputs(
+        prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative, recipe, keep, examples,
+        size, about,
     )  # fmt: skip
-    gr.Examples([[p] for p in PROMPTS], [prompt], label="Examples", api_visibility="private")
-    model = gr.Dropdown(
-        names, value=names[0] if names else None, label="Model", allow_custom_value=worker.models.hub,
-        info="Or type a name from the hub: owner/name." if worker.models.hub else None,
+    _wire(worker, found, several)
+    return found
+
+
+def _acceleration(worker: Worker, model: str, several: bool) -> gr.Dropdown:
+    """All accelerations, for programs; the page narrows them down to those that work for the model."""
+    choices = [(plain_name(name), name) for name in accelerations()]
+    if not several:
+        return gr.Dropdown(choices, value=AUTOMATIC, label="Acceleration", info="Automatic: what suits the model.")
+    return gr.Dropdown(
+        choices, value=_defaults(worker, model), label="Accelerations to compare", multiselect=True,
+        max_choices=worker.limits.variants, info=f"Up to {worker.limits.variants}, each against exact attention.",
     )  # fmt: skip
-    choices, info = accelerations(), "none: exact attention; automatic: the method that suits the model."
-    acceleration = gr.Dropdown(
-        choices[2:] if several else choices, value=["agent/balanced", "agent/fast"] if several else AUTOMATIC,
-        label="Accelerations to compare" if several else "Acceleration", multiselect=several,
-        max_choices=limits.variants if several else None,
-        info=f"Up to {limits.variants}, each against exact attention." if several else info,
-    )  # fmt: skip
-    steps = whole_numbers(1, limits.steps, 20, label="Steps")
-    num_images = whole_numbers(1, limits.images, 1, label="Pictures", info="Each has the next seed.")
+
+
+def _seed(several: bool) -> tuple[gr.Number, gr.Checkbox | None]:
     keep: gr.Checkbox | None = None
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
@@ -69,22 +116,102 @@ def inputs(worker: Worker, several: bool) -> Inputs:
             keep = gr.Checkbox(True, label="Keep the seed", info="Else a new one after every run", min_width=120)
             dice = gr.Button("New seed", size="sm", min_width=80)
             dice.click(None, None, seed, js=f"() => {RANDOM}", api_visibility="private")
+    return seed, keep
+
+
+def _more(worker: Worker, several: bool) -> tuple[gr.Number, gr.Number, gr.Number, gr.Textbox, gr.File]:
     with gr.Accordion("More settings", open=False):
         with gr.Row():
             width = gr.Number(
-                None, label="Width", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=120
+                None, label="Width", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=100
             )
             height = gr.Number(
-                None, label="Height", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=120
+                None, label="Height", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=100
             )
-            guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=120)
-        negative = gr.Textbox("", label="Keep out", info="Negative prompt", max_length=limits.prompt)
+            guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=100)
+        negative = gr.Textbox(
+            "", label="Negative prompt", info="What to keep out of the picture.", max_length=worker.limits.prompt
+        )
         use = "compared too" if several else "instead of the acceleration"
         recipe = gr.File(
             label=f"Recipe (JSON, see diffattn.patch), {use}", file_types=[".json"], file_count="single",
             type="filepath", height=120,
         )  # fmt: skip
-    return Inputs(prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative, recipe, keep)
+    return width, height, guidance, negative, recipe
+
+
+def _wire(worker: Worker, found: Inputs, several: bool) -> None:
+    """Let examples, size presets and accelerations follow the model, and the size follow its presets."""
+    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    pick = found.examples.click(lambda row: row[0], found.examples, found.prompt, api_visibility="private", **QUICK)
+    found.filled.append(pick)
+    found.size.input(None, found.size, [found.width, found.height], js=SIZE_OF, **hidden)
+    for number in (found.width, found.height):
+        number.input(None, None, found.size, js="() => null", **hidden)
+
+    def follow(model: str, chosen: Any, width: float | None, height: float | None) -> tuple[Any, ...]:
+        try:
+            size = size_value(worker, model, given_or_own(width), given_or_own(height))
+            return describe_model(worker, model), *following(worker, model, chosen, size, several)
+        except ValueError as error:
+            raise toast(error) from None
+
+    def follow_anew(model: str, chosen: Any) -> tuple[Any, ...]:
+        return *follow(model, chosen, None, None), None, None
+
+    dependent = [found.about, found.examples, found.size, found.acceleration]
+    found.model.input(
+        follow_anew, [found.model, found.acceleration], [*dependent, found.width, found.height],
+        api_visibility="private", **TOLD,
+    )  # fmt: skip
+    found.follow = (follow, [found.model, found.acceleration, found.width, found.height], dependent)
+
+
+def following(worker: Worker, model: str, chosen: Any, size: str | None, several: bool) -> tuple[Any, ...]:
+    """Examples, size presets and accelerations for a model; accelerations that were chosen stay if they work."""
+    place = worker.models.place(model)
+    names, own = suited_accelerations(place), own_method(place)
+    allowed = names[2:] if several else names
+    kept: Any = [name for name in chosen or () if name in allowed] if several else chosen
+    if several:
+        kept = kept or _defaults(worker, model)
+    elif kept not in allowed:
+        kept = AUTOMATIC
+    offered, choices = sizes(worker, model), [(plain_name(name, own), name) for name in allowed]
+    return (
+        gr.Dataset(samples=_examples(worker, model)),
+        gr.Radio(offered, value=size),
+        gr.Dropdown(choices, value=kept),
+    )
+
+
+def share(tabs: Mapping[str, Any], drawing: Inputs, comparing: Inputs) -> None:
+    """Let Generate and Compare have one prompt, one model and one seed: those of the tab that is left.
+
+    Args:
+        tabs: id -> every tab of the page; Generate has the id "generate", Compare "compare".
+        drawing, comparing: the inputs of these two.
+    """
+    both = [*drawing.shared(), *comparing.shared()]
+    for name, tab in tabs.items():
+        js = f"(...v) => {SWITCH}({name!r}, v)"
+        moved = tab.select(None, both, both, js=js, api_visibility="private", show_progress="hidden")
+        for found in (drawing, comparing):
+            moved.then(*found.follow, api_visibility="private", **QUICK)
+    for found in (drawing, comparing):
+        for event in found.filled:
+            event.then(*found.follow, api_visibility="private", **QUICK)
+
+
+def _defaults(worker: Worker, model: str) -> list[str]:
+    """The accelerations that a comparison begins with: those of the model's own method."""
+    own = own_method(worker.models.place(model)) if model else None
+    return [f"{own or 'agent'}/balanced", f"{own or 'agent'}/fast"]
+
+
+def _examples(worker: Worker, model: str) -> list[list[str]]:
+    classes = worker.models.describe(model).classes if model else ()
+    return [[name.split(",")[0].strip()] for name in classes[:SHOWN_CLASSES]] or [[prompt] for prompt in PROMPTS]
 
 
 def request_of(worker: Worker, given: list[Any], acceleration: str | None = None) -> Any:
@@ -99,31 +226,22 @@ def request_of(worker: Worker, given: list[Any], acceleration: str | None = None
 
 
 def describe_model(worker: Worker, name: str) -> str:
-    """One line about a model, its classes included."""
-    try:
-        found = worker.models.describe(name)
-    except ValueError as error:
-        raise toast(error) from None
-    size = f", {found.size[0]}×{found.size[1]} pixels" if found.size else ""
+    """One line about a model, its classes included, as HTML; raises `ValueError` like `Models.source`."""
+    found = worker.models.describe(name)
+    size = f", {own_sizes(found.size)} pixels" if found.size else ""
     guidance = f", guidance {found.guidance:g}" if found.guidance else ""
-    classes = f". Classes: {', '.join(found.classes[:20])}{' …' if len(found.classes) > 20 else ''}"
-    return f"{name}: {found.what}{size}{guidance}{classes if found.classes else ''}"
+    shown = ", ".join(found.classes[:SHOWN_CLASSES]) + (" …" if len(found.classes) > SHOWN_CLASSES else "")
+    classes = f". Prompt: the name of a class ({shown})" if found.classes else ""
+    return line(f"{name}: {found.what}{size}{guidance}{classes}")
 
 
-def wire_model(worker: Worker, found: Inputs, about: gr.Markdown) -> None:
-    """Keep the line about the model up to date."""
+def wire_about(worker: Worker, found: Inputs) -> None:
+    """The endpoint that describes a model."""
 
     def tell_model(model: str) -> str:
-        return describe_model(worker, model)
+        try:
+            return describe_model(worker, model)
+        except ValueError as error:
+            raise toast(error) from None
 
-    found.model.change(tell_model, found.model, about, api_name="describe_model", **QUICK)
-
-
-def wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.Markdown, run: Any) -> None:
-    """Keep the time estimate up to date, for pictures that are each drawn once."""
-
-    def estimate(model: str, steps: float, width: float | None, height: float | None, num_images: float) -> Estimate:
-        return time_of_drawing(worker, model, steps, width, height, num_images)
-
-    counted = [found.model, found.steps, found.width, found.height, found.num_images]
-    keep_estimated(page, time, estimate, counted, run, api_name="estimate")
+    gr.Button(visible=False).click(tell_model, found.model, found.about, api_name="describe_model", **QUICK)

@@ -1,7 +1,7 @@
 """The tab that measures speed and quality."""
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,20 @@ from diffattn.app.jobs.kept import MOST, keep, not_kept, runs_to_show
 from diffattn.app.jobs.limits import AGAINST, MIN_SAMPLES
 from diffattn.app.jobs.quality_run import read_runs, runs_as_csv, save_runs
 from diffattn.app.jobs.speed_quality import has_reference
-from diffattn.app.page.browser_runs import checked
+from diffattn.app.jobs.suited import plain_name
+from diffattn.app.page.browser_runs import RunsShown, checked
 from diffattn.app.page.files import Files
 from diffattn.app.page.generate import stopper
+from diffattn.app.page.guard import visitor_of
 from diffattn.app.page.inputs import OWN, PROMPTS
+from diffattn.app.page.own_runs import own_runs
 from diffattn.app.page.quality_charts import TIME, WORK, results
 from diffattn.app.page.shared import (
     JOB,
     QUICK,
+    TOLD,
+    busy,
+    columns,
     duration,
     given_or_own,
     note,
@@ -57,41 +63,24 @@ class _Inputs:
 
 
 @dataclass
-class _Visitor:
-    """What a visitor sees.
-
-    One object per visitor, changed in place by everything they do, so that a measurement's run is added to the runs
-    present when it ends rather than to those present when it began.
-    """
-
-    ticked: list[str]  # titles of the runs shown
-    axis: str
-    kept: list[dict[str, Any]] = field(default_factory=list)  # their own runs, as JSON types
-
-    def choose(self, ticked: list[str], axis: str) -> None:
-        """Take over what the page shows now."""
-        self.ticked, self.axis = ticked, axis
-
-
-@dataclass
 class _Parts:
     """What the handlers read and write."""
 
     found: _Inputs
     go: gr.Button
     halt: gr.Button
-    time: gr.Markdown
+    time: gr.HTML
     stage: gr.HTML
     shown: gr.CheckboxGroup  # titles of the runs to show
     horizontal: gr.Radio
     figures: gr.HTML
     saved: gr.File
     load: gr.File
-    own: gr.State  # a `_Visitor`
+    own: gr.State  # a `RunsShown`
 
     @property
     def now(self) -> list[Any]:
-        """What the visitor has ticked, in the order in which `_Visitor.choose` takes it, after the visitor."""
+        """What the visitor has ticked, in the order in which `RunsShown.choose` takes it, after the visitor."""
         return [self.own, self.shown, self.horizontal]
 
     @property
@@ -107,16 +96,20 @@ class _Shelf:
     stored: Sequence[QualityRun]
     files: Files
 
-    def shown_now(self, visitor: _Visitor) -> tuple[str, list[str] | None]:
+    def shown_now(self, visitor: RunsShown) -> tuple[str, list[str] | None]:
         """Charts and files of the runs that are ticked."""
         chosen = [run for run in runs_to_show(self.stored, visitor.kept) if run.title in visitor.ticked]
         return results(chosen, visitor.axis), _save(chosen, self.files.subfolder()) if chosen else None
 
-    def added(self, visitor: _Visitor, new: Sequence[QualityRun]) -> tuple[Any, ...]:
+    def added(self, visitor: RunsShown, new: Sequence[QualityRun]) -> tuple[Any, ...]:
         """The visitor's state with new runs added, the boxes to tick, charts and files."""
-        visitor.kept = keep(visitor.kept, new)
+        return self.changed(visitor, keep(visitor.kept, new), [*visitor.ticked, *(run.title for run in new)])
+
+    def changed(self, visitor: RunsShown, kept: list[dict[str, Any]], ticked: Collection[str]) -> tuple[Any, ...]:
+        """Like `added`, with other runs of the visitor, of which those of these titles are shown."""
+        visitor.kept = kept
         every = [run.title for run in runs_to_show(self.stored, visitor.kept)]
-        visitor.ticked = [name for name in every if name in (*visitor.ticked, *(run.title for run in new))]
+        visitor.ticked = [name for name in every if name in ticked]
         return visitor, gr.CheckboxGroup(every, value=visitor.ticked), *self.shown_now(visitor)
 
 
@@ -127,17 +120,22 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
     done = _wire_measuring(worker, parts, shelf)
     loaded = _wire_runs(parts, shelf)
 
-    def restore(found: Any, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
+    def restore(found: Any, visitor: RunsShown, labels: list[str], axis: str) -> tuple[Any, ...]:
         visitor.choose(labels, axis)
         runs = checked(found)
         return shelf.added(visitor, runs) if runs else (gr.skip(),) * 4
 
     hidden: dict[str, Any] = {"api_visibility": "private"} | QUICK
     page.load(restore, [stored_in_browser, *parts.now], parts.outputs, **hidden)
-    for event in (done, loaded):
+    for event in (done, loaded, *own_runs(parts.now, parts.outputs, shelf.changed)):
         event.then(lambda visitor: visitor.kept, parts.own, stored_in_browser, **hidden)
 
-    def estimate(*given: Any) -> Estimate:
+    def estimate(
+        models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
+        guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
+        seed: float = 0,
+    ) -> Estimate:  # fmt: skip
+        given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         return _estimate(worker, given)
 
     keep_estimated(page, parts.time, estimate, parts.found.all(), done, api_name="estimate_measure")
@@ -145,15 +143,14 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
 
 def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
     gr.Markdown(INTRO)
-    with gr.Row(elem_classes="diffattn-split"):
-        with gr.Column(scale=2, min_width=280):
+    with columns() as (ask, result, _):
+        with ask:
             found = _inputs(worker, bool(stored))
-        with gr.Column(scale=3, min_width=280):
-            with gr.Row():
-                go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
-                halt = gr.Button("Stop", variant="stop", elem_id="stop-measure")
-            time = gr.Markdown("", elem_id="measure-time")
+        with result:
+            go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
+            time = gr.HTML("", elem_id="measure-time")
             stage = gr.HTML(note("Earlier runs are below; yours appear beside them."), elem_id="measure-stage")
+            halt = gr.Button("Stop", variant="stop", elem_id="stop-measure", elem_classes="diffattn-stop")
     labels = [run.title for run in stored]
     shown = gr.CheckboxGroup(labels, value=labels, label="Runs shown", elem_id="runs")
     horizontal = gr.Radio([TIME, WORK], value=TIME, label="Horizontal axis")
@@ -161,25 +158,25 @@ def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
     with gr.Row():
         saved = gr.File(label="The runs shown, as JSON and CSV", file_count="multiple", interactive=False)
         load = gr.File(label="Add runs from a JSON file", file_types=[".json"], file_count="single", type="filepath")
-    own = gr.State(_Visitor(labels, TIME))
+    own = gr.State(RunsShown(labels, TIME))
     return _Parts(found, go, halt, time, stage, shown, horizontal, figures, saved, load, own)
 
 
 def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
     """Lay out the Measure and Stop buttons; returns the event that ends a measurement."""
 
-    @with_toasts
+    @with_toasts(5)
     def run(
-        models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
-        guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: _Visitor,
-        labels: list[str], axis: str, request: gr.Request,
+        request: gr.Request, models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
+        guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: RunsShown,
+        labels: list[str], axis: str,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
-        blank = [gr.skip()] * 4
+        asked, blank = _asked(worker, given), [gr.skip()] * 4
         visitor.choose(labels, axis)
-        yield note("Starting …"), *blank
+        yield busy("Starting …"), *blank
         try:
-            for event in worker.measure(str(request.session_hash), _asked(worker, given)):
+            for event in worker.measure(visitor_of(request), asked):
                 if isinstance(event, JobProgress):
                     yield progress_html(event), *blank
                 elif isinstance(event, QualityRun):
@@ -196,7 +193,7 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
 def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
     """Lay out the run selection and the loading of runs from a file; returns the event that ends the loading."""
 
-    def show_runs(labels: list[str], axis: str, visitor: _Visitor) -> tuple[Any, ...]:
+    def show_runs(labels: list[str], axis: str, visitor: RunsShown) -> tuple[Any, ...]:
         visitor.choose(labels, axis)
         return shelf.shown_now(visitor)
 
@@ -205,7 +202,7 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
         [parts.figures, parts.saved], api_name="show_runs", **QUICK,
     )  # fmt: skip
 
-    def load_runs(path: str | None, visitor: _Visitor, labels: list[str], axis: str) -> tuple[Any, ...]:
+    def load_runs(path: str | None, visitor: RunsShown, labels: list[str], axis: str) -> tuple[Any, ...]:
         visitor.choose(labels, axis)
         if path is None:
             return (gr.skip(),) * 4
@@ -218,7 +215,7 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
         visitor, boxes, charts, made = shelf.added(visitor, new)
         return visitor, boxes, said + charts, made
 
-    return parts.load.upload(load_runs, [parts.load, *parts.now], parts.outputs, api_name="load_runs", **QUICK)
+    return parts.load.upload(load_runs, [parts.load, *parts.now], parts.outputs, api_name="load_runs", **TOLD)
 
 
 def _summary(run: QualityRun) -> str:
@@ -235,7 +232,8 @@ def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
         max_choices=limits.measured_models,
     )  # fmt: skip
     ways = gr.Dropdown(
-        accelerations()[2:], value=["agent/balanced", "agent/fast"], multiselect=True, label="Accelerations",
+        [(plain_name(name), name) for name in accelerations()[2:]], value=["agent/balanced", "agent/fast"],
+        multiselect=True, label="Accelerations",
         max_choices=limits.measured_variants, info="Beside exact attention, which is always measured.",
     )  # fmt: skip
     numbers = gr.Textbox("", label="Numbers of agents or mediators", placeholder="16, 64", info=NUMBERS, max_length=200)
@@ -279,7 +277,7 @@ def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
         references = sum(not has_reference(name, asked, worker.models) for name in asked.models)
     except (ValueError, TypeError) as error:
         return str(error), False
-    about = "unknown until each model has drawn a picture" if seconds is None else f"about {duration(seconds)}"
+    about = "known after a picture of each model" if seconds is None else f"about {duration(seconds)}"
     limits, count = worker.limits, asked.samples * (asked.num_variants * len(asked.models) + references)
     line = f"Time: {about}, for {count} pictures. At most N = {limits.samples} and {limits.steps} steps."
     return line, seconds is not None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from diffattn.app.jobs.quality_run import Line, QualityRun, comparable, why_apart
+from diffattn.app.jobs.suited import plain_name
 from diffattn.app.page.shared import UNCOUNTED, note, table
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 62, 14, 30, 44
@@ -15,7 +16,7 @@ HEAD = ("run", "acceleration", "s per picture (middle half)", "speed-up", "GFLOP
         "precision", "recall")  # fmt: skip
 BARS = (
     "Bars: KID ± standard deviation over subsets of the pictures, and the middle half of the times. "
-    "FID is one figure of all N pictures and has no error bar."
+    "FID is one figure of all N pictures and has no error bar. Grey: exact attention ± its standard deviation."
 )
 
 Bar = tuple[float, float, float]  # value, low, high
@@ -32,14 +33,24 @@ def results(runs: Sequence[QualityRun], horizontal: str) -> str:
         p = first.protocol
         apart = ""
         if group is not groups[0]:
-            apart = f" Not comparable with the runs above: other {why_apart(group[0], groups[0][0])}."
+            apart = f" Not comparable with the runs above: {_in_words(group[0], groups[0][0])}."
         parts.append(f"<h3>{escape(str(group[0].model))}: {escape(first.label)}</h3>")
         parts.append(note(f"{p.steps} steps, guidance {p.guidance}, {p.sampler}, {p.dtype}; {group[0].where}.{apart}"))
         rows, skip = [_row(run, line) for run in group for line in run.lines], len(group) == 1
+        parts += [note(said) for run in group if (said := verdict(run))]
         parts.append(_charts(group, horizontal) + _legend(group) + table(HEAD[skip:], [row[skip:] for row in rows]))
         if any(line.gflops is None for run in group for line in run.lines):
             parts.append(note(UNCOUNTED))
     return f'<div class="diffattn-results">{"".join(parts)}</div>'
+
+
+def _in_words(run: QualityRun, above: QualityRun) -> str:
+    """What keeps two runs from being compared, the important differences alone if there are any."""
+    names = why_apart(run, above).split(", ")
+    words = {"num pictures": "other N", "reference": "other reference", "extractor": "other features",
+             "steps": "other number of steps", "guidance": "other guidance", "machine": "other machine"}  # fmt: skip
+    found = ["other model"] * (run.model != above.model) + [words[name] for name in names if name in words]
+    return ", ".join(found) or f"other {', '.join(names)}"
 
 
 def _row(run: QualityRun, line: Line) -> tuple[str, ...]:
@@ -79,7 +90,7 @@ def _panel(group: Sequence[QualityRun], horizontal: str, vertical: str, value: C
     if not points:
         return ""
     across = _Scale([v for *_, x, _ in points for v in x] + [0.0], LEFT, WIDTH - RIGHT)
-    upward = _Scale([v for *_, y in points for v in y], HEIGHT - BOTTOM, TOP)
+    upward = _Scale([v for *_, y in points for v in y] + [0.0], HEIGHT - BOTTOM, TOP)  # from 0: no noise is magnified
     colours = _colours(group)
     body = "".join(
         _point(
@@ -91,8 +102,31 @@ def _panel(group: Sequence[QualityRun], horizontal: str, vertical: str, value: C
     return (
         f'<svg class="diffattn-chart diffattn-panel" role="img" aria-label="{escape(label)}" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg" font-size="12" fill="currentColor">'
-        f"{_axes(across, upward, horizontal, vertical)}{body}</svg>"
+        f"{_axes(across, upward, horizontal, vertical)}{_noise(points, upward)}{body}</svg>"
     )
+
+
+def _noise(points: Sequence[tuple[int, QualityRun, Line, Bar, Bar]], upward: "_Scale") -> str:
+    """A band over what chance may do to exact attention: figures within it do not differ from it."""
+    bands = [y for _, run, line, _, y in points if line is run.lines[0] and y[1] < y[2]]
+    return "".join(
+        f'<rect x="{LEFT}" y="{upward(high):.1f}" width="{WIDTH - RIGHT - LEFT}" '
+        f'height="{upward(low) - upward(high):.1f}" fill="currentColor" fill-opacity="0.08">'
+        "<title>exact attention, plus and minus a standard deviation</title></rect>"
+        for _, low, high in bands
+    )
+
+
+def verdict(run: QualityRun) -> str:
+    """One sentence about a run: how much faster, and whether quality moved by more than chance."""
+    exact, found = run.lines[0], []
+    scores, std = exact.quality.scores, exact.quality.scores["kid_std"]
+    for line in run.lines[1:]:
+        moved = line.quality.scores["kid"] - scores["kid"]
+        worse = "worse" if moved > 0 else "better"
+        kid = "KID as exact's, within chance" if abs(moved) <= std else f"KID {worse} by {abs(moved):.3f}"
+        found.append(f"{plain_name(line.acceleration)} {line.speedup:.2f}× as fast, {kid}")
+    return f"Against exact attention: {'; '.join(found)}." if found else ""
 
 
 def _across(line: Line, horizontal: str) -> Bar | None:

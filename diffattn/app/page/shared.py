@@ -4,7 +4,7 @@ import base64
 import io
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import wraps
 from html import escape
 from typing import Any
@@ -20,11 +20,15 @@ log = logging.getLogger("diffattn.app.page")
 WAITING = 64
 """The most jobs that may wait."""
 
-JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": WAITING, "show_progress": "minimal"}
+JOB: dict[str, Any] = {"concurrency_id": "job", "concurrency_limit": WAITING, "show_progress": "hidden"}
 """Arguments of every event that runs a model. One runs at a time across all tabs and visitors. They wait in the queue
-of `Worker` rather than Gradio's, so that Stop reaches waiting jobs and they can show how many are ahead of them."""
+of `Worker` rather than Gradio's, so that Stop reaches waiting jobs and they can show how many are ahead of them, and
+without Gradio's progress, since the page has its own."""
 
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+
+TOLD: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+"""Arguments of quick events that may fail: outside its queue Gradio shows no toasts."""
 
 BUG = "Something went wrong"
 
@@ -34,26 +38,30 @@ UNCOUNTED = (
 )
 
 
-def with_toasts(function: Callable[..., Generator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+Events = Callable[..., Iterator[tuple[Any, ...]]]
+
+
+def with_toasts(outputs: int) -> Callable[[Callable[..., Generator[tuple[Any, ...]]]], Events]:
     """Turn the errors of a generator into toasts: bad input with its message, a bug without its traceback.
 
-    The first output shows progress; the error stays readable there after the toast has gone.
+    The first of the outputs shows progress; the error stays readable there after the toast has gone. All others stay
+    as they are.
     """
 
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
-        others: list[Any] = []
-        try:
-            with closing(function(*args, **kwargs)) as events:
-                for outputs in events:
-                    others = [gr.skip()] * (len(outputs) - 1)
-                    yield outputs
-        except Exception as error:
-            title, message = _words(error)
-            yield note(f"{title}: {message}"), *others
-            raise toast(error) from None
+    def decorate(function: Callable[..., Generator[tuple[Any, ...]]]) -> Events:
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
+            try:
+                with closing(function(*args, **kwargs)) as events:
+                    yield from events
+            except Exception as error:
+                title, message = _words(error)
+                yield note(f"{title}: {message}"), *[gr.skip()] * (outputs - 1)
+                raise toast(error) from None
 
-    return wrapped
+        return wrapped
+
+    return decorate
 
 
 def toast(error: Exception) -> gr.Error:
@@ -83,28 +91,54 @@ def progress_html(progress: JobProgress) -> str:
     """A progress bar, the step, the time left, and the preview embedded in the page."""
     if progress.ahead:
         jobs = "1 job runs" if progress.ahead == 1 else f"{progress.ahead} jobs run"
-        return note(f"Waiting: {jobs} before yours. Stop leaves the queue.")
+        return busy(f"Waiting: {jobs} before yours. Stop leaves the queue.")
     if not progress.steps:
-        return f'<div class="diffattn-stage"><p role="status">{escape(progress.what)} …</p></div>'
+        return busy(f"{progress.what} …")
     total = progress.steps * progress.pictures
     share = (progress.picture * progress.steps + progress.step) / max(total, 1)
     left = "" if progress.seconds_left is None else f" · about {duration(progress.seconds_left)} left"
     which = f"picture {progress.picture + 1} of {progress.pictures} · " if progress.pictures > 1 else ""
     what = f"{progress.what} · " if progress.what else ""
-    text = escape(f"{what}{which}step {progress.step} of {progress.steps}{left}")
+    text = f"{what}{which}step {progress.step} of {progress.steps}{left}"
+    bar = f'<div class="diffattn-bar"><div style="width:{100 * share:.1f}%"></div></div>'
     picture = ""
     if progress.preview is not None:
         buffer = io.BytesIO()
         progress.preview.save(buffer, "PNG")
         data = base64.b64encode(buffer.getvalue()).decode()
-        picture = f'<img alt="preview" src="data:image/png;base64,{data}">'
-    bar = f'<div class="diffattn-bar"><div style="width:{100 * share:.1f}%"></div></div>'
-    return f'<div class="diffattn-stage"><p role="status">{text}</p>{bar}{picture}</div>'
+        picture = f'<img class="diffattn-preview" alt="preview" src="data:image/png;base64,{data}">'
+    return busy(text, bar + picture)
+
+
+def busy(text: str, below: str = "") -> str:
+    """A line where progress is shown while something runs: Stop is there as long as it is; `below` is HTML."""
+    return f'<div class="diffattn-stage diffattn-busy"><p role="status">{escape(text)}</p>{below}</div>'
 
 
 def note(text: str) -> str:
     """A line where progress is shown."""
     return f'<div class="diffattn-stage"><p role="status">{escape(text)}</p></div>'
+
+
+def line(text: str) -> str:
+    """A line of text, as HTML."""
+    return f'<p class="diffattn-line">{escape(text)}</p>'
+
+
+@contextmanager
+def columns() -> Iterator[tuple[gr.Column, gr.Column, gr.Column]]:
+    """Three columns: what is asked, what comes of it, and everything else.
+
+    On a wide window the second stands beside the two others; on a narrow one they follow each other in this order.
+    """
+    with gr.Row(elem_classes="diffattn-split"):
+        with gr.Column(min_width=280, elem_classes="diffattn-ask") as ask:
+            pass
+        with gr.Column(min_width=280, elem_classes="diffattn-result") as result:
+            pass
+        with gr.Column(min_width=280, elem_classes="diffattn-rest") as rest:
+            pass
+    yield ask, result, rest
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

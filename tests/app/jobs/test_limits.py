@@ -1,5 +1,6 @@
 """What a job may ask for when only the model says how much it is, what may be downloaded, and how long it takes."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -137,16 +138,49 @@ def test_every_job_that_draws_teaches_the_pace(folder: Path, job: str) -> None:
     assert worker.seconds_for(web.ask(worker, model="group/two")) is None
 
 
-def test_exact_pictures_say_the_pace_and_accelerated_ones_until_there_are_any() -> None:
+def test_the_pace_is_that_of_the_way_and_the_size_and_exact_until_the_way_is_known() -> None:
     pace, exact = Pace(), Request("m", "", method=UNPATCHED, steps=20, width=256, height=256)
-    assert pace.seconds("m", 256 * 256, 10) is None
-    pace.learn(replace(exact, method="agent", steps=10), seconds=1.0)
-    assert pace.seconds("m", 256 * 256, 10) == pytest.approx(1)
-    pace.learn(exact, seconds=4.0)
-    pace.learn(replace(exact, method="agent"), seconds=1.0)
-    assert pace.seconds("m", 256 * 256, 10) == pytest.approx(2)
-    assert pace.seconds("m", 128 * 256, 10) == pytest.approx(1)
-    assert pace.seconds("other", 256 * 256, 10) is None
+    assert pace.seconds(exact, 256, 256) is None
+    pace.learn(exact, seconds=5.0, calls=[1.0, *[0.2] * 19])  # the first call waits for the text encoder
+    assert pace.seconds(exact, 256, 256) == pytest.approx(5)
+    assert pace.seconds(replace(exact, steps=40), 256, 256) == pytest.approx(9)
+    assert pace.seconds(replace(exact, steps=2), 256, 256) == pytest.approx(1.4)
+    fast = replace(exact, method="agent", preset="fast")
+    assert pace.seconds(fast, 256, 256) == pytest.approx(5)
+    pace.learn(fast, seconds=3.0, calls=[0.1] * 20)
+    assert pace.seconds(fast, 256, 256) == pytest.approx(3)
+    assert pace.seconds(replace(fast, preset="balanced"), 256, 256) == pytest.approx(5)
+    assert pace.seconds(exact, 512, 256) is None  # it grows faster than the pixels: nothing is promised
+    assert pace.seconds(replace(exact, model="other"), 256, 256) is None
+
+
+def test_two_steps_of_a_warm_up_teach_nothing(folder: Path) -> None:
+    worker = web.tiny_worker(folder)
+    worker.warm_up("one")
+    assert worker._loaded is not None
+    assert worker.seconds_for(web.ask(worker)) is None
+
+
+def test_a_size_above_the_limit_has_no_time(folder: Path) -> None:
+    worker = web.tiny_worker(folder)
+    list(worker.generate("a", web.ask(worker)))
+    with pytest.raises(ValueError, match="above the limit of 64 pixels"):
+        worker.seconds_for(replace(web.ask(worker), width=128))
+
+
+def test_accelerations_are_checked_for_every_model_before_one_is_measured(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "models")
+    web.save_sits(tmp_path / "models", "sit")
+    worker = web.tiny_worker(tmp_path / "models")
+    asked = worker.limits.measurement(
+        ["one", "sit"], accelerations=["agent/fast"], samples=8, steps=2, prompts="1", extractor="cifar-classifier"
+    )
+    with pytest.raises(ValueError, match=r"'agent/fast' does not work for model 'sit'; choose from: mediator/"):
+        list(worker.measure("a", asked))
+    assert worker._loaded is None
+    with pytest.raises(ValueError, match="'mediator/fast' does not work for model 'one'"):
+        list(worker.compare("a", web.ask(worker), ["mediator/fast"]))
+    assert worker._loaded is None
 
 
 def test_the_pace_is_that_of_steps_whatever_calls_they_take(folder: Path) -> None:

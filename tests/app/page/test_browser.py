@@ -85,7 +85,7 @@ def test_two_visitors_see_their_own(visit: Any) -> None:
     one.get_by_label("Prompt").first.fill("only for one")
     one.click("#generate")
     expect(one.locator("#stage")).to_contain_text("Done", timeout=PATIENCE)
-    expect(two.locator("#stage")).to_contain_text("The picture appears here")
+    expect(two.locator("#stage")).to_contain_text("Measured before")
     assert two.locator("#gallery img").count() == 0
     assert "only for one" not in two.content()
     assert two.get_by_label("Prompt").first.input_value() == "T-Rex"
@@ -171,7 +171,7 @@ def test_settings_that_are_looked_at_but_left_empty_are_the_models_own(visit: An
 def test_the_time_is_told_once_the_model_has_drawn(visit: Any) -> None:
     page = visit()
     choose(page, "Model", "group/two")
-    expect(tab_of(page)).to_contain_text("Time: unknown until the first picture", timeout=PATIENCE)
+    expect(tab_of(page)).to_contain_text("Time: known after the first picture of this size", timeout=PATIENCE)
     page.click("#generate")
     expect(tab_of(page)).to_contain_text("Time: about", timeout=PATIENCE)
 

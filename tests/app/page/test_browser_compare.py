@@ -38,9 +38,9 @@ def test_a_slider_figures_and_the_steps_of_every_variant(visit: Visit) -> None:
     page.click("#compare")
     says(page, "#compare-stage", "Done")
     expect(page.locator("#slider img")).to_have_count(2, timeout=PATIENCE)
-    expect(page.get_by_role("cell", name="agent/balanced")).to_be_visible()
+    expect(page.get_by_role("cell", name="Balanced", exact=True)).to_be_visible()
     first = page.locator("#slider img").last.get_attribute("src")
-    page.get_by_label("agent/fast", exact=True).check()
+    page.get_by_label("Fast, seed 0", exact=True).check()
     expect(page.locator("#slider img").last).not_to_have_attribute("src", first or "", timeout=PATIENCE)
     go_to(page, "Time steps")
     expect(page.locator("#steps-chart svg")).to_have_attribute("aria-label", "What the steps of agent/balanced did")
@@ -51,6 +51,7 @@ def test_a_slider_figures_and_the_steps_of_every_variant(visit: Visit) -> None:
 
 def test_the_time_counts_exact_attention_every_acceleration_and_the_recipe(visit: Visit) -> None:
     page = visit()
+    says(page, "#compare-time", "for 9 pictures")  # three of each
     set_number(page, "Pictures", 2)
     says(page, "#compare-time", "for 6 pictures")
     page.get_by_role("button", name="More settings").filter(visible=True).click()
@@ -68,3 +69,4 @@ def test_stop_ends_a_comparison(visit: Visit) -> None:
     set_number(page, "Pictures", 1)
     page.click("#compare")
     says(page, "#compare-stage", "Done")
+    expect(page.locator("#verdict")).to_contain_text("no firm figure from so few pictures")

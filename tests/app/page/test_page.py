@@ -80,13 +80,18 @@ def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
         "/measure", "/show_runs", "/load_runs", "/estimate_measure",
     }  # fmt: skip
     assert [p["parameter_name"] for p in found["/generate"]["parameters"]] == list(settings())
+    assert all(p["parameter_has_default"] for p in found["/generate"]["parameters"][1:])
+    assert all(p["parameter_has_default"] for p in found["/compare"]["parameters"][1:])
 
 
 def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> None:
-    stage, pictures, files, code = draw(client, num_images=2, seed=7, acceleration="agent/fast", width=64, height=64)
+    stage, pictures, files, code, records = draw(
+        client, num_images=2, seed=7, acceleration="agent/fast", width=64, height=64
+    )
     assert "2 of 2 pictures" in stage
     assert len(pictures) == 2
-    assert [record_of(Path(file))["seed"] for file in files] == [7, 8]
+    assert [record_of(Path(file))["seed"] for file in files] == [record["seed"] for record in records] == [7, 8]
+    assert all(record["seconds"] > 0 for record in records)
     assert "manual_seed(7)" in code
     assert "diffattn.patch(pipe, 'agent', preset='fast')" in code
 
@@ -95,11 +100,11 @@ def test_a_recipe_goes_before_the_acceleration_and_is_compared(client: Client, t
     recipe = {"method": "agent", "options": {"num_agents": 9, "min_tokens": 0}, "schedule": {"0.5": {}, "0.0": "exact"}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     given = handle_file(str(tmp_path / "recipe.json"))
-    _, _, files, code = draw(client, recipe=given, acceleration="none")
+    _, _, files, code, _ = draw(client, recipe=given, acceleration="none")
     assert record_of(Path(files[0]))["recipe"] == recipe
     assert "recipe={'method': 'agent'" in code
     asked = compare_settings() | {"accelerations": [], "recipe": given}
-    _, _, pair, figures, _ = client.predict(**asked, api_name="/compare")
+    _, _, pair, figures, *_ = client.predict(**asked, api_name="/compare")
     assert [record_of(Path(file))["recipe"] for file in pair] == [None, recipe]
     assert "<td>recipe</td>" in figures
     (tmp_path / "recipe.json").write_text(json.dumps({"method": "agent", "code": "import os"}))
@@ -130,11 +135,15 @@ def test_time_steps_of_every_variant_of_a_comparison(client: Client) -> None:
 
 
 def test_compare_and_its_pairs(client: Client) -> None:
-    _, _, pair, figures, report = client.predict(**compare_settings(), api_name="/compare")
+    _, _, pair, figures, report, data, verdict = client.predict(**compare_settings(), api_name="/compare")
     assert [record_of(Path(file))["method"] for file in pair] == ["none", "agent"]
-    assert "agent/balanced" in figures
+    assert "<td>Balanced</td>" in figures
     assert "why exact" in report
-    other = client.predict("agent/balanced", api_name="/show_pair")
+    assert [v["acceleration"] for v in data["variants"]] == ["none", "agent/fast", "agent/balanced"]
+    assert all(v["speedup"] is None for v in data["variants"])  # one picture is no measurement
+    assert "×" not in verdict
+    assert "draw 3 or more" in figures
+    other = client.predict("Balanced", api_name="/show_pair")
     assert record_of(Path(other[1]))["preset"] == "balanced"
     assert "Peak memory is measured on CUDA devices only" in figures
     assert "GFLOPs are counted up to" not in figures

@@ -84,7 +84,7 @@ def test_a_run_joins_what_its_visitor_did_meanwhile(client: Client, address: str
     _, boxes, results, files = job.result()
     runs = read_runs(Path(files[0]))
     assert [run.title for run in runs] == boxes["value"]
-    assert [run.lines[0].quality.protocol.steps for run in runs] == [2, 100]
+    assert [run.lines[0].quality.protocol.steps for run in runs] == [100, 2]  # the newest first
     assert "against seconds per picture" in results
 
 
@@ -95,7 +95,7 @@ def test_runs_of_a_file_that_are_not_kept_are_counted(client: Client, tmp_path: 
     save_runs([*many, many[-1]], tmp_path / "many.json")
     given: Any = dict(path=handle_file(str(tmp_path / "many.json")), labels=[], axis=AXIS)
     boxes, results, _ = client.predict(**given, api_name="/load_runs")
-    assert boxes["value"] == [one.title for one in many[2:]]
+    assert boxes["value"] == [one.title for one in reversed(many[2:])]
     assert f"The 3 oldest runs are not kept: the limit is {MOST}." in results  # and the measured one
 
 

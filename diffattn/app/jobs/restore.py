@@ -1,0 +1,62 @@
+"""The settings that drew a picture, read from the record in its file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
+from diffattn.app.jobs.limits import Limits
+from diffattn.app.jobs.naming import naming
+from diffattn.drawing.request import UNPATCHED, record_of
+
+SETTINGS = (
+    "prompt", "model", "acceleration", "steps", "guidance", "width", "height", "seed", "num_images", "negative_prompt",
+    "recipe",
+)  # fmt: skip
+"""Names of the values that make a request, in the order in which the page's endpoints take them."""
+
+
+def settings_of_file(path: Path, models: Models, limits: Limits) -> dict[str, Any]:
+    """The settings in a PNG that this page (or `diffattn generate`) drew.
+
+    Raises:
+        ValueError: not such a file, or its settings are not allowed here; the message says which.
+    """
+    with naming(path, path.name):
+        record = record_of(path)
+    return settings_of_record(record, models, limits)
+
+
+def settings_of_record(record: Mapping[str, Any], models: Models, limits: Limits) -> dict[str, Any]:
+    """The value of each of `SETTINGS` for a picture's record, which is untrusted; raises like `settings_of_file`."""
+    given = {name: record.get(name) for name in SETTINGS}
+    given |= {"num_images": 1, **_way(record)}
+    return checked_settings(given, models, limits)
+
+
+def checked_settings(given: Any, models: Models, limits: Limits) -> dict[str, Any]:
+    """Untrusted values of `SETTINGS`, each of a valid request; raises `ValueError` like `Limits.request`."""
+    if not isinstance(given, Mapping):
+        raise ValueError("settings must be an object")
+    found: dict[str, Any] = {name: given.get(name) for name in SETTINGS}
+    if not isinstance(found["recipe"], Mapping | None):  # text would be the path of a file on the server
+        raise ValueError("a recipe must be an object")
+    models.source(found["model"])
+    asked = limits.request(**found)
+    kept = ("prompt", "model", "steps", "guidance", "width", "height", "seed", "num_images")
+    usual = {name: getattr(asked, name) for name in kept} | {"negative_prompt": asked.negative_prompt or ""}
+    return usual | {"acceleration": found["acceleration"] or AUTOMATIC, "recipe": asked.recipe}
+
+
+def _way(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Acceleration and recipe; options that no acceleration has go into a recipe."""
+    method, preset, options = record.get("method"), record.get("preset"), record.get("options")
+    if record.get("recipe") is not None:
+        return {"acceleration": AUTOMATIC, "recipe": record["recipe"]}
+    if options:
+        own = {"method": method, "options": options} | ({"preset": preset} if preset else {})
+        return {"acceleration": AUTOMATIC, "recipe": own}
+    if method == UNPATCHED:
+        return {"acceleration": UNPATCHED, "recipe": None}
+    name = f"{method}/{preset}"
+    return {"acceleration": name if name in accelerations() else AUTOMATIC, "recipe": None}

@@ -1,0 +1,199 @@
+"""What stands between the network and the page: sizes of requests, where they come from, and who sent them.
+
+Sizes are Starlette's middleware. Its check of `Host` knows names, but not "any address", and it has none of `Origin`.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from http.cookies import CookieError, SimpleCookie
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+import gradio as gr
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from diffattn.app.jobs import Visitor
+
+BODY_BYTES = 9 * 2**20
+"""The largest request: an upload of `UPLOAD_BYTES` with what surrounds it."""
+
+UPLOAD_BYTES = "8mb"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+COOKIE = "diffattn-visitor"
+NAME = "diffattn.visitor"  # key of an ASGI scope
+TRIES, TRY_SECONDS = 5, 60.0  # failed logins of one address, and how long they count
+REMEMBERED = 4096  # addresses
+
+
+def middleware(hosts: Collection[str], listens_to_all: bool, make_room: Callable[[], None]) -> list[Middleware]:
+    """All of it, the outermost first.
+
+    Args:
+        hosts: names by which the page may be called, in lower case; names may be added later.
+        listens_to_all: any network address is as good a name.
+        make_room: called before an upload.
+    """
+    return [
+        Middleware(SameSite, hosts=hosts, any_address=listens_to_all),
+        Middleware(RequestBodyLimitMiddleware, max_body_size=BODY_BYTES),
+        Middleware(LoginThrottle),
+        Middleware(Signed),
+        Middleware(Uploads, make_room=make_room),
+    ]
+
+
+@contextmanager
+def believing(proxy: str | None) -> Iterator[None]:
+    """Within the block, a server of uvicorn that is made believes the forwarded headers of this address, or nobody's.
+
+    Gradio makes the server and passes no setting on, so that uvicorn's environment variable is the only way.
+    """
+    key = "FORWARDED_ALLOW_IPS"
+    before = os.environ.get(key)
+    os.environ[key] = proxy or ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+class SameSite:
+    """Refuses a `Host` that is none of the page's (DNS rebinding), and an `Origin` that is not its host (other sites).
+
+    Programs that send no `Origin`, such as `gradio_client`, are served.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str], any_address: bool) -> None:
+        self.app, self.hosts, self.any_address = app, hosts, any_address
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_own(host):
+            return await _refuse(400, "this page is not served under that name")(scope, receive, send)
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return await _refuse(403, "requests from other sites are refused")(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            name.encode("ascii")
+        except ValueError:
+            return False
+        return name in self.hosts or (self.any_address and _is_address(name))
+
+
+class LoginThrottle:
+    """Refuses logins from an address after `TRIES` failures within `TRY_SECONDS`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._failed: OrderedDict[str, list[float]] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].rstrip("/") != "/login":
+            return await self.app(scope, receive, send)
+        address, now = _address(scope), time.monotonic()
+        recent = [when for when in self._failed.get(address, ()) if now - when < TRY_SECONDS]
+        if len(recent) >= TRIES:
+            wait = {"Retry-After": str(round(TRY_SECONDS))}
+            refusal = PlainTextResponse("too many failed logins: wait a minute", 429, wait)
+            return await refusal(scope, receive, send)
+        self._keep(address, [*recent, now])  # a failure until it succeeds, so that tries at the same time count
+
+        async def watching(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                self._keep(address, recent)
+            await send(message)
+
+        await self.app(scope, receive, watching)
+
+    def _keep(self, address: str, failures: list[float]) -> None:
+        self._failed[address] = failures
+        self._failed.move_to_end(address)
+        if len(self._failed) > REMEMBERED:
+            self._failed.popitem(last=False)
+
+
+class Signed:
+    """Gives every browser a name in a signed cookie, and puts the name of one that shows it into the ASGI scope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self._secret = app, secrets.token_bytes(32)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scope[NAME] = self._name(Headers(scope=scope).get("cookie", ""))
+
+        async def naming(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope[NAME] is None:
+                name = secrets.token_hex(16)
+                cookie = f"{COOKIE}={name}.{self._sign(name)}; Path=/; HttpOnly; SameSite=Lax"
+                MutableHeaders(scope=message).append("set-cookie", cookie)
+            await send(message)
+
+        await self.app(scope, receive, naming)
+
+    def _name(self, cookies: str) -> str | None:
+        try:
+            given = SimpleCookie(cookies).get(COOKIE)
+        except CookieError:
+            return None
+        name, _, signature = given.value.partition(".") if given else ("", "", "")
+        signed = hmac.compare_digest(signature.encode(), self._sign(name).encode())
+        return name if signed else None
+
+    def _sign(self, name: str) -> str:
+        return hmac.new(self._secret, name.encode(), hashlib.sha256).hexdigest()
+
+
+class Uploads:
+    """Makes room on the disk before every upload."""
+
+    def __init__(self, app: ASGIApp, make_room: Callable[[], None]) -> None:
+        self.app, self._make_room = app, make_room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
+            self._make_room()
+        await self.app(scope, receive, send)
+
+
+def visitor_of(request: gr.Request) -> Visitor:
+    """Who sent a request: nothing in it but the session is taken from what a client may make up."""
+    scope = request.request.scope if request.request is not None else {}
+    owner = ("user", request.username) if request.username else ("address", _address(scope))
+    return Visitor(str(request.session_hash), scope.get(NAME), owner)
+
+
+def _address(scope: Scope) -> str:
+    """The network address; uvicorn takes it from a forwarded header only if a named proxy sent it."""
+    return (scope.get("client") or ("",))[0]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return False
+
+
+def _refuse(status: int, why: str) -> PlainTextResponse:
+    return PlainTextResponse(why, status)

@@ -1,0 +1,44 @@
+"""The comparison that the page shows before anybody has clicked: written beside the model.
+
+    python pipelines/precompute_first_view.py emoji-sd --prompt tent --acceleration agent/fast
+
+Draws the same pictures exact and accelerated, in turns, at the size that the model was trained at, and stores the first
+pair with the speed-up over all of them, its interval and the PSNR.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffattn.app.jobs import Comparison, Limits, Worker
+from diffattn.app.jobs.first_view import write_first_view
+from diffattn.drawing.loading import embedded_folder, embedded_models
+from diffattn.machine import cpu_threads
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="An embedded model.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "tent",
+    acceleration: Annotated[str, typer.Option(help="METHOD/PRESET.")] = "agent/fast",
+    pictures: Annotated[int, typer.Option(help="Number of pictures of each.", min=3)] = 16,
+    steps: Annotated[int, typer.Option(help="Steps of each picture.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the files; default the model's own.")] = None,
+) -> None:
+    """Measure, and write the files."""
+    if model not in embedded_models():
+        raise typer.BadParameter(f"{model!r} is no embedded model here; choose from {', '.join(embedded_models())}")
+    worker = Worker(limits=Limits(images=1000, calls=10**9), device=device, dtype="float32")
+    asked = worker.limits.request(model, prompt, steps=steps, seed=seed, num_images=pictures)
+    with cpu_threads(threads):
+        *_, found = worker.compare("", asked, [acceleration])
+    assert isinstance(found, Comparison)
+    view = write_first_view(found, found.variants[1], worker.device, out or embedded_folder(model))
+    typer.echo(f"{view.acceleration}: {view.speedup}, PSNR {view.psnr:.1f} dB; {view.machine}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,130 @@
+"""Settings that come back from a picture's file, and what a hostile file gets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, PngImagePlugin
+from support import web
+
+from diffattn.app.jobs import Drawn, Worker
+from diffattn.app.jobs.restore import settings_of_file, settings_of_record
+from diffattn.app.jobs.suited import check_suited, plain_name, suited_accelerations
+from diffattn.app.jobs.worker import save_pictures
+from diffattn.drawing.loading import embedded_folder
+from diffattn.drawing.request import PNG_KEY
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    return web.tiny_worker(web.save_models(tmp_path_factory.mktemp("restore") / "models"), prompt=1000)
+
+
+RECIPE = {"method": "agent", "options": {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}}
+
+
+@pytest.mark.parametrize(
+    "way", [{"acceleration": "none"}, {"acceleration": "agent/fast"}, {"acceleration": "automatic"}, {"recipe": RECIPE}]
+)
+def test_a_picture_drawn_from_its_own_file_is_the_same(worker: Worker, tmp_path: Path, way: dict[str, Any]) -> None:
+    asked = web.ask(worker, seed=7, steps=3, width=64, height=32, negative_prompt="a dog", **way)
+    first: Any = list(worker.generate("a", asked))[-1]
+    (path,) = save_pictures(first.pictures, tmp_path)
+    found = settings_of_file(path, worker.models, worker.limits)
+    assert (found["prompt"], found["seed"], found["width"], found["num_images"]) == ("a cat", 7, 64, 1)
+    again = list(worker.generate("a", worker.limits.request(**found)))[-1]
+    assert isinstance(again, Drawn)
+    assert again.pictures[0].image.tobytes() == first.pictures[0].image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"recipe": "/etc/passwd"}, "a recipe must be an object"),
+        ({"model": "../../etc"}, "not available here"),
+        ({"model": ["one"]}, "choose a model"),
+        ({"width": 10**6}, "width must be"),
+        ({"prompt": 7}, "prompt must be text"),
+        ({"method": "agent", "options": {"code": 1}, "preset": None, "recipe": {"x": 1}}, "unknown recipe key"),
+        ([], "is not an object"),
+        ("[" * 10**5, "nested|JSON|Expecting"),
+    ],
+    ids=str,
+)
+def test_hostile_files_are_refused_in_words(worker: Worker, tmp_path: Path, record: Any, says: str) -> None:
+    good = {"model": "one", "prompt": "a cat", "method": "none", "steps": 2, "seed": 0}
+    text = record if isinstance(record, str) else json.dumps(good | record if isinstance(record, dict) else record)
+    info = PngImagePlugin.PngInfo()
+    info.add_text(PNG_KEY, text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(ValueError, match=says) as refused:
+        settings_of_file(tmp_path / "x.png", worker.models, worker.limits)
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_picture_without_a_record_says_so(worker: Worker, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"'x\.png' carries no diffattn record"):
+        settings_of_file(tmp_path / "x.png", worker.models, worker.limits)
+
+
+def test_options_that_no_acceleration_has_come_back_as_a_recipe(worker: Worker) -> None:
+    record = {
+        "model": "one",
+        "prompt": "",
+        "method": "agent",
+        "preset": "fast",
+        "options": {"num_agents": 4},
+        "steps": 2,
+    }
+    found = settings_of_record(record | {"seed": 0, "steps": 2}, worker.models, worker.limits)
+    assert found["recipe"] == {"method": "agent", "preset": "fast", "options": {"num_agents": 4}}
+
+
+def test_a_prompt_that_is_cut_names_what_is_left_out(worker: Worker) -> None:
+    long: Any = list(worker.generate("a", web.ask(worker, prompt="word " * 100 + "unread")))[-1]
+    assert long.unread.endswith("unread")
+    assert len(long.unread) < 500
+    short: Any = list(worker.generate("a", web.ask(worker)))[-1]
+    assert short.unread == ""
+
+
+def test_accelerations_are_told_from_a_models_files() -> None:
+    emoji, cifar = (embedded_folder(name) for name in ("emoji-sd", "cifar-sit"))
+    assert {name.partition("/")[0] for name in suited_accelerations(emoji)[2:]} == {"agent", "inline"}
+    assert {name.partition("/")[0] for name in suited_accelerations(cifar)[2:]} == {"mediator"}
+    assert plain_name("agent/fast", "agent") == "Fast"
+    assert plain_name("agent/fast") == "Fast (agent)"
+    assert plain_name("none") == "Exact (no acceleration)"
+    with pytest.raises(ValueError, match="does not work for model 'cifar-sit'"):
+        check_suited(web.Worker(device="cpu").models, "cifar-sit", ["agent/fast"])
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("model_index.json", "[]", "names no pipeline class"),
+        ("model_index.json", '{"_class_name": 7}', "names no pipeline class"),
+        ("model_index.json", '{"_class_name": "SiTPipeline", "id2label": ["a"]}', "id2label .* is not an object"),
+        ("model_index.json", f'{{"_class_name": "SiTPipeline", "x": {DEEP}}}', "nested more than 32 deep"),
+        ("unet/config.json", "[1]", "does not hold a JSON object"),
+        ("unet/config.json", f'{{"x": {DEEP}}}', "nested more than 32 deep"),
+        ("vae/config.json", '"x"', "does not hold a JSON object"),
+        ("tokenizer/tokenizer_config.json", "[]", "could not be loaded"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_malformed_models_are_refused_with_a_sentence(tmp_path: Path, file: str, text: str, says: str) -> None:
+    folder = web.save_models(tmp_path / "models")
+    (folder / "one" / file).write_text(text)
+    worker = web.tiny_worker(folder)
+    worker.models.describe("one")  # the page shows what it can
+    suited_accelerations(worker.models.place("one"))
+    with pytest.raises(ValueError, match=says) as refused:
+        list(worker.generate("a", web.ask(worker)))
+    assert str(tmp_path) not in str(refused.value)
+    assert "\n" not in str(refused.value)

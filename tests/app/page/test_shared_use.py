@@ -1,0 +1,266 @@
+"""A page that strangers can reach: what raw requests get, and how it ends."""
+
+# ruff: noqa: E402, the page needs Gradio
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import web
+
+web.need_gradio()
+
+import httpx
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from diffattn.app.jobs import Worker
+from diffattn.app.page import launch
+from diffattn.app.page.files import Files
+
+FAILS = (AppError, ValueError)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    folder = web.save_models(tmp_path_factory.mktemp("shared") / "models")
+    return web.tiny_worker(folder, jobs_of_address=3)
+
+
+@pytest.fixture(scope="module")
+def address(worker: Worker) -> Iterator[str]:
+    with web.served(worker) as found:
+        yield found
+
+
+def join(address: str, session: str, **headers: str) -> httpx.Response:
+    """Ask for a long job as a raw request; 0 is not its number, so it is looked up."""
+    config = httpx.get(f"{address}config", headers=headers).json()
+    number = next(d["id"] for d in config["dependencies"] if d["api_name"] == "generate")
+    data = ["x", "one", "none", 400, None, None, None, 0, 4, "", None, None]
+    body = {"data": data, "fn_index": number, "session_hash": session}
+    return httpx.post(f"{address}gradio_api/queue/join", json=body, headers=headers)
+
+
+def last_word(address: str, session: str) -> str:
+    """Everything that the server says about the jobs of a session, until the first of them is over or refused."""
+    with httpx.stream("GET", f"{address}gradio_api/queue/data?session_hash={session}", timeout=60) as events:
+        for line in events.iter_lines():
+            if "process_completed" in line or "please" in line or "limit" in line:
+                return line
+    return ""
+
+
+def test_made_up_sessions_have_one_limit_together(address: str, worker: Worker) -> None:
+    sessions = [f"made-up-{i}" for i in range(12)]
+    for session in sessions:
+        assert join(address, session).status_code == 200
+    wait_for(lambda: len(worker._stops._jobs) == 3)
+    refused = [session for session in sessions[3:] if "limit" in last_word(address, session)]
+    assert len(refused) >= 8  # whichever three came first
+    for session in sessions:
+        worker.stop(session)
+    wait_for(lambda: not worker._stops._jobs)
+
+
+def test_a_cookie_that_was_made_up_is_no_name(address: str, worker: Worker) -> None:
+    given = httpx.get(address).cookies["diffattn-visitor"]
+    name = given.partition(".")[0]
+    for cookie, known in ((given, True), (f"{name}.{'0' * 64}", False), ("x", False), ('"', False), ("é", False)):
+        session = f"cookie-{known}-{len(cookie)}"
+        headers = {"cookie": f"diffattn-visitor={cookie}".encode()}
+        assert join(address, session, **headers).status_code == 200  # type: ignore[arg-type]
+        wait_for(lambda session=session: any(v.session == session for v in worker._stops._jobs.values()))
+        (visitor,) = worker._stops._jobs.values()
+        assert visitor.name == (name if known else None)
+        assert visitor.owner == ("address", "127.0.0.1")
+        worker.stop(session)
+        wait_for(lambda: not worker._stops._jobs)
+
+
+def test_a_forwarded_address_is_believed_from_a_named_proxy_alone(worker: Worker) -> None:
+    for proxy, owner in ((None, "127.0.0.1"), ("127.0.0.1", "10.1.2.3")):
+        page, address = launch(worker, wait=False, warm_up=None, proxy=proxy)
+        try:
+            join(address, "forwarded", **{"x-forwarded-for": "10.1.2.3"})
+            wait_for(lambda: worker._stops._jobs)
+            (visitor,) = worker._stops._jobs.values()
+            assert visitor.owner == ("address", owner)
+        finally:
+            worker.stop("forwarded")
+            wait_for(lambda: not worker._stops._jobs)
+            page.close()
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "", "a b", "10.0.0.1"])
+def test_other_names_of_the_host_are_refused(address: str, host: str) -> None:
+    for path in ("", "config", "gradio_api/info"):
+        assert httpx.get(f"{address}{path}", headers={"host": host}).status_code == 400
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://localhost"])
+def test_requests_from_other_sites_are_refused(address: str, origin: str) -> None:
+    for content in ("application/json", "text/plain"):
+        headers = {"origin": origin, "content-type": content}
+        assert httpx.post(f"{address}gradio_api/queue/join", content="{}", headers=headers).status_code == 403
+    own = address.rstrip("/")
+    assert httpx.get(f"{address}config", headers={"origin": own}).status_code == 200
+
+
+def test_a_page_on_all_addresses_is_called_by_address_or_by_its_name(worker: Worker) -> None:
+    page, address = launch(
+        worker, host="0.0.0.0", auth=("me", "secret"), wait=False, warm_up=None, host_names=["Shown.example"]
+    )
+    try:
+        found = [
+            httpx.get(f"{address}login_check", headers={"host": host}).status_code != 400
+            for host in ("10.0.0.1", "[::1]:80", "shown.example", "evil.example")
+        ]
+        assert found == [True, True, True, False]
+    finally:
+        page.close()
+
+
+def test_large_requests_are_refused_before_they_are_read(address: str) -> None:
+    big = b"x" * (10 * 2**20)
+    for path in ("gradio_api/queue/join", "gradio_api/upload", "gradio_api/call/generate", "login"):
+        begin = time.monotonic()
+        try:
+            status = httpx.post(f"{address}{path}", content=big, timeout=30).status_code
+        except httpx.WriteError:  # it hung up
+            status = 413
+        assert status == 413, path
+        assert time.monotonic() - begin < 20
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b"x" * 2**18
+
+    with suppress(httpx.WriteError):
+        assert httpx.post(f"{address}gradio_api/queue/join", content=pieces(), timeout=30).status_code == 413
+
+
+def test_failed_logins_are_throttled(worker: Worker) -> None:
+    page, address = launch(worker, auth=("me", "secret"), wait=False, warm_up=None)
+    try:
+        right, wrong = ({"username": "me", "password": word} for word in ("secret", "wrong"))
+        assert httpx.post(f"{address}login", data=right).status_code == 200
+        found = [httpx.post(f"{address}login", data=wrong).status_code for _ in range(7)]
+        assert found == [400] * 5 + [429] * 2
+        assert httpx.post(f"{address}login", data=right).status_code == 429
+    finally:
+        page.close()
+
+
+def test_under_a_password_the_limit_is_the_users(worker: Worker) -> None:
+    page, address = launch(worker, auth=("me", "secret"), wait=False, warm_up=None)
+    try:
+        client = Client(address, auth=("me", "secret"), verbose=False)
+        job = client.submit("x", "one", "none", 400, api_name="/generate")
+        wait_for(lambda: worker._stops._jobs)
+        (visitor,) = worker._stops._jobs.values()
+        worker.stop(visitor.session)
+        assert visitor.owner == ("user", "me")
+        job.cancel()
+    finally:
+        page.close()
+
+
+def test_a_prompt_is_all_that_an_endpoint_needs(tmp_path: Path) -> None:
+    with web.served(web.tiny_worker(tmp_path, side=256, steps=20)) as address:
+        client = Client(address, verbose=False)
+        status, *_, records = client.predict(prompt="tent", api_name="/generate")
+        assert "Done" in status
+        assert [record["prompt"] for record in records] == ["tent"]
+        described: Any = client.view_api(return_format="dict", print_info=False)
+        for name, endpoint in described["named_endpoints"].items():
+            for parameter in endpoint["parameters"]:
+                assert not parameter["parameter_name"].startswith("param_"), name
+
+
+# The disk
+
+
+def test_the_oldest_files_make_room_for_new_ones(tmp_path: Path) -> None:
+    files = Files(tmp_path, seconds=3600, quota=2500)
+    files.open()
+    places = []
+    for i in range(4):
+        places.append(files.subfolder())
+        places[-1].mkdir()
+        (places[-1] / "x.png").write_bytes(b"x" * 1000)
+        os.utime(places[-1], (time.time(), time.time() - 100 + i))
+    files.make_room()
+    assert [place.exists() for place in places] == [False, False, True, True]
+    files.close()
+    assert not files.folder.exists()
+
+
+def test_leftovers_of_a_killed_page_are_swept_and_those_of_a_running_one_are_not(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from diffattn.app.page.files import Files\n"
+        "files = Files(Path(sys.argv[1]), 3600); files.open(); place = files.subfolder(); place.mkdir()\n"
+        "(place / 'x.png').write_text('x'); print('ready', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    (left,) = tmp_path.rglob("x.png")
+    first = Files(tmp_path, 3600)
+    first.open()
+    assert left.exists()
+    child.kill()
+    child.wait()
+    second = Files(tmp_path, 3600)
+    second.open()
+    assert not left.exists()
+    assert first.folder.exists()
+    first.close()
+    second.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_page_soon_with_a_visitor_there_and_removes_pictures(tmp_path: Path, how: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "diffattn", "app", "--port", str(port), "--device", "cpu", "--no-hub"]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}/"
+        wait_for(lambda: answers(address))
+        client = Client(address, verbose=False, download_files=False)
+        client.predict(prompt="tent", steps=2, api_name="/generate")
+        assert list(tmp_path.rglob("*.png"))
+        job = client.submit(prompt="tent", steps=100, num_images=8, api_name="/generate")
+        wait_for(lambda: any("step " in str(out) for out in job.outputs()))
+        with httpx.stream("GET", f"{address}gradio_api/heartbeat/abc", timeout=60):  # as an open page does
+            server.send_signal(how)
+            server.wait(timeout=20)
+        assert not list(tmp_path.rglob("*.png"))
+    finally:
+        server.kill()
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx.get(address).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
