@@ -182,7 +182,7 @@ class MethodProcessor(NotPickled):
 
     def _memory(self, call: DenoiserCall, phase: int) -> dict[str, Any] | None:
         """See `LayerCall.memory`."""
-        if torch.compiler.is_compiling() or call.compiled or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or call.compiled or call.place < 0 or torch.is_grad_enabled():
             return None
         return self.run.memory.setdefault((self.layer.name, phase, call.place), {})
 

@@ -101,7 +101,7 @@ class LayerPlug(MethodProcessor):
         """Count a call that bypasses `attend`."""
         call = self._call_under_way()
         if call is not None:
-            self._count(call, reason)
+            self._count(call, call.exact or reason)
 
     def will_run(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
         """Whether a call of a layer of image tokens, x [B, N, C] or [B, C, h, w], will run the method in any phase; if

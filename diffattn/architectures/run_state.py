@@ -56,7 +56,9 @@ class DenoiserCall:
     references: tuple[Grid, ...] = ()  # of reference pictures, at every level
     context_first: bool | None = None  # see `Size`
     same_mask: bool = False  # see `Size`
-    place: int = 0  # among the calls at its noise level, as with one call for each side of the guidance
+    place: int = -1
+    """Among the calls at its noise level, as with one call for each side of the guidance; -1: in no known sampling run,
+    so that the next call may be about another picture."""
     contexts: tuple[int, ...] | None = None  # see `Size`
     exact: str | None = None  # see `Size`
 

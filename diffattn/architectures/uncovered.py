@@ -4,15 +4,16 @@ from collections.abc import Mapping
 
 LINEAR = "no quadratic self-attention: it is linear"
 AUDIO = "one-dimensional: audio"
+THROUGHOUT = "KV cache, BlockMask or packed segments throughout"
 
 NOT_COVERED: Mapping[str, str] = {
     "SanaVideoTransformer3DModel": "no quadratic self-attention: it is linear",
-    "MotionAdapter": "temporal layers of a few frames",
-    "AnyFlowFARTransformer3DModel": "KV cache and BlockMask throughout",
-    "Kandinsky6SRTransformer3DModel": "BlockMask throughout",
-    "SanaWMLTX2RefinerTransformer3DModel": "KV cache throughout",
-    "WanAnimate2Transformer3DModel": "KV cache and BlockMask throughout",
+    "AnyFlowFARTransformer3DModel": THROUGHOUT,
+    "Kandinsky6SRTransformer3DModel": THROUGHOUT,
+    "SanaWMLTX2RefinerTransformer3DModel": THROUGHOUT,
+    "WanAnimate2Transformer3DModel": THROUGHOUT,
     "AceStepTransformer1DModel": AUDIO,
+    "AudioLDM2UNet2DConditionModel": AUDIO,
     "LongCatAudioDiTTransformer": AUDIO,
     "MiniMaxMusic3RVQDepthDecoder": AUDIO,
     "MiniMaxMusic3Transformer1DModel": AUDIO,

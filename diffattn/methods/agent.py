@@ -256,7 +256,7 @@ class AgentAttention(AttentionMethod):
         layout, mask = call.layout, call.mask
         image, asked, answering = layout.on_grid(q), self._landmarks(q, layout), self._landmarks(k, layout)
         masked = None if mask is None else self._landmarks(_additive(mask).mT, layout).mT.to(q.dtype)
-        if call.memory is not None and self.damping >= LEAST_DAMPING:
+        if self.damping >= LEAST_DAMPING and not torch.is_grad_enabled():
             tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
             out, text, missed = self._coasting(tokens, call.memory)
             if missed is not None:
@@ -279,10 +279,10 @@ class AgentAttention(AttentionMethod):
             text = scaled_dot_product_attention(call.layout.context(q), k, v, attn_mask=call.context_mask)
         return call.layout.join(out, text)
 
-    def _coasting(self, tokens: Tokens, memory: dict[str, Any]) -> tuple[Tensor, Tensor, Heads | None]:
+    def _coasting(self, tokens: Tokens, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Heads | None]:
         """The image tokens' output, the others', and the heads that must run exact: all but the first come from the
         last calibration, which is renewed after `calibrate_every` calls."""
-        known: Coasting | None = memory.get("landmarks")
+        known: Coasting | None = None if memory is None else memory.get("landmarks")
         kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
         if known is not None and known.kind == kind and known.calls < self.calibrate_every:
             known.calls += 1
@@ -291,8 +291,9 @@ class AgentAttention(AttentionMethod):
         most = self.max_head_error
         if most is None and tokens.q.device.type == "cpu":
             most = DEFAULT_HEAD_ERROR
-        missed = None if most is None else calibration.missed(most)
-        memory["landmarks"] = Coasting(kind, calibration, missed)
+        missed = None if most is None or torch.compiler.is_compiling() else calibration.missed(most)
+        if memory is not None:
+            memory["landmarks"] = Coasting(kind, calibration, missed)
         return out, text, missed
 
     def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:

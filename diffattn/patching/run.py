@@ -65,7 +65,7 @@ class Runs(NotPickled):
         begins = begins or reading.run is not state.scheduler_run
         if begins:
             self._begin_run(sample, size, reading, device, mask_rows)
-        place = 0 if begins else state.place_after(max(reading.levels))
+        place = -1 if reading.run is None else 0 if begins else state.place_after(max(reading.levels))
         state.last_level, state.scheduler_run = max(reading.levels), reading.run
         assert state.schedule is not None
         state.schedule.observe(sample, reading.levels)

@@ -51,7 +51,7 @@ def _asking(own: Any) -> Any:
 
     def processor(attn: Any, hidden_states: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         reused = options["sa_reuse"] and options["cache"] is not None
-        is_plain = isinstance(attn.processor, AttnProcessor2_0)
+        is_plain = type(attn.processor) is AttnProcessor2_0  # and not ours, which is an instance of a subclass
         if is_plain or reused or options["encoder_hidden_states"] is not None:
             return own(attn, hidden_states, **options)
         out = attn.processor(attn, hidden_states, attention_mask=options["attention_mask"])

@@ -142,18 +142,19 @@ def test_runs_are_bit_equal_and_calibrations_are_renewed(tmp_path: Path) -> None
 
 
 def test_guidance_in_separate_calls_keeps_a_calibration_for_each() -> None:
-    unet, levels = tiny.unet(), (900, 700, 500)
+    unet, scheduler = tiny.unet(), tiny.scheduler()
+    scheduler.set_timesteps(4)
     sides = [normal(1, 4, 16, 16, seed=s) for s in (1, 2)]
     text = normal(1, 2, tiny.WIDTH, seed=3)
 
-    def call(x: Tensor, t: int) -> Tensor:
+    def call(x: Tensor, t: Tensor) -> Tensor:
         with torch.no_grad():
-            return unet(x, torch.tensor(t), text.expand(len(x), -1, -1)).sample
+            return unet(x, t, text.expand(len(x), -1, -1)).sample
 
     with diffattn.patch(unet, **LANDMARKS):
-        together = [call(torch.cat(sides), t) for t in levels]
+        together = [call(torch.cat(sides), t) for t in scheduler.timesteps]
     with diffattn.patch(unet, **LANDMARKS):
-        apart = [torch.cat([call(side, t) for side in sides]) for t in levels]
+        apart = [torch.cat([call(side, t) for side in sides]) for t in scheduler.timesteps]
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
