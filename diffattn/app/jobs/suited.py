@@ -49,6 +49,12 @@ def own_method(folder: Path | None) -> str | None:
     return None if layers is None else method_for(layers)
 
 
+def compared_at_first(folder: Path | None) -> list[str]:
+    """What a comparison begins with: balanced and fast of the model's default method, else of the first there is."""
+    method = own_method(folder) or next(iter(METHODS))
+    return [f"{method}/balanced", f"{method}/fast"]
+
+
 def plain_name(acceleration: str, own: str | None = None) -> str:
     """The words for an acceleration: "Exact (no acceleration)", "Balanced", "Fast", "Pooled (agent)".
 

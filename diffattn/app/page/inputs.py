@@ -8,7 +8,7 @@ import gradio as gr
 
 from diffattn.app.jobs import AUTOMATIC, Worker, accelerations
 from diffattn.app.jobs.restore import SETTINGS
-from diffattn.app.jobs.suited import own_method, plain_name, suited_accelerations
+from diffattn.app.jobs.suited import compared_at_first, own_method, plain_name, suited_accelerations
 from diffattn.app.page.shared import QUICK, TOLD, given_or_own, line, toast, whole_numbers
 from diffattn.app.page.sizes import OWN_SIZE, SIZE_OF, own_sizes, size_value, sizes
 
@@ -205,8 +205,7 @@ def share(tabs: Mapping[str, Any], drawing: Inputs, comparing: Inputs) -> None:
 
 def _defaults(worker: Worker, model: str) -> list[str]:
     """The accelerations that a comparison begins with: those of the model's own method."""
-    own = own_method(worker.models.place(model)) if model else None
-    return [f"{own or 'agent'}/balanced", f"{own or 'agent'}/fast"]
+    return compared_at_first(worker.models.place(model) if model else None)
 
 
 def _examples(worker: Worker, model: str) -> list[list[str]]:

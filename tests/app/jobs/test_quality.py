@@ -248,7 +248,7 @@ def test_own_runs_are_kept_up_to_a_number(run: QualityRun) -> None:
     assert keep(kept, twice)[-1]["model"] == "other"
     assert (not_kept(kept, twice), not_kept(kept[2:], twice)) == (1, 0)
     shown = runs_to_show([run], [*kept[:1], run.to_dict()])
-    assert [one.title for one in shown] == [run.title, "3"]
+    assert [one.title for one in shown] == ["3", run.title]
 
 
 def test_the_limits_show_the_largest_number_of_pictures() -> None:

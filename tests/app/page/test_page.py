@@ -164,7 +164,7 @@ def test_the_page_answers_while_a_job_runs(client: Client, address: str) -> None
     wait_for(lambda: any("step " in str(out) for out in running.outputs()))
     other = Client(address, verbose=False)
     assert "32×32" in other.predict("one", api_name="/describe_model")
-    assert "Time: about" in other.predict("one", 2, None, None, 1, api_name="/estimate")
+    assert "Time:" in other.predict("one", 2, None, None, 1, api_name="/estimate")
     assert not running.done()
     client.predict(api_name="/stop")
     wait_for(running.done)
