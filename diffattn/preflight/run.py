@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class PreflightRun:
         self.method = method or default_method(self.model)
         self.device = next(self.model.parameters()).device
         self.height, self.width, latents = _size(pipe_or_model, self.model, height, width)
-        grids = [rows * columns for rows, columns in architecture_of(self.model).grids(self.model, *latents)]
+        grids = [prod(grid) for grid in architecture_of(self.model).grids(self.model, *latents)]
         found = self_attention_layers(self.model)
         self.modules = {spec.name: module for spec, module in found}
         self.specs = {spec.name: spec for spec, _ in found}
