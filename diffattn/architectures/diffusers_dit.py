@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffattn.architectures import plain_attention as attention
 from diffattn.architectures.base import Replaced, Size
 from diffattn.architectures.dit_time import read_dit_time
-from diffattn.methods.base import LayerSpec
+from diffattn.methods.base import Grid, LayerSpec
 from diffattn.noise_level import Reading, TimeReader
 
 
@@ -38,13 +38,13 @@ class Transformer2DArchitecture:
         return given[self.sample_name]
 
     def timestep(self, given: Mapping[str, Any]) -> Any:
-        return given[self.time_name]
+        return given.get(self.time_name)
 
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         height, width = self.sample(given).shape[-2:]
         return Size(height, width)
 
-    def grids(self, model: nn.Module, height: int, width: int, frames: int | None = None) -> list[tuple[int, int]]:
+    def grids(self, model: nn.Module, height: int, width: int, frames: int | None = None) -> list[Grid]:
         config: Any = model.config
         return [(height // config.patch_size, width // config.patch_size)]  # rows that do not fill a patch are cut off
 

@@ -71,7 +71,7 @@ class LayerPlug(MethodProcessor):
                 self._count(call, reason)
             method = self.functions[phase] if reason == ACCELERATED else None
             if method is None:
-                named = given | {"attn_mask": mask}
+                named = given if place == call.phase else given | {"attn_mask": mask}
                 return function(q, k, v, **named)
             memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
             layer_call = LayerCall(x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory)

@@ -1,45 +1,29 @@
 """Transformers of plain blocks over a picture: diffusers' general one, DreamLite's, and UVit over masked tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import DreamLiteTransformer2DModel, Transformer2DModel, UVit2DModel
-from torch import Tensor, nn
+from torch import nn
 
-from diffattn.architectures import plain_attention as attention
-from diffattn.architectures.base import Replaced, Size
+from diffattn.architectures.base import Size
+from diffattn.architectures.diffusers_dit import Transformer2DArchitecture
 from diffattn.architectures.dit_time import read_dit_time
-from diffattn.methods.base import Grid, LayerSpec
+from diffattn.methods.base import Grid
 from diffattn.noise_level import Reading, TimeReader
 
 
-class PlainTransformer:
+class PlainTransformer(Transformer2DArchitecture):
     """`Transformer2DModel` over latents, patches of them or tokens of a codebook, and `DreamLiteTransformer2DModel`."""
 
     title = "Transformer2DModel, DreamLiteTransformer2DModel"
-    sample_name = "hidden_states"
-    time_name = "timestep"
 
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, Transformer2DModel | DreamLiteTransformer2DModel)
 
-    def layers(self, model: nn.Module) -> Iterator[tuple[LayerSpec, nn.Module]]:
-        for name, module in model.named_modules():
-            if hasattr(module, "set_processor"):
-                yield attention.spec_of(name, module, level=0), module
-
-    def reason_exact(self, module: nn.Module) -> str | None:
-        return attention.reason_exact(module)
-
     def entry(self, model: nn.Module) -> nn.Module:
         names = ("norm", "latent_image_embedding", "pos_embed")  # of latents, of tokens, of patches
         return next(module for name in names if (module := getattr(model, name, None)) is not None)
-
-    def sample(self, given: Mapping[str, Any]) -> Tensor:
-        return given[self.sample_name]
-
-    def timestep(self, given: Mapping[str, Any]) -> Any:
-        return given.get(self.time_name)
 
     def size(self, model: Any, given: Mapping[str, Any]) -> Size:
         sample = self.sample(given)
@@ -56,9 +40,6 @@ class PlainTransformer:
         if time is None:
             return Reading([1.0], [1.0], None, known=False)
         return read_dit_time(time, levels)
-
-    def replaced(self, **parts: Any) -> Replaced:
-        return attention.replaced(**parts)
 
 
 class TokenTransformer(PlainTransformer):

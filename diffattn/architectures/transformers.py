@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -200,8 +199,3 @@ def grids_of(ids: Tensor, first: int = 0) -> list[Grid]:
         height, width = (int(n) for n in (high - low + 1).tolist())
         grids.append((height, width) if height * width == end - start else (end - start, 1))
     return grids
-
-
-def tokens_of(grids: Sequence[Grid]) -> int:
-    """Of all grids together."""
-    return sum(map(prod, grids))

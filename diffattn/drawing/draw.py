@@ -15,7 +15,7 @@ from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, why_unguided
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import UNPATCHED, Picture, Request
-from diffattn.drawing.sizes import check_size, default_size, size_arguments
+from diffattn.drawing.sizes import check_size, default_size, pixels_per_latent, size_arguments
 from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, patch
 from diffattn.sampling import SiTPipeline
@@ -31,8 +31,8 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
 
     Raises:
         TypeError: the pipeline draws neither from text alone nor from classes, or its architecture is not supported.
-        ValueError: a size the pipeline cannot draw; an unknown class; a negative prompt for a pipeline that takes none;
-            see also `diffattn.patch`.
+        ValueError: a size the pipeline cannot draw; an option that leaves nothing to accelerate there; an unknown
+            class; a negative prompt for a pipeline that takes none; see also `diffattn.patch`.
     """
     guidance = guidance_for(pipe, request.guidance, request.model)
     if not draws_classes(pipe):
@@ -56,6 +56,9 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
         if request.method not in (None, method):
             found.remove()
             raise ValueError(f"the recipe is for method {method!r}, not {request.method!r}")
+        if error := found.out_of_range(height // pixels_per_latent(pipe), width // pixels_per_latent(pipe)):
+            found.remove()
+            raise ValueError(error)
     return replace(request, width=width, height=height, method=method, preset=preset, guidance=guidance), found
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from diffattn.functional.landmark import MASKED, MAX_DAMPING, TRUSTED, Heads, damp, probe_tokens
 
 LEAST_DAMPING = 1e-6
-"""The smallest `damping` that keeps every matrix positive definite in fp32, so that no call must look."""
+"""The smallest `damping` that keeps matrices positive definite in products of fp32, so that coasting need not look."""
 
 TINY = 1e-12
 
@@ -82,10 +82,14 @@ def _error(gamma: float, xx: float, xy: float, y: float, size: float, failed: fl
     return sqrt(max(y * y - 2 * gamma * xy + gamma * gamma * xx / TRUSTED, 0.0)) / max(size, TINY)
 
 
-def calibrate(tokens: Tokens, damping: float) -> tuple[Tensor, Tensor, Calibration]:
+def calibrate(tokens: Tokens, damping: float, guarded: bool = False) -> tuple[Tensor, Tensor, Calibration]:
     """→ the output of the image tokens [B, H, N, D] and of the others [B, H, c, D], and what later calls use again.
 
-    A head whose matrix cannot be factorised has an infinite error, and an output without meaning.
+    Args:
+        tokens: the call.
+        damping: as in `landmark_attention`.
+        guarded: for products of less than fp32's precision (TF32), with which a matrix may not be factorised: such a
+            head then keeps V_A, as in `correct`. Its error is infinite either way.
     """
     shape, n = tokens.key_landmarks.shape[:2], tokens.key_landmarks.shape[-2]
     asked = torch.cat((tokens.query_landmarks, *probe_tokens(tokens.q)), dim=-2)  # [B, H, n + p, D]
@@ -105,6 +109,8 @@ def calibrate(tokens: Tokens, damping: float) -> tuple[Tensor, Tensor, Calibrati
         gamma = (xy / xx).clamp(0, 1)
         sizes = (xx, xy, torch.linalg.vector_norm(y, dim=-1), torch.linalg.vector_norm(exact[:, n:], dim=(-2, -1)))
         corrected = torch.addcmul(mean, gamma, z)
+        if guarded:
+            corrected = torch.where((failed == 0)[:, None, None], corrected, exact[:, :n])
     out, context = _broadcast(tokens, gathered, corrected)
     return out, context, Calibration(damped, gamma, tuple(s.view(shape) for s in (*sizes, failed)))
 

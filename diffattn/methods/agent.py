@@ -282,12 +282,14 @@ class AgentAttention(AttentionMethod):
     def _coasting(self, tokens: Tokens, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Heads | None]:
         """The image tokens' output, the others', and the heads that must run exact: all but the first come from the
         last calibration, which is renewed after `calibrate_every` calls."""
-        known: Coasting | None = None if memory is None else memory.get("landmarks")
+        # Products of less than fp32's precision cannot be told in compiled code, which is guarded in any case.
+        guarded = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
+        known: Coasting | None = None if memory is None or guarded else memory.get("landmarks")
         kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
         if known is not None and known.kind == kind and known.calls < self.calibrate_every:
             known.calls += 1
             return *coast(tokens, self.damping, known.calibration), known.missed
-        out, text, calibration = calibrate(tokens, self.damping)
+        out, text, calibration = calibrate(tokens, self.damping, guarded)
         most = self.max_head_error
         if most is None and tokens.q.device.type == "cpu":
             most = DEFAULT_HEAD_ERROR

@@ -7,6 +7,7 @@ objects.
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
@@ -150,6 +151,12 @@ class Patch(NotPickled):
         for denoiser in self._runs.denoisers:
             found |= denoiser.explain(Size(height, width, frames), len(self.plan.methods))
         return found
+
+    def out_of_range(self, height: int, width: int) -> str | None:
+        """What an option should be that leaves nothing to accelerate on latents of this size, or None."""
+        size = Size(height, width)
+        grids = [d.grids_for(size)[layer.spec.level] for d in self._runs.denoisers for layer in d.patched]
+        return self.plan.out_of_range(max(map(prod, grids)))
 
     def trace(self) -> list[dict[str, Any]]:
         """Every call of the calling thread's latest run, as JSON types.

@@ -105,6 +105,7 @@ BAD = {
     "option": ("generate --prompt x --model {}/sd --option nothing=3", "num_agents"),
     "option without value": ("generate --prompt x --model {}/sd --option num_agents", "key=value"),
     "agents": ("generate --prompt x --model {}/sd --option num_agents=0", "1 or more"),
+    "agents for every token": ("generate --prompt x --model {}/sd --option num_agents=100000", "below the 256 tokens"),
     "agents as a word": ("generate --prompt x --model {}/sd --option num_agents=many", "num_agents"),
     "steps": ("generate --prompt x --model {}/sd --steps 0", "1 or more"),
     "steps of no scheduler": ("generate --prompt x --model {}/sd --steps 1001", "1001"),

@@ -127,6 +127,32 @@ def test_operations_of_a_call() -> None:
     assert len(coasting) <= 14, coasting
 
 
+def test_heads_that_cannot_be_factorised_keep_what_their_landmarks_gathered() -> None:
+    given = tokens()
+    alike = given.query_landmarks[:, :, :1].expand_as(
+        given.query_landmarks
+    )  # of rank 1
+    same = Tokens(given.q, given.k, given.v, alike, given.key_landmarks)
+    out, _, found = calibrate(same, 1e-12, guarded=True)
+    expected, error = landmark_attention_and_error(same.q, same.k, same.v, alike, same.key_landmarks, 1e-12)
+    assert error.isinf().all()
+    assert torch.tensor(found.errors()).isinf().all()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_products_of_less_precision_are_not_coasted_on(precision: str, tmp_path: Path) -> None:
+    pipe, before, drawn = tiny.pipeline("sd", tmp_path), torch.get_float32_matmul_precision(), []
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for every in (1, 100):
+            with diffattn.patch(pipe, **LANDMARKS, calibrate_every=every):
+                drawn.append(tiny.run(pipe))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(*drawn) == (precision == "high")
+
+
 LANDMARKS: dict[str, Any] = {"num_agents": 16, "min_tokens": 0}
 
 
