@@ -129,9 +129,7 @@ def test_operations_of_a_call() -> None:
 
 def test_heads_that_cannot_be_factorised_keep_what_their_landmarks_gathered() -> None:
     given = tokens()
-    alike = given.query_landmarks[:, :, :1].expand_as(
-        given.query_landmarks
-    )  # of rank 1
+    alike = given.query_landmarks[:, :, :1].expand_as(given.query_landmarks)  # of rank 1
     same = Tokens(given.q, given.k, given.v, alike, given.key_landmarks)
     out, _, found = calibrate(same, 1e-12, guarded=True)
     expected, error = landmark_attention_and_error(same.q, same.k, same.v, alike, same.key_landmarks, 1e-12)
