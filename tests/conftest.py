@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from support import tiny
+
+os.environ["DIFFATTN_CALIBRATE"] = "0"  # pictures of tests must not depend on the clock, nor on a user's cache
 
 SLOW = {
     "app/jobs/test_limits.py", "app/jobs/test_no_picture.py", "app/jobs/test_quality.py", "app/jobs/test_stop.py",

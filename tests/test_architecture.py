@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "methods": "functional schedules",
     "models": "functional",
     "architectures": "methods models noise_level schedules",
-    "patching": "architectures files methods noise_level schedules tables",
+    "patching": "architectures files machine methods noise_level schedules tables",
     "sampling": "models patching",
     "drawing": "architectures files machine patching sampling",
     "data": "files",

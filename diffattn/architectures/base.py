@@ -1,5 +1,6 @@
 """The interface of an architecture, and the processor that runs a method in one of its layers."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -8,6 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from diffattn.architectures.decisions import (
+    SECONDS_PER_RUN,
+    Decision,
+    Decisions,
+    can_measure,
+    kind_text,
+    label_of,
+)
 from diffattn.architectures.run_state import (
     ACCELERATED,
     EXACT_HEADS,
@@ -114,10 +123,13 @@ class MethodProcessor(NotPickled):
         run: RunState,
         tally: Tally,
         owner: Any = None,  # the patch
+        decisions: Decisions | None = None,
     ) -> None:
         self.layer = layer
         self.original = original
         self.methods = tuple(methods)
+        self.labels = tuple(label_of(m) if m else None for m in methods)
+        self.decisions = Decisions() if decisions is None else decisions
         self.functions: tuple[AttentionFn | None, ...] = tuple(m.build(layer) if m else None for m in methods)
         self.run = run
         self.tally = tally
@@ -146,8 +158,79 @@ class MethodProcessor(NotPickled):
         first = layer.context == "first" if context_first is None else context_first
         return TokenLayout(grids, beyond, first, layer.rotated, picture)
 
-    def reason_exact(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str:
-        """Why a call in a phase runs exact, or `ACCELERATED`."""
+    def reason_exact(
+        self, phase: int, layout: TokenLayout, device: str, mask_rows: int, kind: str | None = None
+    ) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`.
+
+        Args:
+            phase: of the schedule.
+            layout: where the tokens lie.
+            device: torch device type.
+            mask_rows: see `AttentionMethod.declines`.
+            kind: of the call, see `decisions`; None: which way is faster is guessed.
+        """
+        reason = self.reason_impossible(phase, layout, device, mask_rows)
+        return reason or self._reason_slower(phase, layout.num_tokens, device, kind) or ACCELERATED
+
+    def _reason_slower(self, phase: int, num_tokens: int, device: str, kind: str | None) -> str | None:
+        """Why exact attention is used where the method could run, or None."""
+        method = self.methods[phase]
+        assert method is not None
+        guess = method.slower(num_tokens, device)
+        if kind is None or not method.timed or method.is_size_given:
+            return guess
+        faster = guess is None
+        if not torch.compiler.is_compiling() and kind in self.run.decided:  # which compiled code must not depend on
+            faster = self.run.decided[kind]
+        elif self.decisions.any_known and (decision := self.decisions.known(kind)) is not None:
+            faster = decision.faster
+        if faster:
+            return None
+        return guess or f"{num_tokens} tokens: exact attention is faster here"
+
+    def _decide(
+        self, phase: int, kind: str, q: Tensor, num_tokens: int, ways: tuple[Callable[[], Tensor], Callable[[], Tensor]]
+    ) -> None:
+        """Decide which way of a call that the method can take is used in this run, if that is open: what is known, else
+        what is faster now, else a guess.
+
+        Args:
+            phase: of the schedule.
+            kind: of the call.
+            q: its queries.
+            num_tokens: see `AttentionMethod.slower`.
+            ways: the call by the method, and exactly.
+        """
+        chosen, run, decisions = self.methods[phase], self.run, self.decisions
+        assert chosen is not None
+        if not chosen.timed or chosen.is_size_given:
+            return
+        if kind not in run.decided:
+            decision, device = decisions.known(kind), q.device
+            has_time = device.type == "cpu" or run.timing <= SECONDS_PER_RUN
+            if decision is None and decisions.measures and has_time and can_measure(q):
+                start = time.monotonic()
+                decision = decisions.measure(kind, *ways, device)
+                run.timing += time.monotonic() - start
+            if decision is None:
+                decision = Decision(chosen.slower(num_tokens, device.type) is None, "from the table")
+            run.decided[kind] = decision.faster
+            decisions.use(self.layer.name, kind, decision)
+        elif not decisions.is_noted(self.layer.name, kind):
+            known = decisions.known(kind) or Decision(run.decided[kind], "from the table")
+            decisions.use(self.layer.name, kind, known)
+
+    def kind_at(self, phase: int, device: str, dtype: torch.dtype, batch: int, tokens: int, masked: bool) -> str | None:
+        """The kind of a call that is expected of the layer."""
+        label, layer = self.labels[phase] if phase >= 0 else None, self.layer
+        if label is None or layer.keys_only:
+            return None
+        shape = (batch, layer.num_heads, tokens, layer.head_dim)
+        return kind_text(label, device, dtype, shape, masked=masked)
+
+    def reason_impossible(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str | None:
+        """Why a call in a phase must run exact however fast either way is, or None; arguments as above."""
         if phase == EXACT_PHASE:
             return "the noise level is not known"
         method = self.methods[phase]
@@ -159,7 +242,7 @@ class MethodProcessor(NotPickled):
             return f"{tokens} tokens do not form the layer's grid of {'x'.join(map(str, layout.grid))}"
         if reason := method.reason_layout(layout):
             return reason
-        return method.declines(self.layer, layout.num_tokens, device, mask_rows) or ACCELERATED
+        return method.declines(self.layer, layout.num_tokens, device, mask_rows)
 
     def _call_under_way(self) -> DenoiserCall | None:
         """The current call; None outside the denoiser (which is counted), and once the patch is removed."""
@@ -186,21 +269,18 @@ class MethodProcessor(NotPickled):
             return None
         return self.run.memory.setdefault((self.layer.name, phase, call.place), {})
 
+    def _scratch(self, call: DenoiserCall, phase: int) -> dict[str, Any] | None:
+        """Memory for calls that are only timed."""
+        return None if self._memory(call, phase) is None else {}
+
     def _count(self, call: DenoiserCall, reason: str) -> None:
         if not (call.compiled or torch.compiler.is_compiling()):
             self.tally.add(self.layer.name, reason)
 
-    def _function(self, call: DenoiserCall, phase: int, reason: str) -> AttentionFn | None:
-        """The method's function for a phase; None if there is a reason to run exact, which is counted."""
-        self._count(call, reason)
-        return self.functions[phase] if reason == ACCELERATED else None
-
-    def _apply(self, function: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """The output of the method's function [B, H, N, D]; counts the heads that it ran exact."""
-        out = function(q, k, v, call)
+    def _count_heads(self, call: LayerCall) -> None:
+        """Count the heads that the method ran exact in a call."""
         if call.exact_heads:
             self.tally.add(self.layer.name, EXACT_HEADS, call.exact_heads)
-        return out
 
 
 def by_phase(phases: int | tuple[Any, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffattn.architectures.base import MethodProcessor, by_phase
+from diffattn.architectures.decisions import kind_of
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import AttentionFn, LayerCall, TokenLayout
 
@@ -63,21 +64,34 @@ class LayerPlug(MethodProcessor):
             layout = self._layout(call, k.shape[tokens], context)
             of_picture, of_context = _masks(call, layout, mask)
             rows = 0 if of_picture is None else of_picture.shape[-2]
-            reason = self.reason_exact(phase, layout, q.device.type, rows)
+            named = given if place == call.phase else given | {"attn_mask": mask}
+
+            def by_method(memory: dict[str, Any] | None) -> tuple[Tensor, LayerCall]:
+                made = LayerCall(x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory)
+                scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
+                out = self._over(self.functions[phase], *scaled, made).to(v.dtype)  # type: ignore[arg-type]
+                return out if heads_first else out.transpose(1, 2), made
+
+            reason = self.reason_impossible(phase, layout, q.device.type, rows)
             if self.layer.keys_only and q.shape[tokens] != layout.num_tokens:
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
+            if reason is None:
+                label = self.labels[phase]
+                kind = None if label is None else kind_of(label, q, k, heads_first, mask is not None)
+                if kind is not None and not call.compiled:
+                    scratch = self._scratch(call, phase) if place == call.phase else None
+                    ways = (lambda: by_method(scratch)[0], lambda: function(q, k, v, **named))
+                    self._decide(phase, kind, q, layout.num_tokens, ways)
+                reason = self.reason_exact(phase, layout, q.device.type, rows, kind)
             if (phase, reason) not in counted:  # once, however many groups the samples form
                 counted.add((phase, reason))
                 self._count(call, reason)
-            method = self.functions[phase] if reason == ACCELERATED else None
-            if method is None:
-                named = given if place == call.phase else given | {"attn_mask": mask}
+            if reason != ACCELERATED:
                 return function(q, k, v, **named)
             memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
-            layer_call = LayerCall(x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory)
-            q, k, values = self._scaled(q, k, v, self._scale(attn, given), heads_first)
-            out = self._over(method, q, k, values, layer_call).to(v.dtype)
-            return out if heads_first else out.transpose(1, 2)
+            out, layer_call = by_method(memory)
+            self._count_heads(layer_call)
+            return out
 
         return by_phase(self._places(call, k.shape[tokens]), run, *places, _repeated(given.get("attn_mask")))
 
@@ -92,9 +106,9 @@ class LayerPlug(MethodProcessor):
             call.mask = None if call.mask is None else call.mask[..., :end]
             call.context_mask = None if call.context_mask is None else call.context_mask[..., :end]
         if self.layer.keys_only:  # any vectors may stand for the queries that are lacking, since nobody asks for them
-            out = layout.on_grid(self._apply(method, layout.join(q, layout.context(k)), k, v, call))
+            out = layout.on_grid(method(layout.join(q, layout.context(k)), k, v, call))
         else:
-            out = self._apply(method, q, k, v, call)
+            out = method(q, k, v, call)
         return pad(out, (0, 0, 0, num_queries - out.shape[2])) if out.shape[2] < num_queries else out
 
     def count_exact(self, reason: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffattn.architectures.base import MethodProcessor, Replaced, Size, by_phase
+from diffattn.architectures.decisions import kind_of
 from diffattn.architectures.dit_time import read_dit_time
-from diffattn.architectures.run_state import DenoiserCall
+from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.models import DiT
 from diffattn.models.attention import name_of
@@ -114,13 +115,29 @@ class SiTProcessor(MethodProcessor):
         """All samples are in one phase: [B, H, N, D]."""
         x, q, k, v = tensors
         layout = self.layout_of(grid, (), q.shape[2])
-        reason = self.reason_exact(phase, layout, q.device.type, mask_rows=0)
-        function = self._function(call, phase, reason)
-        if function is None:
+        device = q.device.type
+
+        def by_method(memory: dict[str, Any] | None) -> tuple[Tensor, LayerCall]:
+            made = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid), memory=memory)
+            return self.functions[phase](q, k, v, made).to(v.dtype), made  # type: ignore[misc]
+
+        def exact() -> Tensor:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
-        memory = self._memory(call, phase)
-        layer_call = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid), memory=memory)
-        return self._apply(function, q, k, v, layer_call).to(v.dtype)
+
+        reason = self.reason_impossible(phase, layout, device, mask_rows=0)
+        if reason is None:
+            label = self.labels[phase]
+            kind = None if label is None else kind_of(label, q, k, heads_first=True, masked=False)
+            if kind is not None and not call.compiled:
+                scratch = self._scratch(call, phase)
+                self._decide(phase, kind, q, layout.num_tokens, (lambda: by_method(scratch)[0], exact))
+            reason = self.reason_exact(phase, layout, device, 0, kind)
+        self._count(call, reason)
+        if reason != ACCELERATED:
+            return exact()
+        out, layer_call = by_method(self._memory(call, phase))
+        self._count_heads(layer_call)
+        return out
 
     def _exact(
         self,

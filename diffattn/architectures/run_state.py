@@ -81,6 +81,10 @@ class RunState(threading.local):
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
         memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
+        decided: kinds of calls -> whether the method is used; fixed for the run once a kind was met.
+        timing: seconds spent in this run on timing kinds of calls.
+        unchecked: phases of a run that was not checked yet for whether it accelerates anything, and what is known of
+            its calls.
         trace: a record of every call of this run, as JSON types.
     """
 
@@ -91,16 +95,26 @@ class RunState(threading.local):
     noise_levels: NoiseLevels | None = None
     last_level: float = -1.0
     scheduler_run: object | None = None
+    timing: float = 0.0
+    unchecked: tuple[Sequence[int], Any] | None = None
 
     def __init__(self, latest: Latest) -> None:
         """Called once per thread, with the same `latest`."""
         self.latest = latest
         self.memory: dict[tuple[str, int, int], dict[str, Any]] = {}
+        self.decided: dict[str, bool] = {}
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
 
     def place_after(self, level: float) -> int:
         """The place of the next call among those at its noise level; to be asked before `last_level` is set."""
         return self.call.place + 1 if self.call is not None and level == self.last_level else 0
+
+    def forget(self) -> None:
+        """Drop what belongs to the run before."""
+        self.trace.clear()
+        self.memory.clear()
+        self.decided.clear()
+        self.timing = 0.0
 
     def begin(self, call: DenoiserCall) -> None:
         """Begin a call of the denoiser in this thread."""

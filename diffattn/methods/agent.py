@@ -41,7 +41,7 @@ from diffattn.methods.base import (
     TokenLayout,
     half_overflows,
 )
-from diffattn.methods.thresholds import Thresholds, load_thresholds, min_tokens_for
+from diffattn.methods.thresholds import Thresholds, below_smallest, load_thresholds, min_tokens_for
 from diffattn.schedules import EXACT
 
 AgentSource = Literal["pool", "merge", "landmarks"]
@@ -89,6 +89,7 @@ class AgentAttention(AttentionMethod):
 
     name: ClassVar[str] = "agent"
     size_name: ClassVar[str | None] = "agents"
+    timed: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         # Corrected agents, at every noise level.
         "balanced": Preset(),
@@ -196,11 +197,6 @@ class AgentAttention(AttentionMethod):
 
     def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         n = self.count(num_tokens)
-        smallest = self.min_tokens
-        if smallest is None:
-            smallest = min_tokens_for(self._thresholds, device, None if self.source == "merge" else n)
-        if num_tokens < smallest:
-            return f"{num_tokens} tokens: exact attention is faster below {smallest}"
         if self.source == "merge":
             if mask_rows:
                 return "masked: merged tokens cannot follow a mask"
@@ -212,6 +208,13 @@ class AgentAttention(AttentionMethod):
         if 2 * n >= num_tokens:
             return f"{n} agents for {num_tokens} tokens: agents pay below half the tokens"
         return None
+
+    def slower(self, num_tokens: int, device: str) -> str | None:
+        smallest = self.min_tokens
+        if smallest is None:
+            n = None if self.source == "merge" else self.count(num_tokens)
+            smallest = min_tokens_for(self._thresholds, device, n)
+        return below_smallest(smallest, num_tokens)
 
     def reason_layout(self, layout: TokenLayout) -> str | None:
         if self.source == "merge" or layout.is_plain:

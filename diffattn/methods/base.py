@@ -141,6 +141,8 @@ class AttentionMethod(ABC):
     presets: ClassVar[Mapping[str, Preset]]  # "balanced" among them
     replaces: ClassVar[str] = SOFTMAX  # the kind of layer it replaces, see `LayerSpec.kind`
     size_name: ClassVar[str | None] = None  # what `size` counts, in the plural; None: the method has no size
+    timed: ClassVar[bool] = False
+    """Whether speed decides, besides `declines`, which calls it takes: guessed by `slower`, then measured."""
     tuned_by_change: ClassVar[bool] = False
     """Whether tuning searches for thresholds of the latents' change (`tuning.mediators`), rather than for one of
     `candidates` per layer and noise level."""
@@ -208,7 +210,7 @@ class AttentionMethod(ABC):
 
     @abstractmethod
     def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
-        """Why a call must run exact, or None.
+        """Why a call must run exact however fast either is, or None.
 
         Args:
             layer: the layer.
@@ -216,6 +218,16 @@ class AttentionMethod(ABC):
             device: torch device type, such as "cpu" or "cuda".
             mask_rows: 0 without a mask, 1 for one mask over the keys, N for a separate mask per query.
         """
+
+    def slower(self, num_tokens: int, device: str) -> str | None:
+        """Why exact attention is presumably faster for a call of `num_tokens` on a type of device, or None: what
+        `min_tokens` says if the user gave it, else a guess, which holds until both have been timed."""
+        return None
+
+    @property
+    def is_size_given(self) -> bool:
+        """Whether the user gave the number of tokens from which the method is used, so that nothing is to be timed."""
+        return getattr(self, "min_tokens", None) is not None
 
     def reason_layout(self, layout: TokenLayout) -> str | None:
         """Why the method cannot follow where the tokens lie, or None: by default anything but one grid of rows and

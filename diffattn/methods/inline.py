@@ -16,6 +16,7 @@ from diffattn.functional import inline_attention
 from diffattn.functional.inline import inline_attention_and_error
 from diffattn.functional.landmark import exact_where_missed
 from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset, half_overflows
+from diffattn.methods.thresholds import below_smallest
 
 FLAT = 0.1
 """The error of a first-order expansion where logits have a standard deviation of about 1."""
@@ -41,6 +42,7 @@ class InLineAttention(AttentionMethod):
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
 
     name: ClassVar[str] = "inline"
+    timed: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "balanced": Preset(),
         # Heads with logits up to a standard deviation of about 1.7.
@@ -66,10 +68,10 @@ class InLineAttention(AttentionMethod):
         return not layer.is_cross_attention and (self.max_level is None or layer.level <= self.max_level)
 
     def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
-        smallest = MIN_TOKENS if self.min_tokens is None else self.min_tokens
-        if num_tokens < smallest:
-            return f"{num_tokens} tokens: exact attention is faster below {smallest}"
         return "masked: the means of all keys cannot follow a mask" if mask_rows else None
+
+    def slower(self, num_tokens: int, device: str) -> str | None:
+        return below_smallest(MIN_TOKENS if self.min_tokens is None else self.min_tokens, num_tokens)
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:

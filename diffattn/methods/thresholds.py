@@ -78,8 +78,13 @@ def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> in
         return row.get(MERGE, pooled[largest])
     if num_agents > largest:
         return pooled[largest] * num_agents // largest
-    above = min(n for n in pooled if n >= num_agents)
-    below = max((n for n in pooled if n <= num_agents), default=above)
+    above = min([n for n in pooled if n >= num_agents])  # lists, which compiled code can take
+    below = max([n for n in pooled if n <= num_agents] or [above])
     if above == below:
         return pooled[above]
     return pooled[below] + (pooled[above] - pooled[below]) * (num_agents - below) // (above - below)
+
+
+def below_smallest(smallest: int, num_tokens: int) -> str | None:
+    """That exact attention is faster, where there are fewer tokens than the smallest number at which a method is."""
+    return f"{num_tokens} tokens: exact attention is faster below {smallest}" if num_tokens < smallest else None

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from diffattn.architectures.base import Architecture, MethodProcessor, Replaced, Size
@@ -69,6 +70,15 @@ def _attributes(processor: Any) -> list[Any]:
     return list(getattr(processor, "__dict__", {}).values())
 
 
+class Expected(NamedTuple):
+    """What is known of a layer's call before it is made."""
+
+    device: str  # torch device type
+    mask_rows: int  # see `AttentionMethod.declines`
+    batch: int | None  # samples; None: unknown
+    dtype: torch.dtype
+
+
 class PatchedDenoiser:
     """A denoiser and its attention layers.
 
@@ -122,17 +132,24 @@ class PatchedDenoiser:
             return None
         return prod(self.grids[layer.level])
 
-    def reasons(self, phase: int, device: str, mask_rows: int) -> list[tuple[str, str]]:
+    def reasons(self, phase: int, expected: Expected) -> list[tuple[str, str]]:
         """(layer, why exact) for the layers with our processors, in one phase at the size of the last call."""
         return [
-            (layer.spec.name, self._reason(layer, self.grids, self.size, phase, device, mask_rows))
+            (layer.spec.name, self._reason(layer, self.grids, self.size, phase, expected))
             for layer in self.patched
             if layer.displaced_by is None
         ]
 
-    def explain(self, size: Size, num_phases: int) -> Mapping[str, list[str | None]]:
-        """Self-attention layer -> why it runs exact in each phase, None where it is accelerated."""
-        grids, device = self.grids_for(size), next(self.model.parameters()).device.type
+    def explain(self, size: Size, num_phases: int, batch: int | None = None) -> Mapping[str, list[str | None]]:
+        """Self-attention layer -> why it runs exact in each phase, None where it is accelerated.
+
+        Args:
+            size: of the latents.
+            num_phases: of the schedule.
+            batch: samples in a call; None: which way is faster is guessed, whatever was timed.
+        """
+        weight = next(self.model.parameters())
+        grids, expected = self.grids_for(size), Expected(weight.device.type, 0, batch, weight.dtype)
         found: dict[str, list[str | None]] = {}
         for layer in self.layers:
             if layer.spec.is_cross_attention:
@@ -140,12 +157,12 @@ class PatchedDenoiser:
             if layer.runs is None:
                 found[layer.spec.name] = [layer.left_alone] * num_phases
                 continue
-            reasons = [self._reason(layer, grids, size, phase, device, 0) for phase in range(num_phases)]
+            reasons = [self._reason(layer, grids, size, phase, expected) for phase in range(num_phases)]
             found[layer.spec.name] = [None if reason == ACCELERATED else reason for reason in reasons]
         return found
 
     @staticmethod
-    def _reason(layer: PatchedLayer, grids: Sequence[Grid], size: Size, phase: int, device: str, mask_rows: int) -> str:
+    def _reason(layer: PatchedLayer, grids: Sequence[Grid], size: Size, phase: int, expected: Expected) -> str:
         assert layer.runs is not None
         if size.exact:
             return size.exact
@@ -154,7 +171,9 @@ class PatchedDenoiser:
         if layer.spec.context != "none":
             tokens += size.num_context
         layout = layer.runs.layout_of(grid, size.references, tokens)
-        return layer.runs.reason_exact(phase, layout, device, mask_rows)
+        device, rows, batch, dtype = expected
+        kind = None if batch is None else layer.runs.kind_at(phase, device, dtype, batch, tokens, rows > 0)
+        return layer.runs.reason_exact(phase, layout, device, rows, kind)
 
 
 def attention_layers(prefix: str, model: nn.Module, architecture: Architecture) -> list[PatchedLayer]:

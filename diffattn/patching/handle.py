@@ -8,6 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
@@ -18,6 +19,7 @@ from diffattn.architectures.base import Size
 from diffattn.architectures.denoisers import denoisers_of, uncompiled, uncovered_networks
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, NotPickled
+from diffattn.patching.decision_cache import cache_for
 from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers, runs_of
 from diffattn.patching.hook import RunHook
 from diffattn.patching.plan import Plan
@@ -31,12 +33,15 @@ SHARED = "pipelines made from this one with from_pipe share its denoiser and are
 class Patch(NotPickled):
     """A patched model, made by `diffattn.patch`."""
 
-    def __init__(self, target: DiffusionPipeline | nn.Module, plan: Plan) -> None:
-        """Patch a pipeline or a denoiser that is not patched yet.
+    def __init__(
+        self, target: DiffusionPipeline | nn.Module, plan: Plan, calibrate: bool | str | Path | None = None
+    ) -> None:
+        """Patch a pipeline or a denoiser that is not patched yet; `calibrate` as in `diffattn.patch`.
 
         Raises:
             TypeError: the architecture is not supported.
-            ValueError: an option or a layer that the model does not allow; no layer to patch.
+            ValueError: an option or a layer that the model does not allow; no layer to patch; a damaged cache of
+                decisions.
         """
         self._target = Target(target)
         self._uncovered = uncovered_networks(target)
@@ -47,7 +52,7 @@ class Patch(NotPickled):
         specs = [layer.spec for found in layers.values() for layer in found]
         plan.check_names([spec.name for spec in specs if not spec.is_cross_attention])
         self.plan = plan.fit(specs)
-        self._runs = Runs(self.plan, self._target)
+        self._runs = Runs(self.plan, self._target, cache_for(calibrate))
         for prefix, model in denoisers.items():
             for layer in layers[prefix]:
                 self._build(layer, architectures[prefix])
@@ -57,6 +62,7 @@ class Patch(NotPickled):
             why = Counter(layer.left_alone for layer in self._layers if not layer.spec.is_cross_attention)
             reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no self-attention layer"
             raise ValueError(f"nothing to patch in {self._model_name}: {reasons}")
+        self._runs.look_up(next(self._runs.denoisers[0].model.parameters()).device)
         self._swap_in()
 
     @property
@@ -86,6 +92,7 @@ class Patch(NotPickled):
                 run=self._runs.state,
                 tally=self._runs.tally,
                 owner=self,
+                decisions=self._runs.decisions,
             )
 
     def _swap_in(self) -> None:
@@ -136,12 +143,15 @@ class Patch(NotPickled):
             notes=(*self._uncovered, *shared),
         )
 
-    def explain(self, height: int, width: int, frames: int | None = None) -> Mapping[str, list[str | None]]:
+    def explain(
+        self, height: int, width: int, frames: int | None = None, *, batch: int | None = None
+    ) -> Mapping[str, list[str | None]]:
         """Report what would run exact, without running anything.
 
         Args:
             height, width: of the latents.
             frames: of a video's latents.
+            batch: samples in a call, for what is known to be faster at that size; None: the package's guess.
 
         Returns:
             Every self-attention layer -> why it runs exact in each phase of the schedule, None where it is
@@ -149,7 +159,7 @@ class Patch(NotPickled):
         """
         found: dict[str, list[str | None]] = {}
         for denoiser in self._runs.denoisers:
-            found |= denoiser.explain(Size(height, width, frames), len(self.plan.methods))
+            found |= denoiser.explain(Size(height, width, frames), len(self.plan.methods), batch)
         return found
 
     def out_of_range(self, height: int, width: int) -> str | None:
@@ -175,6 +185,13 @@ class Patch(NotPickled):
     def accelerated(self, layer: str) -> int:
         """Accelerated calls of a layer, as counted by `report`."""
         return self._runs.tally.of(layer).get(ACCELERATED, 0)
+
+    def decisions(self) -> dict[str, bool]:
+        """Kind of call -> whether the method was used, for every kind of call that was met and that speed decides.
+
+        With these as `decisions`, `diffattn.patch` does the same again, whatever is faster then.
+        """
+        return {kind: found.faster for kind, found in self._runs.decisions.used().items()}
 
     def begin_run(self, *args: Any, **kwargs: Any) -> None:
         """Begin a run as if the denoiser were called with these arguments, without calling it.
@@ -206,6 +223,7 @@ class Patch(NotPickled):
             tokens=tokens,
             accelerated=counts.pop(ACCELERATED, 0),
             exact_heads=counts.pop(EXACT_HEADS, 0),
+            timed={kind: str(found) for kind, found in self._runs.decisions.used_by(layer.spec.name).items()},
             passed_through=counts,
             left_alone=layer.left_alone,
             displaced_by=layer.displaced_by,

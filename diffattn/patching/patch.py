@@ -26,6 +26,8 @@ def patch(
     recipe: str | Path | Mapping[str, Any] | None = None,
     layers: LayerFilter | None = None,
     schedule: Schedule | Mapping[Any, Any] | None = None,
+    calibrate: bool | str | Path | None = None,
+    decisions: Mapping[str, bool] | None = None,
     **options: Any,
 ) -> Patch:
     """Make a diffusers or diffattn pipeline, or its denoiser, use another attention.
@@ -43,6 +45,12 @@ def patch(
         layers: names of layers (as in the report), or a predicate on `LayerSpec`; default: all supported ones.
         schedule: options by noise level (1 noise ... 0 data) or by the latents' change: a `Schedule`, the mapping of
             `NoiseSchedule`, or that of `LatentChangeSchedule.to_dict`.
+        calibrate: whether to time both ways the first time a kind of call is met (device, dtype, sizes), and to use
+            what is faster from then on. The answers are kept in the user's cache (`~/.cache/diffattn`), or in the file
+            whose path is given. False: follow the package's own table and `decisions`. None: True, unless the
+            environment variable `DIFFATTN_CALIBRATE` is "0" or a path. The option `min_tokens` decides instead of
+            either; in compiled code, with gradients and in several processes nothing is timed.
+        decisions: what `Patch.decisions` returned, to do the same again.
         **options: fields of the method's configuration; they override the preset's.
 
     Returns:
@@ -51,17 +59,18 @@ def patch(
     Raises:
         TypeError: the architecture is not supported.
         ValueError: unknown method, preset, option or layer; an option out of range; a recipe that cannot be read or
-            was tuned for a model with other layers; no layer to patch; a model that is already patched.
+            was tuned for a model with other layers; no layer to patch; a model that is already patched; decisions of
+            another form; a damaged cache.
     """
     denoisers = denoisers_of(pipe_or_model)
-    plan = Plan.read(method, preset, recipe, layers, schedule, options, layers_of(denoisers))
+    plan = Plan.read(method, preset, recipe, layers, schedule, options, layers_of(denoisers), decisions)
     for model in denoisers.values():
         if _patches_of(model):
             raise ValueError(
                 f"this {type(uncompiled(model)).__name__} is already patched, perhaps through a pipeline that "
                 "shares it; call diffattn.unpatch first"
             )
-    return Patch(pipe_or_model, plan)
+    return Patch(pipe_or_model, plan, calibrate)
 
 
 def unpatch(pipe_or_model: DiffusionPipeline | nn.Module) -> None:

@@ -1,10 +1,11 @@
 """Turns the user's arguments into a checked plan, before any model is inspected."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from diffattn.architectures.decisions import Decision, read_given
 from diffattn.methods import METHODS, method_for
 from diffattn.methods.base import AttentionMethod, LayerSpec
 from diffattn.patching.recipe import LayerRecipe, is_tuned, names_of, read_recipe
@@ -26,6 +27,7 @@ class Plan:
     layers: LayerFilter | None
     options: Mapping[str, Any]  # as given by the user
     by_layer: LayerRecipe | None = None  # a tuned recipe, which has its own methods for every layer
+    decisions: Mapping[str, Decision] = field(default_factory=dict)  # that are not to be made again
 
     @classmethod
     def read(
@@ -37,6 +39,7 @@ class Plan:
         schedule: Schedule | Mapping[Any, Any] | None,
         options: Mapping[str, Any],
         of_model: Sequence[LayerSpec] = (),
+        decisions: Mapping[str, bool] | None = None,
     ) -> Self:
         """The plan for the arguments of `patch`, which documents them and the `ValueError`s.
 
@@ -47,7 +50,9 @@ class Plan:
         if recipe is not None:
             recipe = read_recipe(recipe)
             if is_tuned(recipe):
-                return cls._tuned(recipe, layers, preset is None and schedule is None and not options)
+                alone = preset is None and schedule is None and not options
+                return replace(cls._tuned(recipe, layers, alone), decisions=read_given(decisions))
+            decisions = decisions if decisions is not None else recipe.get("decisions")
             method = method if recipe.get("method") is None else recipe["method"]
             preset = preset or recipe.get("preset")
             layers = layers if layers is not None else recipe.get("layers")
@@ -72,7 +77,7 @@ class Plan:
         methods = tuple(None if p is None else kind.from_options(p) for p in phases)
         if not any(methods):
             raise ValueError("the schedule is exact at every noise level: nothing would be accelerated")
-        return cls(method, preset, methods, chosen, layers, dict(options))
+        return cls(method, preset, methods, chosen, layers, dict(options), decisions=read_given(decisions))
 
     @classmethod
     def _tuned(cls, recipe: Mapping[str, Any], layers: LayerFilter | None, alone: bool) -> Self:

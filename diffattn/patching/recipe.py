@@ -25,7 +25,7 @@ from diffattn.schedules import EXACT, MAX_PHASES, NoiseSchedule
 VERSION_KEY, VERSION = "diffattn_recipe", 1
 """The key that marks a tuned recipe, and the version written and read here."""
 
-KEYS = ("method", "preset", "options", "layers", "schedule")
+KEYS = ("method", "preset", "options", "layers", "schedule", "decisions")
 """Keys of a handwritten recipe; "protocol" says how it was found."""
 
 TUNED_KEYS = (VERSION_KEY, "settings", "layers", "promised", "verified", "protocol")

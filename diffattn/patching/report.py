@@ -18,6 +18,7 @@ class LayerReport:
     accelerated: int = 0  # calls
     exact_heads: int = 0  # over all samples: heads that ran exact in accelerated calls
     passed_through: Mapping[str, int] = field(default_factory=dict)  # reason -> calls
+    timed: Mapping[str, str] = field(default_factory=dict)  # kind of call -> times of both ways, and where from
     left_alone: str | None = None  # why the layer was not patched
     displaced_by: str | None = None  # class of the processor that replaced ours
 
@@ -75,7 +76,7 @@ class Report:
         return asdict(self) | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
-        head = ("layer", "level", "tokens", "method", "accelerated", "exact", "why exact")
+        head = ("layer", "level", "tokens", "method", "accelerated", "exact", "time of a call", "why exact")
         rows = [_row(layer) for layer in self.layers if layer.left_alone is None]
         preset = f", preset {self.preset}" if self.preset else ""
         state = " (removed)" if self.removed else ""
@@ -102,6 +103,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         layer.method,
         str(layer.accelerated),
         str(exact),
+        "; ".join(dict.fromkeys(layer.timed.values())) or "-",
         layer.note,
     )
 

@@ -4,9 +4,11 @@ import copy
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffattn.architectures.base import Size
+from diffattn.architectures.decisions import Decisions
 from diffattn.architectures.layer_plug import LayerPlug
 from diffattn.architectures.run_state import (
     ACCELERATED,
@@ -19,7 +21,8 @@ from diffattn.architectures.run_state import (
 )
 from diffattn.noise_level import Reading
 from diffattn.patching.callers import is_kept_by_caller, stacklevel
-from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer
+from diffattn.patching.decision_cache import DecisionCache
+from diffattn.patching.denoiser import Expected, PatchedDenoiser, PatchedLayer
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.plan import Plan
 from diffattn.patching.scheduler import SchedulerInUse
@@ -41,8 +44,12 @@ class Runs(NotPickled):
         num_runs, num_calls: started so far, of the main denoiser.
     """
 
-    def __init__(self, plan: Plan, target: Target) -> None:
+    def __init__(self, plan: Plan, target: Target, cache: DecisionCache | None = None) -> None:
+        """`cache`: where to look up and keep what is faster; None: nothing is timed."""
         self.plan = plan
+        self.cache = cache
+        self.decisions = Decisions(plan.decisions, measures=cache is not None)
+        self._looked_up: set[str] = set()
         self.state = RunState(Latest())
         self.tally = Tally()
         self.denoisers: list[PatchedDenoiser] = []
@@ -57,14 +64,15 @@ class Runs(NotPickled):
         self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, size: Size, mask_rows: int, traced: bool
     ) -> None:
         """See `hook.Listener`."""
-        state, device = self.state, sample.device.type
+        self.look_up(sample.device)
+        state, expected = self.state, Expected(sample.device.type, mask_rows, sample.shape[0], sample.dtype)
         grids = denoiser.set_size(size)  # of this call: the denoiser may serve another thread in between
         scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
         reading = denoiser.read_time(time, scheduler)
         begins = state.schedule is None or max(reading.levels) > state.last_level
         begins = begins or reading.run is not state.scheduler_run
         if begins:
-            self._begin_run(sample, size, reading, device, mask_rows)
+            self._begin_run(sample, size, reading, expected)
         place = -1 if reading.run is None else 0 if begins else state.place_after(max(reading.levels))
         state.last_level, state.scheduler_run = max(reading.levels), reading.run
         assert state.schedule is not None
@@ -79,7 +87,7 @@ class Runs(NotPickled):
         )  # fmt: skip
         self._count_displaced(denoiser)
         if compiled:
-            self._count(denoiser, phase, device, mask_rows)
+            self._count(denoiser, phase, expected)
         if denoiser is self.denoisers[0]:  # not its ControlNets
             self.num_calls += 1
             state.trace.append(self._entry(reading, phase))
@@ -87,6 +95,28 @@ class Runs(NotPickled):
     def end_call(self) -> None:
         """See `hook.Listener`."""
         self.state.inside = False
+        if self.state.unchecked is not None:
+            self._check_reachable()
+        if self.decisions.changed and self.cache is not None:
+            self.decisions.changed = False
+            for device in map(torch.device, sorted(self._looked_up)):
+                self._keep(self.cache, device)
+
+    def look_up(self, device: torch.device) -> None:
+        """Take over what is known about a device.
+
+        Raises:
+            ValueError: the cache is damaged.
+        """
+        if self.cache is not None and str(device) not in self._looked_up:
+            self._looked_up.add(str(device))
+            self.decisions.add_known(self.cache.read(device))
+
+    def _keep(self, cache: DecisionCache, device: torch.device) -> None:
+        try:
+            cache.add(device, self.decisions.measured(device.type))
+        except (OSError, ValueError) as error:
+            self._warn_once("cache", f"what is faster here could not be kept for later runs: {error}")
 
     def enter_forward(self, denoiser: PatchedDenoiser) -> None:
         """See `hook.Listener`."""
@@ -112,13 +142,12 @@ class Runs(NotPickled):
         """Whether the known noise level is enough for the schedule."""
         return reading.known or not self._needs_level
 
-    def _begin_run(self, sample: Tensor, size: Size, reading: Reading, device: str, mask_rows: int) -> None:
+    def _begin_run(self, sample: Tensor, size: Size, reading: Reading, expected: Expected) -> None:
         """Count the run, and warn about anything its user would not expect."""
         state = self.state
         state.schedule = copy.deepcopy(self.plan.schedule)
         state.schedule.start(sample.shape[0])
-        state.trace.clear()
-        state.memory.clear()
+        state.forget()
         self.num_runs += 1
         for denoiser in self.denoisers:
             denoiser.begin_run(size)
@@ -132,11 +161,15 @@ class Runs(NotPickled):
                 "diffusers scheduler as they are",
             )
         else:
-            self._check_reachable(state.schedule.reachable(reading.to_come), device, mask_rows)
+            state.unchecked = sorted(state.schedule.reachable(reading.to_come)), expected
+            if not self.decisions.measures:  # else once the first call has shown what is faster
+                self._check_reachable()
 
-    def _check_reachable(self, phases: set[int], device: str, mask_rows: int) -> None:
+    def _check_reachable(self) -> None:
         """Warn about a run without any acceleration; it is drawn exactly, also where a user's option causes it."""
-        reasons = [r for d in self.denoisers for p in sorted(phases) for _, r in d.reasons(p, device, mask_rows)]
+        assert self.state.unchecked is not None
+        (phases, expected), self.state.unchecked = self.state.unchecked, None
+        reasons = [r for d in self.denoisers for p in phases for _, r in d.reasons(p, expected)]
         if not reasons or ACCELERATED in reasons:
             return
         largest = max(d.tokens(layer.spec) or 0 for d in self.denoisers for layer in d.patched)
@@ -151,7 +184,8 @@ class Runs(NotPickled):
                 if not isinstance(before, LayerPlug) or not layer.look() or layer.is_ours(there):
                     continue
                 if denoiser.architecture.reason_exact(layer.module) is None:
-                    parts = {"layer": before.layer, "methods": before.methods, "run": before.run, "tally": before.tally}
+                    names = ("layer", "methods", "run", "tally", "decisions")
+                    parts = {name: getattr(before, name) for name in names}
                     layer.renew(denoiser.architecture.replaced(original=there, owner=before.owner, **parts))
 
     def _look_for_displaced(self) -> None:
@@ -190,10 +224,10 @@ class Runs(NotPickled):
             if by := layer.look():
                 self.tally.add(layer.spec.name, f"replaced by {by} during the call")
 
-    def _count(self, denoiser: PatchedDenoiser, phase: int | tuple[int, ...], device: str, mask_rows: int) -> None:
+    def _count(self, denoiser: PatchedDenoiser, phase: int | tuple[int, ...], expected: Expected) -> None:
         """Count what the processors inside compiled code cannot."""
         for p in sorted({phase} if isinstance(phase, int) else set(phase)):
-            for name, reason in denoiser.reasons(p, device, mask_rows):
+            for name, reason in denoiser.reasons(p, expected):
                 self.tally.add(name, reason)
 
     def _entry(self, reading: Reading, phase: int | tuple[int, ...]) -> dict[str, Any]:

@@ -93,7 +93,9 @@ class Probe(AttentionMethod):
             self.log.samples.setdefault(kind, Sample(layer, q.clone(), k.clone(), v.clone(), call))
             mask_rows = 0 if call.mask is None else call.mask.shape[2]
             for i, (method, function) in enumerate(zip(self.settings, functions, strict=True)):
-                if function and not method.declines(layer, q.shape[2], q.device.type, mask_rows):
+                tokens, device = q.shape[2], q.device.type
+                declined = method.declines(layer, tokens, device, mask_rows) or method.slower(tokens, device)
+                if function and not declined:
                     error = _squared_error(function(q, k, v, call), exact)
                     self.log.errors[layer.name, self.log.band, i].append(error)
             return exact

@@ -94,9 +94,10 @@ def test_compiled_code_gives_the_same_heads() -> None:
 def test_what_it_declines() -> None:
     method = InLineAttention()
     assert method.declines(LAYER, 1024, "cpu", 0) is None
-    assert "256 tokens: exact attention is faster below 1024" in str(method.declines(LAYER, 256, "cpu", 0))
+    assert method.slower(1024, "cpu") is None
+    assert "256 tokens: exact attention is faster below 1024" in str(method.slower(256, "cpu"))
     assert "masked" in str(method.declines(LAYER, 1024, "cpu", 1))
-    assert InLineAttention(min_tokens=0).declines(LAYER, 4, "cpu", 0) is None
+    assert InLineAttention(min_tokens=0).slower(4, "cpu") is None
     assert not method.supports(LayerSpec("cross", 0, 4, 64, is_cross_attention=True))
     assert not InLineAttention(max_level=0).supports(LayerSpec("deep", 1, 4, 64))
 

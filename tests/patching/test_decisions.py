@@ -1,0 +1,282 @@
+"""What is faster is measured once, kept, reported and repeated; the clock decides nothing behind the user's back."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from support import tiny
+from support.patching import Make
+
+import diffattn
+from diffattn.architectures import decisions
+from diffattn.architectures.decisions import Decision
+from diffattn.patching import decision_cache
+from diffattn.patching.patch import find_patch
+
+OPTIONS: dict[str, Any] = {"num_agents": 4, "agent_ratio": None}
+
+
+class Clock:
+    """Says how long calls take: those by the method, and exact ones."""
+
+    def __init__(self) -> None:
+        self.method, self.exact = 1.0, 2.0
+        self.calls = 0
+
+    def __call__(self, call: Callable[[], torch.Tensor], device: torch.device) -> float:
+        assert call().isfinite().all()
+        self.calls += 1
+        return self.exact if self.calls % 2 else self.method
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(decisions, "_clock", found)
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "decisions.json"
+
+
+@pytest.fixture
+def pipe(make_pipeline: Make) -> DiffusionPipeline:
+    return make_pipeline("sd")
+
+
+@pytest.fixture(autouse=True)
+def _no_thresholds_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(tmp_path / "none.json"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", diffattn.DiffAttnWarning)
+        yield
+
+
+def sources(handle: diffattn.Patch) -> set[str]:
+    return {text.rpartition(", ")[2] for layer in handle.report().layers for text in layer.timed.values()}
+
+
+def test_a_method_that_is_faster_is_used_though_the_table_says_no(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path
+) -> None:
+    exact = tiny.run(pipe)
+    with diffattn.patch(pipe, **OPTIONS, min_tokens=0):
+        expected = tiny.run(pipe)
+    with diffattn.patch(pipe, **OPTIONS, calibrate=False) as handle:
+        assert torch.equal(tiny.run(pipe), exact)  # these few tokens are below every threshold of the table
+        assert sources(handle) == {"from the table"}
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
+        assert torch.equal(tiny.run(pipe), expected)
+        assert sources(handle) == {"measured here"}
+        assert set(handle.decisions().values()) == {True}
+        assert "1e+03 ms against 2e+03 ms exact, measured here" in str(handle.report())
+    assert not torch.equal(expected, exact)
+
+
+def test_a_method_that_is_slower_is_not_used_and_the_report_says_why(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path
+) -> None:
+    exact = tiny.run(pipe)
+    clock.method = 1.9
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
+        assert torch.equal(tiny.run(pipe), exact)
+        assert set(handle.decisions().values()) == {False}
+        report = handle.report()
+    assert report.calls_accelerated == 0
+    assert all("exact attention is faster" in layer.note for layer in report.layers if layer.left_alone is None)
+
+
+def test_each_kind_of_call_is_timed_once_whatever_the_clock_says_later(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path
+) -> None:
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
+        first = tiny.run(pipe)
+        timed = clock.calls
+        assert timed == 2 * len(handle.decisions())  # in turns, and once, since one is twice as fast
+        clock.method = 10.0
+        assert torch.equal(tiny.run(pipe), first)
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
+        assert torch.equal(tiny.run(pipe), first)
+        assert sources(handle) == {"from the cache"}
+    assert clock.calls == timed
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache):  # another size is another kind
+        tiny.run(pipe, height=2 * first.shape[-2] if first.shape[-1] < 64 else 32)
+    assert clock.calls > timed
+
+
+def test_close_times_are_measured_again_and_the_median_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 1.2, 1.0, 0.8, 1.0, 0.85])
+    monkeypatch.setattr(decisions, "_clock", lambda call, device: next(times))
+    found = decisions.Decisions(measures=True)
+    nothing = torch.zeros
+    decision = found.measure("kind", lambda: nothing(1), lambda: nothing(1), torch.device("cpu"))
+    assert decision == Decision(True, "measured here", 0.85, 1.0)
+    assert found.measure("kind", lambda: nothing(1), lambda: nothing(1), torch.device("cpu")) is decision
+
+
+def test_decisions_are_repeated_from_a_handle_and_from_a_recipe(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path
+) -> None:
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
+        expected, made = tiny.run(pipe), handle.decisions()
+    clock.method = 10.0
+    made = json.loads(json.dumps(made))
+    for given in ({**OPTIONS, "decisions": made}, {"recipe": {"options": OPTIONS, "decisions": made}}):
+        for calibrate in (False, cache.with_name("other.json")):
+            with diffattn.patch(pipe, **given, calibrate=calibrate) as handle:
+                assert torch.equal(tiny.run(pipe), expected)
+                assert sources(handle) == {"as given"}
+                assert handle.decisions() == made
+    assert not cache.with_name("other.json").exists()
+
+
+def test_a_given_number_of_tokens_leaves_nothing_to_time(pipe: DiffusionPipeline, clock: Clock, cache: Path) -> None:
+    with diffattn.patch(pipe, **OPTIONS, min_tokens=0, calibrate=cache) as handle:
+        tiny.run(pipe)
+        assert handle.report().calls_accelerated > 0
+        assert handle.decisions() == {}
+    assert clock.calls == 0
+    assert not cache.exists()
+
+
+def test_nothing_is_timed_with_gradients(pipe: DiffusionPipeline, clock: Clock, cache: Path) -> None:
+    with diffattn.patch(pipe.unet, **OPTIONS, calibrate=cache):
+        x = torch.randn(2, 4, 16, 16)
+        pipe.unet(x, 500, torch.randn(2, 7, pipe.unet.config.cross_attention_dim)).sample.sum().backward()
+    assert clock.calls == 0
+
+
+def test_the_environment_switches_it_off_and_names_the_file(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    monkeypatch.setenv("DIFFATTN_CALIBRATE", "0")
+    with diffattn.patch(pipe, **OPTIONS):
+        tiny.run(pipe)
+    assert clock.calls == 0
+    monkeypatch.setenv("DIFFATTN_CALIBRATE", str(cache))
+    with diffattn.patch(pipe, **OPTIONS):
+        tiny.run(pipe)
+    assert clock.calls > 0
+    assert cache.is_file()
+    for value in ("1", None):
+        if value is None:
+            monkeypatch.delenv("DIFFATTN_CALIBRATE")
+        else:
+            monkeypatch.setenv("DIFFATTN_CALIBRATE", value)
+        with diffattn.patch(pipe, **OPTIONS):
+            tiny.run(pipe)
+        own = cache.parent / "diffattn" / "decisions.json"
+        assert own.is_file()
+        own.unlink()
+
+
+def test_another_machine_does_not_read_these(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache):
+        tiny.run(pipe)
+    before = clock.calls
+    monkeypatch.setattr(decision_cache, "cpu_name", lambda: "another processor")
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
+        tiny.run(pipe)
+        assert sources(handle) == {"measured here"}
+    assert clock.calls == 2 * before
+    assert len(json.loads(cache.read_text())["machines"]) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"machines": 1}', '{"machines": {"HERE": {"kind": {"faster": 1}}}}',
+     '{"machines": {"HERE": {"kind": {"faster": 1, "seconds": 1.0, "exact_seconds": 2.0}}}}',
+     '{"machines": {"HERE": {"kind": {"faster": true, "seconds": -1.0, "exact_seconds": 2.0}}}}'],
+)  # fmt: skip
+def test_a_damaged_cache_is_named(pipe: DiffusionPipeline, cache: Path, text: str) -> None:
+    cache.parent.mkdir()
+    cache.write_text(text.replace("HERE", decision_cache.machine_key(torch.device("cpu"))))
+    with pytest.raises(ValueError, match=r"decisions\.json.*does not hold decisions of diffattn.*delete it"):
+        diffattn.patch(pipe, **OPTIONS, calibrate=cache)
+    assert find_patch(pipe) is None
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
+    pipe: DiffusionPipeline, clock: Clock, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with diffattn.patch(pipe, **OPTIONS, calibrate=tmp_path / "file" / "decisions.json") as handle:
+        with pytest.warns(diffattn.DiffAttnWarning, match="could not be kept"):
+            tiny.run(pipe)
+        assert handle.report().calls_accelerated > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"decisions": [1]}, "decisions must be a mapping"),
+        ({"decisions": {"kind": "yes"}}, "true .use the method. or false .run exact., got 'yes'"),
+        ({"decisions": {1: True}}, "decisions must be a mapping"),
+        ({"decisions": dict.fromkeys(map(str, range(5000)), True)}, "at most 4096 decisions can be given, got 5000"),
+        ({"calibrate": 3}, "calibrate must be True, False or the path of a file, got 3"),
+    ],
+)
+def test_bad_input(pipe: DiffusionPipeline, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        diffattn.patch(pipe, **given)
+    assert find_patch(pipe) is None
+
+
+def test_compiled_code_uses_what_is_known(pipe: DiffusionPipeline, clock: Clock, cache: Path) -> None:
+    options = OPTIONS | {"calibrate_every": 1, "max_head_error": 1e9}  # which compiled code cannot follow
+    with diffattn.patch(pipe, **options, calibrate=cache) as handle:
+        expected, made = tiny.run(pipe), handle.decisions()
+    torch._dynamo.reset()
+    exact = tiny.run(pipe)
+    unet = pipe.unet
+    unet.compile(backend="eager", fullgraph=True)
+    timed = clock.calls
+    with diffattn.patch(pipe, **options, calibrate=cache) as handle:
+        torch.testing.assert_close(tiny.run(pipe), expected, rtol=1e-3, atol=1e-4)
+        assert handle.report().calls_accelerated > 0
+    with diffattn.patch(pipe, **options, calibrate=False, decisions=dict.fromkeys(made, False)) as handle:
+        torch.testing.assert_close(tiny.run(pipe), exact, rtol=1e-3, atol=1e-4)
+        assert handle.report().calls_accelerated == 0
+    assert clock.calls == timed
+
+
+def test_the_warning_that_nothing_is_accelerated_waits_for_the_measurement(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path
+) -> None:
+    with warnings.catch_warnings(), diffattn.patch(pipe, **OPTIONS, calibrate=cache):
+        warnings.simplefilter("error", diffattn.DiffAttnWarning)
+        tiny.run(pipe)  # accelerated, so there is nothing to warn of
+    clock.method = 10.0
+    cache.unlink()
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache), pytest.warns(diffattn.DiffAttnWarning, match="no layer"):
+        tiny.run(pipe)
+
+
+def test_real_clock_and_threads(pipe: DiffusionPipeline, cache: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with diffattn.patch(pipe.unet, **OPTIONS, calibrate=cache) as handle, ThreadPoolExecutor(4) as pool:
+        x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 7, pipe.unet.config.cross_attention_dim)
+
+        def draw(_: int) -> torch.Tensor:
+            with torch.no_grad():
+                return pipe.unet(x, 500, text).sample
+
+        first, *others = pool.map(draw, range(8))
+        assert all(torch.equal(first, other) for other in others)
+        assert sources(handle) == {"measured here"}
+    assert json.loads(cache.read_text())["machines"]
