@@ -180,14 +180,13 @@ class MethodProcessor(NotPickled):
         guess = method.slower(num_tokens, device)
         if kind is None or not method.timed or method.is_size_given:
             return guess
-        faster = guess is None
-        if not torch.compiler.is_compiling() and kind in self.run.decided:  # which compiled code must not depend on
-            faster = self.run.decided[kind]
-        elif self.decisions.any_known and (decision := self.decisions.known(kind)) is not None:
-            faster = decision.faster
+        known = self.decisions.known(kind) if self.decisions.any_known else None
+        faster = guess is None if known is None else known.faster
+        if not torch.compiler.is_compiling():  # compiled code must not depend on the run
+            faster = self.run.decided.get(kind, faster)
         if faster:
             return None
-        return guess or f"{num_tokens} tokens: exact attention is faster here"
+        return guess if guess and known is None else f"{num_tokens} tokens: exact attention is faster here"
 
     def _decide(
         self, phase: int, kind: str, q: Tensor, num_tokens: int, ways: tuple[Callable[[], Tensor], Callable[[], Tensor]]

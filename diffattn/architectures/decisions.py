@@ -172,6 +172,11 @@ class Decisions(NotPickled):
         with self._lock:
             self._made = {**known, **self._made}
 
+    def replace(self, given: Mapping[str, Decision]) -> None:
+        """Take these decisions, whatever was decided before."""
+        with self._lock:
+            self._made = {**self._made, **given}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = new = type(self)(self._made, self.measures)
         new._used = copy.deepcopy(self._used, memo)

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from diffattn.cli.common import bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.common import bad_input, check_writable, fail, loading, stdout, write_json
 from diffattn.cli.options import BenchDtype, Device, JsonFile, Resume, Threads
 
 NOT_FINISHED = 1
+FEW_STEPS = 4  # enough to meet every noise level of the presets
 
 T = TypeVar("T")
 app = typer.Typer(
@@ -136,10 +137,26 @@ def thresholds(
         Path | None, typer.Option(help="Write to this file instead. [default: your thresholds file]")
     ] = None,
     json: JsonFile = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Instead, fill the cache of `diffattn.patch` for this model: name, folder or hub id."),
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="With --model: side lengths of its pictures. [default: the model's own]")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="With --model: the preset that is timed.")] = "balanced",
 ) -> None:
-    """Measure the number of tokens from which agents beat exact attention on this machine; diffattn then uses it."""
+    """Measure the number of tokens from which agents beat exact attention on this machine; diffattn then uses it.
+
+    With --model, time every kind of attention call of one model instead, as the first run of `diffattn.patch` does.
+    """
     check_writable(out)
     check_writable(json)
+    if model is not None:
+        if shipped:
+            fail("--model fills a cache of this machine: it does not go with --shipped")
+        _fill_cache(model, None if sizes is None else _list(sizes, "sizes", int), preset, (device, dtype), out, json)
+        return
     with bad_input():
         from diffattn.benchmarks.thresholds import measure_thresholds, save_thresholds
         from diffattn.machine import resolve
@@ -157,6 +174,37 @@ def thresholds(
     write_json(json, {"file": str(path), "device": found_device.type, "thresholds": row})
     for num_agents, tokens in row.items():
         stdout.print(f"{num_agents} agents are faster from {tokens} tokens up")
+    stdout.print(f"written to {path}", markup=False)
+
+
+def _fill_cache(
+    model: str,
+    sizes: tuple[int, ...] | None,
+    preset: str,
+    where: tuple[str, str],  # device and dtype
+    out: Path | None,
+    json: Path | None,
+) -> None:
+    with loading(model), bad_input():
+        from diffattn.benchmarks.decisions import fill_cache
+        from diffattn.drawing.classes import draws_classes
+        from diffattn.drawing.draw import generate, prepare
+        from diffattn.drawing.loading import load_pipeline
+        from diffattn.drawing.request import UNPATCHED, Request
+        from diffattn.machine import resolve
+        from diffattn.patching.decision_cache import user_cache
+
+        found_device, found_dtype = resolve(*where)
+        pipe: Any = load_pipeline(model, found_dtype).to(found_device)
+        pipe.set_progress_bar_config(disable=True)
+        subject, path = "0" if draws_classes(pipe) else "", out or user_cache()
+
+        def draw(size: int | None) -> list[Any]:
+            asked = Request(model, subject, method=UNPATCHED, steps=FEW_STEPS, width=size, height=size)
+            return list(generate(pipe, prepare(pipe, asked)[0]))
+
+        results = fill_cache(pipe, path, draw, sizes=sizes, preset=preset, say=_say)
+    write_json(json, {"file": str(path), "sizes": results})
     stdout.print(f"written to {path}", markup=False)
 
 

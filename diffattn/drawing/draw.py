@@ -17,7 +17,7 @@ from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import UNPATCHED, Picture, Request
 from diffattn.drawing.sizes import check_size, default_size, pixels_per_latent, size_arguments
 from diffattn.machine import dtype_name, versions
-from diffattn.patching.patch import Patch, patch
+from diffattn.patching.patch import Patch, find_patch, patch
 from diffattn.sampling import SiTPipeline
 
 
@@ -51,7 +51,8 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
     check_size(pipe, width, height)
     found, preset, method = None, request.preset, request.method
     if method != UNPATCHED:
-        found = patch(pipe, method, preset=preset, recipe=request.recipe, **request.options)
+        given = {"recipe": request.recipe, "decisions": request.decisions}
+        found = patch(pipe, method, preset=preset, **given, **request.options)
         preset, method = found.plan.preset, found.plan.method
         if request.method not in (None, method):
             found.remove()
@@ -184,8 +185,10 @@ def _counter(pipe: Any, steps: int, on_step: Callable[[], None]) -> Callable[[],
 
 def _record(pipe: Any, request: Request, seed: int) -> dict[str, Any]:
     """Everything needed to redraw one picture."""
+    patched = None if request.method == UNPATCHED else find_patch(pipe)
     return _fields(request) | {
         "num_images": 1,
+        "decisions": patched and patched.decisions(),
         "seed": seed,
         "scheduler": type(pipe.scheduler).__name__,
         "pipeline": type(pipe).__name__,

@@ -38,6 +38,7 @@ class Request:
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and anything not given here
+    decisions: Mapping[str, bool] | None = None  # for `diffattn.patch`; in a record: those that the picture follows
     steps: int = 25
     guidance: float | None = None  # 1 or less: off; None: see `own_guidance`
     width: int | None = None  # pixels; None: what the model was trained for
@@ -54,6 +55,8 @@ class Request:
         _check(0 <= self.seed <= MAX_SEED - self.num_images, "seed", self.seed, "at least 0 and below 2^63")
         if self.method == UNPATCHED and (self.preset or self.options or self.recipe is not None):
             raise ValueError(f"method {UNPATCHED!r} has no preset, no options and no recipe")
+        if self.method == UNPATCHED and self.decisions:
+            raise ValueError(f"method {UNPATCHED!r} has no decisions")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from diffattn.evaluation.picture_set import ProgressBar, no_progress
 from diffattn.evaluation.run_folder import RunFolder
 from diffattn.files import write_whole
 from diffattn.metrics.paired import LatentTrace
-from diffattn.patching.patch import patch
+from diffattn.patching.patch import find_patch, patch
 
 PICTURES = "pictures"
 UNACCELERATED = "unaccelerated"
@@ -102,6 +102,17 @@ def accelerated(pipe: Any, acceleration: Mapping[str, Any] | None) -> AbstractCo
     return nullcontext() if acceleration is None else patch(pipe, **acceleration)
 
 
+@contextmanager
+def following(pipe: Any, run: RunFolder) -> Iterator[None]:
+    """Within the block, a patched pipeline decides what is faster as the run did before; what is new is kept."""
+    found = find_patch(pipe)
+    if found is not None:
+        found.follow(run.decisions())
+    yield
+    if found is not None:
+        run.add_decisions(found.decisions())
+
+
 def draw_set(
     pipe: Any,
     config: DrawConfig,
@@ -142,7 +153,7 @@ def draw_set(
             if paired and not chunk.is_drawn(number, UNACCELERATED, LATENTS):
                 traces.append(chunk.draw(number, UNACCELERATED))
             if traces or not chunk.is_drawn(number, PICTURES):
-                with accelerated(pipe, inner):
+                with accelerated(pipe, inner), following(pipe, run):
                     traces.append(chunk.draw(number, PICTURES))
             if len(traces) == 2:
                 run.write(LATENTS, number, _errors(*traces))

@@ -255,6 +255,8 @@ class _Job:
         found = Scored(run, self.pictures, self.progress)
         if self.left_out is not None:
             found.details |= self.left_out.details()
+        if made := run.decisions():
+            found.details["decisions"] = made
         if source is not None and extractor is not None:
             found.against_reference(source, extractor, self.config.seed)
         found.against_prompts(self.networks, self.prompts or [])

@@ -18,6 +18,9 @@ from torch import Tensor
 from diffattn.files import read_json, write_json, write_whole
 
 RUN = "run.json"
+DECISIONS = "decisions.json"
+"""What the acceleration decided by the clock, which a resumed run follows."""
+
 DONE = ("*/[0-9]*.png", "*/[0-9]*.safetensors")
 
 
@@ -77,6 +80,17 @@ class RunFolder:
     def _is_begun(self) -> bool:
         """Whether the folder holds results that another run would overwrite."""
         return (self.path / RUN).exists() and any(next(self.path.glob(kind), None) for kind in DONE)
+
+    def decisions(self) -> dict[str, bool]:
+        """Kind of call -> whether the method is used, as far as decided; see `Patch.decisions`."""
+        path = self.path / DECISIONS
+        return read_json(path) if path.is_file() else {}
+
+    def add_decisions(self, made: Mapping[str, bool]) -> None:
+        """Keep decisions, unless there are others for the same kinds of calls."""
+        stored = self.decisions()
+        if made.keys() - stored.keys():
+            write_json(self.path / DECISIONS, {**made, **stored})
 
     def mine(self, total: int, size: int) -> Iterator[tuple[int, int, int]]:
         """(number, start, stop) of this process's chunks of `size` of `total` things."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from diffattn.architectures import Architecture, architecture_of
 from diffattn.architectures.base import Size
+from diffattn.architectures.decisions import read_given
 from diffattn.architectures.denoisers import denoisers_of, uncompiled, uncovered_networks
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, NotPickled
@@ -192,6 +193,14 @@ class Patch(NotPickled):
         With these as `decisions`, `diffattn.patch` does the same again, whatever is faster then.
         """
         return {kind: found.faster for kind, found in self._runs.decisions.used().items()}
+
+    def follow(self, decisions: Mapping[str, bool]) -> None:
+        """From the next run on, decide these kinds of calls as given; see `decisions`.
+
+        Raises:
+            ValueError: not a mapping from kinds of calls to true or false.
+        """
+        self._runs.decisions.replace(read_given(decisions))
 
     def begin_run(self, *args: Any, **kwargs: Any) -> None:
         """Begin a run as if the denoiser were called with these arguments, without calling it.

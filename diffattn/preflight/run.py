@@ -25,7 +25,7 @@ from diffattn.measure.layer_times import Gflops, LayerSeconds, LayerTimer, count
 from diffattn.measure.memory import peak_mib
 from diffattn.patching.default_method import default_method
 from diffattn.patching.hook import DiffAttnWarning
-from diffattn.patching.patch import find_patch, patch
+from diffattn.patching.patch import Patch, find_patch, patch
 from diffattn.patching.plan import DEFAULT_PRESET, Plan
 from diffattn.preflight.result import LayerTime, Phase, Preflight, shares
 from diffattn.schedules import NoiseSchedule
@@ -103,7 +103,9 @@ class PreflightRun:
         self.preset = preset or DEFAULT_PRESET
         self.method = method or default_method(self.model)
         self.device = next(self.model.parameters()).device
+        self.decisions: Mapping[str, bool] = {}
         self.height, self.width, latents = _size(pipe_or_model, self.model, height, width)
+        self.latents = latents
         grids = [prod(grid) for grid in architecture_of(self.model).grids(self.model, *latents)]
         found = self_attention_layers(self.model)
         self.modules = {spec.name: module for spec, module in found}
@@ -123,8 +125,9 @@ class PreflightRun:
         gflops = count_layer_gflops(self.model, list(self.modules), args, kwargs)
         timer = LayerTimer(self.modules, self.device)
         call = partial(self.model, *args, **kwargs)
-        kinds = [PLAIN, TIMED, *([PATCHED] if None in self.why_exact.values() else [])]
         with torch.no_grad():
+            self._decide(call)
+            kinds = [PLAIN, TIMED, *([PATCHED] if None in self.why_exact.values() else [])]
             peak = peak_mib(call, self.device)
             timings = interleave(
                 dict.fromkeys(kinds, call), self.rounds, WARMUP, self.device,
@@ -138,12 +141,26 @@ class PreflightRun:
             with timer:
                 yield
         elif kind == PATCHED:
-            with patch(self.target, self.method, preset=self.preset) as handle, warnings.catch_warnings():
-                warnings.simplefilter("ignore", DiffAttnWarning)
+            with self._patched() as handle:
                 handle.begin_run(*self.inputs[0], **self.inputs[1])  # so that a run begins only once
                 yield
         else:
             yield
+
+    @contextmanager
+    def _patched(self) -> Iterator[Patch]:
+        given = {"preset": self.preset, "decisions": self.decisions}
+        with patch(self.target, self.method, **given) as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DiffAttnWarning)
+            yield handle
+
+    def _decide(self, call: Callable[[], Any]) -> None:
+        """Let a patched call find out what is faster, and explain the layers by that."""
+        with self._patched() as handle:
+            call()
+            self.decisions = handle.decisions()
+            plan, explained = handle.plan, handle.explain(*self.latents, batch=self.batch)
+        self.why_exact = {name: explained[name][_phase_at_start(plan)] for name in self.specs}
 
     def _result(
         self, timings: Timings, calls: Sequence[OneCall], peak: float | None, gflops: Gflops | None

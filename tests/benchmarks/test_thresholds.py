@@ -128,3 +128,18 @@ def test_the_command_writes_the_file_that_is_read(own_file):
     data = json.loads(own_file.read_text())
     assert data["status"] == {"cpu": "measured"}
     assert load_thresholds()["cpu"] == data["devices"]["cpu"]
+
+
+def test_the_cache_is_filled_for_a_model(tmp_path):
+    cache, out = tmp_path / "decisions.json", tmp_path / "out.json"
+    words = ["thresholds", "--model", "emoji-sd", "--sizes", "128,256", "--out", str(cache), "--json", str(out)]
+    done = CliRunner().invoke(app, [*words, "--device", "cpu", "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+    timed = read_json(out)["sizes"]
+    assert set(timed) == {"128", "256"}
+    assert timed["256"]
+    assert all(text.endswith("measured here") for kinds in timed.values() for text in kinds.values())
+    (stored,) = read_json(cache)["machines"].values()
+    assert set(stored) == {kind for kinds in timed.values() for kind in kinds}
+    wrong = CliRunner().invoke(app, ["thresholds", "--model", "emoji-sd", "--shipped"])
+    assert wrong.exit_code != 0

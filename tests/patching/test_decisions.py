@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from support import tiny
+from support.clock import Clock, clock
 from support.patching import Make
 
 import diffattn
@@ -18,27 +19,9 @@ from diffattn.architectures.decisions import Decision
 from diffattn.patching import decision_cache
 from diffattn.patching.patch import find_patch
 
+__all__ = ["clock"]  # a fixture
+
 OPTIONS: dict[str, Any] = {"num_agents": 4, "agent_ratio": None}
-
-
-class Clock:
-    """Says how long calls take: those by the method, and exact ones."""
-
-    def __init__(self) -> None:
-        self.method, self.exact = 1.0, 2.0
-        self.calls = 0
-
-    def __call__(self, call: Callable[[], torch.Tensor], device: torch.device) -> float:
-        assert call().isfinite().all()
-        self.calls += 1
-        return self.exact if self.calls % 2 else self.method
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(decisions, "_clock", found)
-    return found
 
 
 @pytest.fixture
