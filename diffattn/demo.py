@@ -15,19 +15,28 @@ from PIL import Image
 from torch import Tensor
 
 from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
+from diffattn.drawing.draw import own_guidance
 from diffattn.drawing.loading import load_demo
-from diffattn.drawing.sheet import amplified, comparison_sheet
+from diffattn.drawing.sheet import amplified, comparison_sheet, with_time_bars
+from diffattn.drawing.sizes import check_size, default_size, size_arguments
 from diffattn.files import write_whole
-from diffattn.machine import choose_device, choose_dtype, describe_device, dtype_name, versions
+from diffattn.machine import choose_device, choose_dtype, describe_device, dtype_name, fastest_dtype, versions
 from diffattn.measure.interleave import Timings, interleave
-from diffattn.metrics.paired import psnr, ssim
+from diffattn.metrics.paired import foreground_psnr, psnr, ssim
 from diffattn.patching.patch import Patch, patch
 from diffattn.patching.report import Report
 
 __all__ = ["PROMPTS", "DemoResult", "DemoSettings", "Pair", "load_demo", "run_demo"]
 
-PROMPTS = ("footprints", "T-Rex", "tent", "man vampire", "green heart")
+PROMPTS = (
+    "footprints", "T-Rex", "tent", "man vampire", "green heart", "star-struck", "lion", "crab", "guitar", "locomotive",
+    "doughnut", "jack-o-lantern", "unicorn", "mushroom", "ferry", "Santa Claus", "house with garden", "old key",
+    "sun with face", "kissing cat",
+)  # fmt: skip
 """Fixed prompts, all among the names that `emoji-sd` was trained on."""
+
+SHOWN = 5
+"""Prompts on the sheet."""
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 SHEET, RESULT = "comparison.png", "result.json"
@@ -35,15 +44,16 @@ SHEET, RESULT = "comparison.png", "result.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of the demo. The defaults take well under 3 minutes on two CPU cores."""
+    """Settings of the demo. The defaults take less than 3 minutes on two CPU cores with bfloat16 instructions."""
 
     model: str = "emoji-sd"
     method: str | None = None  # None: the one that suits the model
     preset: str = "balanced"
-    steps: int = 25
-    guidance: float = 2.5
+    steps: int = 16
+    guidance: float | None = None  # None: the model's own
     seed: int = 0  # of every picture
-    rounds: int = 3  # how often every prompt is drawn and timed, unpatched and patched
+    rounds: int = 1  # how often every prompt is drawn and timed, unpatched and patched
+    size: int | None = None  # pixels, width and height; None: what the model was trained at
     prompts: Sequence[str] = PROMPTS
     device: str = "auto"
     dtype: str = "auto"
@@ -54,7 +64,7 @@ class DemoSettings:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not self.prompts:
             raise ValueError("prompts must contain at least one")
-        if not math.isfinite(self.guidance) or self.guidance < 0:
+        if self.guidance is not None and (not math.isfinite(self.guidance) or self.guidance < 0):
             raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
 
 
@@ -66,8 +76,9 @@ class Pair:
     baseline_s: float  # seconds for one picture unpatched, median over the rounds
     accelerated_s: float  # patched
     speedup: float  # of patched over unpatched in the same round, median over the rounds
-    psnr: float  # dB, patched against unpatched; infinite if identical
-    ssim: float
+    psnr: float | None  # dB, patched against unpatched; infinite if identical
+    ssim: float | None
+    foreground_psnr: float | None  # of what is not white
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,9 @@ class DemoResult:
     accelerated_s: float
     speedup: float  # of patched over unpatched in the same round, median over prompts and rounds
     spread: tuple[float, float]  # first and third quartile of that
-    psnr: float  # mean over the prompts
-    ssim: float
+    psnr: float | None  # mean over the prompts; None at another size than the model was trained at, as below
+    ssim: float | None
+    foreground_psnr: tuple[float, float] | None  # median and worst of the prompts
     device: torch.device
     dtype: torch.dtype
     report: Report
@@ -96,10 +108,17 @@ class DemoResult:
         if not self.report.layers_accelerated:
             return f"Nothing is faster: no layer ran accelerated at {self.size}x{self.size} on {self.device.type}."
         if low > 1:
-            return f"Faster: {measured}."
+            return f"Faster: {measured}{self._likeness}."
         if self.speedup <= 1:
             return f"Nothing is faster: {measured}."
         return f"Not clearly faster: {measured}."
+
+    @property
+    def _likeness(self) -> str:
+        if self.foreground_psnr is None:
+            return ""
+        median, worst = self.foreground_psnr
+        return f", at a PSNR of the foreground of {median:.1f} dB (median; worst {worst:.1f} dB)"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the sheet as JSON types; the PSNR of identical pictures is null."""
@@ -110,8 +129,11 @@ class DemoResult:
         found |= {"dtype": dtype_name(self.dtype), "device": str(self.device), "hardware": describe_device(self.device)}
         found |= {"layers_patched": self.report.layers_patched, "layers_accelerated": self.report.layers_accelerated}
         found |= {"verdict": self.verdict, "versions": versions(), "pairs": pairs, "report": self.report.to_dict()}
+        found["foreground_psnr"] = None if self.foreground_psnr is None else list(map(_finite, self.foreground_psnr))
         for part in (found, *pairs):
-            part["psnr"] = part["psnr"] if math.isfinite(part["psnr"]) else None
+            part["psnr"] = _finite(part["psnr"])
+        for part in pairs:
+            part["foreground_psnr"] = _finite(part["foreground_psnr"])
         return found
 
     def save(self, folder: Path) -> tuple[Path, Path]:
@@ -131,10 +153,16 @@ class Demo:
 
     def __init__(self, settings: DemoSettings) -> None:
         self.device = choose_device(settings.device)
-        self.dtype = choose_dtype(settings.dtype, self.device)
+        is_auto = settings.dtype == "auto"
+        self.dtype = fastest_dtype(self.device) if is_auto else choose_dtype(settings.dtype, self.device)
         self.pipes = {name: self._load(settings.model) for name in (UNPATCHED, PATCHED)}
+        self.native = default_size(self.pipes[UNPATCHED])
+        self.width, self.height = self.native if settings.size is None else (settings.size, settings.size)
+        check_size(self.pipes[UNPATCHED], self.width, self.height)
+        guidance = own_guidance(self.pipes[UNPATCHED], settings.model)
+        self.guidance = guidance if settings.guidance is None else settings.guidance
         self.patch: Patch = patch(self.pipes[PATCHED], settings.method, preset=settings.preset)
-        self.settings = replace(settings, method=self.patch.plan.method)
+        self.settings = replace(settings, method=self.patch.plan.method, guidance=self.guidance)
 
     @property
     def num_pictures(self) -> int:
@@ -172,7 +200,8 @@ class Demo:
 
     def _draw(self, pipe: Any, prompt: str) -> Tensor:
         """The picture [1, 3, H, W] in 0..1, on the CPU."""
-        settings = {"num_inference_steps": self.settings.steps, "guidance_scale": self.settings.guidance}
+        settings = {"num_inference_steps": self.settings.steps, "guidance_scale": self.guidance}
+        settings |= size_arguments(pipe, self.width, self.height)
         batch = draw_batch(pipe, [prompt], [self.settings.seed], settings)
         if not batch.finite[0]:
             raise NotFinite(pipe, self.settings.seed)
@@ -180,8 +209,8 @@ class Demo:
 
     def _result(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> DemoResult:
         """The result, from times and pictures [P, 3, H, W] of all prompts."""
-        rows = zip(self.settings.prompts, timings, psnr(fast, plain).tolist(), ssim(fast, plain).tolist(), strict=True)
-        pairs = tuple(Pair(prompt, *_figures(times), db, alike) for prompt, times, db, alike in rows)
+        pairs = self._pairs(timings, plain, fast)
+        inside = [pair.foreground_psnr for pair in pairs if pair.foreground_psnr is not None]
         together = Timings(UNPATCHED, tuple(r for times in timings for r in times.rounds))
         baseline, accelerated, speedup = _figures(together)
         ratio = together.time_ratio(PATCHED)
@@ -193,22 +222,34 @@ class Demo:
             accelerated_s=accelerated,
             speedup=speedup,
             spread=(1 / ratio.q75, 1 / ratio.q25),
-            psnr=statistics.fmean(pair.psnr for pair in pairs),
-            ssim=statistics.fmean(pair.ssim for pair in pairs),
+            psnr=_mean([pair.psnr for pair in pairs]),
+            ssim=_mean([pair.ssim for pair in pairs]),
+            foreground_psnr=(statistics.median(inside), min(inside)) if inside else None,
             device=self.device,
             dtype=self.dtype,
             report=self.patch.report(),
             sheet=self._sheet(plain, fast, baseline, accelerated),
         )
 
+    def _pairs(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> tuple[Pair, ...]:
+        """Times, and likeness at the size that the model was trained at."""
+        likeness: Sequence[Sequence[float | None]] = [(None, None, None)] * len(plain)
+        if (self.width, self.height) == self.native:
+            scores = (psnr(fast, plain), ssim(fast, plain), foreground_psnr(fast, plain))
+            likeness = list(zip(*(score.tolist() for score in scores), strict=True))
+        rows = zip(self.settings.prompts, timings, likeness, strict=True)
+        return tuple(Pair(prompt, *_figures(times), *alike) for prompt, times, alike in rows)
+
     def _sheet(self, plain: Tensor, fast: Tensor, baseline: float, accelerated: float) -> Image.Image:
+        plain, fast = plain[:SHOWN], fast[:SHOWN]
         difference, factor = amplified(fast, plain)
         rows = {
             f"unpatched: {baseline:.2f} s": plain,
             f"{self.settings.method}, {self.settings.preset}: {accelerated:.2f} s": fast,
             f"difference, x{factor}" if factor > 1 else "difference": difference,
         }
-        return comparison_sheet([(label, to_pictures(x)) for label, x in rows.items()], self.settings.prompts)
+        sheet = comparison_sheet([(label, to_pictures(x)) for label, x in rows.items()], self.settings.prompts[:SHOWN])
+        return with_time_bars(sheet, {UNPATCHED: baseline, self.settings.preset: accelerated})
 
 
 def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
@@ -219,6 +260,15 @@ def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None
         on_picture: called after every picture.
     """
     return Demo(settings or DemoSettings()).run(on_picture)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _figures(times: Timings) -> tuple[float, float, float]:

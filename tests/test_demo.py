@@ -16,10 +16,10 @@ from diffattn.demo import PROMPTS, Demo, DemoResult, DemoSettings, run_demo
 from diffattn.drawing.loading import embedded_folder, embedded_models
 from diffattn.metrics.paired import psnr, ssim
 
-SHORT = DemoSettings(steps=2, rounds=2, prompts=PROMPTS[:2], preset="fast", seed=3)
+SHORT = DemoSettings(steps=2, rounds=2, prompts=PROMPTS[:2], preset="fast", seed=3, guidance=2.0, dtype="float32")
 FIELDS = (
     "model method preset size steps seed dtype device baseline_s accelerated_s speedup psnr ssim layers_patched "
-    "layers_accelerated prompts guidance rounds spread versions hardware verdict"
+    "layers_accelerated prompts guidance rounds spread versions hardware verdict foreground_psnr"
 )
 
 
@@ -62,9 +62,27 @@ def test_the_figures(result: DemoResult, tmp_path: Path) -> None:
     assert told["baseline_s"] > 0
     assert told["spread"][0] <= told["speedup"] <= told["spread"][1]
     assert told["psnr"] == pytest.approx(sum(pair["psnr"] for pair in told["pairs"]) / 2)
+    inside = sorted(pair["foreground_psnr"] for pair in told["pairs"])
+    assert told["foreground_psnr"] == pytest.approx([sum(inside) / 2, inside[0]])
     with Image.open(sheet) as picture:
         assert picture.width > 2 * told["size"]
         assert picture.height > 3 * told["size"]
+
+
+def test_another_size_is_timed_and_not_judged() -> None:
+    result = run_demo(replace(SHORT, size=192, steps=1, rounds=1, prompts=PROMPTS[:1]))
+    told = result.to_dict()
+    assert (told["size"], told["psnr"], told["ssim"], told["foreground_psnr"]) == (192, None, None, None)
+    assert told["pairs"][0]["psnr"] is None
+    assert "PSNR" not in result.verdict
+    with pytest.raises(ValueError, match="width 100 is not a positive multiple of 8"):
+        Demo(replace(SHORT, size=100))
+
+
+def test_every_prompt_was_trained_on() -> None:
+    card = json.loads((embedded_folder("emoji-sd") / "speed_quality.json").read_text())
+    assert set(PROMPTS) <= {name for run in card["runs"] for name in run["prompts"]}
+    assert len(set(PROMPTS)) >= 20
 
 
 def test_the_pictures_compared_are_those_of_the_pipeline(result: DemoResult) -> None:
@@ -86,7 +104,7 @@ def test_the_pictures_compared_are_those_of_the_pipeline(result: DemoResult) -> 
 
 
 def test_every_picture_is_told() -> None:
-    ready = Demo(DemoSettings(steps=1, rounds=1, prompts=PROMPTS[:1], preset="fast"))
+    ready = Demo(DemoSettings(steps=1, rounds=1, prompts=PROMPTS[:1], preset="fast", size=192))
     pictures: list[int] = []
     ready.run(lambda: pictures.append(1))
     assert len(pictures) == ready.num_pictures == 4
@@ -96,7 +114,7 @@ def test_it_says_so_if_nothing_is_faster(tmp_path: Path, monkeypatch: pytest.Mon
     never = tmp_path / "thresholds.json"
     never.write_text(json.dumps({"devices": {name: {"64": 10**9} for name in ("cpu", "cuda", "mps")}}))
     monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(never))
-    ready = Demo(DemoSettings(steps=1, rounds=1, prompts=PROMPTS[:1]))
+    ready = Demo(DemoSettings(steps=1, rounds=1, prompts=PROMPTS[:1], dtype="float32"))
     with pytest.warns(diffattn.DiffAttnWarning, match="accelerates no layer"):
         result = ready.run()
     assert result.verdict.startswith("Nothing is faster: no layer ran accelerated")

@@ -21,11 +21,21 @@ def demo(
         typer.Option(help="Attention method, see `diffattn info`.", show_default="the one that suits the model"),
     ] = None,
     preset: Annotated[str, typer.Option(help="Preset of the method, see `diffattn info`.")] = "balanced",
-    steps: Annotated[int, typer.Option(help="Sampling steps per picture.")] = 25,
+    steps: Annotated[int, typer.Option(help="Sampling steps per picture.")] = 16,
     guidance: Annotated[
-        float, typer.Option(help="Classifier-free guidance scale; 1 or less turns guidance off.")
-    ] = 2.5,
-    rounds: Annotated[int, typer.Option(help="How often each prompt is drawn and timed, unpatched and patched.")] = 3,
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance scale; 1 or less turns guidance off.", show_default="the model's own"
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often each prompt is drawn and timed, unpatched and patched.")] = 1,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels, width and height. Other sizes than the model's own are only timed.",
+            show_default="the model's own",
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -44,7 +54,7 @@ def demo(
 
         settings = DemoSettings(
             model=model, method=method, preset=preset, steps=steps, guidance=guidance, rounds=rounds, seed=seed,
-            device=device, dtype=dtype,
+            size=size, device=device, dtype=dtype,
         )  # fmt: skip
         ready = Demo(settings)
     with progress("drawing pictures", total=ready.num_pictures) as advance, bad_input(NotFinite):
@@ -64,11 +74,13 @@ def _table(result: "DemoResult") -> Table:
         title_justify="left",
     )
     table.add_column("prompt")
-    for head in ("unpatched s", "patched s", "speed-up", "PSNR dB", "SSIM"):
+    for head in ("unpatched s", "patched s", "speed-up", "foreground PSNR dB", "SSIM"):
         table.add_column(head, justify="right")
     for row in (*result.pairs, result):
-        name = getattr(row, "prompt", "all (medians, means)")
-        figures = (row.baseline_s, row.accelerated_s, row.speedup, row.psnr, row.ssim)
+        name = getattr(row, "prompt", "all (medians; mean SSIM)")
+        inside = row.foreground_psnr
+        figures = (row.baseline_s, row.accelerated_s, row.speedup, inside[0] if isinstance(inside, tuple) else inside,
+                   row.ssim)  # fmt: skip
         formats = (".2f", ".2f", ".2f", ".1f", ".3f")
-        table.add_row(name, *(format(x, f) for x, f in zip(figures, formats, strict=True)))
+        table.add_row(name, *("-" if x is None else format(x, f) for x, f in zip(figures, formats, strict=True)))
     return table

@@ -1,12 +1,13 @@
 """Sheets of pictures with labelled rows and columns, and differences amplified to be visible."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 8  # pixels between pictures
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+BARS = ((150, 150, 150), (230, 120, 20))
 
 
 FACTORS = (1, 2, 5, 10, 20, 50, 100)
@@ -68,6 +69,23 @@ def comparison_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns:
         for i, picture in enumerate(pictures):
             sheet.paste(picture.convert("RGB"), (left + i * (width + GAP), y))
     return sheet
+
+
+def with_time_bars(sheet: Image.Image, seconds: Mapping[str, float]) -> Image.Image:
+    """A sheet with one bar per name below it, as long as its time, and the seconds in large type."""
+    font = ImageFont.load_default(size=max(14, sheet.width // 40))
+    line, left = _line_height(font), GAP + max(int(_width(name, font)) for name in seconds) + 2 * GAP
+    row = 2 * line
+    whole = Image.new("RGB", (sheet.width, sheet.height + row * len(seconds) + GAP), PAPER)
+    whole.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    longest, room = max(seconds.values()), sheet.width - left - GAP - int(_width("000.00 s", font))
+    for i, (name, value) in enumerate(seconds.items()):
+        y, end = sheet.height + i * row, left + max(int(room * value / longest), 1)
+        draw.text((GAP, y + row // 2), name, INK, font, anchor="lm")
+        draw.rectangle((left, y + line // 2, end, y + row - line // 2), fill=BARS[i % len(BARS)])
+        draw.text((end + GAP, y + row // 2), f"{value:.2f} s", INK, font, anchor="lm")
+    return whole
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
