@@ -76,6 +76,7 @@ class Subject:
     def draw(self, **overrides: Any) -> Tensor:
         """The latents of a short run, always from the same noise."""
         given = {"generator": torch.Generator().manual_seed(0)} | self.arguments | overrides
+        torch.manual_seed(0)  # some pipelines encode pictures without their generator
         allowed = inspect.signature(type(self.target).__call__).parameters
         return self.target(**{name: value for name, value in given.items() if name in allowed or name in overrides})[0]
 
@@ -105,6 +106,8 @@ class Loop(Subject):
             self.time = float(t)
             with self.target.cache_context("cond"):
                 out = case.call(self.target, given | {"hidden_states": latents}, level=self.time / 1000)
+            if out.shape != latents.shape:  # the variance beside it
+                out = out.chunk(2, dim=1)[0]
             latents = scheduler.step(out, t, latents, return_dict=False)[0]
         self.target._reset_stateful_cache()  # as pipelines do at their end
         return latents
@@ -144,8 +147,8 @@ class Drawn(NamedTuple):
 
 
 def check(subject: Subject, **overrides: Any) -> Drawn:
-    """Patch a subject beside the neighbours there are: every layer is accelerated in every call, the latents change, and
-    removing the patch brings back the processors and the latents bit by bit."""
+    """Patch a subject beside its neighbours: every layer is accelerated in every call, the latents change, and removing
+    the patch brings back the processors and the latents bit by bit."""
     exact, before = subject.draw(**overrides), processors(subject)
     handle = subject.patch()
     accelerated = subject.draw(**overrides)
