@@ -173,6 +173,20 @@ def test_links_are_rewritten_for_the_site() -> None:
     assert site_link("../../../README.md", card, Path("models/emoji-sd.md")) == "../index.md"
 
 
+def test_the_table_of_coexistence_is_read_off_the_tests() -> None:
+    from coexistence_table import TESTS, coexistence_table, on_page_markdown, rows
+
+    table = coexistence_table().splitlines()
+    tests = "".join(path.read_text(encoding="utf-8") for path in TESTS.glob("test_*.py"))
+    assert len(table) - 2 == tests.count("\n@coexists(") > 20
+    page = on_page_markdown((documents.ROOT / "docs" / "coexistence.md").read_text(encoding="utf-8"))
+    assert table[-1] in page
+    source = '@coexists("A", "first", on=["B", "C"], holds="it works", needs="a GPU")\ndef test(): ...\n'
+    assert [*rows(source)] == [("A", "first", "`B`, `C`", "it works (untested so far: it needs a GPU)")]
+    with pytest.raises(ValueError, match="malformed"):
+        [*rows('@coexists("A", how, on=["B"], holds="it works")\ndef test(): ...\n')]
+
+
 def test_the_package_graph_is_drawn_from_the_table() -> None:
     from package_graph import package_graph, read_table, reduced, svg
 

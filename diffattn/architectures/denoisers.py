@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from diffusers import ControlNetXSAdapter, DiffusionPipeline
+from diffusers import ControlNetXSAdapter, DiffusionPipeline, ModularPipeline
 from torch import nn
 
 from diffattn.architectures import ARCHITECTURES, architecture_of, why_not_covered
 from diffattn.methods.base import LayerSpec
+
+Pipeline = DiffusionPipeline | ModularPipeline
+"""A pipeline of diffusers, in one piece or made of blocks."""
 
 CONTROL = ("controlnet", "adapter", "unconditional_transformer")
 """Attribute names of the networks that a pipeline calls beside its denoiser in every step."""
@@ -41,7 +44,7 @@ def denoisers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     if isinstance(pipe_or_model, nn.Module):
         architecture_of(uncompiled(pipe_or_model))
         return {"": pipe_or_model}
-    if not isinstance(pipe_or_model, DiffusionPipeline):
+    if not isinstance(pipe_or_model, Pipeline):
         raise TypeError(f"expected a diffusers pipeline or its denoiser, got {type(pipe_or_model).__name__}")
     main = denoiser_of(pipe_or_model)
     if not isinstance(main, nn.Module):
@@ -67,7 +70,7 @@ def self_attention_layers(model: nn.Module) -> list[tuple[LayerSpec, Any]]:
 
 def _control_networks(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
     """(name, network) of everything that steers the denoiser, including the members of multi-networks."""
-    if not isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, Pipeline):
         return
     for name in CONTROL:
         network = getattr(pipe, name, None)

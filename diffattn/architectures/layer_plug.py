@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import isfinite, sqrt
 from typing import Any
 
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -51,7 +52,7 @@ class LayerPlug(MethodProcessor):
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         reason = self._reason_together(call, q.shape[0]) or self._reason_call(q, k, given, heads_first)
         if reason is None:
-            reason = self._reason_scale(attn)
+            reason = self._reason_layer(attn)
         if reason is not None:
             self._count(call, reason)
             return function(q, k, v, *args, **kwargs)
@@ -124,7 +125,7 @@ class LayerPlug(MethodProcessor):
         if call is None:
             return False
         reason = "called as cross-attention" if context is not None else self._reason_together(call, x.shape[0])
-        reason = reason or self._reason_scale(attn)
+        reason = reason or self._reason_layer(attn)
         if reason is None and (attn.norm_q is not None or attn.norm_k is not None):
             reason = f"{type(self.original).__name__} leaves out the layer's norms of queries and keys"
         if reason is None:
@@ -182,8 +183,10 @@ class LayerPlug(MethodProcessor):
         scale = given.get("scale")
         return None if scale is None or scale > 0 else f"a scale of {scale}"
 
-    def _reason_scale(self, attn: Any) -> str | None:
-        """Why the layer's own scale keeps it exact, or None."""
+    def _reason_layer(self, attn: Any) -> str | None:
+        """Why the layer itself is exact at present, or None: its own scale, or a guider that leaves out its weights."""
+        if _skips_scores(attn):
+            return "perturbed by a guider, which replaces its attention by the values"
         if not self.honours_scale or (isfinite(attn.scale) and attn.scale > 0):
             return None
         return f"attn.scale is {attn.scale}, not a number above 0"
@@ -204,6 +207,13 @@ class LayerPlug(MethodProcessor):
         if abs(ratio - 1) > 1e-6:  # half on each side, so that products with pooled queries also have it once
             q, k = q * sqrt(ratio), k * sqrt(ratio)
         return q, k, v
+
+
+def _skips_scores(attn: Any) -> bool:
+    """Whether diffusers' perturbed-attention guidance is at work on a layer."""
+    registry = getattr(attn, "_diffusers_hook", None)
+    hooks = () if registry is None else registry.hooks.values()
+    return any(isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores for hook in hooks)
 
 
 def _masks(call: DenoiserCall, layout: TokenLayout, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -52,6 +52,7 @@ RISING_FLOW = Convention(lambda t: 1 - FLOW.level(t), FLOW.covers)
 
 
 TEMPORAL = "temporal layer of a few frames"
+CONTEXT_PARALLEL = "context parallel: its tokens are split between processes"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class TransformerFamily:
 
     def size(self, model: nn.Module, given: Mapping[str, Any]) -> Size:
         size = self.size_of(model, given)
+        if _is_context_parallel(model):
+            size = size._replace(exact=CONTEXT_PARALLEL)
         return size._replace(same_mask=True) if self.outer_mask else size
 
     def grids(self, model: Any, height: int, width: int, frames: int | None = None) -> list[Grid]:
@@ -138,6 +141,11 @@ class TransformerFamily:
 
     def replaced(self, **parts: Any) -> Replaced:
         return attention.replaced(**parts)
+
+
+def _is_context_parallel(model: Any) -> bool:
+    """Whether `enable_parallelism` splits the tokens of this denoiser between processes."""
+    return getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None) is not None
 
 
 def text_tokens(given: Mapping[str, Any], name: str = "encoder_hidden_states") -> int:

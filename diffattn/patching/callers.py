@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from types import FrameType, ModuleType
 from typing import Any
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import Tensor
+
+from diffattn.architectures.denoisers import Pipeline
 
 SKIPPED = ("torch.", "diffattn.patching.", "diffattn.architectures.")
 """Modules whose frames hold no sampling loop."""
@@ -37,7 +39,7 @@ def schedulers_in(frame: FrameType) -> Iterator[Any]:
             yield value
         elif not issubclass(type(value), type | ModuleType | Tensor):
             parts = _attributes(value)
-            inside = [_attributes(part) for part in parts if issubclass(type(part), DiffusionPipeline)]
+            inside = [_attributes(part) for part in parts if issubclass(type(part), Pipeline)]
             yield from (part for found in (parts, *inside) for part in found if issubclass(type(part), SchedulerMixin))
 
 

@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffattn.architectures.denoisers import denoisers_of, self_attention_layers
+from diffattn.architectures.denoisers import Pipeline, denoisers_of, self_attention_layers
 from diffattn.methods import method_for
 from diffattn.methods.base import LayerSpec
 
 
-def default_method(pipe_or_model: DiffusionPipeline | nn.Module) -> str:
+def default_method(pipe_or_model: Pipeline | nn.Module) -> str:
     """The name in `diffattn.METHODS` that suits a pipeline or a denoiser, see `methods.method_for`.
 
     Raises:

@@ -11,13 +11,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffattn.architectures import Architecture, architecture_of
 from diffattn.architectures.base import Size
 from diffattn.architectures.decisions import read_given
-from diffattn.architectures.denoisers import denoisers_of, uncompiled, uncovered_networks
+from diffattn.architectures.denoisers import Pipeline, denoisers_of, uncompiled, uncovered_networks
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, NotPickled
 from diffattn.patching.decision_cache import cache_for
@@ -34,9 +33,7 @@ SHARED = "pipelines made from this one with from_pipe share its denoiser and are
 class Patch(NotPickled):
     """A patched model, made by `diffattn.patch`."""
 
-    def __init__(
-        self, target: DiffusionPipeline | nn.Module, plan: Plan, calibrate: bool | str | Path | None = None
-    ) -> None:
+    def __init__(self, target: Pipeline | nn.Module, plan: Plan, calibrate: bool | str | Path | None = None) -> None:
         """Patch a pipeline or a denoiser that is not patched yet; `calibrate` as in `diffattn.patch`.
 
         Raises:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffattn.architectures.denoisers import denoisers_of, uncompiled
+from diffattn.architectures.denoisers import Pipeline, denoisers_of, uncompiled
 from diffattn.patching.default_method import layers_of
 from diffattn.patching.denoiser import runs_of
 from diffattn.patching.handle import Patch
@@ -19,7 +18,7 @@ __all__ = ["Patch", "find_patch", "patch", "unpatch"]
 
 
 def patch(
-    pipe_or_model: DiffusionPipeline | nn.Module,
+    pipe_or_model: Pipeline | nn.Module,
     method: str | None = None,
     *,
     preset: str | None = None,
@@ -73,7 +72,7 @@ def patch(
     return Patch(pipe_or_model, plan, calibrate)
 
 
-def unpatch(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
+def unpatch(pipe_or_model: Pipeline | nn.Module) -> None:
     """Remove the patch of a pipeline or denoiser, if it has one.
 
     Raises:
@@ -84,7 +83,7 @@ def unpatch(pipe_or_model: DiffusionPipeline | nn.Module) -> None:
             found.remove()
 
 
-def find_patch(pipe_or_model: DiffusionPipeline | nn.Module) -> Patch | None:
+def find_patch(pipe_or_model: Pipeline | nn.Module) -> Patch | None:
     """The patch of a pipeline or denoiser, if it has one.
 
     Raises:

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from diffattn.architectures.denoisers import uncompiled
+from diffattn.architectures.denoisers import Pipeline, uncompiled
 from diffattn.architectures.run_state import RunState
 from diffattn.noise_level import Convention, NoiseLevels, Reading, values_of
 from diffattn.patching.callers import callers, schedulers_in
@@ -56,10 +55,10 @@ class SchedulerInUse:
                 return scheduler, True
         return self._own, False
 
-    def _pipeline(self, frame: FrameType) -> DiffusionPipeline | None:
+    def _pipeline(self, frame: FrameType) -> Pipeline | None:
         """The pipeline whose method a frame is, if it holds the denoiser."""
         caller = frame.f_locals.get("self")
-        if not issubclass(type(caller), DiffusionPipeline):
+        if not issubclass(type(caller), Pipeline):
             return None
         return caller if any(self._is_held(part) for part in vars(caller).values()) else None
 

@@ -3,8 +3,7 @@
 import weakref
 from typing import Any, Self
 
-from diffusers import DiffusionPipeline
-
+from diffattn.architectures.denoisers import Pipeline
 from diffattn.architectures.run_state import NotPickled
 
 
@@ -18,7 +17,7 @@ class Target(NotPickled):
     @property
     def is_pipeline(self) -> bool:
         """Whether it is a pipeline that still exists."""
-        return isinstance(self._ref(), DiffusionPipeline)
+        return isinstance(self._ref(), Pipeline)
 
     @property
     def scheduler(self) -> Any:

@@ -13,7 +13,6 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
-    IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
@@ -328,81 +327,3 @@ def test_only_custom_processors_is_nothing_to_patch(pipe: DiffusionPipeline) -> 
     with pytest.raises(ValueError, match=r"nothing to patch in UNet2DConditionModel.*7 x custom processor Doubling"):
         diffattn.patch(pipe)
     assert not pipe.unet._forward_pre_hooks
-
-
-# IP-Adapter.
-
-
-IMAGE_DIM = 24
-
-
-def load_adapter(pipe: DiffusionPipeline) -> None:
-    """An IP-Adapter with random weights, in the layout that `load_ip_adapter` reads."""
-    generator = torch.Generator().manual_seed(5)
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    image = {"proj.weight": rand(4 * tiny.WIDTH, IMAGE_DIM), "proj.bias": rand(4 * tiny.WIDTH)}
-    image |= {"norm.weight": torch.ones(tiny.WIDTH), "norm.bias": torch.zeros(tiny.WIDTH)}
-    modules = dict(pipe.unet.named_modules())
-    layers = [modules[name.removesuffix(".processor")] for name in pipe.unet.attn_processors if "attn2" in name]
-    keys = {
-        f"{2 * i + 1}.to_{kind}_ip.weight": rand(layer.inner_dim, tiny.WIDTH)
-        for i, layer in enumerate(layers)
-        for kind in "kv"
-    }
-    weights = {"image_proj": image, "ip_adapter": keys}
-    pipe.load_ip_adapter(
-        weights, subfolder="", weight_name="ip.bin", image_encoder_folder=None, low_cpu_mem_usage=False
-    )
-
-
-def run_with_image(pipe: DiffusionPipeline, **overrides: Any) -> Tensor:
-    embeds = torch.randn(2, 1, IMAGE_DIM, generator=torch.Generator().manual_seed(1))
-    return tiny.run(pipe, ip_adapter_image_embeds=[embeds], **overrides)
-
-
-def test_an_ip_adapter_loaded_before_patching_keeps_working(pipe: DiffusionPipeline) -> None:
-    load_adapter(pipe)
-    exact = run_with_image(pipe)
-    adapters = {name: p for name, p in pipe.unet.attn_processors.items() if "attn2" in name}
-    assert all(type(p) is IPAdapterAttnProcessor2_0 for p in adapters.values())
-    handle = diffattn.patch(pipe, **FEW)
-    accelerated = run_with_image(pipe)
-    assert handle.report().layers_accelerated == 7
-    assert not torch.allclose(accelerated, exact, atol=1e-4)
-    pipe.set_ip_adapter_scale(0.0)
-    assert not torch.allclose(run_with_image(pipe), accelerated, atol=1e-5)  # the image counts
-    pipe.set_ip_adapter_scale(1.0)
-    handle.remove()
-    assert {name: p for name, p in pipe.unet.attn_processors.items() if "attn2" in name} == adapters
-    assert torch.equal(run_with_image(pipe), exact)
-
-
-def test_an_ip_adapter_loaded_on_a_patched_pipeline_is_accelerated(pipe: DiffusionPipeline) -> None:
-    unpatched = copy.deepcopy(pipe)
-    load_adapter(unpatched)
-    exact = run_with_image(unpatched)
-    with diffattn.patch(unpatched, **FEW):
-        accelerated = run_with_image(unpatched)
-    handle = diffattn.patch(pipe, **FEW)
-    load_adapter(pipe)
-    torch.testing.assert_close(run_with_image(pipe), accelerated, atol=1e-4, rtol=1e-3)
-    assert handle.report().layers_accelerated == handle.report().layers_patched == 7
-    handle.remove()
-    assert torch.equal(run_with_image(pipe), exact)
-
-
-def test_an_ip_adapter_unloaded_from_a_patched_pipeline(pipe: DiffusionPipeline) -> None:
-    original = tiny.run(pipe)
-    with diffattn.patch(pipe, **FEW):
-        accelerated = tiny.run(pipe)
-    load_adapter(pipe)
-    handle = diffattn.patch(pipe, **FEW)
-    pipe.unload_ip_adapter()
-    torch.testing.assert_close(tiny.run(pipe), accelerated, atol=1e-4, rtol=1e-3)
-    assert handle.report().calls_accelerated == 4 * 7
-    handle.remove()
-    assert all(type(p) is AttnProcessor2_0 for p in pipe.unet.attn_processors.values())
-    assert torch.equal(tiny.run(pipe), original)

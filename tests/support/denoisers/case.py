@@ -56,12 +56,7 @@ class Case:
         pytest.importorskip(self.needs)
         torch.manual_seed(seed)
         kind: Any = getattr(diffusers, self.name.partition(" ")[0])
-        model = kind(**self.config).eval()
-        for parameter in model.parameters():  # gates and outputs start at zero in many
-            if parameter.ndim > 1:
-                inputs = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]
-                nn.init.normal_(parameter, std=inputs**-0.5)
-        return model
+        return random_weights(kind(**self.config).eval())
 
     def one_of(self, given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
         """The arguments for one sample of a batch."""
@@ -87,6 +82,15 @@ class Case:
         given = {**given, **repeated}
         with torch.no_grad():
             return self.output(model(**given, **{self.time_name: time}, **self.fixed))
+
+
+def random_weights(model: Any) -> Any:
+    """The model with weights of the size that keeps activations alike; gates and outputs start at zero in many."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            inputs = parameter[0].numel() if parameter.ndim > 3 else parameter.shape[-1]
+            nn.init.normal_(parameter, std=inputs**-0.5)
+    return model
 
 
 def normal(*shape: int, rng: torch.Generator) -> Tensor:

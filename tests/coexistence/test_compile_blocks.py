@@ -1,0 +1,41 @@
+"""Regional compilation. More in tests/patching/test_compile.py and tests/architectures/test_denoisers.py."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+from support.coexistence import Subject, agree, check, coexists, differ
+
+EVERY = {"calibrate_every": 1}
+"""Compiled code finds damping and trust in every call."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@coexists(
+    "`compile_repeated_blocks`",
+    "before and after the patch",
+    on=["UNet2DConditionModel", "FluxTransformer2DModel"],
+    holds="the pictures of the patch that is not compiled, in one graph per block; removed, those of the unpatched one",
+)
+def test_compile_repeated_blocks(subject: Subject) -> None:
+    exact = subject.draw(num_inference_steps=2)
+    with subject.patch(**EVERY):
+        own = subject.draw(num_inference_steps=2)
+    handle = subject.patch()
+    subject.denoiser.compile_repeated_blocks(backend="eager", fullgraph=True)
+    agree(subject.draw(num_inference_steps=2), own)
+    handle.remove()
+    agree(subject.draw(num_inference_steps=2), exact)
+    with subject.patch() as handle:
+        agree(subject.draw(num_inference_steps=2), own)
+        assert handle.report().calls_accelerated > 0
+        assert handle.report().calls_passed_through == 0
+    differ(own, exact)
+    agree(check(subject, num_inference_steps=2).accelerated, own)
