@@ -47,6 +47,8 @@ class BenchmarkConfig:
     dtype: str = "auto"  # see `machine.fastest_dtype`
     threads: int | None = None  # CPU threads; None: torch's default
     compile: bool = False  # also measure compiled
+    eager: bool = True  # whether to measure without compiling
+    backend: str = "inductor"  # of `torch.compile`
 
     def __post_init__(self) -> None:
         _check_names("model", self.models, MODELS)
@@ -62,6 +64,8 @@ class BenchmarkConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
 
+        if not self.modes:
+            raise ValueError("eager and compile are both off: there is nothing to measure")
         for model in self.models:
             there, levels = MODELS[model].attention_levels, self.levels_of(model)
             if not levels or not set(levels) <= set(there):
@@ -78,7 +82,7 @@ class BenchmarkConfig:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return (EAGER, COMPILED) if self.compile else (EAGER,)
+        return (*((EAGER,) if self.eager else ()), *((COMPILED,) if self.compile else ()))
 
 
 class Benchmark:
@@ -212,7 +216,7 @@ def _prepare_compiled(
         calls, coverages = {}, {}
         for name in names:
             twin = _twin(unet)
-            twin.compile(dynamic=False)
+            twin.compile(dynamic=False, backend=config.backend)
             coverages[name] = stack.enter_context(apply_variant(name, twin, levels, config.min_tokens))
             calls[name] = partial(twin, *args, **kwargs)
         yield calls, lambda name: nullcontext(), lambda: {name: covered() for name, covered in coverages.items()}
