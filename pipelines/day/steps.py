@@ -9,7 +9,7 @@ from typing import Any
 from diffattn.benchmarks.attention import COMPILED, EAGER, Benchmark, BenchmarkConfig
 from diffattn.benchmarks.variants import FLOOR, SDPA
 from diffattn.machine import dtype_name
-from diffattn.measure.unets import MODELS
+from diffattn.measure.models import MODELS
 
 from .item import Item, Setting
 
