@@ -34,7 +34,7 @@ from peers.results import Results, conditions
 from diffattn.drawing.loading import load_pipeline
 from diffattn.files import read_json, read_lines
 from diffattn.machine import choose_device, choose_dtype, cpu_threads, dtype_name, resolve, where
-from diffattn.measure.unets import MODELS
+from diffattn.measure.models import UNETS
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.thresholds import load_thresholds
 from diffattn.metrics.extractors import load_extractor
@@ -138,7 +138,7 @@ def quality(
 
 @app.command()
 def speed(
-    unets: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(MODELS)}.")] = "sd15,sdxl",
+    unets: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(UNETS)}.")] = "sd15,sdxl",
     sizes: Annotated[str, typer.Option(help="Pixels, of square pictures; comma-separated.")] = "1024",
     variants: Variants = f"{DEFAULT},{FLOOR}",
     steps: Annotated[int, typer.Option(min=2, help="Steps of a run; 6: two periods of DeepCache's 3.")] = 6,
@@ -161,18 +161,18 @@ def speed(
     """
     names = _names(variants)
     wanted = [name for name in unets.split(",") if name]
-    if unknown := set(wanted) - set(MODELS):
-        raise typer.BadParameter(f"unknown UNet {', '.join(sorted(unknown))}; allowed: {', '.join(MODELS)}")
+    if unknown := set(wanted) - set(UNETS):
+        raise typer.BadParameter(f"unknown UNet {', '.join(sorted(unknown))}; allowed: {', '.join(UNETS)}")
     place, precision = resolve(device, dtype)
     with cpu_threads(threads):
         protocol = {"pictures": pictures, **LOOP, **_protocol(Setting((), steps, min_tokens), place, precision)}
         results = _results(out / "speed.json", conditions(place, protocol, sys.argv), resume)
         for name in wanted:
-            pipe = random_pipeline(MODELS[name], place, precision)
-            setting = Setting(MODELS[name].levels, steps, min_tokens)
+            pipe = random_pipeline(UNETS[name], place, precision)
+            setting = Setting(UNETS[name].levels, steps, min_tokens)
             for pixels in _numbers(sizes):
                 about = f"runs of {steps} steps, ToMe, keys, tiles and floor at {_levels(setting)}"
-                title = f"{MODELS[name].title}, {pixels} px, {about}"
+                title = f"{UNETS[name].title}, {pixels} px, {about}"
                 entry = results.entry(f"{name} {pixels}", title=title)
                 typer.echo(title)
                 comparison = Comparison(results, entry, names, pipe, setting, typer.echo)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "training": "data evaluation files measure metrics models sampling",
     "preflight": "architectures drawing machine measure patching schedules tables",
     "tuning": "architectures drawing files machine measure methods noise_level patching sampling schedules",
-    "benchmarks": "architectures files functional machine measure methods models patching tables",
+    "benchmarks": "architectures files functional machine measure methods models patching schedules tables",
     "demo": "drawing files machine measure metrics patching",
     "app.jobs": "architectures drawing evaluation files machine measure methods metrics models patching schedules",
     "app.page": "app.jobs",

@@ -1,7 +1,7 @@
 """How much faster one denoising step is: exact attention, agents, token merging, and the floor under them all.
 
-One UNet with random weights per model; all variants of one size take turns on it (see `measure.interleave`). The
-results are one JSON file, complete after every round; `resume` continues from it.
+One UNet or transformer with random weights per model; all variants of one size take turns on it (see
+`measure.interleave`). The results are one JSON file, complete after every round; `resume` continues from it.
 """
 
 import copy
@@ -10,18 +10,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
+from diffattn.architectures import architecture_of
+from diffattn.architectures.denoisers import self_attention_layers, uncompiled
 from diffattn.benchmarks.result_file import ResultFile
 from diffattn.benchmarks.variants import FLOOR, SDPA, VARIANTS, LeftOut, apply_variant
 from diffattn.machine import cpu_threads, describe_machine, dtype_name, resolve
 from diffattn.measure.interleave import Timings, interleave
-from diffattn.measure.unets import MODELS, PIXELS_PER_LATENT, build_unet, make_inputs
+from diffattn.measure.memory import peak_mib
+from diffattn.measure.models import MODELS
+from diffattn.patching.patch import find_patch
 
 RESULT_FILE = "attention.json"
 EAGER, COMPILED = "eager", "compiled"
@@ -36,7 +40,7 @@ class BenchmarkConfig:
     """
 
     models: tuple[str, ...] = ("sd15", "sdxl")
-    sizes: tuple[int, ...] = (512, 768, 1024, 1536)  # pixels, of square pictures
+    sizes: tuple[int, ...] | None = None  # shorter sides in pixels; None: the models' own
     variants: tuple[str, ...] = VARIANTS
     rounds: int = 9
     warmup: int = 1  # calls of every variant before the first round
@@ -46,22 +50,26 @@ class BenchmarkConfig:
     device: str = "auto"  # the first available of cuda, mps, cpu
     dtype: str = "auto"  # see `machine.fastest_dtype`
     threads: int | None = None  # CPU threads; None: torch's default
+    all_layers: bool = False  # also where the model's row has fewer, see `BenchmarkModel.fewer`
     compile: bool = False  # also measure compiled
+    eager: bool = True  # whether to measure without compiling
+    backend: str = "inductor"  # of `torch.compile`
 
     def __post_init__(self) -> None:
         _check_names("model", self.models, MODELS)
         _check_names("variant", self.variants, VARIANTS)
         for name in ("sizes", "models"):
-            if not getattr(self, name):
+            if getattr(self, name) == ():
                 raise ValueError(f"{name} must name at least one")
-        for size in self.sizes:
-            if size < 1 or size % PIXELS_PER_LATENT:
-                raise ValueError(f"sizes are multiples of {PIXELS_PER_LATENT} pixels, got {size}")
+        for model in self.models:
+            for size in self.sizes_of(model):
+                MODELS[model].shape(size)  # raises
         for name, least in (("rounds", 1), ("warmup", 0), ("batch", 1), ("threads", 1), ("min_tokens", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
-
+        if not self.modes:
+            raise ValueError("eager and compile are both off: there is nothing to measure")
         for model in self.models:
             there, levels = MODELS[model].attention_levels, self.levels_of(model)
             if not levels or not set(levels) <= set(there):
@@ -71,6 +79,10 @@ class BenchmarkConfig:
         """The levels whose self-attention is compared."""
         return MODELS[model].levels if self.levels is None else tuple(sorted(set(self.levels)))
 
+    def sizes_of(self, model: str) -> tuple[int, ...]:
+        """The sizes that are measured."""
+        return MODELS[model].sizes if self.sizes is None else self.sizes
+
     @property
     def all_variants(self) -> tuple[str, ...]:
         """The variants, with the reference first whether or not it was named."""
@@ -78,7 +90,7 @@ class BenchmarkConfig:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return (EAGER, COMPILED) if self.compile else (EAGER,)
+        return (*((EAGER,) if self.eager else ()), *((COMPILED,) if self.compile else ()))
 
 
 class Benchmark:
@@ -110,11 +122,13 @@ class Benchmark:
                 if not jobs or _is_over(deadline):
                     continue
                 say(f"building the {MODELS[name].title}, {dtype_name(self.dtype)} on {self.device}")
-                unet = build_unet(MODELS[name], self.device, self.dtype)
+                few = not self.config.all_layers and MODELS[name].shortened(self.device, self.dtype)
+                denoiser = MODELS[name].build(self.device, self.dtype, few)
                 for size, mode in jobs:
                     if not _is_over(deadline):
-                        self._measure(unet, name, size, mode, deadline, say)
-                del unet
+                        about = _about(denoiser, name, size, mode, self.config.levels_of(name), few)
+                        self._measure(denoiser, about, deadline, say)
+                del denoiser
         return self.results.data
 
     @property
@@ -123,113 +137,161 @@ class Benchmark:
         return not any(self._missing(name) for name in self.config.models)
 
     def _missing(self, model: str) -> list[tuple[int, str]]:
-        jobs = [(size, mode) for size in self.config.sizes for mode in self.config.modes]
+        jobs = [(size, mode) for size in self.config.sizes_of(model) for mode in self.config.modes]
         return [
             job for job in jobs if not self.results.is_done(model, *job, self.config.rounds, self.config.all_variants)
         ]
 
     def _measure(
-        self,
-        unet: UNet2DConditionModel,
-        model: str,
-        size: int,
-        mode: str,
-        deadline: float | None,
-        say: Callable[[str], None],
+        self, denoiser: nn.Module, about: dict[str, Any], deadline: float | None, say: Callable[[str], None]
     ) -> None:
-        """All variants of one model, size and mode, interleaved."""
-        config, levels = self.config, self.config.levels_of(model)
-        left_out = _left_out(config, unet, levels)
+        """All variants of one model, size and mode, interleaved; `about`: what they have in common."""
+        config, levels = self.config, tuple(about["levels"])
+        model, size, mode = key = (about["model"], about["size"], about["mode"])
+        left_out = _left_out(config, denoiser, levels)
         names = [name for name in config.all_variants if name not in left_out]
-        entry = {
-            "model": model,
-            "title": MODELS[model].title,
-            "size": size,
-            "mode": mode,
-            "levels": list(levels),
-            "tokens": {str(level): (size // PIXELS_PER_LATENT // 2**level) ** 2 for level in levels},
-            "left_out": left_out,
-        }
+        finished = self.results.rounds_of(*key, names)
+        peaks = self.results.values_of(*key, "peak_call_mib") if finished else {}
 
         def keep(timings: Timings) -> None:
             done = len(timings.rounds)
-            self.results.put(entry | {"complete": done >= config.rounds} | figures(timings, coverage()))
+            about_variants = figures(timings, covered(), peaks)
+            self.results.put(about | {"left_out": left_out, "complete": done >= config.rounds} | about_variants)
             say(f"{model} {size} px {mode}: round {done} of {config.rounds}, {sum(timings.rounds[-1].values()):.1f} s")
 
         prepare = _prepare_compiled if mode == COMPILED else _prepare_eager
-        inputs = make_inputs(unet, size, config.batch)
-        with torch.no_grad(), prepare(unet, names, levels, config, inputs) as (calls, around, coverage):
-            warmup = max(config.warmup, 2) if mode == COMPILED else config.warmup
-            finished = self.results.rounds_of(model, size, mode, names)
+        inputs = MODELS[model].inputs(denoiser, size, config.batch)
+        with torch.no_grad(), prepare(denoiser, names, levels, config, inputs) as (calls, around, covered):
+            warm_up = max(config.warmup, 2) if mode == COMPILED else config.warmup
+            for name in [] if peaks else names:  # the first calls, which warm up as well
+                with around(name):
+                    if mode == COMPILED:
+                        calls[name]()
+                    peaks[name] = peak_mib(calls[name], self.device)
+                warm_up -= 1 if name == names[0] else 0
             interleave(
-                calls, config.rounds, warmup, self.device,
+                calls, config.rounds, max(warm_up, 0), self.device,
                 around=around, finished=finished, deadline=deadline, on_round=keep,
             )  # fmt: skip
 
 
-def figures(timings: Timings, layers: Mapping[str, int]) -> dict[str, Any]:
-    """Timings as JSON types, with the layers that ran differently and the share of what the floor saves."""
-    data = timings.to_dict()
+@dataclass(frozen=True)
+class Covered:
+    """What one variant changed in its last call."""
+
+    layers: int  # that ran differently
+    exact_heads: float | None = None  # share of their heads that fell back to exact attention; None: not counted
+
+
+def _covered(layers: int, denoiser: nn.Module, batch: int) -> Covered:
+    """Of the variant that is applied: `layers`, and what its patch reports, if it is one."""
+    handle = find_patch(denoiser)
+    if handle is None or handle.plan.method == FLOOR:
+        return Covered(layers)
+    heads = {spec.name: spec.num_heads for spec, _ in self_attention_layers(denoiser)}
+    ran = [layer for layer in handle.report().layers if layer.accelerated]
+    every = sum(layer.accelerated * heads[layer.name] * batch for layer in ran)
+    return Covered(layers, sum(layer.exact_heads for layer in ran) / every if every else None)
+
+
+def _about(
+    denoiser: nn.Module, model: str, size: int, mode: str, levels: tuple[int, ...], shortened: bool
+) -> dict[str, Any]:
+    """What all variants of a result have in common, as JSON types."""
+    row = MODELS[model]
+    grids = architecture_of(uncompiled(denoiser)).grids(uncompiled(denoiser), *row.latents(size))
+    return {
+        "model": model,
+        "title": row.title,
+        "class": row.kind,
+        "size": size,
+        "pixels": str(row.shape(size)),
+        "depth": row.told_depth(shortened),
+        "mode": mode,
+        "levels": list(levels),
+        "tokens": {str(level): prod(grids[level]) for level in levels},
+    }
+
+
+def figures(
+    timings: Timings, covered: Mapping[str, Covered], peaks: Mapping[str, float | None] | None = None
+) -> dict[str, Any]:
+    """Timings as JSON types, and what follows from them.
+
+    Of every variant: the layers that ran differently, the share of the floor's saving, the share of heads that fell
+    back to exact attention, and the peak memory of a call beyond the weights, also relative to exact attention. Of all:
+    the share of attention in a step (exact - floor) and the ceiling of any method's speed-up (exact / floor); None
+    where the floor was not measured, or saves nothing that shows.
+    """
+    data, peaks = timings.to_dict(), peaks or {}
     for name, variant in data["variants"].items():
-        variant["layers"] = layers[name]
+        variant["layers"] = covered[name].layers
         if FLOOR in data["variants"] and name not in (SDPA, FLOOR):
             variant["share_of_floor_saving"] = timings.share_of_saving(name, FLOOR)
-    return data
+        if covered[name].exact_heads is not None:
+            variant["exact_head_share"] = covered[name].exact_heads
+        peak, exact = peaks.get(name), peaks.get(SDPA)
+        if peak is not None:
+            variant |= {"peak_call_mib": peak, "peak_ratio": peak / exact if exact else None}
+    floor = timings.time_ratio(FLOOR) if FLOOR in data["variants"] else None
+    saves = floor is not None and floor.q75 < 1
+    share, ceiling = (1 - floor.median, 1 / floor.median) if floor is not None and saves else (None, None)
+    return data | {"attention_share": share, "ceiling": ceiling}
 
 
 Prepared = tuple[
     dict[str, Callable[[], Any]],  # what to time
     Callable[[str], AbstractContextManager[Any]],  # a context around every call of a variant
-    Callable[[], dict[str, int]],  # variant -> layers that ran differently
+    Callable[[], dict[str, Covered]],
 ]
 
 
 @contextmanager
 def _prepare_eager(
-    unet: nn.Module, names: list[str], levels: tuple[int, ...], config: BenchmarkConfig, inputs: Any
+    denoiser: nn.Module, names: list[str], levels: tuple[int, ...], config: BenchmarkConfig, inputs: Any
 ) -> Iterator[Prepared]:
-    """One UNet; every variant is applied before and removed after each of its calls."""
-    layers: dict[str, int] = {}
+    """One denoiser; every variant is applied before and removed after each of its calls."""
+    found: dict[str, Covered] = {}
 
     @contextmanager
     def around(name: str) -> Iterator[None]:
-        with apply_variant(name, unet, levels, config.min_tokens) as coverage:
+        with apply_variant(name, denoiser, levels, config.min_tokens) as coverage:
             yield
-            layers[name] = coverage()
+            found[name] = _covered(coverage(), denoiser, config.batch)
 
     args, kwargs = inputs
-    yield {name: partial(unet, *args, **kwargs) for name in names}, around, lambda: layers
+    yield {name: partial(denoiser, *args, **kwargs) for name in names}, around, lambda: found
 
 
 @contextmanager
 def _prepare_compiled(
-    unet: nn.Module, names: list[str], levels: tuple[int, ...], config: BenchmarkConfig, inputs: Any
+    denoiser: nn.Module, names: list[str], levels: tuple[int, ...], config: BenchmarkConfig, inputs: Any
 ) -> Iterator[Prepared]:
-    """One compiled UNet per variant, kept throughout: changing one would recompile it. They share weights."""
+    """One compiled denoiser per variant, kept throughout: changing one would recompile it. They share weights."""
     args, kwargs = inputs
     torch._dynamo.reset()
     with ExitStack() as stack, torch._dynamo.config.patch(recompile_limit=64):  # no variant falls back to eager
         calls, coverages = {}, {}
         for name in names:
-            twin = _twin(unet)
-            twin.compile(dynamic=False)
+            twin = _twin(denoiser)
+            twin.compile(dynamic=False, backend=config.backend)
             coverages[name] = stack.enter_context(apply_variant(name, twin, levels, config.min_tokens))
             calls[name] = partial(twin, *args, **kwargs)
-        yield calls, lambda name: nullcontext(), lambda: {name: covered() for name, covered in coverages.items()}
+        yield calls, lambda name: nullcontext(), lambda: {name: Covered(c()) for name, c in coverages.items()}
     torch._dynamo.reset()
 
 
-def _twin(unet: nn.Module) -> nn.Module:
+def _twin(denoiser: nn.Module) -> nn.Module:
     """A copy of the modules that shares the weights."""
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())})
 
 
-def _left_out(config: BenchmarkConfig, unet: nn.Module, levels: tuple[int, ...]) -> dict[str, str]:
+def _left_out(config: BenchmarkConfig, denoiser: nn.Module, levels: tuple[int, ...]) -> dict[str, str]:
     """Variants that cannot run here, and why."""
     reasons = {}
     for name in config.all_variants:
         try:
-            with apply_variant(name, unet, levels, config.min_tokens):
+            with apply_variant(name, denoiser, levels, config.min_tokens):
                 pass
         except LeftOut as error:
             reasons[name] = str(error)

@@ -9,7 +9,7 @@ from diffattn.benchmarks.variants import FLOOR, SDPA, VARIANTS
 from diffattn.measure.tables import TIMING_HEAD, conditions, rounds_of, timing_cells
 from diffattn.tables import text_table
 
-HEAD = ("variant", *TIMING_HEAD, "of floor's saving", "layers", "peak MiB")
+HEAD = ("variant", *TIMING_HEAD, "of floor's saving", "layers", "exact heads", "peak / exact", "peak MiB")
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -18,22 +18,48 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _section(entry: Mapping[str, Any]) -> str:
-    levels = ", ".join(f"{level} ({entry['tokens'][str(level)]} tokens)" for level in entry["levels"])
-    title = f"{entry['title']}, {entry['size']} px, {entry['mode']}, {rounds_of(entry)}; levels {levels}"
+    title = f"{told(entry)}, {entry['mode']}, {rounds_of(entry)}; {told_tokens(entry)}{told_ceiling(entry)}"
     rows = [_row(name, variant) for name, variant in entry["variants"].items()]
     left_out = [f"{name} left out: {why}" for name, why in entry["left_out"].items()]
     return "\n".join([title, text_table(HEAD, rows), *left_out])
 
 
+def told(entry: Mapping[str, Any]) -> str:
+    """The model of an entry, with its depth where that is known, and the size."""
+    depth = f" ({entry['depth']})" if entry.get("depth") else ""
+    return f"{entry['title']}{depth}, {entry.get('pixels', entry['size'])} px"
+
+
+def told_tokens(entry: Mapping[str, Any]) -> str:
+    """The tokens of self-attention, by level where there are several."""
+    tokens = [f"{entry['tokens'][str(level)]} tokens" for level in entry["levels"]]
+    if entry["levels"] == [0]:
+        return tokens[0]
+    return "levels " + ", ".join(f"{level} ({n})" for level, n in zip(entry["levels"], tokens, strict=True))
+
+
+def told_ceiling(entry: Mapping[str, Any]) -> str:
+    """What attention takes, and how much faster a step could be without any; empty if unknown."""
+    if entry.get("ceiling") is None:
+        return ""
+    return f"; attention takes {entry['attention_share']:.0%} of a step: at most {entry['ceiling']:.2f} times as fast"
+
+
 def _row(name: str, variant: Mapping[str, Any]) -> tuple[str, ...]:
-    share, peak = variant.get("share_of_floor_saving"), variant.get("peak_mib")
     return (
         name,
         *timing_cells(variant),
-        "" if share is None else f"{share:.0%}",
+        cell(variant, "share_of_floor_saving", ".0%"),
         str(variant["layers"]),
-        "" if peak is None else f"{peak:.0f}",
+        cell(variant, "exact_head_share", ".1%"),
+        cell(variant, "peak_ratio", ".2f"),
+        cell(variant, "peak_mib", ".0f"),
     )
+
+
+def cell(variant: Mapping[str, Any], key: str, form: str) -> str:
+    """A figure of a variant as text, empty where it has none."""
+    return "" if variant.get(key) is None else f"{variant[key]:{form}}"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -61,5 +87,6 @@ def _panel(axis: Any, entries: Entries) -> None:
             draw_ratios(axis, entries, name, **style_of(name))
     axis.axhline(1, color="black", linewidth=1, label="exact (SDPA)")
     sizes = [entry["size"] for entry in entries]
-    axis.set_xticks(sizes, [f"{size}²" for size in sizes])
+    is_video = any(entry.get("pixels", "").count("x") > 1 for entry in entries)
+    axis.set_xticks(sizes, [f"{size}p" if is_video else f"{size}²" for size in sizes])
     axis.set_xlabel("pixels")

@@ -5,7 +5,6 @@ Softmax and every number of mediators take turns (see `measure.interleave`) on t
 JSON file, complete after every round; `resume` continues from it.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +13,13 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffattn.benchmarks.mediator_subjects import SOFTMAX, WHAT, WIDTHS, Subject, gflops, memory_needed
 from diffattn.benchmarks.result_file import ResultFile
 from diffattn.files import write_json
 from diffattn.functional import mediator_side
 from diffattn.machine import cpu_threads, describe_machine, dtype_name, resolve
 from diffattn.measure.interleave import Timings, interleave
-from diffattn.measure.memory import peak_mib
+from diffattn.measure.memory import peak_mib, total_memory
 from diffattn.models.config import check_one_of
 
 RESULT_FILE = "mediator.json"
@@ -154,7 +151,7 @@ class MediatorBenchmark:
 
     def _reason_to_skip(self, job: TimedCase, seconds_left: float | None, expected: float) -> str | None:
         """Why this comparison cannot be made; `expected`: seconds of its warm-up and first round, 0 if unknown."""
-        needed, there = memory_needed(job.subject, job.mode == TRAINING) / 2**30, _memory(self.device) / 2**30
+        needed, there = memory_needed(job.subject, job.mode == TRAINING) / 2**30, total_memory(self.device) / 2**30
         if needed > MEMORY_SHARE * there:
             self._too_large.add(job.key)
             return f"it needs about {needed:.1f} GiB of memory, but there are {there:.1f}"
@@ -218,12 +215,3 @@ def pays_from(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, int |
             elif key not in slower:
                 row[n] = entry["size"]
     return table
-
-
-def _memory(device: torch.device) -> float:
-    """Bytes of memory of a device, infinite if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")

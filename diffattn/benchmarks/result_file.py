@@ -44,6 +44,12 @@ class ResultFile:
         seconds = {name: entry["variants"][name]["seconds_per_round"] for name in names}
         return [{name: seconds[name][i] for name in names} for i in range(entry["rounds"])]
 
+    def values_of(self, model: str, size: int, mode: str, key: str) -> dict[str, Any]:
+        """Variant -> what it has under `key`, where it has that."""
+        entry = self.find(model, size, mode)
+        variants = {} if entry is None else entry["variants"]
+        return {name: variant[key] for name, variant in variants.items() if key in variant}
+
     def put(self, entry: Mapping[str, Any]) -> None:
         """Add or replace one result, and save."""
         old = self.find(entry["model"], entry["size"], entry["mode"])
@@ -59,4 +65,5 @@ def _comparable(conditions: Mapping[str, Any]) -> dict[str, Any]:
         "torch": machine.get("versions", {}).get("torch"),
         **{key: settings.get(key) for key in ("device", "dtype", "batch", "min_tokens")},
         "levels": list(settings["levels"]) if settings.get("levels") else None,
+        "all_layers": bool(settings.get("all_layers")),
     }

@@ -1,4 +1,4 @@
-"""The variants of the benchmark: each changes a UNet within a `with` block, and then restores it."""
+"""The variants of the benchmark: each changes a denoiser within a `with` block, and then restores it."""
 
 import warnings
 from collections import ChainMap
@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from diffusers import UNet2DConditionModel
+from torch import nn
 
 from diffattn.architectures.denoisers import self_attention_layers, uncompiled
+from diffattn.benchmarks.floor import OwnValues
+from diffattn.methods import METHODS
 from diffattn.methods.agent import AgentAttention
 from diffattn.patching.hook import DiffAttnWarning
-from diffattn.patching.patch import patch
+from diffattn.patching.patch import Patch, patch
+from diffattn.patching.plan import Plan
+from diffattn.schedules import constant
 
-SDPA, TOME, FLOOR = "sdpa", "tome", "floor"
+SDPA, KEYS, TOME, FLOOR = "sdpa", "keys", "tome", "floor"
 PRESETS = tuple(AgentAttention.presets)
-VARIANTS = (SDPA, *PRESETS, TOME, FLOOR)
+VARIANTS = (SDPA, *PRESETS, *(name for name in (KEYS,) if name in METHODS), TOME, FLOOR)
 TOME_RATIO = 0.5
 
 Coverage = Callable[[], int]
@@ -35,19 +40,20 @@ def apply_variant(
 
     Args:
         name: one of `VARIANTS`.
-        unet: a `UNet2DConditionModel`, compiled or not.
+        unet: a denoiser, compiled or not.
         levels: resolutions whose layers are changed, 0 the highest.
-        min_tokens: of the agents; None keeps their thresholds.
+        min_tokens: of agents and keys; None keeps their thresholds.
 
     Raises:
         LeftOut: tomesd is missing, or the preset covers none of these levels.
     """
     contexts = {
         SDPA: partial(_exact, unet),
+        KEYS: partial(_patched, unet, levels, KEYS, None, min_tokens),
         TOME: partial(_merged, unet, levels),
-        FLOOR: partial(_values_only, unet, levels),
+        FLOOR: partial(_floor, unet, levels),
     }
-    with contexts.get(name, partial(_agents, unet, levels, name, min_tokens))() as coverage:
+    with contexts.get(name, partial(_patched, unet, levels, AgentAttention.name, name, min_tokens))() as coverage:
         yield coverage
 
 
@@ -57,10 +63,12 @@ def _exact(unet: nn.Module) -> Iterator[Coverage]:
 
 
 @contextmanager
-def _agents(unet: nn.Module, levels: Collection[int], preset: str, min_tokens: int | None) -> Iterator[Coverage]:
+def _patched(
+    unet: nn.Module, levels: Collection[int], method: str, preset: str | None, min_tokens: int | None
+) -> Iterator[Coverage]:
     options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
     try:
-        handle = patch(unet, AgentAttention.name, preset=preset, layers=lambda spec: spec.level in levels, **options)
+        handle = patch(unet, method, preset=preset, layers=lambda spec: spec.level in levels, **options)
     except ValueError as error:
         raise LeftOut(str(error)) from None
     with handle, warnings.catch_warnings():
@@ -69,24 +77,11 @@ def _agents(unet: nn.Module, levels: Collection[int], preset: str, min_tokens: i
 
 
 @contextmanager
-def _values_only(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
-    """The floor: each token's own value instead of attention, so no q, no k, no softmax."""
-    changed = [module for spec, module in self_attention_layers(unet) if spec.level in levels]
-    originals = [module.processor for module in changed]
-    try:
-        for module in changed:
-            module.set_processor(ValueProcessor())
-        yield lambda: len(changed)
-    finally:
-        for module, original in zip(changed, originals, strict=True):
-            module.set_processor(original)
-
-
-class ValueProcessor:
-    """Attention that returns each token's own value: what remains when attention costs nothing."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states)))
+def _floor(model: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
+    """No attention; see `floor`."""
+    plan = Plan(FLOOR, None, (OwnValues(),), constant(), lambda spec: spec.level in levels, {})
+    with Patch(model, plan) as handle:
+        yield lambda: handle.report().layers_accelerated
 
 
 @contextmanager
@@ -97,6 +92,8 @@ def _merged(unet: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
     except ImportError:
         raise LeftOut("tomesd is not installed: pip install --no-deps tomesd==0.1.3") from None
     inner = uncompiled(unet)
+    if not isinstance(inner, UNet2DConditionModel):
+        raise LeftOut(f"tomesd merges the tokens of UNets only, not of a {type(inner).__name__}")
     blocks = {spec.name.removesuffix(".attn1") for spec, _ in self_attention_layers(inner) if spec.level in levels}
     try:
         tomesd.apply_patch(inner, ratio=TOME_RATIO, max_downsample=2 ** max(levels))

@@ -21,12 +21,25 @@ app = typer.Typer(
 
 @app.command("attention")
 def attention(
-    models: Annotated[str, typer.Option(help="UNets with random weights: sd15, sdxl.")] = "sd15,sdxl",
-    sizes: Annotated[str, typer.Option(help="Side lengths of the square pictures, in pixels.")] = "512,768,1024,1536",
+    models: Annotated[
+        str,
+        typer.Option(
+            help="Published sizes with random weights: sd15, sdxl, sd35m, pixart-sigma, flux, z-image, wan-1.3b, "
+            "cogvideox-2b."
+        ),
+    ] = "sd15,sdxl",
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Shorter sides in pixels: of square pictures, or of videos (480 is 480p). [default: UNets "
+            "512,768,1024,1536; sd35m 1440; other pictures 2048; videos 480]"
+        ),
+    ] = None,
     variants: Annotated[
         str,
         typer.Option(
-            help="What to compare with sdpa: presets of agent attention, tome (tomesd), floor (no attention)."
+            help="What to compare with sdpa: presets of agent attention, keys (fewer keys and values), tome (tomesd), "
+            "floor (attention returns the values)."
         ),
     ] = "sdpa,balanced,fast,paper,tome,floor",
     rounds: Annotated[int, typer.Option(help="Timings per variant; the variants take turns.")] = 9,
@@ -42,13 +55,18 @@ def attention(
     device: Device = "auto",
     dtype: BenchDtype = "auto",
     threads: Threads = None,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Every layer of a transformer, also on a CPU or in little memory.")
+    ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for attention.json and attention.png.")] = Path("outputs/bench"),
     resume: Resume = False,
     time_budget: Annotated[float | None, typer.Option(help="Start no further round after this many minutes.")] = None,
     json: JsonFile = None,
 ) -> None:
-    """Time one denoising step: exact attention, agents, token merging, and no attention at all.
+    """Time one denoising step: exact attention, agents, fewer keys, token merging, and no attention at all.
+
+    On a CPU, and where memory is short, transformers have fewer of their layers; the result says how many.
 
     Results are written after every round, so you can interrupt at any time and resume with --resume.
     """
@@ -59,7 +77,8 @@ def attention(
         from diffattn.benchmarks.attention_report import plot, table
 
         config = BenchmarkConfig(
-            models=_list(models, "models"), sizes=_list(sizes, "sizes", int), variants=_list(variants, "variants"),
+            models=_list(models, "models"), sizes=None if sizes is None else _list(sizes, "sizes", int),
+            variants=_list(variants, "variants"), all_layers=all_layers,
             rounds=rounds, warmup=warmup, batch=batch, min_tokens=min_tokens, device=device, dtype=dtype,
             levels=None if levels is None else _list(levels, "levels", int), threads=threads, compile=compile,
         )  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import torch
 
+from diffattn.measure.clock import mark, seconds_between, synchronize
+
 Round = Mapping[str, float]
 """Seconds of every variant in one round."""
 
@@ -108,7 +110,7 @@ def interleave(
         variants: name -> what to time, called without arguments. The first one is what time ratios refer to.
         rounds: number of rounds, those in `finished` included.
         warmup: calls of every variant before the first round.
-        device: where the work runs; the clock waits for it.
+        device: where the work runs; timed by its events on CUDA, elsewhere the clock waits for it.
         around: makes a context, entered before and left after every call of the named variant, not timed.
         finished: rounds of an earlier measurement to continue.
         deadline: no round begins that would end after this time (`time.monotonic`), the first one excepted.
@@ -161,20 +163,11 @@ def _timed(
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)
         synchronize(device)
-        start = time.perf_counter()
+        begin = mark(device)
         call()
+        end = mark(device)
         synchronize(device)
-        seconds = time.perf_counter() - start
-    return seconds, torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else None
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has finished its work."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    elif kind != "cpu":
-        torch.accelerator.synchronize()
+    return seconds_between(begin, end), torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else None
 
 
 def _check(names: Sequence[str], rounds: int, finished: Sequence[Round]) -> None:

@@ -1,7 +1,6 @@
 """Where the time and the products of one model call go: in which layers, and in their projections or between them."""
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffattn.measure.interleave import synchronize
+from diffattn.measure.clock import mark, seconds_between, synchronize
 
 
 @dataclass(frozen=True)
@@ -59,35 +58,20 @@ class LayerTimer:
         synchronize(self._device)
         seconds = {name: {False: 0.0, True: 0.0} for name in self._modules}
         for name, projection, begin, end in self._spans:
-            seconds[name][projection] += _between(begin, end)
+            seconds[name][projection] += seconds_between(begin, end)
         self.calls.append({name: LayerSeconds(s[False], s[True]) for name, s in seconds.items()})
 
     def _watch(self, stack: ExitStack, module: nn.Module, name: str, projection: bool) -> None:
         begun: list[Any] = []
 
         def before(*_: Any) -> None:
-            begun.append(_mark(self._device))
+            begun.append(mark(self._device))
 
         def after(*_: Any) -> None:
-            self._spans.append((name, projection, begun.pop(), _mark(self._device)))
+            self._spans.append((name, projection, begun.pop(), mark(self._device)))
 
         stack.callback(module.register_forward_pre_hook(before).remove)
         stack.callback(module.register_forward_hook(after).remove)
-
-
-def _mark(device: torch.device) -> Any:
-    """A point in time on the device."""
-    if device.type == "cuda":
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
-        return event
-    synchronize(device)
-    return time.perf_counter()
-
-
-def _between(begin: Any, end: Any) -> float:
-    """Seconds between two marks of one device, which has reached both."""
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
 
 @dataclass(frozen=True)

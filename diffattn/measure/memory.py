@@ -1,4 +1,4 @@
-"""The peak memory of a call."""
+"""The peak memory of a call, and the memory there is."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -29,6 +29,15 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
     return _peak(profile.profiler.kineto_results.events()) / 2**20
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of memory of a device, infinite if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
 
 
 def _peak(events: Sequence[Any]) -> int:

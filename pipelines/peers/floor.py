@@ -4,9 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffattn.benchmarks.variants import ValueProcessor
+from torch import Tensor
 
 from .base import Draw, Setting, replaced_processors
+
+
+class ValueProcessor:
+    """Attention that returns each token's own value, without projections of queries and keys."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attn.to_out[1](attn.to_out[0](attn.to_v(hidden_states)))
 
 
 @contextmanager

@@ -5,14 +5,15 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from diffattn.measure.unets import TEXT_TOKENS, BenchmarkModel, build_unet
+from diffattn.measure.denoiser_inputs import TEXT_TOKENS
+from diffattn.measure.models import BenchmarkModel
 
 LOOP = {"sampler": "DDIMScheduler", "guidance": 7.5}
 
 
 def random_pipeline(model: BenchmarkModel, device: torch.device, dtype: torch.dtype) -> Any:
     """A pipeline that draws latents from embeddings."""
-    unet = build_unet(model, device, dtype)
+    unet = model.build(device, dtype)
     scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )

@@ -12,8 +12,8 @@ from diffattn.benchmarks.attention_report import plot, style_of, table
 from diffattn.benchmarks.plots import COLOURS, style_of_number
 from diffattn.benchmarks.variants import FLOOR, SDPA, TOME, VARIANTS, LeftOut, apply_variant
 from diffattn.cli.bench import app
+from diffattn.measure.models import MODELS
 from diffattn.measure.tables import conditions, rounds_of, timing_cells
-from diffattn.measure.unets import MODELS, build_unet, make_inputs
 from diffattn.tables import text_table
 
 CONFIG = BenchmarkConfig(models=("tiny",), sizes=(64, 128), rounds=2, min_tokens=0, device="cpu")
@@ -25,7 +25,7 @@ def silent(line):
 
 @pytest.fixture(scope="module")
 def unet():
-    return build_unet(MODELS["tiny"], "cpu", torch.float32)
+    return MODELS["tiny"].build("cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def measured(tmp_path_factory):
 
 
 def run(unet, size=128):
-    args, kwargs = make_inputs(unet, size, batch=2)
+    args, kwargs = MODELS["tiny"].inputs(unet, size, batch=2)
     with torch.no_grad():
         return unet(*args, **kwargs)[0]
 
@@ -64,7 +64,7 @@ def test_random_weights_keep_the_output_finite_and_are_the_same_every_time(unet)
     out = run(unet)
     assert out.isfinite().all()
     assert 0.01 < out.std() < 100
-    assert torch.equal(out, run(build_unet(MODELS["tiny"], "cpu", torch.float32)))
+    assert torch.equal(out, run(MODELS["tiny"].build("cpu", torch.float32)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -220,7 +220,7 @@ def test_a_time_budget_leaves_out_what_would_take_too_long_and_says_so(tmp_path)
 
 def test_what_memory_has_no_room_for_is_left_out_and_not_missed(tmp_path, monkeypatch):
     needed = memory_needed(subject(MODEL, 16, META), training=True)
-    monkeypatch.setattr(mediator_benchmark, "_memory", lambda device: needed)  # a small machine
+    monkeypatch.setattr(mediator_benchmark, "total_memory", lambda device: needed)  # a small machine
     benchmark = MediatorBenchmark(replace(CONFIG, batch=2, sizes=(16,), rounds=1), tmp_path)
     results = benchmark.run(say=silent)
     assert [(e["model"], e["mode"]) for e in results["left_out"]] == [("model tiny", TRAINING)]

@@ -16,7 +16,7 @@ from support.peer_packages import needs
 from typer.testing import CliRunner
 
 from diffattn.machine import git_commit
-from diffattn.measure.unets import MODELS
+from diffattn.measure.models import UNETS
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import Preset
 
@@ -194,9 +194,9 @@ def test_chance_is_the_range_of_exact_attention_over_sets_of_seeds():
 def test_speed_of_whole_runs_of_both_kinds_of_unet(tmp_path, monkeypatch, measured):
     for name in ("deepcache", "tgate"):
         needs(name)
-    xl = {key: MODELS["sdxl"].config[key] for key in ("use_linear_projection", "addition_embed_type")}
+    xl = {key: UNETS["sdxl"].config[key] for key in ("use_linear_projection", "addition_embed_type")}
     xl |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8}
-    monkeypatch.setitem(MODELS, "tinyxl", replace(MODELS["tiny"], config={**MODELS["tiny"].config, **xl}))
+    monkeypatch.setitem(UNETS, "tinyxl", replace(UNETS["tiny"], config={**UNETS["tiny"].config, **xl}))
     variants = "agent,deepcache-3,agent+deepcache-3,deepcache-5,tgate,agent+tgate,steps-10,floor"
     told = program("speed", "--unets", "tiny,tinyxl", "--sizes", 128, "--variants", variants, "--min-tokens", 0,
                    "--rounds", 1, "--device", "cpu", "--dtype", "float32", "--out", tmp_path)  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a day with a GPU measures: attention alone, whole steps, thresholds and the middle step of landmarks."""
