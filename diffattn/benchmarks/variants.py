@@ -16,12 +16,15 @@ from diffattn.methods import METHODS
 from diffattn.methods.agent import AgentAttention
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.patch import Patch, patch
-from diffattn.patching.plan import Plan
+from diffattn.patching.plan import DEFAULT_PRESET, Plan
 from diffattn.schedules import constant
 
-SDPA, KEYS, TOME, FLOOR = "sdpa", "keys", "tome", "floor"
+SDPA, TOME, FLOOR = "sdpa", "tome", "floor"
 PRESETS = tuple(AgentAttention.presets)
-VARIANTS = (SDPA, *PRESETS, *(name for name in (KEYS,) if name in METHODS), TOME, FLOOR)
+OTHER_METHODS = tuple(name for name in ("keys", "tiles") if name in METHODS)
+VARIANTS = (SDPA, *PRESETS, TOME, *OTHER_METHODS, FLOOR)
+"""The presets are those of agents; other methods run with their own preset "balanced"."""
+
 TOME_RATIO = 0.5
 
 Coverage = Callable[[], int]
@@ -42,18 +45,18 @@ def apply_variant(
         name: one of `VARIANTS`.
         unet: a denoiser, compiled or not.
         levels: resolutions whose layers are changed, 0 the highest.
-        min_tokens: of agents and keys; None keeps their thresholds.
+        min_tokens: of agents and other methods; None keeps their own.
 
     Raises:
-        LeftOut: tomesd is missing, or the preset covers none of these levels.
+        LeftOut: tomesd is missing, or the method covers none of these levels.
     """
     contexts = {
         SDPA: partial(_exact, unet),
-        KEYS: partial(_patched, unet, levels, KEYS, None, min_tokens),
         TOME: partial(_merged, unet, levels),
         FLOOR: partial(_floor, unet, levels),
     }
-    with contexts.get(name, partial(_patched, unet, levels, AgentAttention.name, name, min_tokens))() as coverage:
+    method, preset = (name, DEFAULT_PRESET) if name in OTHER_METHODS else (AgentAttention.name, name)
+    with contexts.get(name, partial(_patched, unet, levels, method, preset, min_tokens))() as coverage:
         yield coverage
 
 
@@ -64,7 +67,7 @@ def _exact(unet: nn.Module) -> Iterator[Coverage]:
 
 @contextmanager
 def _patched(
-    unet: nn.Module, levels: Collection[int], method: str, preset: str | None, min_tokens: int | None
+    unet: nn.Module, levels: Collection[int], method: str, preset: str, min_tokens: int | None
 ) -> Iterator[Coverage]:
     options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
     try:

@@ -38,7 +38,7 @@ def attention(
     variants: Annotated[
         str,
         typer.Option(
-            help="What to compare with sdpa: presets of agent attention, keys (fewer keys and values), tome (tomesd), "
+            help="What to compare with sdpa: presets of agent attention, other methods (keys, tiles), tome (tomesd), "
             "floor (attention returns the values)."
         ),
     ] = "sdpa,balanced,fast,paper,tome,floor",

@@ -66,7 +66,6 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def measure(setting: Setting, side: int, head_dim: int, deadline: float) -> dict[str, Any]:
     """Seconds of a call of every variant, and ratios to the fastest exact one."""
-    repeats = max(1, TIMED_TOKENS // side**2) if not setting.tiny else 2
     layer = LayerSpec("layer", 0, HEADS[head_dim], head_dim)
     q, k, v = tokens(setting, layer, side)
     calls, left_out = _exact(q, k, v)
@@ -78,17 +77,23 @@ def measure(setting: Setting, side: int, head_dim: int, deadline: float) -> dict
         else:
             memory: dict[str, Any] = {}
             calls[name] = partial(_call, attend, q, k, v, (side, side), memory)
+    found = timed(setting, calls, side * side, deadline)
+    fastest = fastest_exact(found)
+    return {
+        "complete": len(found.rounds) >= setting.rounds,
+        "tokens": side * side, "head_dim": head_dim, "heads": layer.num_heads, "batch": BATCH,
+        "fastest_exact": fastest, "left_out": left_out, **replace(found, reference=fastest).to_dict(),
+    }  # fmt: skip
+
+
+def timed(setting: Setting, calls: Mapping[str, Callable[[], Any]], num_tokens: int, deadline: float) -> Timings:
+    """Seconds of one call of each, in turns; every timing is of several calls where there are few tokens."""
+    repeats = 2 if setting.tiny else max(1, TIMED_TOKENS // num_tokens)
     repeated = {name: partial(_repeat, call, repeats) for name, call in calls.items()}
     with torch.no_grad():
-        timings = interleave(repeated, setting.rounds, 2, setting.device, deadline=deadline)
-    seconds = tuple({name: s / repeats for name, s in r.items()} for r in timings.rounds)
-    fastest = fastest_exact(replace(timings, rounds=seconds))
-    return {
-        "complete": len(seconds) >= setting.rounds,
-        "tokens": side * side, "head_dim": head_dim, "heads": layer.num_heads, "batch": BATCH,
-        "calls_per_timing": repeats, "fastest_exact": fastest, "left_out": left_out,
-        **Timings(fastest, seconds, timings.peak_mib).to_dict(),
-    }  # fmt: skip
+        found = interleave(repeated, setting.rounds, 2, setting.device, deadline=deadline)
+    rounds = tuple({name: seconds / repeats for name, seconds in r.items()} for r in found.rounds)
+    return replace(found, rounds=rounds)
 
 
 def fastest_exact(timings: Timings) -> str:

@@ -38,6 +38,11 @@ class Setting:
     def rounds(self) -> int:
         return 2 if self.tiny else 25
 
+    @property
+    def backend(self) -> str:
+        """Of `torch.compile`."""
+        return "eager" if self.tiny else "inductor"
+
     def conditions(self) -> dict[str, Any]:
         """What all results of a folder have in common, as JSON types."""
         return {"machine": describe_machine(self.device), "dtype": dtype_name(self.dtype), "tiny": self.tiny}

@@ -1,9 +1,10 @@
 """The day for people: one Markdown file with a table for each kind of item."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffattn.benchmarks.variants import FLOOR
+from diffattn.benchmarks.attention_report import cell, told
+from diffattn.benchmarks.variants import FLOOR, SDPA
 from diffattn.machine import where
 from diffattn.tables import markdown_table
 
@@ -13,10 +14,11 @@ Record = Mapping[str, Any]
 Rows = list[tuple[str, ...]]
 
 REHEARSAL = "**A rehearsal with tiny sizes: these times mean nothing.**"
+TIMES = ("variant", "milliseconds (middle half)")
 
 
 def markdown(conditions: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """Every finished item in the table of its kind, then what could not be measured and why.
+    """Every finished item in the tables of its kind, then what could not be measured and why.
 
     Args:
         conditions: machine, dtype and whether it was a rehearsal.
@@ -26,11 +28,11 @@ def markdown(conditions: Mapping[str, Any], records: Sequence[Record]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = ["# A day with a GPU", "", *([REHEARSAL, ""] if conditions["tiny"] else [])]
     lines += [f"{where(machine)}, {conditions['dtype']}, {versions}, commit {machine['commit']}."]
-    for kind, (title, head, rows_of, note) in SECTIONS.items():
-        found = [record["result"] for record in records if record["kind"] == kind and "result" in record]
-        rows = [row for result in found if len(result) > 1 for row in rows_of(result)]
+    for section in SECTIONS:
+        found = [record["result"] for record in records if record["kind"] == section.kind and "result" in record]
+        rows = [row for result in found if set(result) > {"complete"} for row in section.rows(result)]
         if rows:
-            lines += ["", f"## {title}", "", note, "", markdown_table(head, rows)]
+            lines += ["", f"## {section.title}", "", section.note, "", markdown_table(section.head, rows)]
     missing = [record for record in records if "error" in record]
     if missing:
         rows = [(r["title"], r["status"], r["error"].splitlines()[0]) for r in missing]
@@ -40,23 +42,30 @@ def markdown(conditions: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 def _attention(result: Record) -> Rows:
     place = (f"{result['tokens']:,}", f"{result['heads']} × {result['head_dim']}")
-    return [(*place, *_timed(name, variant)) for name, variant in result["variants"].items()] + [
-        (*place, name, why, "") for name, why in result["left_out"].items()
-    ]
+    return _timed(result, *place)
 
 
 def _step(result: Record) -> Rows:
-    place = (result["title"], str(result["size"]), str(result["batch"]), result["mode"])
-    return [
-        (*place, *_timed(name, variant), _share(variant), _mib(variant)) for name, variant in result["variants"].items()
+    place = (told(result), str(result["batch"]), result["mode"])
+    rows = _timed(result, *place)
+    more = [
+        (
+            cell(variant, "share_of_floor_saving", ".0%"),
+            cell(result, "attention_share", ".0%") if name == SDPA else "",
+            cell(result, "ceiling", ".2f") if name == SDPA else "",
+            cell(variant, "peak_mib", ".0f"),
+        )
+        for name, variant in result["variants"].items()
     ]
+    more += [("",) * 4] * len(result["left_out"])
+    return [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
 
 
 def _thresholds(result: Record) -> Rows:
     return [(str(number), f"{tokens:,}") for number, tokens in result["thresholds"].items()]
 
 
-def _middle(result: Record) -> Rows:
+def _launched(result: Record) -> Rows:
     place = (f"{result['tokens']:,}", str(result["landmarks"]))
     return [
         (*place, name, f"{part['number']} {part['what']}", f"{part['seconds'] * 1e6:.0f}")
@@ -64,53 +73,71 @@ def _middle(result: Record) -> Rows:
     ]
 
 
-def _timed(name: str, variant: Record) -> tuple[str, ...]:
-    """Name, milliseconds with their middle half, ratio with its middle half."""
-    seconds, ratio = variant["seconds"], variant["time_ratio"]
-    return (name, _spread(seconds, 1e3, ".3f"), _spread(ratio, 1, ".3f"))
+def _calls(result: Record) -> Rows:
+    return _timed(result, f"{result['tokens']:,}", str(result["landmarks"]))
 
 
-def _spread(found: Record, factor: float, form: str) -> str:
+def _timed(result: Record, *place: str) -> Rows:
+    """Every variant after the cells `place`: its name, milliseconds and ratio with their middle halves; then what was
+    left out, with the reason in place of the time."""
+    rows = [
+        (*place, name, _spread(variant["seconds"], 1e3), _spread(variant["time_ratio"]))
+        for name, variant in result["variants"].items()
+    ]
+    return rows + [(*place, name, why, "") for name, why in result["left_out"].items()]
+
+
+def _spread(found: Record, factor: float = 1) -> str:
     low, high = (x * factor for x in found["iqr"])
-    return f"{found['median'] * factor:{form}} ({low:{form}}–{high:{form}})"
+    return f"{found['median'] * factor:.3f} ({low:.3f}–{high:.3f})"
 
 
-def _share(variant: Record) -> str:
-    share = variant.get("share_of_floor_saving")
-    return "" if share is None else f"{share:.0%}"
+class Section(NamedTuple):
+    """A table of the report."""
+
+    kind: str  # of the items in it
+    title: str
+    head: tuple[str, ...]
+    rows: Callable[[Record], Rows]  # of one item's result
+    note: str
 
 
-def _mib(variant: Record) -> str:
-    peak = variant.get("peak_mib")
-    return "" if peak is None else f"{peak:.0f}"
-
-
-SECTIONS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Record], Rows], str]] = {
-    alone.KIND: (
+SECTIONS = (
+    Section(
+        alone.KIND,
         "Attention alone",
-        ("tokens", "heads", "variant", "milliseconds (middle half)", "time / fastest exact"),
+        ("tokens", "heads", *TIMES, "time / fastest exact"),
         _attention,
         f"One call on random q, k, v, batch {alone.BATCH}. Ratios are to the exact backend with the smallest median.",
     ),
-    steps.KIND: (
+    Section(
+        steps.KIND,
         "Whole steps",
-        ("model", "px", "batch", "mode", "variant", "milliseconds (middle half)", "time / exact", "of floor's saving",
+        ("model", "batch", "mode", *TIMES, "time / exact", "of floor's saving", "attention's share", "ceiling",
          "peak MiB"),
         _step,
-        "Random weights. Landmarks calibrate in every one of these steps; in a sampling run they do so in every 8th. "
-        f"`{FLOOR}`: the attention call returns v.",
+        "Random weights. Landmarks calibrate in every one of these steps; in a sampling run that is not compiled, in "
+        f"every 8th. `{FLOOR}`: the attention call returns the values; nothing that replaces it can save more.",
     ),
-    thresholds.KIND: (
+    Section(
+        thresholds.KIND,
         "Thresholds",
         ("landmarks", "faster from (tokens)"),
         _thresholds,
         f"To use them: `DIFFATTN_THRESHOLDS={thresholds.FILE}`, or `diffattn bench thresholds` on the same machine.",
     ),
-    middle.KIND: (
+    Section(
+        middle.KIND,
         "The middle step of landmarks",
         ("tokens", "landmarks", "part", "launched", "microseconds on the device"),
-        _middle,
+        _launched,
         "Read off torch's profiler. The middle steps are the differences to the two attentions.",
     ),
-}  # fmt: skip
-"""Kind of item -> title, head, rows, and what to know."""
+    Section(
+        middle.KIND,
+        "Calls of landmarks, compiled",
+        ("tokens", "landmarks", *TIMES, "time / exact"),
+        _calls,
+        "The same calls without sampling, timed: where launches take longer than the work, compiling shows it.",
+    ),
+)  # fmt: skip

@@ -75,7 +75,9 @@ def test_the_fastest_exact_is_a_backend_with_a_name() -> None:
 
 
 def test_coasting_launches_less_than_calibrating(rehearsed: tuple[Path, str]) -> None:
-    parts = records(rehearsed[0])["middle-256"]["result"]["parts"]
+    result = records(rehearsed[0])["middle-256"]["result"]
+    assert {"calibrating, compiled", "coasting, compiled"} <= set(result["variants"])
+    parts = result["parts"]
     assert 0 < parts["middle step, coasting"]["number"] < parts["middle step, calibrating"]["number"]
     assert parts["coasting"]["number"] < parts["calibrating"]["number"]
 
@@ -83,7 +85,7 @@ def test_coasting_launches_less_than_calibrating(rehearsed: tuple[Path, str]) ->
 def test_the_table_has_a_section_for_every_kind(rehearsed: tuple[Path, str]) -> None:
     text = (rehearsed[0] / TABLE).read_text()
     assert "rehearsal" in text
-    for title in ("Attention alone", "Whole steps", "Thresholds", "The middle step"):
+    for title in ("Attention alone", "Whole steps", "Thresholds", "The middle step", "Calls of landmarks, compiled"):
         assert f"## {title}" in text
     widths = {line.count("|") for line in text.partition("## Whole steps")[2].partition("##")[0].splitlines() if line}
     assert len(widths - {0}) == 1

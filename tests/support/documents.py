@@ -82,6 +82,7 @@ SMALLER = {
     "train_emoji_sd.py train": "--dry-run",
     "train_emoji_sd.py evaluate": "--vae-pictures 1 --steps 1 --limit 1",
     "train_classifiers.py": "--steps 1 --batch 8",
+    "gpu_day.py": "--tiny --device cpu --dtype float32 --minutes 60",
 }
 """Program, command, and what else must be among its words -> options that are appended."""
 
