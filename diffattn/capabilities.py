@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from diffattn.architectures import ARCHITECTURES
 from diffattn.drawing.loading import EMBEDDED, embedded_models
 from diffattn.machine import describe_devices, versions
@@ -10,13 +12,14 @@ from diffattn.methods import METHODS
 from diffattn.methods.base import AttentionMethod
 from diffattn.methods.thresholds import load_thresholds, user_file
 from diffattn.models.attention import ATTENTION
+from diffattn.patching.decision_cache import cache_for
 
 
 def capabilities() -> dict[str, Any]:
-    """Versions, devices, denoisers, methods with options and presets, embedded models, thresholds; JSON types.
+    """Versions, devices, denoisers, methods with options, embedded models, thresholds, decisions; JSON types.
 
     Raises:
-        ValueError: this machine's thresholds file is damaged.
+        ValueError: this machine's file of thresholds or decisions is damaged.
     """
     own = user_file()
     return {
@@ -28,7 +31,19 @@ def capabilities() -> dict[str, Any]:
         "embedded_models": {
             name: {"what": model.what, "installed": name in embedded_models()} for name, model in EMBEDDED.items()
         },
+        "decisions": _decisions(),
         "thresholds": {"file": str(own) if own.is_file() else "shipped with diffattn", "devices": load_thresholds()},
+    }
+
+
+def _decisions() -> dict[str, Any]:
+    """Where `diffattn.patch` keeps what is faster, and how many kinds of calls are known on each device."""
+    cache = cache_for(None)
+    if cache is None:
+        return {"file": None, "known": {}}
+    return {
+        "file": str(cache.path),
+        "known": {name: len(cache.read(torch.device(name))) for name in describe_devices()},
     }
 
 

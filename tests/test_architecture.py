@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "demo": "drawing files machine measure metrics patching",
     "app.jobs": "architectures drawing evaluation files machine measure methods metrics models patching schedules",
     "app.page": "app.jobs",
-    "capabilities": "architectures drawing machine methods models",
+    "capabilities": "architectures drawing machine methods models patching",
     "cli": "app.jobs app.page benchmarks capabilities demo drawing evaluation files machine methods metrics models"
     " patching preflight training tuning",
     "__main__": "cli",

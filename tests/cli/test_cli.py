@@ -18,9 +18,11 @@ from support.tiny_dit import tiny_dit
 from typer.testing import CliRunner, Result
 
 import diffattn
+from diffattn.architectures.decisions import Decision
 from diffattn.cli import app
 from diffattn.drawing.request import record_of
 from diffattn.files import MAX_BYTES, stem_of
+from diffattn.patching.decision_cache import DecisionCache
 from diffattn.sampling import SiTPipeline
 
 COMMANDS = ("demo", "generate", "info")
@@ -253,3 +255,21 @@ def test_info_names_this_machines_thresholds(tmp_path: Path, monkeypatch: pytest
     found = call("info")
     assert found.exit_code == 2
     assert str(own) in found.stderr
+
+
+def test_info_names_the_cache_of_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> dict[str, dict[str, int]]:
+        assert call("info", "--json", tmp_path / "info.json").exit_code == 0
+        return json.loads((tmp_path / "info.json").read_text())["decisions"]
+
+    assert told() == {"file": None, "known": {}}  # switched off in all tests
+    cache = tmp_path / "decisions.json"
+    monkeypatch.setenv("DIFFATTN_CALIBRATE", str(cache))
+    assert told()["known"]["cpu"] == 0
+    cpu = torch.device("cpu")
+    DecisionCache(cache).add(cpu, {"kind: cpu, 1": Decision(True, "measured here", 1.0, 2.0)})
+    assert told() == {"file": str(cache), "known": told()["known"] | {"cpu": 1}}
+    cache.write_text("{")
+    found = call("info")
+    assert found.exit_code == 2
+    assert str(cache) in found.stderr
