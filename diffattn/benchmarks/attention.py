@@ -251,15 +251,17 @@ def _prepare_eager(
     denoiser: nn.Module, names: list[str], levels: tuple[int, ...], config: BenchmarkConfig, inputs: Any
 ) -> Iterator[Prepared]:
     """One denoiser; every variant is applied before and removed after each of its calls."""
+    args, kwargs = inputs
     found: dict[str, Covered] = {}
 
     @contextmanager
     def around(name: str) -> Iterator[None]:
         with apply_variant(name, denoiser, levels, config.min_tokens) as coverage:
+            if handle := find_patch(denoiser):
+                handle.begin_run(*args, **kwargs)  # the work of once per run is no part of a step
             yield
             found[name] = _covered(coverage(), denoiser, config.batch)
 
-    args, kwargs = inputs
     yield {name: partial(denoiser, *args, **kwargs) for name in names}, around, lambda: found
 
 

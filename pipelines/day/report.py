@@ -53,11 +53,12 @@ def _step(result: Record) -> Rows:
             cell(variant, "share_of_floor_saving", ".0%"),
             cell(result, "attention_share", ".0%") if name == SDPA else "",
             cell(result, "ceiling", ".2f") if name == SDPA else "",
+            cell(variant, "peak_ratio", ".2f"),
             cell(variant, "peak_mib", ".0f"),
         )
         for name, variant in result["variants"].items()
     ]
-    more += [("",) * 4] * len(result["left_out"])
+    more += [("",) * 5] * len(result["left_out"])
     return [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
 
 
@@ -108,13 +109,13 @@ SECTIONS = (
         "Attention alone",
         ("tokens", "heads", *TIMES, "time / fastest exact"),
         _attention,
-        f"One call on random q, k, v, batch {alone.BATCH}. Ratios are to the exact backend with the smallest median.",
+        f"One call on smooth q, k, v, batch {alone.BATCH}. Ratios are to the exact backend with the smallest median.",
     ),
     Section(
         steps.KIND,
         "Whole steps",
         ("model", "batch", "mode", *TIMES, "time / exact", "of floor's saving", "attention's share", "ceiling",
-         "peak MiB"),
+         "peak / exact", "peak MiB"),
         _step,
         "Random weights. Landmarks calibrate in every one of these steps; in a sampling run that is not compiled, in "
         f"every 8th. `{FLOOR}`: the attention call returns the values; nothing that replaces it can save more.",

@@ -265,4 +265,7 @@ def test_the_command(tmp_path):
     result = CliRunner().invoke(app, [*command, "--device", "cpu", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert (tmp_path / RESULT_FILE).is_file()
+    result = CliRunner().invoke(app, [*command[:2], "tiny-flux", *command[5:], "--all-layers", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "tiny FLUX transformer (for tests) (6 layers), 512x512 px" in result.output
     assert CliRunner().invoke(app, [*command, "--sizes", "100", "--out", str(tmp_path)]).exit_code == 2

@@ -10,11 +10,12 @@ from support.denoisers import CASES
 from torch import nn
 
 from diffattn.architectures.denoisers import self_attention_layers
-from diffattn.benchmarks.attention import Benchmark, BenchmarkConfig, Covered, figures
+from diffattn.benchmarks.attention import Benchmark, BenchmarkConfig, Covered, _prepare_eager, figures
 from diffattn.benchmarks.attention_report import plot, table
 from diffattn.benchmarks.variants import FLOOR, SDPA, TOME, LeftOut, apply_variant
 from diffattn.measure.interleave import Timings
 from diffattn.measure.models import MODELS, PUBLISHED
+from diffattn.patching.patch import find_patch
 
 TINY = tuple(name for name in MODELS if name not in PUBLISHED)
 TRANSFORMERS = tuple(name for name in TINY if name != "tiny")
@@ -140,6 +141,22 @@ def test_a_floor_that_saves_nothing_has_no_ceiling() -> None:
     assert found["attention_share"] is found["ceiling"] is None
     found = figures(Timings(SDPA, ({SDPA: 1.0},)), {SDPA: Covered(0)})
     assert found["attention_share"] is found["ceiling"] is None
+
+
+def test_what_a_run_does_once_is_no_part_of_a_step() -> None:
+    row = MODELS["tiny-wan"]
+    model, config = row.build("cpu", torch.float32), BenchmarkConfig(min_tokens=0, batch=1)
+    inputs = row.inputs(model, row.sizes[0], batch=1)
+    with torch.no_grad(), _prepare_eager(model, [SDPA, "balanced"], (0,), config, inputs) as (calls, around, covered):
+        with around("balanced"):
+            handle = find_patch(model)
+            assert handle is not None
+            assert handle.report().runs == 1
+            calls["balanced"]()
+            assert handle.report().runs == 1
+        with around(SDPA):
+            calls[SDPA]()
+    assert {name: found.layers for name, found in covered().items()} == {"balanced": 2, SDPA: 0}
 
 
 def test_peaks_are_kept_when_rounds_are_added(tmp_path: Path) -> None:

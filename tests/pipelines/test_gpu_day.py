@@ -68,6 +68,12 @@ def test_attention_alone_names_the_fastest_exact_backend(rehearsed: tuple[Path, 
     assert set(timings) == {result["rounds"]}
 
 
+def test_no_head_of_attention_alone_falls_back(rehearsed: tuple[Path, str]) -> None:
+    found = [record["result"] for record in records(rehearsed[0]).values() if record["kind"] == "attention"]
+    assert all(result["exact_heads"]["landmarks, calibrating"] == 0 for result in found)
+    assert all(set(result["exact_heads"]) <= set(result["variants"]) for result in found)
+
+
 def test_the_fastest_exact_is_a_backend_with_a_name() -> None:
     seconds = {"exact, flash": 2.0, "exact, efficient": 1.0, "exact, as torch chooses": 0.5, "keys": 0.25}
     assert fastest_exact(Timings("exact, flash", (seconds,))) == "exact, efficient"
