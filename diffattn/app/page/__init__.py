@@ -41,6 +41,7 @@ from gradio.utils import get_upload_folder
 
 from diffattn.app.jobs import Worker
 from diffattn.app.page import compare, generate, quality, steps
+from diffattn.app.page.blocks import Page
 from diffattn.app.page.browser_runs import stored_in_browser
 from diffattn.app.page.compare_this import compare_this
 from diffattn.app.page.ending import GRACE_SECONDS, end, leave, terminated_like_interrupted
@@ -59,7 +60,7 @@ CACHE_SECONDS = 3600  # after which pictures are deleted from the server
 
 def build(worker: Worker, files: Files) -> gr.Blocks:
     """The page for a worker; every action is also a named endpoint."""
-    with gr.Blocks(
+    with Page(
         title="diffattn", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 4, CACHE_SECONDS), fill_width=True
     ) as page:
         gr.Markdown("# diffattn\nDiffusion models with linear-cost attention: draw, and compare with exact attention.")
@@ -71,12 +72,12 @@ def build(worker: Worker, files: Files) -> gr.Blocks:
             with gr.Tab("Compare", id="compare") as second:
                 compared = compare.tab(page, worker, files, traces)
             with gr.Tab("Speed and FID", id="quality") as third:
-                quality.tab(page, worker, files, runs)
+                measured = quality.tab(page, worker, files, runs, drawn.found.prompt)
             with gr.Tab("Time steps", id="steps") as fourth:
-                steps.tab(latest, traces, drawn.run, compared.run)
+                steps.tab(worker, latest, traces, drawn.run, compared.run)
         compare_this(worker, files, drawn, compared, tabs)
         by_id = {"generate": first, "compare": second, "quality": third, "steps": fourth}
-        share(by_id, drawn.found, compared.found)
+        share(by_id, drawn.found, compared.found, measured)
         page.load(None, None, None, js=FOLD, api_visibility="private")
     page.queue(max_size=WAITING)
     return page

@@ -25,13 +25,15 @@ def first_view(worker: Worker) -> str:
             log.warning("%s: %s", name, error)
             continue
         if view is not None:
-            return _html(view, plain_name(view.acceleration, own_method(place)))
+            own = worker.models.describe(name).size
+            return _html(view, plain_name(view.acceleration, own_method(place)), own in (None, view.size))
     return ""
 
 
-def _html(view: FirstView, name: str) -> str:
+def _html(view: FirstView, name: str, at_own_size: bool) -> str:
+    """The PSNR is told at the size alone that the model was trained at."""
     both = slider(_inline(view.exact), _inline(view.accelerated), view.prompt, ("Exact", name))
-    figures = f'<div class="diffattn-verdict">{card(name, view.speedup, view.psnr)}</div>'
+    figures = f'<div class="diffattn-verdict">{card(name, view.speedup, view.psnr if at_own_size else None)}</div>'
     what = (
         f"“{view.prompt}”, {view.model} at {own_sizes(view.size)} pixels, {view.steps} steps; {view.speedup.pairs} "
         f"pictures of each, drawn in turns, with the 95 % interval; {view.machine}."
