@@ -53,6 +53,7 @@ from diffattn.app.page.style import CSS, FOLD, HEAD, THEME
 
 __all__ = ["build", "launch"]
 
+SESSIONS = 1000  # open pages and programs whose pictures and runs are remembered
 THREADS = 40  # besides waiting jobs, each of which holds one
 WARM_UP = "diffattn-warm-up"  # name of the thread that loads the first model
 CACHE_SECONDS = 3600  # after which pictures are deleted from the server
@@ -130,7 +131,8 @@ def launch(
                     server_name=host, server_port=port, share=share, auth=auth, allowed_paths=[],
                     max_file_size=UPLOAD_BYTES, show_error=False, enable_monitoring=False, strict_cors=True,
                     ssr_mode=False, pwa=False, mcp_server=False, run_history=False, footer_links=["api"],
-                    max_threads=WAITING + THREADS, inbrowser=open_browser, quiet=not wait, prevent_thread_lock=True,
+                    state_session_capacity=SESSIONS, max_threads=WAITING + THREADS, inbrowser=open_browser,
+                    quiet=not wait, prevent_thread_lock=True,
                     **options,
                 )  # fmt: skip
             names |= {urlsplit(page.share_url).hostname or ""} if page.share_url else set()

@@ -36,6 +36,7 @@ class Generated:
     run: Any  # the event that ends a run, after which the latest trace is known
     compare: gr.Button  # "Compare this picture"
     records: gr.JSON  # of the pictures that are shown
+    gallery: gr.Gallery  # these pictures
 
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Generated:
@@ -65,7 +66,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
                 elem_classes="diffattn-after",
             )  # fmt: skip
             code = gr.Code(
-                label="The same in Python", language="python", interactive=False, wrap_lines=True,
+                label="The same in Python", language="python", interactive=False, wrap_lines=True, buttons=["copy"],
                 elem_classes="diffattn-after",
             )  # fmt: skip
             records = gr.JSON(label="Records of the pictures", visible=False)
@@ -85,7 +86,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
     wire_history(worker, found, files, history, earlier, run, [stage, gallery, saved, code, records])
     wire_drop(worker, found, files, dropped, stage)
     wire_reload(page, worker, found, files, TAB, several=False)
-    return Generated(found, run, compare, records)
+    return Generated(found, run, compare, records, gallery)
 
 
 def _drawing(worker: Worker, files: Files) -> Any:

@@ -174,12 +174,13 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
     @with_toasts(5)
     def run(
         request: gr.Request, models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
-        guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: RunsShown,
-        labels: list[str], axis: str,
+        guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
+        seed: float = 0, visitor: RunsShown | None = None, labels: Sequence[str] = (), axis: str = TIME,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         wanted, blank = measurement_of(worker, given), [gr.skip()] * 4
-        visitor.choose(labels, axis)
+        assert visitor is not None
+        visitor.choose(list(labels), axis)
         yield busy("Starting …"), *blank
         try:
             for event in worker.measure(visitor_of(request, TAB), wanted):

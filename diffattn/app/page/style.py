@@ -13,10 +13,14 @@ THEME = gr.themes.Soft(
     body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
     button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_800",
+    checkbox_label_background_fill_selected="*primary_700", checkbox_label_background_fill_selected_dark="*primary_700",
+    checkbox_label_border_color_selected="*primary_700", checkbox_label_border_color_selected_dark="*primary_700",
     link_text_color="*primary_700", link_text_color_dark="*primary_300",
 )  # fmt: skip
 
 CSS = """
+body:not(.dark) { --color-accent: var(--primary-700); }
+.gradio-container .cm-line span, .gradio-container .json-node span { color: inherit !important; }
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 .diffattn-split { display: grid !important; grid-template: "ask result" auto "rest result" 1fr / minmax(0, 2fr)
   minmax(0, 3fr); gap: 1rem !important; align-items: start; }

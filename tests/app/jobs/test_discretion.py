@@ -11,7 +11,7 @@ from diffattn.app.jobs.discretion import quiet_libraries, without_words
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
 
-SECRET = "the-visitors-own-words"
+SECRET = "visitorsword"
 
 
 def test_the_stack_of_an_error_is_told_without_its_messages() -> None:
