@@ -1,9 +1,12 @@
-"""The comparison that the page shows before anybody has clicked: written beside the model.
+"""What the page shows before anybody has clicked: written beside the model.
 
     python pipelines/precompute_first_view.py emoji-sd --prompt tent --acceleration agent/fast
+    python pipelines/precompute_first_view.py cifar-sit --prompt horse --acceleration mediator/balanced --only-steps
 
 Draws the same pictures exact and accelerated, in turns, at the size that the model was trained at, and stores the first
-pair with the speed-up over all of them, its interval and the PSNR.
+pair with the speed-up over all of them, its interval and the PSNR (first_view.json and two pictures); and the steps of
+the accelerated one (first_steps.json), for the tab that shows steps. `--only-steps` leaves the pair out: small pictures
+convince nobody.
 """
 
 from pathlib import Path
@@ -13,6 +16,7 @@ import typer
 
 from diffattn.app.jobs import Comparison, Limits, Worker
 from diffattn.app.jobs.first_view import write_first_view
+from diffattn.app.jobs.stored_steps import write_steps
 from diffattn.drawing.loading import embedded_folder, embedded_models
 from diffattn.machine import cpu_threads
 
@@ -26,6 +30,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    only_steps: Annotated[bool, typer.Option("--only-steps", help="Write no pictures.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the files; default the model's own.")] = None,
 ) -> None:
     """Measure, and write the files."""
@@ -36,7 +41,12 @@ def main(
     with cpu_threads(threads):
         *_, found = worker.compare("", asked, [acceleration])
     assert isinstance(found, Comparison)
-    view = write_first_view(found, found.variants[1], worker.device, out or embedded_folder(model))
+    variant, place = found.variants[1], out or embedded_folder(model)
+    write_steps(variant.trace, f"{model}, {prompt}, {acceleration}, {steps} steps", place)
+    if only_steps:
+        typer.echo(f"{acceleration}: n changes before steps {[call + 1 for call in variant.trace.switches]}")
+        return
+    view = write_first_view(found, variant, worker.device, place)
     typer.echo(f"{view.acceleration}: {view.speedup}, PSNR {view.psnr:.1f} dB; {view.machine}")
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -39,6 +41,45 @@ def visitors(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
     yield opened
     for context in contexts:
         context.close()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A page that is served, the browser to open it in, and where its visitors begin."""
+
+    browser: Browser
+    address: str
+    tab: str = "Generate"
+    model: str | None = "one"
+    steps: int = 3
+
+    @contextmanager
+    def visitors(self) -> Iterator[Callable[..., Page]]:
+        """A function that opens the page as another visitor, with the model and few steps chosen."""
+        with visitors(self.browser, self.address) as opened:
+
+            def visit(**view: Any) -> Page:
+                page = opened(self.tab, **view)
+                if self.model is not None:
+                    choose(page, "Model", self.model)
+                    set_steps(page, self.steps)
+                return page
+
+            yield visit
+
+
+@contextmanager
+def site_of(folder: Path, begin: dict[str, Any] | None = None, **limits: int) -> Iterator[Site]:
+    """The page over the models of a folder, whose jobs may be long enough to be stopped.
+
+    Args:
+        folder: of models, see `web.save_models`.
+        begin: fields of `Site` for its visitors.
+        limits: other ones than those for long jobs.
+    """
+    worker = web.tiny_worker(folder, **({"steps": 900, "images": 50, "calls": 10**6} | limits))
+    with web.served(worker) as address, chromium() as browser:
+        yield Site(browser, address, **(begin or {}))
 
 
 def tab_of(page: Page) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffattn.drawing.loading import EMBEDDED, HUB_ID, INDEX, embedded_folder, embedded_models
-from diffattn.drawing.request import UNPATCHED
+from diffattn.drawing.request import UNPATCHED, Request
 from diffattn.files import read_json
 from diffattn.methods import METHODS
 from diffattn.metrics.extractors import EXTRACTORS
@@ -35,6 +35,15 @@ def method_and_preset(acceleration: object) -> tuple[str | None, str | None]:
         return None, None
     method, _, preset = str(acceleration).partition("/")
     return method, preset or None
+
+
+def acceleration_of(request: Request) -> list[str]:
+    """The one of `accelerations` that a request asks for; none if a recipe or options decide."""
+    if request.recipe is not None or request.options:
+        return []
+    if request.method is None:
+        return [AUTOMATIC]
+    return [f"{request.method}/{request.preset}" if request.preset else request.method]
 
 
 @dataclass(frozen=True)

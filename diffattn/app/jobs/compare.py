@@ -28,6 +28,7 @@ from diffattn.schedules import NoiseSchedule
 MAX_COUNTED_TOKENS = 4096  # latent pixels; above, no counting: it takes a [tokens, tokens] matrix
 
 WARMING_UP = "warming up"
+WARM_STEPS = 2
 
 MakeWatch = Callable[..., Watch]
 
@@ -58,6 +59,7 @@ class Comparison:
 
     request: Request
     variants: tuple[Variant, ...]
+    unread: str = ""  # the end of the prompt, beyond what the model's text encoder takes
 
     def speedup(self, variant: Variant) -> SpeedUp | None:
         """Of a variant over the unpatched one, picture by picture; None for too few pictures."""
@@ -123,7 +125,8 @@ def _variant(request: Request, name: str) -> Request:
 
 def warm_up(pipe: Any, request: Request, watch: MakeWatch) -> None:
     """Run two untimed steps, since the first run of a variant takes longer."""
-    draw(pipe, Collected(replace(request, steps=min(2, request.steps))), request.seed, watch, WARMING_UP, 0, None)
+    few = replace(request, steps=min(WARM_STEPS, request.steps))
+    draw(pipe, Collected(few), request.seed, watch, WARMING_UP, 0, None)
 
 
 def draw(pipe: Any, one: Collected, seed: int, watch: MakeWatch, what: str, done: int, total: int | None) -> None:

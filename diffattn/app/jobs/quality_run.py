@@ -27,7 +27,7 @@ MAX_FIGURE = 1e12  # of either sign
 COLUMNS = (
     "run", "model", "acceleration", "seconds", "seconds_q25", "seconds_q75", "speedup", "gflops", "num_pictures",
 )  # fmt: skip
-SCORES = ("fid", "kid", "kid_std", "precision", "recall", "fid_infinity", "accuracy")
+SCORES = ("fid", "fid_std", "kid", "kid_std", "precision", "recall", "fid_infinity", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Line:
     seconds: Spread  # of a picture
     speedup: float  # 1 / median of the time ratios to exact attention, picture by picture
     gflops: float | None  # of a picture; None: not counted
+    span: tuple[float, float] | None = None  # 95 % interval of the speed-up; None: not known, or exact attention
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -75,13 +76,14 @@ class Line:
         scores = {name: _finite(value) for name, value in quality.scores.items() if name in SCORES}
         if not {"fid", "kid", "kid_std"} <= set(scores):
             raise ValueError("a result has no fid, kid and kid_std")
-        gflops = data["gflops"]
+        gflops, span = data["gflops"], data.get("span")
         return cls(
             str(data["acceleration"])[:80],
             QualityResult(quality.subject, quality.protocol, scores),
             times,
             _finite(data["speedup"]),
             None if gflops is None else _finite(gflops),
+            None if span is None else _two(span),
         )
 
 
@@ -191,6 +193,11 @@ def _finite(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_FIGURE:
         raise ValueError(f"a figure must be a number of at most {MAX_FIGURE:g}, got {reprlib.repr(value)}")
     return float(value)
+
+
+def _two(span: Any) -> tuple[float, float]:
+    low, high = map(_finite, span)
+    return low, high
 
 
 def _no_formula(cell: Any) -> Any:

@@ -1,7 +1,7 @@
 """Speed and quality of one model, drawn exact and accelerated with the same seeds, alternating picture by picture."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,9 @@ from diffattn.app.jobs.choices import AUTOMATIC, Models, method_and_preset
 from diffattn.app.jobs.compare import Collected, MakeWatch, draw, pixels, warm_up
 from diffattn.app.jobs.naming import naming
 from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, Line, Measurement, QualityRun, read_runs
-from diffattn.drawing.classes import draws_classes, num_classes
+from diffattn.app.jobs.speed_up import SpeedUp
+from diffattn.drawing.classes import class_ids, draws_classes, num_classes
+from diffattn.drawing.draw import prepare
 from diffattn.drawing.request import UNPATCHED, Picture, Request
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.machine import describe_machine
@@ -22,6 +24,7 @@ from diffattn.measure.interleave import Timings, rotated
 from diffattn.methods import METHODS
 from diffattn.metrics.extractors import FeatureExtractor, load_extractor
 from diffattn.metrics.features import features_of
+from diffattn.metrics.fid import fid_without
 from diffattn.metrics.reference import Reference
 from diffattn.patching.default_method import default_method
 
@@ -29,6 +32,7 @@ EXTRACTOR_OF = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
 OTHERWISE = "dinov2"
 LEAST = 4  # pictures, for precision and recall of 3 neighbours
 CHUNK = 16  # pictures of the reference that are drawn before their features are taken
+GROUPS = 20  # at most, of pictures that are left out in turn to see how much FID is chance
 
 
 @dataclass
@@ -68,12 +72,12 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
     """
     folder = models.place(name)
     prompts = asked.prompts or own_prompts(pipe, folder)
-    request = Request(name, prompts[0], steps=asked.steps, guidance=asked.guidance, seed=asked.seed)
+    request = _first_request(name, prompts, asked)
     extractor = load_extractor(extractor_for(name, asked.extractor, models), device=pipe.device)
     reference = stored_reference(folder, extractor, asked.against)
     total = asked.samples * (asked.num_variants + (reference is None))
     job = _Job(pipe, asked, request, prompts, watch, total)
-    variants = {label: Collected(one) for label, one in variants_of(pipe, request, asked).items()}
+    variants = {label: Collected(one) for label, one in variants_of(default_method(pipe), request, asked).items()}
     for one in variants.values():
         warm_up(pipe, one.request, watch)
     if reference is None:
@@ -84,6 +88,28 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
     )
     title = f"{name}, {asked.samples} pictures, {asked.steps} steps, {datetime.now():%Y-%m-%d %H:%M:%S}"
     return QualityRun(title, name, prompts, describe_machine(pipe.device), lines)
+
+
+def check_measurable(pipe: Any, name: str, asked: Measurement, models: Models) -> list[Request]:
+    """The requests of all variants, as `prepare` fills them in; the pipeline is left unpatched.
+
+    Raises:
+        ValueError, TypeError: as `measure` would while it measures.
+    """
+    prompts = asked.prompts or own_prompts(pipe, models.place(name))
+    if draws_classes(pipe):
+        class_ids(pipe, prompts)
+    found = []
+    for one in variants_of(default_method(pipe), _first_request(name, prompts, asked), asked).values():
+        ready, patch = prepare(pipe, one)
+        if patch:
+            patch.remove()
+        found.append(ready)
+    return found
+
+
+def _first_request(name: str, prompts: Sequence[str], asked: Measurement) -> Request:
+    return Request(name, prompts[0], steps=asked.steps, guidance=asked.guidance, seed=asked.seed)
 
 
 def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
@@ -142,13 +168,18 @@ def _reference_of(folder: Path | None) -> Reference | None:
         return Reference.load(path)
 
 
-def variants_of(pipe: Any, request: Request, asked: Measurement) -> dict[str, Request]:
-    """Label -> request of every variant, exact attention first."""
+def variants_of(method: str, request: Request, asked: Measurement) -> dict[str, Request]:
+    """Label -> request of every variant, exact attention first.
+
+    Args:
+        method: the model's default, which the numbers of agents or mediators belong to.
+        request: everything but the way to draw.
+        asked: the ways.
+    """
     found = {UNPATCHED: replace(request, method=UNPATCHED)}
     for label in asked.accelerations:
-        method, preset = method_and_preset(label)
-        found[label] = replace(request, method=method, preset=preset)
-    method = default_method(pipe)
+        named, preset = method_and_preset(label)
+        found[label] = replace(request, method=named, preset=preset)
     for n in asked.numbers:  # at every noise level and in every layer, whether or not it pays
         options = METHODS[method].options_for_size(n)
         found[f"{method} n={n}"] = replace(request, method=method, preset="fast", options=options)
@@ -204,6 +235,7 @@ def _line(
     extractor: FeatureExtractor,
 ) -> Line:  # fmt: skip
     scores, options = quality(features, reference)
+    scores["fid_std"] = _std_of_fid(features, reference)
     asked, drawn = job.asked, one.request
     assert drawn.width is not None
     assert drawn.height is not None
@@ -215,7 +247,17 @@ def _line(
     )  # fmt: skip
     blanked = asked.samples - len(features)
     result = QualityResult(f"{job.request.model} {label}", protocol, scores, {"blanked": blanked} if blanked else {})
-    return Line(label, result, timings.seconds(label), timings.speedup(label), one.gflops)
+    faster = SpeedUp.of(*([of_each[way] for of_each in timings.rounds] for way in (UNPATCHED, label)))
+    span = (faster.low, faster.high) if faster is not None and label != UNPATCHED else None
+    return Line(label, result, timings.seconds(label), timings.speedup(label), one.gflops, span)
+
+
+def _std_of_fid(features: Tensor, reference: Reference) -> float:
+    """How far other seeds may move FID: its standard deviation by the jackknife (Efron & Tibshirani 1993, eq. 11.5),
+    which leaves out one group of pictures at a time."""
+    groups = torch.arange(len(features)) % min(GROUPS, len(features))
+    without = fid_without(features, reference, groups)
+    return float(((len(without) - 1) * without.var(correction=0)).sqrt())
 
 
 def _uint8(picture: Picture) -> Tensor:

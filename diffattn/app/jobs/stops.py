@@ -85,18 +85,18 @@ class Stops:
         with self._lock:
             self._jobs.pop(stop, None)
 
-    def stop(self, session: Hashable) -> bool:
-        """Stop the jobs of a session. → whether there were any"""
+    def stop(self, session: Hashable, tab: str | None = None) -> bool:
+        """Stop the jobs of a session, or of one tab of its page. → whether there were any"""
         with self._lock:
-            found = [stop for stop, visitor in self._jobs.items() if visitor.session == session]
+            found = [stop for stop, visitor in self._jobs.items() if _is_of(visitor, session, tab)]
         for stop in found:
             stop.set()
         return bool(found)
 
-    def has_jobs(self, session: Hashable) -> bool:
-        """Whether a session has jobs that have not ended."""
+    def has_jobs(self, session: Hashable, tab: str | None = None) -> bool:
+        """Whether a session, or one tab of its page, has jobs that have not ended."""
         with self._lock:
-            return any(visitor.session == session for visitor in self._jobs.values())
+            return any(_is_of(visitor, session, tab) for visitor in self._jobs.values())
 
     def stop_all(self) -> None:
         """Stop all jobs, and every one added later."""
@@ -105,3 +105,7 @@ class Stops:
             found = list(self._jobs)
         for stop in found:
             stop.set()
+
+
+def _is_of(visitor: Visitor, session: Hashable, tab: str | None) -> bool:
+    return visitor.session == session and tab in (None, visitor.tab)

@@ -1,7 +1,7 @@
 """Which accelerations work for a model, judged by its files alone: nothing is loaded, no weights are read."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,15 @@ def suited_accelerations(folder: Path | None) -> list[str]:
     if layers is None:
         return accelerations()
     working = [name for name, kind in METHODS.items() if _works(name, layers)]
-    return [AUTOMATIC, UNPATCHED, *(f"{name}/{preset}" for name in working for preset in METHODS[name].presets)]
+    named = [f"{name}/{preset}" for name in working for preset in METHODS[name].presets]
+    return [*([AUTOMATIC] if named else []), UNPATCHED, *named]
+
+
+def suited_to_all(folders: Iterable[Path | None]) -> list[str]:
+    """The values of `accelerations` that work for every one of some models: perhaps only "automatic", which is another
+    method in each."""
+    found = [suited_accelerations(folder) for folder in folders]
+    return [name for name in accelerations() if all(name in working for working in found)]
 
 
 def check_suited(models: Models, name: str, chosen: Collection[str]) -> None:
@@ -39,7 +47,7 @@ def check_suited(models: Models, name: str, chosen: Collection[str]) -> None:
     working = suited_accelerations(models.place(name))
     for acceleration in chosen:
         if acceleration in accelerations() and acceleration not in working:
-            allowed = ", ".join(working[2:]) or "none"
+            allowed = ", ".join(working)
             raise ValueError(f"{acceleration!r} does not work for model {name!r}; choose from: {allowed}")
 
 
@@ -50,9 +58,12 @@ def own_method(folder: Path | None) -> str | None:
 
 
 def compared_at_first(folder: Path | None) -> list[str]:
-    """What a comparison begins with: balanced and fast of the model's default method, else of the first there is."""
-    method = own_method(folder) or next(iter(METHODS))
-    return [f"{method}/balanced", f"{method}/fast"]
+    """What a comparison begins with: balanced and fast of the model's default method; what suits it, if that is not
+    known; nothing if no acceleration works for it."""
+    method, working = own_method(folder), suited_accelerations(folder)
+    if method is None:
+        return [AUTOMATIC]
+    return [name for name in (f"{method}/balanced", f"{method}/fast") if name in working]
 
 
 def plain_name(acceleration: str, own: str | None = None) -> str:

@@ -14,6 +14,7 @@ class Visitor:
     session: Hashable  # of one open page, named by the client: what Stop applies to
     name: Hashable | None  # of the browser, signed by the server; None: it has shown none
     owner: Hashable  # the user who has logged in, else the network address
+    tab: str = ""  # of the open page, each with a Stop of its own
 
     @classmethod
     def of(cls, session: "Hashable | Visitor") -> "Visitor":

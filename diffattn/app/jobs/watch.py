@@ -10,6 +10,7 @@ from typing import Any, Self
 from PIL import Image
 from torch import Tensor
 
+from diffattn.app.jobs.discretion import quiet_libraries, without_words
 from diffattn.app.jobs.preview import Preview, clean_estimate
 from diffattn.app.jobs.run_trace import Recorder, RunTrace
 from diffattn.app.jobs.stops import Stop
@@ -65,7 +66,7 @@ class Watch:
 
     Raises:
         Stopped, TooLong: out of the denoiser, before its next call, see `Stop.check`.
-        ValueError, TypeError: raised by the pipeline; logged with the traceback, since it may be a bug.
+        ValueError, TypeError: raised by the pipeline; logged with the stack, since it may be a bug.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Watch:
         self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # phase -> arguments of its first call
         self._denoiser: Any = denoiser_of(pipe)
         self._handles: list[Any] = []
+        self._quiet = quiet_libraries()
         self._begin = time.perf_counter()
         self._last_event = 0.0
         self._calls = 0
@@ -107,6 +109,7 @@ class Watch:
         return self.recorder.finished()
 
     def __enter__(self) -> Self:
+        self._quiet.__enter__()
         self._handles = [
             self._denoiser.register_forward_pre_hook(self._before),
             self._denoiser.register_forward_hook(self._after, with_kwargs=True),
@@ -118,8 +121,9 @@ class Watch:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._quiet.__exit__(None, None, None)
         if isinstance(error, ValueError | TypeError):
-            log.error("drawing failed", exc_info=error)
+            log.error("drawing failed\n%s", without_words(error))
 
     def _before(self, module: Any, args: tuple[Any, ...]) -> None:
         self.audience.stop.check()

@@ -1,31 +1,40 @@
 """Runs one job at a time on one model at a time."""
 
-import gc
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiTPipeline
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from diffattn.app.jobs.choices import Models
-from diffattn.app.jobs.compare import Comparison, compare, requests_of
+from diffattn.app.jobs.choices import Models, acceleration_of
+from diffattn.app.jobs.compare import WARM_STEPS, Comparison, compare, requests_of
+from diffattn.app.jobs.discretion import quiet_libraries
 from diffattn.app.jobs.events import latest
 from diffattn.app.jobs.limits import Limits
+from diffattn.app.jobs.memory import give_back
 from diffattn.app.jobs.naming import naming
 from diffattn.app.jobs.pace import Pace
 from diffattn.app.jobs.preview import Preview
 from diffattn.app.jobs.quality_run import Measurement, QualityRun
 from diffattn.app.jobs.run_trace import RunTrace
 from diffattn.app.jobs.snippet import snippet
-from diffattn.app.jobs.speed_quality import extractor_for, has_reference, measure, stored_runs
+from diffattn.app.jobs.speed_quality import (
+    check_measurable,
+    extractor_for,
+    has_reference,
+    measure,
+    stored_runs,
+    variants_of,
+)
 from diffattn.app.jobs.stops import Stop, Stopped, Stops
+from diffattn.app.jobs.stored_steps import read_steps
 from diffattn.app.jobs.suited import check_suited, own_method
 from diffattn.app.jobs.turns import Turns
 from diffattn.app.jobs.visitor import Visitor
@@ -34,9 +43,10 @@ from diffattn.drawing.classes import class_ids, draws_classes
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
 from diffattn.drawing.prompt_length import unread_part
-from diffattn.drawing.request import Picture, Request
+from diffattn.drawing.request import UNPATCHED, Picture, Request
 from diffattn.files import stem_of
 from diffattn.machine import choose_device, choose_dtype
+from diffattn.methods import METHODS
 from diffattn.patching.patch import Patch
 from diffattn.patching.report import Report
 
@@ -89,6 +99,7 @@ class Worker:
             ValueError, TypeError: an invalid model, class or size, see `prepare`; more jobs, or a longer one, than
                 `Limits` allow.
         """
+        check_suited(self.models, request.model, acceleration_of(request))
         return self._stream(session, lambda emit, stop: self._generate(request, emit, stop))
 
     def compare(
@@ -104,32 +115,40 @@ class Worker:
             def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:
                 return self._watch(pipe, ready, patch, self._audience(stop, emit), done, pictures, what)
 
-            emit(compare(pipe, request, names, watch))
+            found = compare(pipe, request, names, watch)
+            emit(replace(found, unread=_unread(pipe, request.prompt)))
 
         return self._stream(session, work)
 
     def measure(self, session: Hashable | Visitor, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
-        """Measure speed and quality; a `QualityRun` per completed model. Raises like `generate` and `measure`."""
+        """Measure speed and quality; a `QualityRun` per completed model. Raises like `generate` and `measure`.
+
+        Nothing is measured before every model was found to be able to draw all that is asked.
+        """
         for name in asked.models:
             extractor_for(name, asked.extractor, self.models)  # before anything is loaded or measured
             check_suited(self.models, name, asked.accelerations)
 
         def work(emit: Emit, stop: Stop) -> None:
+            for name in reversed(asked.models):  # the first one last: it stays loaded
+                stop.check()
+                self._check_measurable(name, asked, emit)
             for name in asked.models:
                 emit(self._measure(name, asked, emit, stop))
 
         return self._stream(session, work)
 
-    def stop(self, session: Hashable) -> bool:
-        """Stop the jobs of a session: the running one within one step, waiting ones immediately. → whether any were"""
-        found = self._stops.stop(session)
+    def stop(self, session: Hashable, tab: str | None = None) -> bool:
+        """Stop the jobs of a session, or of one tab of its page: the running one within one step, waiting ones
+        immediately. → whether any were"""
+        found = self._stops.stop(session, tab)
         self._turns.wake()
         return found
 
-    def ended(self, session: Hashable, timeout: float) -> bool:
-        """Wait for the jobs of a session to end; False after `timeout` seconds."""
+    def ended(self, session: Hashable, timeout: float, tab: str | None = None) -> bool:
+        """Wait for the jobs of a session, or of one tab, to end; False after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while self._stops.has_jobs(session):
+        while self._stops.has_jobs(session, tab):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
@@ -172,10 +191,15 @@ class Worker:
         return None if one is None else one * count
 
     def seconds_to_compare(self, request: Request, names: Sequence[str]) -> float | None:
-        """Estimated seconds for a comparison, without the two steps that warm each way up; raises as `seconds_for`."""
+        """Estimated seconds for a comparison; raises as `seconds_for`."""
         self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
-        found = [self.seconds_for(one) for one in requests_of(request, names).values()]
-        return None if None in found else sum(seconds for seconds in found if seconds is not None)
+        ways = requests_of(request, names).values()
+        return _sum(self._with_warm_up(way, request.num_images) for way in ways)
+
+    def _with_warm_up(self, way: Request, pictures: int) -> float | None:
+        """Estimated seconds for some pictures of one way, and for the steps that warm it up."""
+        warm = self.seconds_for(replace(way, steps=min(WARM_STEPS, way.steps)), 1)
+        return _sum([warm, self.seconds_for(way, pictures)])
 
     def stored_runs(self) -> list[QualityRun]:
         """The measurements stored beside the models; a damaged file is skipped, with a line in the log."""
@@ -193,15 +217,27 @@ class Worker:
         Raises:
             ValueError: as `seconds_for`; an extractor that is not available here.
         """
-        found = 0.0
+        found: list[float | None] = []
         for name in asked.models:
-            stored = has_reference(name, asked, self.models)
-            pictures = asked.samples * (asked.num_variants + (not stored))
-            seconds = self.seconds_for(Request(name, "", steps=asked.steps), pictures)
-            if seconds is None:
-                return None
-            found += seconds
-        return found
+            request = Request(name, "", steps=asked.steps)
+            method = own_method(self.models.place(name)) or next(iter(METHODS))
+            found += [self._with_warm_up(way, asked.samples) for way in variants_of(method, request, asked).values()]
+            if not has_reference(name, asked, self.models):
+                found.append(self.seconds_for(replace(request, method=UNPATCHED), asked.samples))
+        return _sum(found)
+
+    def stored_steps(self) -> RunTrace | None:
+        """The steps of a run that are stored beside a model; one in which the number of mediators or agents changes is
+        preferred. A damaged file is skipped, with a line in the log."""
+        found: list[RunTrace] = []
+        for name in self.models.names():
+            try:
+                trace = read_steps(self.models.place(name))
+            except ValueError as error:
+                log.warning("%s: %s", name, error)
+                continue
+            found += [trace] if trace else []
+        return next((trace for trace in found if trace.switches), found[0] if found else None)
 
     def warm_up(self, name: str) -> None:
         """Load a model and run two steps, so that the first job starts immediately; two are no measure of its time."""
@@ -237,8 +273,14 @@ class Worker:
         local = self.models.is_local(request.model)
         ids = class_ids(pipe, [request.prompt]) if isinstance(pipe, DiTPipeline) else None
         code = snippet(request, dit_labels=ids, local=local, dtype=self.dtype, device=self.device)
-        unread = "" if draws_classes(pipe) else unread_part(pipe, request.prompt)
-        return Drawn(request, tuple(pictures), patch.report() if patch else None, trace, code, unread)
+        report = patch.report() if patch else None
+        return Drawn(request, tuple(pictures), report, trace, code, _unread(pipe, request.prompt))
+
+    def _check_measurable(self, name: str, asked: Measurement, emit: Emit) -> None:
+        """Load a model, and raise for what it cannot draw of all that is asked."""
+        pipe, _ = self._model(name, emit)
+        for ready in check_measurable(pipe, name, asked, self.models):
+            self._check_size(ready)
 
     def _measure(self, name: str, asked: Measurement, emit: Emit, stop: Stop) -> QualityRun:
         """Measure one model; no reference to it is kept, so that it is freed before the next one is loaded."""
@@ -252,10 +294,13 @@ class Worker:
 
     def _watch(self, pipe: Any, ready: Request, patch: Patch | None, audience: Audience, *rest: Any) -> Watch:
         """A `Watch` for a request from `prepare`, which filled in the size; `rest` as in `Watch`."""
+        self._check_size(ready)
+        return Watch(pipe, ready, patch, audience, *rest)
+
+    def _check_size(self, ready: Request) -> None:
         assert ready.width is not None
         assert ready.height is not None
         self.limits.check_size(ready.width, ready.height)
-        return Watch(pipe, ready, patch, audience, *rest)
 
     def _audience(self, stop: Stop, emit: Emit) -> Audience:
         return Audience(stop, emit, learn=self._pace.learn)
@@ -266,7 +311,9 @@ class Worker:
         if self._loaded is None or self._loaded[0] != source:
             emit(JobProgress(0, 0, 0, 0, None, what=f"loading {name}"))
             self._unload()
-            with naming(source, name), naming(HF_HUB_CACHE, "the cache"):
+            on_hub = self.models.place(name) is None
+            unsaid = quiet_libraries() if on_hub else nullcontext()  # only there the name is the visitor's
+            with unsaid, naming(source, name), naming(HF_HUB_CACHE, "the cache"):
                 pipe: Any = load_pipeline(source, self.dtype).to(self.device)
             pipe.set_progress_bar_config(disable=True)
             self._loaded = source, pipe, Preview.of(pipe)
@@ -274,9 +321,7 @@ class Worker:
 
     def _unload(self) -> None:
         self._loaded = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device, collect=True)
 
     def _stream(self, session: Hashable | Visitor, work: Callable[[Emit, Stop], None]) -> Iterator[Any]:
         """Yield what `work`, run in its own thread, emits.
@@ -295,7 +340,10 @@ class Worker:
             try:
                 with self._turns.turn(stop, waiting, session):
                     stop.start_clock(self.limits.seconds)
-                    work(found.put, stop)
+                    try:
+                        work(found.put, stop)
+                    finally:
+                        give_back(self.device)
             except BaseException as error:  # re-raised in the calling thread
                 last = error
             finally:
@@ -313,6 +361,17 @@ class Worker:
         finally:
             stop.set()
             self._turns.wake()
+
+
+def _unread(pipe: Any, prompt: str) -> str:
+    """The end of a prompt, beyond what the model's text encoder takes."""
+    return "" if draws_classes(pipe) else unread_part(pipe, prompt)
+
+
+def _sum(seconds: Iterable[float | None]) -> float | None:
+    """None if one of them is."""
+    found = list(seconds)
+    return None if None in found else sum(one for one in found if one is not None)
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:

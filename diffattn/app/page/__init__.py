@@ -41,6 +41,7 @@ from gradio.utils import get_upload_folder
 
 from diffattn.app.jobs import Worker
 from diffattn.app.page import compare, generate, quality, steps
+from diffattn.app.page.blocks import Page
 from diffattn.app.page.browser_runs import stored_in_browser
 from diffattn.app.page.compare_this import compare_this
 from diffattn.app.page.ending import GRACE_SECONDS, end, leave, terminated_like_interrupted
@@ -52,6 +53,7 @@ from diffattn.app.page.style import CSS, FOLD, HEAD, THEME
 
 __all__ = ["build", "launch"]
 
+SESSIONS = 1000  # open pages and programs whose pictures and runs are remembered
 THREADS = 40  # besides waiting jobs, each of which holds one
 WARM_UP = "diffattn-warm-up"  # name of the thread that loads the first model
 CACHE_SECONDS = 3600  # after which pictures are deleted from the server
@@ -59,7 +61,7 @@ CACHE_SECONDS = 3600  # after which pictures are deleted from the server
 
 def build(worker: Worker, files: Files) -> gr.Blocks:
     """The page for a worker; every action is also a named endpoint."""
-    with gr.Blocks(
+    with Page(
         title="diffattn", analytics_enabled=False, delete_cache=(CACHE_SECONDS // 4, CACHE_SECONDS), fill_width=True
     ) as page:
         gr.Markdown("# diffattn\nDiffusion models with linear-cost attention: draw, and compare with exact attention.")
@@ -71,12 +73,12 @@ def build(worker: Worker, files: Files) -> gr.Blocks:
             with gr.Tab("Compare", id="compare") as second:
                 compared = compare.tab(page, worker, files, traces)
             with gr.Tab("Speed and FID", id="quality") as third:
-                quality.tab(page, worker, files, runs)
+                measured = quality.tab(page, worker, files, runs, drawn.found.prompt)
             with gr.Tab("Time steps", id="steps") as fourth:
-                steps.tab(latest, traces, drawn.run, compared.run)
+                steps.tab(worker, latest, traces, drawn.run, compared.run)
         compare_this(worker, files, drawn, compared, tabs)
         by_id = {"generate": first, "compare": second, "quality": third, "steps": fourth}
-        share(by_id, drawn.found, compared.found)
+        share(by_id, drawn.found, compared.found, measured)
         page.load(None, None, None, js=FOLD, api_visibility="private")
     page.queue(max_size=WAITING)
     return page
@@ -129,7 +131,8 @@ def launch(
                     server_name=host, server_port=port, share=share, auth=auth, allowed_paths=[],
                     max_file_size=UPLOAD_BYTES, show_error=False, enable_monitoring=False, strict_cors=True,
                     ssr_mode=False, pwa=False, mcp_server=False, run_history=False, footer_links=["api"],
-                    max_threads=WAITING + THREADS, inbrowser=open_browser, quiet=not wait, prevent_thread_lock=True,
+                    state_session_capacity=SESSIONS, max_threads=WAITING + THREADS, inbrowser=open_browser,
+                    quiet=not wait, prevent_thread_lock=True,
                     **options,
                 )  # fmt: skip
             names |= {urlsplit(page.share_url).hostname or ""} if page.share_url else set()

@@ -16,8 +16,22 @@ from diffattn.app.page.files import Files
 from diffattn.app.page.generate import stopper
 from diffattn.app.page.guard import visitor_of
 from diffattn.app.page.inputs import Inputs, inputs, request_of
-from diffattn.app.page.shared import JOB, QUICK, TOLD, busy, columns, note, progress_html, with_toasts
+from diffattn.app.page.kept_settings import wire_reload
+from diffattn.app.page.shared import (
+    JOB,
+    QUICK,
+    TOLD,
+    busy,
+    columns,
+    in_words,
+    left_out,
+    note,
+    progress_html,
+    with_toasts,
+)
 from diffattn.app.page.time_line import Estimate, keep_estimated, time_of_drawing
+
+TAB = "compare"
 
 
 @dataclass(frozen=True)
@@ -51,9 +65,10 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Comp
             data = gr.JSON(label="Figures", visible=False)
     outputs = [stage, shown, slider, table, report, data, told, pairs, traces]
     done = go.click(_comparing(worker, files), found.all(), outputs, api_name="compare", **JOB)
-    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+    halt.click(stopper(worker, TAB), None, stage, api_visibility="private", **QUICK)
     _wire_pairs(shown, pairs, slider, both, done)
     _wire_time(page, worker, found, time, done)
+    wire_reload(page, worker, found, files, TAB, several=True)
     return Compared(found, done)
 
 
@@ -71,11 +86,11 @@ def _comparing(worker: Worker, files: Files) -> Any:
         asked, blank = request_of(worker, given, acceleration="automatic"), [gr.skip()] * 8
         yield busy("Starting …"), *blank
         try:
-            for event in worker.compare(visitor_of(request), asked, names):
+            for event in worker.compare(visitor_of(request, TAB), asked, names):
                 if isinstance(event, JobProgress):
                     yield progress_html(event), *blank
                 elif isinstance(event, Comparison):
-                    yield note("Done."), *_shown(worker, event, files)
+                    yield note(f"Done.{left_out(event.unread)}"), *_shown(worker, event, files)
         except Stopped:
             yield note("Stopped. Change something and press Compare again."), *blank
 
@@ -123,7 +138,7 @@ def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.HTML, ru
         try:
             names = worker.limits.variants_of(chosen, recipe is not None)
         except ValueError as error:
-            return str(error), False
+            return in_words(error), False
         return time_of_drawing(worker, model, steps, width, height, num_images, beside=names)
 
     counted = [found.model, found.steps, found.width, found.height, found.num_images, found.acceleration, found.recipe]

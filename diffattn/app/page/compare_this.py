@@ -17,13 +17,21 @@ PRESS = "() => { document.querySelector('#compare').click(); }"
 
 
 def compare_this(worker: Worker, files: Files, drawn: Generated, compared: Compared, tabs: gr.Tabs) -> None:
-    """Wire the button: fill in the settings of the picture that is shown, go to Compare, and begin."""
+    """Wire the button: fill in the settings of the picture that is shown (of several, the one that was opened last), go
+    to Compare, and begin."""
+    opened = gr.State(0)  # its place among them
 
-    def fill(records: Any) -> tuple[Any, ...]:
+    def note_opened(event: gr.SelectData) -> int:
+        return event.index if isinstance(event.index, int) else 0
+
+    drawn.gallery.select(note_opened, None, opened, api_visibility="private", **QUICK)
+    drawn.run.then(lambda: 0, None, opened, api_visibility="private", **QUICK)
+
+    def fill(records: Any, opened: int) -> tuple[Any, ...]:
         try:
             if not isinstance(records, list) or not records:
                 raise ValueError("draw a picture first")
-            settings = settings_of_record(records[0], worker.models, worker.limits)
+            settings = settings_of_record(records[min(opened, len(records) - 1)], worker.models, worker.limits)
         except (ValueError, TypeError) as error:
             raise toast(error) from None
         found = dict(zip(SETTINGS, updates(worker, settings, files), strict=True))
@@ -33,6 +41,6 @@ def compare_this(worker: Worker, files: Files, drawn: Generated, compared: Compa
         return gr.Tabs(selected="compare"), *same, *found.values()
 
     outputs = [tabs, *drawn.found.shared(), *compared.found.all()]
-    filled = drawn.compare.click(fill, drawn.records, outputs, api_visibility="private", **TOLD)
+    filled = drawn.compare.click(fill, [drawn.records, opened], outputs, api_visibility="private", **TOLD)
     followed = filled.then(*compared.found.follow, api_visibility="private", **QUICK)
     followed.then(None, None, None, js=PRESS, api_visibility="private")

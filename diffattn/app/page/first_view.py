@@ -25,13 +25,20 @@ def first_view(worker: Worker) -> str:
             log.warning("%s: %s", name, error)
             continue
         if view is not None:
-            return _html(view, plain_name(view.acceleration, own_method(place)))
+            return shown(view, plain_name(view.acceleration, own_method(place)), worker.models.describe(name).size)
     return ""
 
 
-def _html(view: FirstView, name: str) -> str:
+def shown(view: FirstView, name: str, own: tuple[int, int] | None) -> str:
+    """The HTML of a stored comparison.
+
+    Args:
+        name: of the acceleration, in plain words.
+        own: size that the model was trained at, where alone the PSNR is told; None: not known.
+    """
     both = slider(_inline(view.exact), _inline(view.accelerated), view.prompt, ("Exact", name))
-    figures = f'<div class="diffattn-verdict">{card(name, view.speedup, view.psnr)}</div>'
+    psnr = view.psnr if own in (None, view.size) else None
+    figures = f'<div class="diffattn-verdict">{card(name, view.speedup, psnr)}</div>'
     what = (
         f"“{view.prompt}”, {view.model} at {own_sizes(view.size)} pixels, {view.steps} steps; {view.speedup.pairs} "
         f"pictures of each, drawn in turns, with the 95 % interval; {view.machine}."

@@ -15,7 +15,7 @@ from diffattn.app.page.guard import visitor_of
 from diffattn.app.page.history import Entry, caption, entries, remembered, strip, wire_history
 from diffattn.app.page.inputs import Inputs, inputs, request_of, wire_about
 from diffattn.app.page.kept_settings import wire_drop, wire_reload
-from diffattn.app.page.shared import JOB, QUICK, busy, columns, duration, note, progress_html, with_toasts
+from diffattn.app.page.shared import JOB, QUICK, busy, columns, duration, left_out, note, progress_html, with_toasts
 from diffattn.app.page.time_line import wire_time
 
 EMPTY = "The picture appears here."
@@ -23,8 +23,9 @@ MEASURED = (
     "Measured before: the same picture with exact and with accelerated attention. Move the line; yours comes here."
 )
 
+TAB = "generate"
+
 SOON = 1.0  # seconds that a small model's job takes: no message is needed meanwhile
-CUT = 80  # characters of a prompt's unread end that are shown
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Generated:
     run: Any  # the event that ends a run, after which the latest trace is known
     compare: gr.Button  # "Compare this picture"
     records: gr.JSON  # of the pictures that are shown
+    gallery: gr.Gallery  # these pictures
 
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Generated:
@@ -64,7 +66,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
                 elem_classes="diffattn-after",
             )  # fmt: skip
             code = gr.Code(
-                label="The same in Python", language="python", interactive=False, wrap_lines=True,
+                label="The same in Python", language="python", interactive=False, wrap_lines=True, buttons=["copy"],
                 elem_classes="diffattn-after",
             )  # fmt: skip
             records = gr.JSON(label="Records of the pictures", visible=False)
@@ -76,15 +78,15 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
     draw = _drawing(worker, files)
     outputs = [stage, gallery, saved, code, records, latest, history]
     run = gr.on([go.click, found.prompt.submit], draw, [*found.all(), history], outputs, api_name="generate", **JOB)
-    halt.click(stopper(worker), None, stage, api_visibility="private", **QUICK)
+    halt.click(stopper(worker, TAB), None, stage, api_visibility="private", **QUICK)
     gr.Button(visible=False).click(stopping(worker), None, stage, api_name="stop", **QUICK)  # for programs only
     found.renew_seed(run)
     wire_about(worker, found)
     wire_time(page, worker, found, time, run)
     wire_history(worker, found, files, history, earlier, run, [stage, gallery, saved, code, records])
     wire_drop(worker, found, files, dropped, stage)
-    wire_reload(page, worker, found, files, "generate")
-    return Generated(found, run, compare, records)
+    wire_reload(page, worker, found, files, TAB, several=False)
+    return Generated(found, run, compare, records, gallery)
 
 
 def _drawing(worker: Worker, files: Files) -> Any:
@@ -102,7 +104,7 @@ def _drawing(worker: Worker, files: Files) -> Any:
         place, before = files.subfolder(), list(history)  # adding a picture keeps those before it
         yield busy("Starting …"), *blank
         try:
-            for event in worker.generate(visitor_of(request), asked):
+            for event in worker.generate(visitor_of(request, TAB), asked):
                 if isinstance(event, JobProgress):
                     yield progress_html(event), *blank
                 elif isinstance(event, Drawn):
@@ -129,20 +131,20 @@ def _shown(worker: Worker, drawn: Drawn, paths: Sequence[Any], before: Sequence[
     )
 
 
-def stopper(worker: Worker) -> Any:
-    """Handle Stop for the jobs of the visitor who pressed it; the jobs' own last message stays."""
+def stopper(worker: Worker, tab: str) -> Any:
+    """Handle a tab's Stop for the jobs that the visitor who pressed it began there; their own last message stays."""
 
     def halt(request: gr.Request) -> Any:
         session = _session(request)
-        if not worker.stop(session):
+        if not worker.stop(session, tab):
             return note("Nothing is running.")
-        return gr.skip() if worker.ended(session, SOON) else busy("Stopping after the step under way …")
+        return gr.skip() if worker.ended(session, SOON, tab) else busy("Stopping after the step under way …")
 
     return halt
 
 
 def stopping(worker: Worker) -> Any:
-    """Stop for programs: reports whether anything was running, and does not wait."""
+    """Stop for programs, whatever of theirs runs: reports whether anything did, and does not wait."""
 
     def stop(request: gr.Request) -> str:
         return note("Stopped." if worker.stop(_session(request)) else "Nothing is running.")
@@ -164,11 +166,4 @@ def _summary(worker: Worker, drawn: Drawn) -> str:
     blanked = sum(picture.blanked for picture in drawn.pictures)
     black = f"; {blanked} of {done} blanked by the model's safety checker" if blanked else ""
     took = duration(seconds) if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{which} in {took} with {way}{ran}{black}.{_cut(drawn.unread)}"
-
-
-def _cut(unread: str) -> str:
-    if not unread:
-        return ""
-    shown = unread if len(unread) <= CUT else unread[: CUT - 1] + "…"
-    return f" The prompt was cut, since the model reads no more tokens; left out: “{shown}”."
+    return f"{which} in {took} with {way}{ran}{black}.{left_out(drawn.unread)}"

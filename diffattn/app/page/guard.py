@@ -176,11 +176,11 @@ class Uploads:
         await self.app(scope, receive, send)
 
 
-def visitor_of(request: gr.Request) -> Visitor:
-    """Who sent a request: nothing in it but the session is taken from what a client may make up."""
+def visitor_of(request: gr.Request, tab: str) -> Visitor:
+    """Who sent a request from a tab: nothing in it but the session is taken from what a client may make up."""
     scope = request.request.scope if request.request is not None else {}
     owner = ("user", request.username) if request.username else ("address", _address(scope))
-    return Visitor(str(request.session_hash), scope.get(NAME), owner)
+    return Visitor(str(request.session_hash), scope.get(NAME), owner, tab)
 
 
 def _address(scope: Scope) -> str:

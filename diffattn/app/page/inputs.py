@@ -7,17 +7,17 @@ from typing import Any
 import gradio as gr
 
 from diffattn.app.jobs import AUTOMATIC, Worker, accelerations
+from diffattn.app.jobs.choices import UNPATCHED
 from diffattn.app.jobs.restore import SETTINGS
 from diffattn.app.jobs.suited import compared_at_first, own_method, plain_name, suited_accelerations
-from diffattn.app.page.shared import QUICK, TOLD, given_or_own, line, toast, whole_numbers
+from diffattn.app.page.asked import Asked
+from diffattn.app.page.shared import OWN, PROMPTS, QUICK, TOLD, given_or_own, line, toast, whole_numbers
 from diffattn.app.page.sizes import OWN_SIZE, SIZE_OF, own_sizes, size_value, sizes
 
-OWN = "the model's own"
 SWITCH = "diffattnSwitch"
 """Name of the page's script that takes values from one tab to the other."""
 
 RANDOM = "Math.floor(Math.random() * 2 ** 31)"
-PROMPTS = ("T-Rex", "green heart", "tent", "footprints", "man vampire")
 SHOWN_CLASSES = 20  # as examples
 
 
@@ -171,12 +171,12 @@ def following(worker: Worker, model: str, chosen: Any, size: str | None, several
     """Examples, size presets and accelerations for a model; accelerations that were chosen stay if they work."""
     place = worker.models.place(model)
     names, own = suited_accelerations(place), own_method(place)
-    allowed = names[2:] if several else names
+    allowed = [name for name in names if name != UNPATCHED] if several else names
     kept: Any = [name for name in chosen or () if name in allowed] if several else chosen
     if several:
         kept = kept or _defaults(worker, model)
     elif kept not in allowed:
-        kept = AUTOMATIC
+        kept = allowed[0]  # "automatic", or exact attention if nothing works
     offered, choices = sizes(worker, model), [(plain_name(name, own), name) for name in allowed]
     return (
         gr.Dataset(samples=_examples(worker, model)),
@@ -185,18 +185,19 @@ def following(worker: Worker, model: str, chosen: Any, size: str | None, several
     )
 
 
-def share(tabs: Mapping[str, Any], drawing: Inputs, comparing: Inputs) -> None:
-    """Let Generate and Compare have one prompt, one model and one seed: those of the tab that is left.
+def share(tabs: Mapping[str, Any], drawing: Inputs, comparing: Inputs, measuring: Asked) -> None:
+    """Let the tabs have one prompt, one model and one seed: those of the tab that is left.
 
     Args:
-        tabs: id -> every tab of the page; Generate has the id "generate", Compare "compare".
-        drawing, comparing: the inputs of these two.
+        tabs: id -> every tab of the page, with the ids "generate", "compare" and "quality" of those that share.
+        drawing, comparing: the inputs of the first two.
+        measuring: those of the third, which has several models and prompts.
     """
-    both = [*drawing.shared(), *comparing.shared()]
+    every = [*drawing.shared(), *comparing.shared(), *measuring.shared()]
     for name, tab in tabs.items():
         js = f"(...v) => {SWITCH}({name!r}, v)"
-        moved = tab.select(None, both, both, js=js, api_visibility="private", show_progress="hidden")
-        for found in (drawing, comparing):
+        moved = tab.select(None, every, every, js=js, api_visibility="private", show_progress="hidden")
+        for found in (drawing, comparing, measuring):
             moved.then(*found.follow, api_visibility="private", **QUICK)
     for found in (drawing, comparing):
         for event in found.filled:

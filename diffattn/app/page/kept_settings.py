@@ -1,7 +1,7 @@
 """Settings that come back: after a reload from the browser, and from the record in a picture's file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def updates(worker: Worker, settings: Mapping[str, Any], files: Files) -> list[A
     """Updates of `Inputs.all()` of Generate that show these settings."""
     place = worker.models.place(settings["model"])
     names, own = suited_accelerations(place), own_method(place)
-    chosen = settings["acceleration"] if settings["acceleration"] in names else AUTOMATIC
+    chosen = settings["acceleration"] if settings["acceleration"] in names else names[0]
     shown = dict(settings) | {
         "acceleration": gr.Dropdown([(plain_name(name, own), name) for name in names], value=chosen),
         "recipe": _as_file(settings["recipe"], files),
@@ -40,32 +40,62 @@ def _as_file(recipe: Mapping[str, Any] | None, files: Files) -> str | None:
     return str(path)
 
 
-def wire_reload(page: gr.Blocks, worker: Worker, found: Inputs, files: Files, name: str) -> None:
-    """Keep a tab's settings in the browser while they change, and restore them when the page is opened again.
+def wire_reload(page: gr.Blocks, worker: Worker, found: Inputs, files: Files, name: str, several: bool) -> None:
+    """Keep the settings of Generate or Compare over a reload, see `keep_over_reload`.
 
-    The key to their encryption need not be secret: they are the visitor's own. They are checked like any input.
+    Args:
+        page, worker, found, files: of the page; the recipe, which is a file, is not kept.
+        name: of the tab.
+        several: it has a list of accelerations.
     """
-    stored = gr.BrowserState(None, storage_key=KEY + name, secret=KEY)
-    kept = [component for component in found.all() if component is not found.recipe]
     names = [setting for setting in SETTINGS if setting != "recipe"]
 
-    def restore(values: Any) -> list[Any]:
-        blank = [gr.skip()] * len(kept)
-        if not isinstance(values, list) or len(values) != len(names):
-            return blank
+    def shown(values: list[Any]) -> list[Any]:
         given = dict(zip(names, values, strict=True))
         given |= {number: given_or_own(given[number]) for number in NUMBERS}
-        try:
-            shown = updates(worker, checked_settings(given, worker.models, worker.limits), files)
-        except (ValueError, TypeError):
-            return blank
-        return [value for setting, value in zip(SETTINGS, shown, strict=True) if setting != "recipe"]
+        chosen = worker.limits.variants_of(given["acceleration"]) if several else given["acceleration"]
+        one = given | ({"acceleration": AUTOMATIC} if several else {})
+        usable = checked_settings(one, worker.models, worker.limits)
+        every = dict(zip(SETTINGS, updates(worker, usable, files), strict=True))
+        every |= {"acceleration": chosen} if several else {}
+        return [every[setting] for setting in names]
 
-    found.filled.append(page.load(restore, stored, kept, api_visibility="private", **QUICK))
+    kept = [getattr(found, setting) for setting in names]
+    found.filled.append(keep_over_reload(page, name, kept, shown))
+
+
+def keep_over_reload(
+    page: gr.Blocks, name: str, kept: Sequence[Any], shown: Callable[[list[Any]], Sequence[Any]]
+) -> Any:
+    """Keep the values of components in the browser while they change, and restore them when the page is opened again.
+
+    The key to their encryption need not be secret: they are the visitor's own.
+
+    Args:
+        name: of the tab.
+        kept: the components.
+        shown: checks values, which are untrusted, and gives the updates that show them; raises for bad ones, which are
+            then forgotten.
+
+    Returns:
+        The event after which they are shown.
+    """
+    stored = gr.BrowserState(None, storage_key=KEY + name, secret=KEY)
+    components: list[Any] = list(kept)
+
+    def restore(values: Any) -> Any:
+        try:
+            found = list(shown(values)) if isinstance(values, list) and len(values) == len(components) else []
+        except (ValueError, TypeError, IndexError):
+            found = []
+        found = found or [gr.skip()] * len(components)
+        return found if len(found) > 1 else found[0]
+
     gr.on(
-        [component.change for component in kept], None, kept, stored, js="(...values) => [values]",
+        [component.change for component in components], None, components, stored, js="(...values) => [values]",
         api_visibility="private", show_progress="hidden",
     )  # fmt: skip
+    return page.load(restore, stored, components, api_visibility="private", **QUICK)
 
 
 def wire_drop(worker: Worker, found: Inputs, files: Files, dropped: gr.File, stage: gr.HTML) -> None:

@@ -7,17 +7,16 @@ from typing import Any
 
 import gradio as gr
 
-from diffattn.app.jobs import AUTOMATIC, JobProgress, QualityRun, Stopped, Worker, accelerations
+from diffattn.app.jobs import AUTOMATIC, JobProgress, QualityRun, Stopped, Worker
 from diffattn.app.jobs.kept import MOST, keep, not_kept, runs_to_show
-from diffattn.app.jobs.limits import AGAINST, MIN_SAMPLES
 from diffattn.app.jobs.quality_run import read_runs, runs_as_csv, save_runs
 from diffattn.app.jobs.speed_quality import has_reference
-from diffattn.app.jobs.suited import plain_name
+from diffattn.app.page.asked import LISTED, OWN_PROMPTS, SHARED, Asked, asked, measurement_of, wire_prompts
 from diffattn.app.page.browser_runs import RunsShown, checked
 from diffattn.app.page.files import Files
 from diffattn.app.page.generate import stopper
 from diffattn.app.page.guard import visitor_of
-from diffattn.app.page.inputs import OWN, PROMPTS
+from diffattn.app.page.kept_settings import keep_over_reload
 from diffattn.app.page.own_runs import own_runs
 from diffattn.app.page.quality_charts import TIME, WORK, results
 from diffattn.app.page.shared import (
@@ -27,11 +26,10 @@ from diffattn.app.page.shared import (
     busy,
     columns,
     duration,
-    given_or_own,
+    in_words,
     note,
     progress_html,
     toast,
-    whole_numbers,
     with_toasts,
 )
 from diffattn.app.page.time_line import Estimate, keep_estimated
@@ -40,33 +38,14 @@ INTRO = (
     "N pictures of every acceleration, of the same prompts and seeds and drawn in turns, give the time of one picture "
     "and its distance (FID, KID) to a reference. FID grows as N falls: only compare figures with the same N."
 )
-NUMBERS = "Used at every noise level; one row each. Mediators: perfect squares that the model learned."
-
-
-@dataclass
-class _Inputs:
-    """Input components, in the order in which the endpoint takes them."""
-
-    models: gr.Dropdown
-    accelerations: gr.Dropdown
-    numbers: gr.Textbox
-    samples: gr.Slider
-    steps: gr.Slider
-    guidance: gr.Number
-    prompts: gr.Textbox
-    extractor: gr.Dropdown
-    against: gr.Radio
-    seed: gr.Number
-
-    def all(self) -> list[Any]:
-        return list(vars(self).values())
+TAB = "quality"
 
 
 @dataclass
 class _Parts:
     """What the handlers read and write."""
 
-    found: _Inputs
+    found: Asked
     go: gr.Button
     halt: gr.Button
     time: gr.HTML
@@ -113,8 +92,14 @@ class _Shelf:
         return visitor, gr.CheckboxGroup(every, value=visitor.ticked), *self.shown_now(visitor)
 
 
-def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState) -> None:
-    """Lay out the tab; the visitor's runs are also kept in the browser."""
+def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState, prompt: gr.Textbox) -> Asked:
+    """Lay out the tab; the visitor's runs are also kept in the browser.
+
+    Args:
+        page, worker, files: of the page.
+        stored_in_browser: the visitor's runs.
+        prompt: the one that the other tabs share.
+    """
     shelf = _Shelf(worker.stored_runs(), files)
     parts = _lay_out(worker, shelf.stored)
     done = _wire_measuring(worker, parts, shelf)
@@ -139,25 +124,46 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
         return _estimate(worker, given)
 
     keep_estimated(page, parts.time, estimate, parts.found.all(), done, api_name="estimate_measure")
+    wire_prompts(parts.found, prompt)
+    restored = _wire_reload(page, worker, parts.found)
+    restored.then(*parts.found.follow, **hidden)
+    return parts.found
+
+
+def _wire_reload(page: gr.Blocks, worker: Worker, found: Asked) -> Any:
+    """Keep the settings over a reload, see `keep_over_reload`."""
+
+    def shown(values: list[Any]) -> list[Any]:
+        *sent, which = values
+        measurement_of(worker, sent)
+        if which not in (OWN_PROMPTS, SHARED, LISTED):
+            raise ValueError(f"no such choice of prompts: {which!r}")
+        return values
+
+    return keep_over_reload(page, TAB, [*found.all(), found.which], shown)
 
 
 def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
+    labels = [run.title for run in stored]
     gr.Markdown(INTRO)
-    with columns() as (ask, result, _):
+    with columns() as (ask, result, rest):
+        found = asked(worker, ask, rest, bool(stored))
         with ask:
-            found = _inputs(worker, bool(stored))
-        with result:
             go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
             time = gr.HTML("", elem_id="measure-time")
+        with result:
             stage = gr.HTML(note("Earlier runs are below; yours appear beside them."), elem_id="measure-stage")
             halt = gr.Button("Stop", variant="stop", elem_id="stop-measure", elem_classes="diffattn-stop")
-    labels = [run.title for run in stored]
-    shown = gr.CheckboxGroup(labels, value=labels, label="Runs shown", elem_id="runs")
-    horizontal = gr.Radio([TIME, WORK], value=TIME, label="Horizontal axis")
-    figures = gr.HTML(results(stored, TIME), elem_id="results")
-    with gr.Row():
-        saved = gr.File(label="The runs shown, as JSON and CSV", file_count="multiple", interactive=False)
-        load = gr.File(label="Add runs from a JSON file", file_types=[".json"], file_count="single", type="filepath")
+            shown = gr.CheckboxGroup(labels, value=labels, label="Runs shown", elem_id="runs")
+            horizontal = gr.Radio([TIME, WORK], value=TIME, label="Horizontal axis")
+            figures = gr.HTML(results(stored, TIME), elem_id="results")
+    saved = gr.File(
+        label="The runs shown, as JSON and CSV", file_count="multiple", interactive=False, elem_id="saved-runs",
+        elem_classes="diffattn-filled",
+    )  # fmt: skip
+    load = gr.File(
+        label="Add runs from a JSON file", file_types=[".json"], file_count="single", type="filepath", height=120
+    )
     own = gr.State(RunsShown(labels, TIME))
     return _Parts(found, go, halt, time, stage, shown, horizontal, figures, saved, load, own)
 
@@ -168,15 +174,16 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
     @with_toasts(5)
     def run(
         request: gr.Request, models: list[str], accelerations: list[str], numbers: str, samples: float, steps: float,
-        guidance: float | None, prompts: str, extractor: str, against: str, seed: float, visitor: RunsShown,
-        labels: list[str], axis: str,
+        guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
+        seed: float = 0, visitor: RunsShown | None = None, labels: Sequence[str] = (), axis: str = TIME,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
-        asked, blank = _asked(worker, given), [gr.skip()] * 4
-        visitor.choose(labels, axis)
+        wanted, blank = measurement_of(worker, given), [gr.skip()] * 4
+        assert visitor is not None
+        visitor.choose(list(labels), axis)
         yield busy("Starting …"), *blank
         try:
-            for event in worker.measure(visitor_of(request), asked):
+            for event in worker.measure(visitor_of(request, TAB), wanted):
                 if isinstance(event, JobProgress):
                     yield progress_html(event), *blank
                 elif isinstance(event, QualityRun):
@@ -186,7 +193,7 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
 
     given, outputs = [*parts.found.all(), *parts.now], [parts.stage, *parts.outputs]
     done = parts.go.click(run, given, outputs, api_name="measure", **JOB)
-    parts.halt.click(stopper(worker), None, parts.stage, api_visibility="private", **QUICK)
+    parts.halt.click(stopper(worker, TAB), None, parts.stage, api_visibility="private", **QUICK)
     return done
 
 
@@ -225,60 +232,15 @@ def _summary(run: QualityRun) -> str:
     return f"Done: {run.title}.{black}"
 
 
-def _inputs(worker: Worker, has_prompts: bool) -> _Inputs:
-    names, limits = worker.models.names(), worker.limits
-    models = gr.Dropdown(
-        names, value=names[:1], label="Models", multiselect=True, allow_custom_value=worker.models.hub,
-        max_choices=limits.measured_models,
-    )  # fmt: skip
-    ways = gr.Dropdown(
-        [(plain_name(name), name) for name in accelerations()[2:]], value=["agent/balanced", "agent/fast"],
-        multiselect=True, label="Accelerations",
-        max_choices=limits.measured_variants, info="Beside exact attention, which is always measured.",
-    )  # fmt: skip
-    numbers = gr.Textbox("", label="Numbers of agents or mediators", placeholder="16, 64", info=NUMBERS, max_length=200)
-    with gr.Row():
-        samples = whole_numbers(MIN_SAMPLES, limits.samples, 16, label="N: pictures of each", min_width=160)
-        steps = whole_numbers(1, limits.steps, 20, label="Steps", min_width=160)
-    with gr.Accordion("More settings", open=False):
-        prompts = gr.Textbox(
-            "" if has_prompts else "\n".join(PROMPTS), label="Prompts", lines=3,
-            info="One per line, used in turn. Empty: the model's own (its classes, or those of its stored run).",
-        )  # fmt: skip
-        extractor = gr.Dropdown(
-            [AUTOMATIC, *worker.models.extractors()], value=AUTOMATIC, label="Features",
-            info="The network that looks at the pictures; automatic: the one made for the model's pictures.",
-        )  # fmt: skip
-        against = gr.Radio(
-            [("real pictures where stored", AGAINST[0]), ("its own exact pictures", AGAINST[1])], value=AGAINST[0],
-            label="Measured against", info="Exact pictures use other seeds: exact attention shows what chance does.",
-        )  # fmt: skip
-        with gr.Row():
-            guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=120)
-            seed = gr.Number(0, label="First seed", precision=0, minimum=0, min_width=120)
-    return _Inputs(models, ways, numbers, samples, steps, guidance, prompts, extractor, against, seed)
-
-
-def _asked(worker: Worker, given: Sequence[Any]) -> Any:
-    """The checked measurement for the values of `_Inputs.all()`."""
-    names = [name for name in _Inputs.__dataclass_fields__ if name != "models"]
-    values = dict(zip(names, given[1:], strict=True))
-    values["guidance"] = given_or_own(values["guidance"])
-    asked = worker.limits.measurement(given[0], **values)
-    for model in asked.models:
-        worker.models.source(model)
-    return asked
-
-
 def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
     try:
-        asked = _asked(worker, given)
-        seconds = worker.seconds_to_measure(asked)
-        references = sum(not has_reference(name, asked, worker.models) for name in asked.models)
+        wanted = measurement_of(worker, given)
+        seconds = worker.seconds_to_measure(wanted)
+        references = sum(not has_reference(name, wanted, worker.models) for name in wanted.models)
     except (ValueError, TypeError) as error:
-        return str(error), False
-    about = "known after a picture of each model" if seconds is None else f"about {duration(seconds)}"
-    limits, count = worker.limits, asked.samples * (asked.num_variants * len(asked.models) + references)
+        return in_words(error), False
+    about = "known after an exact picture of each model" if seconds is None else f"about {duration(seconds)}"
+    limits, count = worker.limits, wanted.samples * (wanted.num_variants * len(wanted.models) + references)
     line = f"Time: {about}, for {count} pictures. At most N = {limits.samples} and {limits.steps} steps."
     return line, seconds is not None
 

@@ -1,23 +1,28 @@
 """Speed against quality, as SVG in the colours of the page, and the table of the same figures."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from diffattn.app.jobs.choices import UNPATCHED
 from diffattn.app.jobs.quality_run import Line, QualityRun, comparable, why_apart
 from diffattn.app.jobs.suited import plain_name
-from diffattn.app.page.shared import UNCOUNTED, note, table
+from diffattn.app.page.scale import Scale
+from diffattn.app.page.shared import UNCOUNTED, cut, note, table
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 62, 14, 30, 44
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16", "#64748b")
 MARKS = ("M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0", "M-5-5h10v10h-10z", "M0-6L6 5H-6z", "M0-6L6 0L0 6L-6 0z")
 TIME, WORK = "seconds per picture", "GFLOPs per picture"
-HEAD = ("run", "acceleration", "s per picture (middle half)", "speed-up", "GFLOPs", "FID-N", "KID ± std",
-        "precision", "recall")  # fmt: skip
+HEAD = ("run", "acceleration", "s per picture (middle half)", "speed-up (95 % interval)", "GFLOPs", "FID-N ± std",
+        "KID ± std", "precision", "recall")  # fmt: skip
 BARS = (
-    "Bars: KID ± standard deviation over subsets of the pictures, and the middle half of the times. "
-    "FID is one figure of all N pictures and has no error bar. Grey: exact attention ± its standard deviation."
+    "Bars: the middle half of the times; KID ± its standard deviation over subsets of the pictures; FID ± what other "
+    "seeds may do to it (jackknife). Grey band: exact attention ± that; figures within it do not differ."
 )
+NO_BAND = "FID was measured without its spread here: small differences may be chance."
+LONGEST = 200  # characters of a line that says what a run is
+LABEL = 22  # characters of a point's name
+APART = 13  # pixels between the names of two points
 
 Bar = tuple[float, float, float]  # value, low, high
 
@@ -34,13 +39,16 @@ def results(runs: Sequence[QualityRun], horizontal: str) -> str:
         apart = ""
         if group is not groups[0]:
             apart = f" Not comparable with the runs above: {_in_words(group[0], groups[0][0])}."
-        parts.append(f"<h3>{escape(str(group[0].model))}: {escape(first.label)}</h3>")
-        parts.append(note(f"{p.steps} steps, guidance {p.guidance}, {p.sampler}, {p.dtype}; {group[0].where}.{apart}"))
+        how = f"{p.steps} steps, guidance {p.guidance}, {p.sampler}, {p.dtype}; {group[0].where}"
+        parts.append(f"<h3>{escape(cut(f'{group[0].model}: {first.label}', LONGEST))}</h3>")
+        parts.append(note(f"{cut(how, LONGEST)}.{apart}"))
         rows, skip = [_row(run, line) for run in group for line in run.lines], len(group) == 1
         parts += [note(said) for run in group if (said := verdict(run))]
         parts.append(_charts(group, horizontal) + _legend(group) + table(HEAD[skip:], [row[skip:] for row in rows]))
         if any(line.gflops is None for run in group for line in run.lines):
             parts.append(note(UNCOUNTED))
+        if any("fid_std" not in run.lines[0].quality.scores for run in group):
+            parts.append(note(NO_BAND))
     return f'<div class="diffattn-results">{"".join(parts)}</div>'
 
 
@@ -59,9 +67,11 @@ def _row(run: QualityRun, line: Line) -> tuple[str, ...]:
     def share(name: str) -> str:
         return f"{scores[name]:.2f}" if name in scores else "–"
 
+    span = f" ({line.span[0]:.2f}–{line.span[1]:.2f})" if line.span else ""
+    chance = f" ± {scores['fid_std']:.2f}" if "fid_std" in scores else ""
     return (
-        run.title, line.acceleration, f"{s.median:.2f} ({s.q25:.2f}–{s.q75:.2f})", f"{line.speedup:.2f}×",
-        "–" if line.gflops is None else f"{line.gflops:.3g}", f"{scores['fid']:.2f}",
+        run.title, name_of(line), f"{s.median:.2f} ({s.q25:.2f}–{s.q75:.2f})", f"{line.speedup:.2f}×{span}",
+        "–" if line.gflops is None else f"{line.gflops:.3g}", f"{scores['fid']:.2f}{chance}",
         f"{scores['kid']:.3f} ± {scores['kid_std']:.3f}", share("precision"), share("recall"),
     )  # fmt: skip
 
@@ -70,14 +80,14 @@ def _charts(group: Sequence[QualityRun], horizontal: str) -> str:
     count = group[0].lines[0].quality.protocol.num_pictures
 
     def fid(line: Line) -> Bar:
-        value = line.quality.scores["fid"]
-        return value, value, value
+        value, std = line.quality.scores["fid"], line.quality.scores.get("fid_std", 0.0)
+        return value, value - std, value + std
 
     def kid(line: Line) -> Bar:
         mean, std = line.quality.scores["kid"], line.quality.scores["kid_std"]
         return mean, mean - std, mean + std
 
-    panels = [_panel(group, horizontal, f"FID-{count}", fid), _panel(group, horizontal, "KID ± std", kid)]
+    panels = [_panel(group, horizontal, f"FID-{count} ± std", fid), _panel(group, horizontal, "KID ± std", kid)]
     return f'<div class="diffattn-panels">{"".join(panels)}</div>'
 
 
@@ -89,24 +99,23 @@ def _panel(group: Sequence[QualityRun], horizontal: str, vertical: str, value: C
                 points.append((i, run, line, x, value(line)))
     if not points:
         return ""
-    across = _Scale([v for *_, x, _ in points for v in x] + [0.0], LEFT, WIDTH - RIGHT)
-    upward = _Scale([v for *_, y in points for v in y] + [0.0], HEIGHT - BOTTOM, TOP)  # from 0: no noise is magnified
+    across = Scale([v for *_, x, _ in points for v in x] + [0.0], LEFT, WIDTH - RIGHT)
+    upward = Scale([v for *_, y in points for v in y] + [0.0], HEIGHT - BOTTOM, TOP)  # from 0: no noise is magnified
     colours = _colours(group)
     body = "".join(
-        _point(
-            across, upward, x, y, colours[line.acceleration], MARKS[i % len(MARKS)], f"{run.title}: {line.acceleration}"
-        )
+        _point(across, upward, x, y, colours[line.acceleration], MARKS[i % len(MARKS)], f"{run.title}: {name_of(line)}")
         for i, run, line, x, y in points
     )
+    names = _names([(across(x[0]), upward(y[0]), name_of(line)) for _, _, line, x, y in points])
     label = f"{vertical} against {horizontal}, lower is better on both axes"
     return (
         f'<svg class="diffattn-chart diffattn-panel" role="img" aria-label="{escape(label)}" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg" font-size="12" fill="currentColor">'
-        f"{_axes(across, upward, horizontal, vertical)}{_noise(points, upward)}{body}</svg>"
+        f"{_axes(across, upward, horizontal, vertical)}{_noise(points, upward)}{body}{names}</svg>"
     )
 
 
-def _noise(points: Sequence[tuple[int, QualityRun, Line, Bar, Bar]], upward: "_Scale") -> str:
+def _noise(points: Sequence[tuple[int, QualityRun, Line, Bar, Bar]], upward: Scale) -> str:
     """A band over what chance may do to exact attention: figures within it do not differ from it."""
     bands = [y for _, run, line, _, y in points if line is run.lines[0] and y[1] < y[2]]
     return "".join(
@@ -117,16 +126,67 @@ def _noise(points: Sequence[tuple[int, QualityRun, Line, Bar, Bar]], upward: "_S
     )
 
 
+def _names(points: Sequence[tuple[float, float, str]]) -> str:
+    """The names of points (x, y, name) beside them, moved up or down where they would overlap."""
+    found, taken = list[str](), list[tuple[float, float]]()
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        left = x > (LEFT + WIDTH - RIGHT) / 2
+        level = min(_free_levels(y, taken), key=lambda free: abs(free - y))
+        taken.append((level, level + APART))
+        at = x - 9 if left else x + 9
+        if abs(level - y) > APART / 2:
+            found.append(
+                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{at:.1f}" y2="{level:.1f}" stroke="currentColor" '
+                'stroke-opacity="0.4"/>'
+            )
+        anchor = "end" if left else "start"
+        found.append(
+            f'<text x="{at:.1f}" y="{level + 4:.1f}" text-anchor="{anchor}" font-size="11">{escape(cut(name, LABEL))}'
+            "</text>"
+        )
+    return "".join(found)
+
+
+def _free_levels(y: float, taken: Sequence[tuple[float, float]]) -> list[float]:
+    """Heights near y at which a name overlaps none of those taken, within the chart."""
+    levels = [y + APART * k for k in range(-len(taken) - 1, len(taken) + 2)]
+    levels += [end for _, end in taken] + [begin - APART for begin, _ in taken]
+    free = [v for v in levels if all(v >= end or v + APART <= begin for begin, end in taken)]
+    within = [v for v in free if TOP <= v <= HEIGHT - BOTTOM]
+    return within or free
+
+
+def name_of(line: Line) -> str:
+    """A way to draw in plain words."""
+    return "Exact" if line.acceleration == UNPATCHED else plain_name(line.acceleration)
+
+
 def verdict(run: QualityRun) -> str:
     """One sentence about a run: how much faster, and whether quality moved by more than chance."""
-    exact, found = run.lines[0], []
-    scores, std = exact.quality.scores, exact.quality.scores["kid_std"]
-    for line in run.lines[1:]:
-        moved = line.quality.scores["kid"] - scores["kid"]
-        worse = "worse" if moved > 0 else "better"
-        kid = "KID as exact's, within chance" if abs(moved) <= std else f"KID {worse} by {abs(moved):.3f}"
-        found.append(f"{plain_name(line.acceleration)} {line.speedup:.2f}× as fast, {kid}")
+    exact = run.lines[0].quality.scores
+    found = [f"{name_of(line)} {_faster(line)}, {_moved(line, exact)}" for line in run.lines[1:]]
     return f"Against exact attention: {'; '.join(found)}." if found else ""
+
+
+def _faster(line: Line) -> str:
+    if line.span and line.span[0] <= 1 <= line.span[1]:
+        return f"shows no difference in speed ({line.span[0]:.2f}–{line.span[1]:.2f}×)"
+    return f"{line.speedup:.2f}× as fast"
+
+
+def _moved(line: Line, exact: Mapping[str, float]) -> str:
+    """What became of FID and KID; differences within a standard deviation of exact attention are chance."""
+    within, beyond = [], []
+    for score in ("fid", "kid"):
+        if f"{score}_std" not in exact:
+            continue
+        by, name = line.quality.scores[score] - exact[score], score.upper()
+        if abs(by) <= exact[f"{score}_std"]:
+            within.append(name)
+        else:
+            beyond.append(f"{name} {'worse' if by > 0 else 'better'} by {abs(by):.3g}")
+    same = [f"{' and '.join(within)} as exact's, within chance"] if within else []
+    return ", ".join(beyond + same)
 
 
 def _across(line: Line, horizontal: str) -> Bar | None:
@@ -135,27 +195,7 @@ def _across(line: Line, horizontal: str) -> Bar | None:
     return None if line.gflops is None else (line.gflops, line.gflops, line.gflops)
 
 
-class _Scale:
-    """Maps values to positions on an axis, with ticks at round values."""
-
-    def __init__(self, values: Sequence[float], begin: float, end: float) -> None:
-        low, high = min(values), max(values)
-        room = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-        self.low, self.high, self.begin, self.end = low - room if low else 0.0, high + room, begin, end
-
-    def __call__(self, value: float) -> float:
-        return self.begin + (self.end - self.begin) * (value - self.low) / (self.high - self.low)
-
-    def ticks(self) -> list[float]:
-        """Multiples of 1, 2 or 5 times a power of ten, six at most."""
-        least = (self.high - self.low) / 6
-        power = 10.0 ** math.floor(math.log10(least))
-        step = next(power * k for k in (1, 2, 5, 10) if power * k >= least)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        return [k * step for k in range(first, last + 1)]
-
-
-def _axes(across: _Scale, upward: _Scale, horizontal: str, vertical: str) -> str:
+def _axes(across: Scale, upward: Scale, horizontal: str, vertical: str) -> str:
     parts = [f'<text x="{LEFT}" y="16" font-weight="600">{escape(vertical)} (lower is better)</text>']
     for tick in upward.ticks():
         y = upward(tick)
@@ -168,7 +208,7 @@ def _axes(across: _Scale, upward: _Scale, horizontal: str, vertical: str) -> str
     return "".join(parts)
 
 
-def _point(across: _Scale, upward: _Scale, x: Bar, y: Bar, colour: str, mark: str, what: str) -> str:
+def _point(across: Scale, upward: Scale, x: Bar, y: Bar, colour: str, mark: str, what: str) -> str:
     left, mid, right = across(x[1]), across(x[0]), across(x[2])
     low, middle, high = upward(y[1]), upward(y[0]), upward(y[2])
     bars = (
@@ -186,7 +226,8 @@ def _colours(group: Sequence[QualityRun]) -> dict[str, str]:
 
 def _legend(group: Sequence[QualityRun]) -> str:
     """Colours are accelerations, shapes are runs."""
-    items = [(MARKS[0], colour, name) for name, colour in _colours(group).items()]
+    words = {line.acceleration: name_of(line) for run in group for line in run.lines}
+    items = [(MARKS[0], colour, words[name]) for name, colour in _colours(group).items()]
     if len(group) > 1:
         items += [(MARKS[i % len(MARKS)], "currentColor", run.title) for i, run in enumerate(group)]
     chips = "".join(

@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import wraps
@@ -14,6 +15,7 @@ import torch
 
 from diffattn.app.jobs import JobProgress, NotFinite
 from diffattn.app.jobs.compare import MAX_COUNTED_TOKENS
+from diffattn.app.jobs.discretion import without_words
 
 log = logging.getLogger("diffattn.app.page")
 
@@ -30,7 +32,15 @@ QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 TOLD: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
 """Arguments of quick events that may fail: outside its queue Gradio shows no toasts."""
 
+OWN = "the model's own"
+PROMPTS = ("T-Rex", "green heart", "tent", "footprints", "man vampire")
+"""Examples for models that draw from text."""
+
 BUG = "Something went wrong"
+MESSAGE, WORD = 600, 80  # characters of a message, and of a word or a value in it
+
+_LONG = re.compile(rf"(?<!\S)(['\"])(?:(?!\1).){{{WORD},}}\1|\S{{{WORD + 1},}}", re.DOTALL)
+"""A quoted value, or a word, that is longer."""
 
 UNCOUNTED = (
     f"GFLOPs are counted up to {MAX_COUNTED_TOKENS:,} latent pixels, and not for schedules by the change of the "
@@ -65,23 +75,29 @@ def with_toasts(outputs: int) -> Callable[[Callable[..., Generator[tuple[Any, ..
 
 
 def toast(error: Exception) -> gr.Error:
-    """The toast for an error; one that is not about the input also goes to the log, with its traceback.
+    """The toast for an error; the stack of one that is not about the input also goes to the log.
 
     A ValueError or TypeError counts as being about the input. One raised while a pipeline draws may still be a
     bug, so `Watch` logs it too.
     """
     title, message = _words(error)
     if title == BUG:
-        log.error("a job failed", exc_info=error)
+        log.error("a job failed\n%s", without_words(error))
     return gr.Error(escape(message, quote=False), title=title, print_exception=False)
+
+
+def in_words(error: Exception) -> str:
+    """The message of an error about the input, with long values cut."""
+    message = str(error.message if isinstance(error, gr.Error) else error)
+    return cut(_LONG.sub(lambda value: cut(value[0], WORD), message), MESSAGE)
 
 
 def _words(error: Exception) -> tuple[str, str]:
     """Title and message."""
     if isinstance(error, NotFinite):
         return "The model failed", str(error)
-    if isinstance(error, ValueError | TypeError):
-        return "Please change this", str(error)
+    if isinstance(error, ValueError | TypeError | gr.Error):  # the last of a component that refuses its value
+        return "Please change this", in_words(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "Not enough memory", "choose a smaller size or fewer pictures."
     return BUG, "the job failed; see the server's log for the reason. Other settings may work."
@@ -145,7 +161,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An HTML table that scrolls sideways on its own."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="diffattn-table"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    focusable = 'tabindex="0" role="group" aria-label="Table"'  # so that the keyboard can scroll it
+    inside = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="diffattn-table" {focusable}>{inside}</div>'
+
+
+def cut(text: str, most: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def left_out(unread: str) -> str:
+    """What is said about the end of a prompt that the model does not read; empty if it reads all."""
+    if not unread:
+        return ""
+    return f" The prompt was cut, since the model reads no more tokens; left out: “{cut(unread, WORD)}”."
 
 
 def duration(seconds: float) -> str:

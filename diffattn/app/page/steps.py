@@ -5,7 +5,8 @@ from typing import Any
 
 import gradio as gr
 
-from diffattn.app.jobs import RunTrace
+from diffattn.app.jobs import RunTrace, Worker
+from diffattn.app.jobs.suited import plain_name
 from diffattn.app.page.charts import steps_chart
 from diffattn.app.page.shared import QUICK, note
 
@@ -15,10 +16,11 @@ GENERATED, COMPARED = "Generate", "Compare: "
 Trace = Mapping[str, Any]
 
 
-def tab(latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
+def tab(worker: Worker, latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
     """Lay out the tab; it is redrawn after the events `drawn` and `compared`.
 
     Args:
+        worker: for the run that is stored with the models, which is shown until a visitor has drawn.
         latest: trace of the latest run under Generate.
         traces: name -> trace of the variants of the latest comparison.
     """
@@ -26,21 +28,22 @@ def tab(latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
         "How many agents or mediators every step ran with, how much the latents still changed, and which layers ran "
         "accelerated, in the last picture of your latest run. Point at a box for its step and layer."
     )
+    nothing_yet = _nothing_yet(worker.stored_steps())
     # Custom values are allowed because API clients trigger no chained events, so the server knows no choices for them.
     which = gr.Dropdown([GENERATED], value=GENERATED, label="Run", allow_custom_value=True)
-    chart = gr.HTML(note(EMPTY), elem_id="steps-chart")
+    chart = gr.HTML(nothing_yet, elem_id="steps-chart")
     with gr.Accordion("As JSON", open=False):
         data = gr.JSON(None, label="Per step")
 
     def time_steps(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[str, Trace | None]:
         trace = latest if run == GENERATED else traces.get(run.removeprefix(COMPARED))
         if trace is None:
-            return note(EMPTY), None
-        return f'<div class="diffattn-scroll">{steps_chart(RunTrace.from_dict(trace))}</div>', trace
+            return nothing_yet, None
+        return _scrolling(steps_chart(RunTrace.from_dict(trace))), trace
 
     def after_comparison(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
-        names = [GENERATED, *(COMPARED + name for name in traces)]
-        run = names[2] if len(names) > 2 else GENERATED  # the first is the exact one
+        names = [(GENERATED, GENERATED), *((COMPARED + plain_name(name), COMPARED + name) for name in traces)]
+        run = names[2][1] if len(names) > 2 else GENERATED  # the first is the exact one
         return gr.Dropdown(names, value=run), *time_steps(run, latest, traces)
 
     def after_drawing(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
@@ -50,3 +53,14 @@ def tab(latest: gr.State, traces: gr.State, drawn: Any, compared: Any) -> None:
     drawn.then(after_drawing, [latest, traces], shown, api_visibility="private", **QUICK)
     compared.then(after_comparison, [latest, traces], shown, api_visibility="private", **QUICK)
     which.input(time_steps, [which, latest, traces], [chart, data], api_name="time_steps", **QUICK)
+
+
+def _nothing_yet(stored: RunTrace | None) -> str:
+    """What is shown before a visitor has drawn: the stored run, if there is one."""
+    if stored is None:
+        return note(EMPTY)
+    return note(f"Measured before: {stored.title}. {EMPTY}") + _scrolling(steps_chart(stored))
+
+
+def _scrolling(chart: str) -> str:
+    return f'<div class="diffattn-scroll" tabindex="0" role="group" aria-label="Steps">{chart}</div>'

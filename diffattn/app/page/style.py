@@ -13,10 +13,14 @@ THEME = gr.themes.Soft(
     body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
     button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
     button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_800",
+    checkbox_label_background_fill_selected="*primary_700", checkbox_label_background_fill_selected_dark="*primary_700",
+    checkbox_label_border_color_selected="*primary_700", checkbox_label_border_color_selected_dark="*primary_700",
     link_text_color="*primary_700", link_text_color_dark="*primary_300",
 )  # fmt: skip
 
 CSS = """
+body:not(.dark) { --color-accent: var(--primary-700); }
+.gradio-container .cm-line span, .gradio-container .json-node span { color: inherit !important; }
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 .diffattn-split { display: grid !important; grid-template: "ask result" auto "rest result" 1fr / minmax(0, 2fr)
   minmax(0, 3fr); gap: 1rem !important; align-items: start; }
@@ -32,6 +36,7 @@ CSS = """
 .diffattn-result:not(:has(.diffattn-busy)) .diffattn-stop { display: none !important; }
 .diffattn-result:has(#gallery img, .diffattn-preview) #first { display: none !important; }
 .diffattn-result:has(#first):not(:has(#gallery img)) #gallery { display: none !important; }
+.diffattn-filled:not(:has(.file-preview)) { display: none !important; }
 .diffattn-result:not(:has(#gallery img)) .diffattn-after { display: none !important; }
 #gallery .grid-container:not(:has(> :nth-child(2))) { grid-template-columns: minmax(0, 1fr) !important; }
 [data-testid=status-tracker]:has(.error) { display: none !important; }
@@ -98,11 +103,17 @@ function diffattnFold() {
   }
 }
 function diffattnSwitch(to, values) {
-  const left = diffattnTab, drawing = values.slice(0, 3), comparing = values.slice(3);
+  const left = diffattnTab, [models, prompts, first, which] = values.slice(6);
+  let [prompt, model, seed] = left === "compare" ? values.slice(3, 6) : values.slice(0, 3);
   diffattnTab = to;
   setTimeout(diffattnFold, 0);
-  if (left === "generate") return [...drawing, ...drawing];
-  return left === "compare" ? [...comparing, ...comparing] : values;
+  if (left === "quality") {
+    model = models.includes(model) || !models.length ? model : models[0];
+    seed = first;
+  }
+  const measured = models.includes(model) || !model ? models : [model];
+  const shared = [prompt, model, seed];
+  return [...shared, ...shared, measured, which === "shared" ? prompt : prompts, seed, which];
 }
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;

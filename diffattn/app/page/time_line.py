@@ -8,7 +8,7 @@ import gradio as gr
 
 from diffattn.app.jobs import Worker
 from diffattn.app.page.inputs import Inputs
-from diffattn.app.page.shared import QUICK, duration, given_or_own, line
+from diffattn.app.page.shared import QUICK, duration, given_or_own, in_words, line
 from diffattn.app.page.sizes import small_gain
 
 REPEAT_SECONDS = 5
@@ -85,8 +85,8 @@ def time_of_drawing(
         else:
             seconds = worker.seconds_to_compare(request, beside)
     except (ValueError, TypeError) as error:
-        return str(error), False
-    about = "known after the first picture of this size" if seconds is None else f"about {duration(seconds)}"
+        return in_words(error), False
+    about = "known after the first run of this kind and size" if seconds is None else f"about {duration(seconds)}"
     count = "" if beside is None else f", for {request.num_images * (1 + len(beside))} pictures"
     own = worker.models.describe(model).size or (0, 0)
     advice = small_gain(worker, model, request.width or own[0], request.height or own[1])

@@ -308,8 +308,10 @@ def test_a_failed_job_leaves_the_model_clean(worker: Worker, caplog: pytest.LogC
     assert pipe.vae.decode == decode
     assert web.traces_of_patching(pipe) == before
     (said,) = caplog.records  # it may be a bug
-    assert said.message == "drawing failed"
-    assert said.exc_info is not None
+    assert said.message.startswith("drawing failed\n")
+    assert said.message.endswith("TypeError")
+    assert "in decode" in said.message or "self.vae.decode(" in said.message
+    assert said.exc_info is None  # its message may quote the visitor
     with pytest.raises(ValueError, match="multiple of 8"):
         list(worker.generate("a", web.ask(worker, width=33)))
     assert web.traces_of_patching(pipe) == before

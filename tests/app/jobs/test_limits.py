@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 from support import web
+from support.tiny_dit import tiny_dit
 
-from diffattn.app.jobs import Drawn, Limits, Measurement, Models, Worker
+from diffattn.app.jobs import Drawn, JobProgress, Limits, Measurement, Models, Worker
 from diffattn.app.jobs.pace import Pace
 from diffattn.app.jobs.quality_run import REFERENCE_FILE
 from diffattn.app.jobs.speed_quality import extractor_for
+from diffattn.app.jobs.suited import suited_to_all
 from diffattn.drawing.request import UNPATCHED, Request
 from diffattn.metrics.extractors import load_extractor
 from diffattn.metrics.reference import Reference
+from diffattn.sampling import SiTPipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
 
@@ -154,6 +157,57 @@ def test_the_pace_is_that_of_the_way_and_the_size_and_exact_until_the_way_is_kno
     assert pace.seconds(replace(exact, model="other"), 256, 256) is None
 
 
+def drawn(pace: Pace, side: int, power: float, cold: float = 1.0) -> float:
+    """Teach a picture of 20 steps; the time of a step grows with this power of the pixels, the VAE's with the pixels.
+
+    Returns:
+        Its seconds without the `cold` ones of the first call, which waits for the text encoder.
+    """
+    pixels = (side / 256) ** 2
+    step, fixed = 0.25 * pixels**power, 0.4 * pixels
+    request = Request("m", "", method=UNPATCHED, steps=20, width=side, height=side)
+    pace.learn(request, cold + 20 * step + fixed, [cold + step, *[step] * 19])
+    return 20 * step + fixed
+
+
+@pytest.mark.parametrize("power", [1.0, 1.3, 1.9])
+@pytest.mark.parametrize(("known", "asked"), [((256, 512), 384), ((256, 384), 512), ((384, 512), 256)])
+def test_a_size_that_was_not_drawn_is_scaled_by_the_growth_between_two_that_were(
+    power: float, known: tuple[int, int], asked: int
+) -> None:
+    pace, exact = Pace(), Request("m", "", method=UNPATCHED, steps=20)
+    for side in known:
+        drawn(pace, side, power)
+    expected = drawn(Pace(), asked, power)
+    assert pace.seconds(exact, asked, asked) == pytest.approx(expected, rel=0.3)
+    for far in (32, 4096):
+        assert pace.seconds(exact, far, far) is None  # nothing is promised so far from what was drawn
+
+
+def test_without_a_cold_start_the_law_comes_back() -> None:
+    pace, exact = Pace(), Request("m", "", method=UNPATCHED, steps=20)
+    for side in (256, 512):
+        drawn(pace, side, 1.3, cold=0.0)
+    for side, steps in ((384, 20), (640, 20), (512, 50)):
+        step = 0.25 * (side / 256) ** 2.6
+        found = pace.seconds(replace(exact, steps=steps), side, side)
+        assert found == pytest.approx(steps * step + 0.4 * (side / 256) ** 2)
+
+
+def test_of_two_runs_the_faster_counts_and_of_three_the_middle() -> None:
+    pace, exact = Pace(), Request("m", "", method=UNPATCHED, steps=10, width=256, height=256)
+    for seconds, expected in ((6.0, 6.0), (2.0, 2.0), (2.2, 2.2), (2.1, 2.1), (9.0, 2.2)):
+        pace.learn(exact, seconds, [seconds / 10] * 10)
+        assert pace.seconds(exact, 256, 256) == pytest.approx(expected)
+
+
+def test_a_recipe_has_a_pace_whatever_method_it_names() -> None:
+    pace, recipe = Pace(), {"method": "agent", "options": {"num_agents": 4}}
+    asked = Request("m", "", recipe=recipe, steps=10, width=256, height=256)
+    pace.learn(replace(asked, method="agent"), 3.0, [0.3] * 10)  # as `prepare` fills it in
+    assert pace.seconds(asked, 256, 256) == pytest.approx(3)
+
+
 def test_two_steps_of_a_warm_up_teach_nothing(folder: Path) -> None:
     worker = web.tiny_worker(folder)
     worker.warm_up("one")
@@ -175,18 +229,57 @@ def test_accelerations_are_checked_for_every_model_before_one_is_measured(folder
     asked = worker.limits.measurement(
         ["one", "sit"], accelerations=["agent/fast"], samples=8, steps=2, prompts="1", extractor="cifar-classifier"
     )
-    with pytest.raises(ValueError, match=r"'agent/fast' does not work for model 'sit'; choose from: mediator/"):
+    with pytest.raises(ValueError, match=r"'agent/fast' does not work for model 'sit'; choose from: automatic, none,"):
         list(worker.measure("a", asked))
     assert worker._loaded is None
-    with pytest.raises(ValueError, match="'mediator/fast' does not work for model 'one'"):
-        list(worker.compare("a", web.ask(worker), ["mediator/fast"]))
+    for job in (
+        lambda: worker.compare("a", web.ask(worker), ["mediator/fast"]),
+        lambda: worker.generate("a", web.ask(worker, acceleration="mediator/fast")),
+    ):
+        with pytest.raises(ValueError, match="'mediator/fast' does not work for model 'one'"):
+            list(job())
     assert worker._loaded is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"numbers": "5"}, "perfect square"),  # right for the first model, which has agents
+        ({"prompts": "a cat"}, "unknown class name 'a cat'"),
+        ({"guidance": 9.0}, "guidance"),
+    ],
+    ids=str,
+)
+def test_what_one_model_cannot_draw_is_told_before_the_other_is_measured(
+    folder: Path, tmp_path: Path, bad: dict[str, Any], says: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "models")
+    unguided = SiTPipeline(tiny_dit(in_channels=3, null_class=False), FlowMatchEulerDiscreteScheduler(shift=1))
+    unguided.save_pretrained(tmp_path / "models" / "sit")
+    worker = web.tiny_worker(tmp_path / "models")
+    given: dict[str, Any] = {"accelerations": ["automatic"], "samples": 8, "steps": 1, "prompts": "1"} | bad
+    asked = worker.limits.measurement(["one", "sit"], extractor="cifar-classifier", **given)
+    events = []
+    with pytest.raises(ValueError, match=says):
+        events.extend(worker.measure("a", asked))
+    assert not any(event.step for event in events if isinstance(event, JobProgress))
+
+
+def test_automatic_is_another_method_in_each_model(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "models")
+    web.save_sits(tmp_path / "models", "sit")
+    worker = web.tiny_worker(tmp_path / "models")
+    assert suited_to_all(worker.models.place(name) for name in ("one", "sit")) == ["automatic", "none"]
+    found: Any = list(worker.compare("a", web.ask(worker, model="sit", prompt="1"), ["automatic"]))[-1]
+    assert found.variants[1].name == "automatic"
+    assert found.variants[1].report.method == "mediator"
 
 
 def test_the_pace_is_that_of_steps_whatever_calls_they_take(folder: Path) -> None:
     worker = web.tiny_worker(folder)
     list(worker.generate("a", web.ask(worker)))
     pipe = web.loaded(worker)
+    worker._pace = Pace()
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     drawn: Any = list(worker.generate("a", web.ask(worker, steps=6)))[-1]
     assert len(drawn.trace.seconds) == 11
@@ -204,7 +297,8 @@ def test_a_stored_reference_shortens_the_estimate_only_where_it_is_used(folder: 
         assert all_of_it is not None
         return all_of_it / one
 
-    assert pictures() == pytest.approx(16)
-    assert pictures(extractor="automatic") == pytest.approx(16)
-    assert pictures(extractor="cifar-classifier") == pytest.approx(24)
-    assert pictures(against="exact") == pytest.approx(24)
+    warm = 2  # pictures of one step, one for each way
+    assert pictures() == pytest.approx(16 + warm)
+    assert pictures(extractor="automatic") == pytest.approx(16 + warm)
+    assert pictures(extractor="cifar-classifier") == pytest.approx(24 + warm)
+    assert pictures(against="exact") == pytest.approx(24 + warm)

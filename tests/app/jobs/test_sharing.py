@@ -43,6 +43,18 @@ def test_stop_stops_one_page_of_a_browser() -> None:
     assert (one.is_set(), two.is_set()) == (True, False)
 
 
+def test_stop_stops_one_tab_of_a_page() -> None:
+    stops = Stops(4)
+    tabs = {tab: stops.add(Visitor("page", "browser", "address", tab)) for tab in ("generate", "compare", "quality")}
+    assert stops.stop("page", "compare")
+    assert [name for name, stop in tabs.items() if stop.is_set()] == ["compare"]
+    assert not stops.stop("another page", "generate")
+    assert stops.has_jobs("page", "generate")
+    assert not stops.has_jobs("page", "steps")
+    assert stops.stop("page")  # whatever runs
+    assert all(stop.is_set() for stop in tabs.values())
+
+
 @pytest.mark.parametrize("made_up", [False, True])
 def test_many_jobs_of_one_do_not_hold_up_the_one_of_another(made_up: bool) -> None:
     turns, order, go_on = Turns(), list[str](), threading.Event()

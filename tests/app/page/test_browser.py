@@ -11,20 +11,21 @@ from support import web
 web.need_gradio()
 web.need_chromium()
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 from support.browsing import (
     PATIENCE,
+    Site,
     choose,
-    chromium,
     go_to,
     open_settings,
     says,
     set_number,
     set_steps,
+    site_of,
     start_a_long_job,
     tab_of,
     visitors,
-)  # fmt: skip
+)
 
 from diffattn.app.jobs import Worker
 from diffattn.app.page import launch
@@ -33,31 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # s
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    models = web.save_models(tmp_path_factory.mktemp("browser") / "models")
-    worker = web.tiny_worker(models, steps=900, images=50, calls=10**6)  # jobs long enough to be stopped
-    with web.served(worker) as found:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site_of(web.save_models(tmp_path_factory.mktemp("browser") / "models")) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture
-def visit(browser: Browser, address: str) -> Iterator[Any]:
-    """Opens the page as another visitor, with the tiny model chosen."""
-    with visitors(browser, address) as opened:
-
-        def visitor(**view: Any) -> Page:
-            page = opened(**view)
-            choose(page, "Model", "one")
-            set_steps(page, 3)
-            return page
-
-        yield visitor
 
 
 def test_ctrl_enter_generates_and_the_steps_are_shown(visit: Any) -> None:
@@ -171,15 +150,15 @@ def test_settings_that_are_looked_at_but_left_empty_are_the_models_own(visit: An
 def test_the_time_is_told_once_the_model_has_drawn(visit: Any) -> None:
     page = visit()
     choose(page, "Model", "group/two")
-    expect(tab_of(page)).to_contain_text("Time: known after the first picture of this size", timeout=PATIENCE)
+    expect(tab_of(page)).to_contain_text("Time: known after the first run of this kind and size", timeout=PATIENCE)
     page.click("#generate")
     expect(tab_of(page)).to_contain_text("Time: about", timeout=PATIENCE)
 
 
-def test_the_first_picture_of_the_embedded_model_comes_with_one_click(browser: Browser) -> None:
+def test_the_first_picture_of_the_embedded_model_comes_with_one_click(site: Site) -> None:
     page_of_all, address = launch(Worker(device="cpu"), wait=False)
     try:
-        with visitors(browser, address) as opened:
+        with visitors(site.browser, address) as opened:
             page = opened()
             says(page, "#generate", "Generate")
             page.click("#generate")
@@ -217,11 +196,11 @@ def brightness(page: Page, colour: str) -> float:
     return (red + green + blue) / 3
 
 
-def test_nothing_is_fetched_from_elsewhere(browser: Browser, address: str) -> None:
-    context, asked = browser.new_context(), []
+def test_nothing_is_fetched_from_elsewhere(site: Site) -> None:
+    context, asked = site.browser.new_context(), []
     page = context.new_page()
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(address)
+    page.goto(site.address)
     page.wait_for_selector("#generate", timeout=PATIENCE)
     context.close()
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert [url for url in asked if not url.startswith((site.address, "data:", "blob:"))] == []

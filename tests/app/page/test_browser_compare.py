@@ -12,25 +12,26 @@ web.need_gradio()
 web.need_chromium()
 
 from playwright.sync_api import Page, expect
-from support.browsing import PATIENCE, choose, chromium, go_to, says, set_number, set_steps, start_a_long_job, visitors
+from support.browsing import (
+    PATIENCE,
+    Site,
+    choose,
+    go_to,
+    says,
+    set_number,
+    set_steps,
+    site_of,
+    start_a_long_job,
+)
 
 Visit = Callable[[], Page]
 
 
 @pytest.fixture(scope="module")
-def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
-    """Opens the page as another visitor, to compare with a tiny model."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     models = web.save_models(tmp_path_factory.mktemp("browser") / "models", side=64)
-    worker = web.tiny_worker(models, steps=900, images=50, calls=10**6)  # jobs long enough to be stopped
-    with web.served(worker) as address, chromium() as browser, visitors(browser, address) as opened:
-
-        def visitor() -> Page:
-            page = opened("Compare")
-            choose(page, "Model", "one")
-            set_steps(page, 2)
-            return page
-
-        yield visitor
+    with site_of(models, {"tab": "Compare", "steps": 2}) as found:
+        yield found
 
 
 def test_a_slider_figures_and_the_steps_of_every_variant(visit: Visit) -> None:
@@ -44,7 +45,7 @@ def test_a_slider_figures_and_the_steps_of_every_variant(visit: Visit) -> None:
     expect(page.locator("#slider img").last).not_to_have_attribute("src", first or "", timeout=PATIENCE)
     go_to(page, "Time steps")
     expect(page.locator("#steps-chart svg")).to_have_attribute("aria-label", "What the steps of agent/balanced did")
-    choose(page, "Run", "Compare: none")
+    choose(page, "Run", "Compare: Exact (no acceleration)")
     expect(page.locator("#steps-chart svg")).to_have_attribute("aria-label", "What the steps of none did")
     says(page, "#steps-chart", "every step ran exact attention")
 

@@ -15,17 +15,16 @@ web.need_chromium()
 from playwright.sync_api import Page, expect
 from support.browsing import (
     PATIENCE,
-    choose,
-    chromium,
+    Site,
     go_to,
     open_settings,
     says,
     set_number,
     set_steps,
+    site_of,
     start_a_long_job,
     tab_of,
-    visitors,
-)  # fmt: skip
+)
 
 from diffattn.drawing.request import record_of
 
@@ -33,19 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # s
 
 
 @pytest.fixture(scope="module")
-def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Opens the page as another visitor, with the tiny model chosen."""
-    models = web.save_models(tmp_path_factory.mktemp("browser") / "models")
-    worker = web.tiny_worker(models, steps=900, images=50, calls=10**6, prompt=1000)
-    with web.served(worker) as address, chromium() as browser, visitors(browser, address) as opened:
-
-        def visitor(**view: Any) -> Page:
-            page = opened(**view)
-            choose(page, "Model", "one")
-            set_steps(page, 3)
-            return page
-
-        yield visitor
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site_of(web.save_models(tmp_path_factory.mktemp("browser") / "models"), prompt=1000) as found:
+        yield found
 
 
 def draw(page: Page, prompt: str) -> None:

@@ -15,15 +15,15 @@ web.need_chromium()
 from playwright.sync_api import Page, Route, expect
 from support.browsing import (
     PATIENCE,
+    Site,
     choose,
-    chromium,
     go_to,
     open_settings,
     says,
     set_number,
     set_steps,
+    site_of,
     tab_of,
-    visitors,
 )
 
 from diffattn.drawing.loading import embedded_models
@@ -34,12 +34,10 @@ STORED = len(embedded_models())
 
 
 @pytest.fixture(scope="module")
-def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
-    """Opens the page as another visitor."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     models = web.save_sits(tmp_path_factory.mktemp("browser") / "models", "sit")
-    worker = web.tiny_worker(models, steps=900, samples=64, calls=10**6)  # jobs long enough to be stopped
-    with web.served(worker) as address, chromium() as browser, visitors(browser, address) as opened:
-        yield lambda: opened("Speed and FID")
+    with site_of(models, {"tab": "Speed and FID", "model": None}, samples=64) as found:
+        yield found
 
 
 def prepare(page: Page) -> None:
@@ -52,8 +50,7 @@ def prepare(page: Page) -> None:
     panel.get_by_label("Numbers of agents or mediators").fill("4, 16")
     set_number(page, "N: pictures of each", 8)
     set_steps(page, 2)
-    open_settings(page, "Prompts")
-    panel.get_by_label("Prompts").first.fill("")
+    open_settings(page, "Features")
     choose(page, "Features", "cifar-classifier")
 
 

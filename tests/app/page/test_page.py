@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
     assert [p["parameter_name"] for p in found["/generate"]["parameters"]] == list(settings())
     assert all(p["parameter_has_default"] for p in found["/generate"]["parameters"][1:])
     assert all(p["parameter_has_default"] for p in found["/compare"]["parameters"][1:])
+    for name in ("/measure", "/estimate_measure"):
+        assert all(p["parameter_has_default"] for p in found[name]["parameters"])
 
 
 def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> None:
@@ -118,7 +121,7 @@ def test_time_steps_are_those_of_the_same_visitor(client: Client, address: str) 
     assert "<svg" in chart
     assert data["switches"] == [next(i for i, n in enumerate(data["numbers"]) if n is None)]
     chart, data = Client(address, verbose=False).predict(api_name="/time_steps")
-    assert "<svg" not in chart
+    assert "Draw something under Generate or Compare first" in chart
     assert data is None
 
 
@@ -222,6 +225,32 @@ def test_hostile_inputs_are_refused_in_words(client: Client, bad: dict[str, Any]
         draw(client, **bad)
     assert "Traceback" not in str(caught.value)
     assert "diffattn/" not in str(caught.value)
+
+
+def test_nothing_that_a_visitor_sends_gets_into_the_log(
+    client: Client, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    word, other = "unheard-of-word", compare_settings()
+    for name, given in (
+        ("/generate", settings() | {"acceleration": word}), ("/generate", settings() | {"seed": word}),
+        ("/generate", settings() | {"model": word}), ("/generate", settings() | {"num_images": word}),
+        ("/generate", settings() | {"prompt": {"a": word}, "width": 33}),
+        ("/compare", other | {"accelerations": [word]}),
+        ("/describe_model", {"model": word}), ("/measure", {"models": [word]}), ("/measure", {"extractor": word}),
+        ("/estimate", {"model": "one", "steps": word}), ("/show_runs", {"labels": [word]}),
+        ("/show_pair", {"name": word}), ("/time_steps", {"run": [word]}),
+    ):  # fmt: skip
+        with suppress(*FAILS):
+            client.predict(**given, api_name=name)
+    assert word not in caplog.text
+    told = capfd.readouterr()
+    assert word not in told.out
+    assert word not in told.err
+
+
+def test_a_component_that_refuses_its_value_says_so_in_a_toast(client: Client) -> None:
+    with pytest.raises(FAILS, match=r"Expected a `float"):
+        draw(client, seed="seven")
 
 
 def test_files_of_the_server_are_not_served(address: str) -> None:

@@ -99,9 +99,9 @@ def test_runs_of_a_file_that_are_not_kept_are_counted(client: Client, tmp_path: 
     assert f"The 3 oldest runs are not kept: the limit is {MOST}." in results  # and the measured one
 
 
-def test_what_is_not_counted_and_what_has_no_error_bar_is_said(client: Client) -> None:
+def test_what_is_not_counted_and_what_the_bars_are_is_said(client: Client) -> None:
     _, _, results, _ = client.predict(**settings(), api_name="/measure")
-    assert "FID is one figure of all N pictures and has no error bar" in results
+    assert "FID ± what other seeds may do to it" in results
     assert UNCOUNTED not in results
 
 

@@ -22,7 +22,7 @@ import httpx
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from diffattn.app.jobs import Worker
+from diffattn.app.jobs import Models, Worker
 from diffattn.app.page import launch
 from diffattn.app.page.files import Files
 
@@ -175,7 +175,8 @@ def test_under_a_password_the_limit_is_the_users(worker: Worker) -> None:
 
 
 def test_a_prompt_is_all_that_an_endpoint_needs(tmp_path: Path) -> None:
-    with web.served(web.tiny_worker(tmp_path, side=256, steps=20)) as address:
+    side = max(Models().describe("emoji-sd").size or (0,))
+    with web.served(web.tiny_worker(tmp_path, side=side, steps=20)) as address:
         client = Client(address, verbose=False)
         status, *_, records = client.predict(prompt="tent", api_name="/generate")
         assert "Done" in status

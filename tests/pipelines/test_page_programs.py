@@ -1,0 +1,49 @@
+"""The programs that fill and measure the page, on few steps."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from support import web
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
+
+import check_estimates
+import precompute_first_view
+
+from diffattn.app.jobs.first_view import FirstView
+from diffattn.app.jobs.stored_steps import read_steps
+from diffattn.drawing.loading import embedded_models
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning"),
+    pytest.mark.skipif("cifar-sit" not in embedded_models(), reason="the embedded model is not installed"),
+]
+
+
+@pytest.mark.parametrize("only_steps", [False, True])
+def test_the_steps_of_a_first_view_show_a_switch(tmp_path: Path, only_steps: bool) -> None:
+    precompute_first_view.main(
+        "cifar-sit", prompt="horse", acceleration="mediator/balanced", pictures=3, steps=8, device="cpu",
+        only_steps=only_steps, out=tmp_path,
+    )  # fmt: skip
+    trace = read_steps(tmp_path)
+    assert trace is not None
+    assert trace.switches
+    assert trace.title == "cifar-sit, horse, mediator/balanced, 8 steps"
+    assert (FirstView.read(tmp_path) is None) == only_steps
+
+
+def test_every_estimate_has_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    side = web.Worker(device="cpu").models.describe("cifar-sit").size
+    assert side is not None
+    check_estimates.main("cifar-sit", prompt="1", steps=2, runs=2, device="cpu", out=tmp_path / "x.json")
+    jobs = json.loads((tmp_path / "x.json").read_text())["jobs"]
+    assert [job["what"] for job in jobs] == [f"{side[0]} {what}" for what in (
+        "none", "none", "automatic", "automatic", "automatic, 4 steps", "compared"
+    )]  # fmt: skip
+    assert jobs[0]["estimate"] is None  # the two steps of the warm-up promise nothing
+    for job in jobs[1:]:
+        assert job["error"] == pytest.approx(job["estimate"] / job["seconds"] - 1)
+    assert "jobs without one" in capsys.readouterr().out
