@@ -48,6 +48,7 @@ def test_the_plan_comes_first_with_the_share_of_every_item(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_every_item(rehearsed: tuple[Path, str]) -> None:
     out, printed = rehearsed
     found = records(out)
@@ -57,6 +58,7 @@ def test_a_rehearsal_measures_every_item(rehearsed: tuple[Path, str]) -> None:
     assert all(name in printed for name in found)
 
 
+@pytest.mark.slow
 def test_attention_alone_names_the_fastest_exact_backend(rehearsed: tuple[Path, str]) -> None:
     result = records(rehearsed[0])["attention-64-144"]["result"]
     assert "exact, as torch chooses" in result["variants"]
@@ -68,6 +70,7 @@ def test_attention_alone_names_the_fastest_exact_backend(rehearsed: tuple[Path, 
     assert set(timings) == {result["rounds"]}
 
 
+@pytest.mark.slow
 def test_no_head_of_attention_alone_falls_back(rehearsed: tuple[Path, str]) -> None:
     found = [record["result"] for record in records(rehearsed[0]).values() if record["kind"] == "attention"]
     assert all(result["exact_heads"]["landmarks, calibrating"] == 0 for result in found)
@@ -80,6 +83,7 @@ def test_the_fastest_exact_is_a_backend_with_a_name() -> None:
     assert fastest_exact(Timings("keys", ({"exact, as torch chooses": 1.0, "keys": 2.0},))) == "exact, as torch chooses"
 
 
+@pytest.mark.slow
 def test_coasting_launches_less_than_calibrating(rehearsed: tuple[Path, str]) -> None:
     result = records(rehearsed[0])["middle-256"]["result"]
     assert {"calibrating, compiled", "coasting, compiled"} <= set(result["variants"])
@@ -88,6 +92,7 @@ def test_coasting_launches_less_than_calibrating(rehearsed: tuple[Path, str]) ->
     assert parts["coasting"]["number"] < parts["calibrating"]["number"]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_section_for_every_kind(rehearsed: tuple[Path, str]) -> None:
     text = (rehearsed[0] / TABLE).read_text()
     assert "rehearsal" in text
@@ -98,6 +103,7 @@ def test_the_table_has_a_section_for_every_kind(rehearsed: tuple[Path, str]) -> 
     assert "Not measured" not in text
 
 
+@pytest.mark.slow
 def test_the_next_call_measures_nothing_again(rehearsed: tuple[Path, str]) -> None:
     out, _ = rehearsed
     before = {path: path.stat().st_mtime_ns for path in (out / "items").glob("*.json")}
@@ -107,6 +113,7 @@ def test_the_next_call_measures_nothing_again(rehearsed: tuple[Path, str]) -> No
     assert before == {path: path.stat().st_mtime_ns for path in (out / "items").glob("*.json")}
 
 
+@pytest.mark.slow
 def test_results_of_another_precision_are_not_mixed(rehearsed: tuple[Path, str]) -> None:
     command = ["--out", str(rehearsed[0]), "--tiny", "--device", "cpu", "--dtype", "bfloat16"]
     app = typer.Typer()
