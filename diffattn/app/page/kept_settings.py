@@ -48,7 +48,7 @@ def wire_reload(page: gr.Blocks, worker: Worker, found: Inputs, files: Files, na
         name: of the tab.
         several: it has a list of accelerations.
     """
-    names = [setting for setting in SETTINGS if setting != "recipe"]
+    names: list[Any] = [setting for setting in SETTINGS if setting != "recipe"]
 
     def shown(values: list[Any]) -> list[Any]:
         given = dict(zip(names, values, strict=True))
