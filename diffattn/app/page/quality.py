@@ -233,7 +233,7 @@ def _summary(run: QualityRun) -> str:
 def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
     try:
         wanted = measurement_of(worker, given)
-        seconds = worker.seconds_to_measure(wanted)
+        seconds = worker.estimates.seconds_to_measure(wanted)
         references = sum(not has_reference(name, wanted, worker.models) for name in wanted.models)
     except (ValueError, TypeError) as error:
         return in_words(error), False

@@ -176,7 +176,7 @@ def _free_levels(y: float, taken: Sequence[tuple[float, float]]) -> list[float]:
 def names_of(run: QualityRun) -> list[str]:
     """The ways to draw of a run in plain words; the method goes without saying if all have the same."""
     methods = {line.acceleration.partition("/")[0] for line in run.lines if "/" in line.acceleration}
-    own = methods.copy().pop() if len(methods) == 1 else None
+    own = next(iter(methods)) if len(methods) == 1 else None
     return ["Exact" if x.acceleration == UNPATCHED else plain_name(x.acceleration, own) for x in run.lines]
 
 
