@@ -105,14 +105,14 @@ def _jobs(
             yield _drawn(worker, request(side, acceleration=way), f"{side} {way}, first of its size")
     for side in sides:
         asked = request(side, num_images=3)
-        estimate, begin = worker.seconds_to_compare(asked, ["automatic"]), time.perf_counter()
+        estimate, begin = worker.estimates.seconds_to_compare(asked, ["automatic"]), time.perf_counter()
         for _ in worker.compare("", asked, ["automatic"]):
             pass
         yield Job(f"{side} compared", estimate, time.perf_counter() - begin)
 
 
 def _drawn(worker: Worker, asked: Any, what: str) -> Job:
-    estimate, begin = worker.seconds_for(asked), time.perf_counter()
+    estimate, begin = worker.estimates.seconds_for(asked), time.perf_counter()
     for _ in worker.generate("", asked):
         pass
     return Job(what, estimate, time.perf_counter() - begin)

@@ -1,6 +1,9 @@
 """The programs that fill and measure the page, on few steps."""
 
+# ruff: noqa: E402, the page needs Gradio
+
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +12,10 @@ from support import web
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
 
+web.need_gradio()
+
 import check_estimates
+import check_memory
 import precompute_first_view
 
 from diffattn.app.jobs.first_view import FirstView
@@ -47,3 +53,11 @@ def test_every_estimate_has_its_error(tmp_path: Path, capsys: pytest.CaptureFixt
     for job in jobs[1:]:
         assert job["error"] == pytest.approx(job["estimate"] / job["seconds"] - 1)
     assert "jobs without one" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_that_a_process_holds_is_read() -> None:
+    before = check_memory.resident(os.getpid())
+    held = bytearray(os.urandom(64 * 2**20))
+    assert check_memory.resident(os.getpid()) - before >= 60
+    del held

@@ -254,8 +254,9 @@ def _line(
 
 def _std_of_fid(features: Tensor, reference: Reference) -> float:
     """How far other seeds may move FID: its standard deviation by the jackknife (Efron & Tibshirani 1993, eq. 11.5),
-    which leaves out one group of pictures at a time."""
-    groups = torch.arange(len(features)) % min(GROUPS, len(features))
+    which leaves out one group of pictures at a time; they are mixed, since every so many have the same prompt."""
+    count = len(features)
+    groups = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % min(GROUPS, count)
     without = fid_without(features, reference, groups)
     return float(((len(without) - 1) * without.var(correction=0)).sqrt())
 

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +14,13 @@ from diffusers import DiTPipeline
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from diffattn.app.jobs.choices import Models, acceleration_of
-from diffattn.app.jobs.compare import WARM_STEPS, Comparison, compare, requests_of
+from diffattn.app.jobs.compare import Comparison, compare
 from diffattn.app.jobs.discretion import quiet_libraries
+from diffattn.app.jobs.estimates import Estimates
 from diffattn.app.jobs.events import latest
 from diffattn.app.jobs.limits import Limits
 from diffattn.app.jobs.memory import give_back
 from diffattn.app.jobs.naming import naming
-from diffattn.app.jobs.pace import Pace
 from diffattn.app.jobs.preview import Preview
 from diffattn.app.jobs.quality_run import Measurement, QualityRun
 from diffattn.app.jobs.run_trace import RunTrace
@@ -28,14 +28,12 @@ from diffattn.app.jobs.snippet import snippet
 from diffattn.app.jobs.speed_quality import (
     check_measurable,
     extractor_for,
-    has_reference,
     measure,
     stored_runs,
-    variants_of,
 )
 from diffattn.app.jobs.stops import Stop, Stopped, Stops
 from diffattn.app.jobs.stored_steps import read_steps
-from diffattn.app.jobs.suited import check_suited, own_method
+from diffattn.app.jobs.suited import check_suited
 from diffattn.app.jobs.turns import Turns
 from diffattn.app.jobs.visitor import Visitor
 from diffattn.app.jobs.watch import Audience, JobProgress, Watch
@@ -43,10 +41,9 @@ from diffattn.drawing.classes import class_ids, draws_classes
 from diffattn.drawing.draw import generate, prepare
 from diffattn.drawing.loading import load_pipeline
 from diffattn.drawing.prompt_length import unread_part
-from diffattn.drawing.request import UNPATCHED, Picture, Request
+from diffattn.drawing.request import Picture, Request
 from diffattn.files import stem_of
 from diffattn.machine import choose_device, choose_dtype
-from diffattn.methods import METHODS
 from diffattn.patching.patch import Patch
 from diffattn.patching.report import Report
 
@@ -88,7 +85,7 @@ class Worker:
         self._turns = Turns()
         limits = self.limits
         self._stops = Stops(limits.jobs, limits.jobs_of_address, limits.jobs_in_all)
-        self._pace = Pace()
+        self.estimates = Estimates(self.models, self.limits)
         self._loaded: tuple[str, Any, Preview | None] | None = None
 
     def generate(self, session: Hashable | Visitor, request: Request) -> Iterator[JobProgress | Drawn]:
@@ -168,39 +165,6 @@ class Worker:
         self._turns.wake()
         return self._turns.wait_for_none(timeout)
 
-    def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
-        """Estimated seconds for a job, see `Pace`; None until the model has drawn a picture of this size.
-
-        Args:
-            request: what is drawn, and how.
-            pictures: how many in all; None: those of the request.
-
-        Raises:
-            ValueError: a size or an amount of work above the limits.
-        """
-        count = request.num_images if pictures is None else pictures
-        own = self.models.describe(request.model).size or (None, None)
-        width, height = request.width or own[0], request.height or own[1]
-        self.limits.check_work(count, request.steps)
-        if width is None or height is None:
-            return None
-        self.limits.check_size(width, height)
-        if request.method is None and request.recipe is None:  # as `prepare` fills it in
-            request = replace(request, method=own_method(self.models.place(request.model)), preset="balanced")
-        one = self._pace.seconds(request, width, height)
-        return None if one is None else one * count
-
-    def seconds_to_compare(self, request: Request, names: Sequence[str]) -> float | None:
-        """Estimated seconds for a comparison; raises as `seconds_for`."""
-        self.limits.check_work(request.num_images * (1 + len(names)), request.steps)
-        ways = requests_of(request, names).values()
-        return _sum(self._with_warm_up(way, request.num_images) for way in ways)
-
-    def _with_warm_up(self, way: Request, pictures: int) -> float | None:
-        """Estimated seconds for some pictures of one way, and for the steps that warm it up."""
-        warm = self.seconds_for(replace(way, steps=min(WARM_STEPS, way.steps)), 1)
-        return _sum([warm, self.seconds_for(way, pictures)])
-
     def stored_runs(self) -> list[QualityRun]:
         """The measurements stored beside the models; a damaged file is skipped, with a line in the log."""
         found: list[QualityRun] = []
@@ -210,21 +174,6 @@ class Worker:
             except ValueError as error:
                 log.warning("%s: %s", name, error)
         return found
-
-    def seconds_to_measure(self, asked: Measurement) -> float | None:
-        """Estimate for a measurement; None before each of its models has drawn a picture.
-
-        Raises:
-            ValueError: as `seconds_for`; an extractor that is not available here.
-        """
-        found: list[float | None] = []
-        for name in asked.models:
-            request = Request(name, "", steps=asked.steps)
-            method = own_method(self.models.place(name)) or next(iter(METHODS))
-            found += [self._with_warm_up(way, asked.samples) for way in variants_of(method, request, asked).values()]
-            if not has_reference(name, asked, self.models):
-                found.append(self.seconds_for(replace(request, method=UNPATCHED), asked.samples))
-        return _sum(found)
 
     def stored_steps(self) -> RunTrace | None:
         """The steps of a run that are stored beside a model; one in which the number of mediators or agents changes is
@@ -255,7 +204,7 @@ class Worker:
         pipe, preview = self._model(request.model, emit)
         ready, patch = prepare(pipe, request)
         try:
-            audience = Audience(stop, emit, preview, self._pace.learn if learn else None)
+            audience = Audience(stop, emit, preview, self.estimates.learn if learn else None)
             with self._watch(pipe, ready, patch, audience, 0, ready.num_images) as watch:
                 pictures: list[Picture] = []
                 for picture in generate(pipe, ready):
@@ -303,7 +252,7 @@ class Worker:
         self.limits.check_size(ready.width, ready.height)
 
     def _audience(self, stop: Stop, emit: Emit) -> Audience:
-        return Audience(stop, emit, learn=self._pace.learn)
+        return Audience(stop, emit, learn=self.estimates.learn)
 
     def _model(self, name: str, emit: Emit) -> tuple[Any, Preview | None]:
         """Load the model of this name, replacing any other."""
@@ -317,6 +266,7 @@ class Worker:
                 pipe: Any = load_pipeline(source, self.dtype).to(self.device)
             pipe.set_progress_bar_config(disable=True)
             self._loaded = source, pipe, Preview.of(pipe)
+            self.estimates.loaded(name, pipe)
         return self._loaded[1], self._loaded[2]
 
     def _unload(self) -> None:
@@ -366,12 +316,6 @@ class Worker:
 def _unread(pipe: Any, prompt: str) -> str:
     """The end of a prompt, beyond what the model's text encoder takes."""
     return "" if draws_classes(pipe) else unread_part(pipe, prompt)
-
-
-def _sum(seconds: Iterable[float | None]) -> float | None:
-    """None if one of them is."""
-    found = list(seconds)
-    return None if None in found else sum(one for one in found if one is not None)
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:

@@ -120,7 +120,7 @@ def _wire(worker: Worker, found: Asked) -> None:
         allowed = [name for name in suited_to_all(places) if name != UNPATCHED]
         first = compared_at_first(places[0]) if len(places) == 1 else [AUTOMATIC]
         kept = [name for name in chosen or () if name in allowed] or [name for name in first if name in allowed]
-        words = [(plain_name(name, own.copy().pop() if len(own) == 1 else None), name) for name in allowed]
+        words = [(plain_name(name, next(iter(own)) if len(own) == 1 else None), name) for name in allowed]
         return gr.Dropdown(words, value=kept)
 
     found.follow = (follow, [found.models, found.accelerations], [found.accelerations])

@@ -72,7 +72,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
             records = gr.JSON(label="Records of the pictures", visible=False)
         with rest:
             dropped = gr.File(
-                label="Drop a PNG drawn here: restores its settings", file_types=[".png"], file_count="single",
+                label="Drop a PNG to restore its settings", file_types=[".png"], file_count="single",
                 type="filepath", height=170, elem_id="drop",
             )  # fmt: skip
     draw = _drawing(worker, files)

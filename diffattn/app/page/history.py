@@ -7,7 +7,9 @@ from typing import Any
 import gradio as gr
 
 from diffattn.app.jobs import Drawn, Worker
+from diffattn.app.jobs.choices import UNPATCHED
 from diffattn.app.jobs.restore import settings_of_record
+from diffattn.app.jobs.suited import plain_name
 from diffattn.app.page.files import Files
 from diffattn.app.page.inputs import Inputs
 from diffattn.app.page.kept_settings import updates
@@ -28,8 +30,8 @@ def entries(drawn: Drawn, paths: Sequence[Path]) -> list[Entry]:
 
 def caption(record: Mapping[str, Any]) -> str:
     """The words below a picture, which also describe it to those who do not see it."""
-    way = " ".join(str(part) for part in (record["method"], record["preset"]) if part and part != "none") or "exact"
-    return f"{record['prompt']}, seed {record['seed']}, {way}"
+    name = "/".join(str(part) for part in (record["method"], record["preset"]) if part)
+    return f"{record['prompt']}, seed {record['seed']}, {'exact' if name in ('', UNPATCHED) else plain_name(name)}"
 
 
 def remembered(history: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:

@@ -48,7 +48,7 @@ def wire_reload(page: gr.Blocks, worker: Worker, found: Inputs, files: Files, na
         name: of the tab.
         several: it has a list of accelerations.
     """
-    names = [setting for setting in SETTINGS if setting != "recipe"]
+    names: list[Any] = [setting for setting in SETTINGS if setting != "recipe"]
 
     def shown(values: list[Any]) -> list[Any]:
         given = dict(zip(names, values, strict=True))
@@ -56,7 +56,7 @@ def wire_reload(page: gr.Blocks, worker: Worker, found: Inputs, files: Files, na
         chosen = worker.limits.variants_of(given["acceleration"]) if several else given["acceleration"]
         one = given | ({"acceleration": AUTOMATIC} if several else {})
         usable = checked_settings(one, worker.models, worker.limits)
-        every = dict(zip(SETTINGS, updates(worker, usable, files), strict=True))
+        every: dict[str, Any] = dict(zip(SETTINGS, updates(worker, usable, files), strict=True))
         every |= {"acceleration": chosen} if several else {}
         return [every[setting] for setting in names]
 

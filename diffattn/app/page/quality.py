@@ -161,9 +161,7 @@ def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
         label="The runs shown, as JSON and CSV", file_count="multiple", interactive=False, elem_id="saved-runs",
         elem_classes="diffattn-filled",
     )  # fmt: skip
-    load = gr.File(
-        label="Add runs from a JSON file", file_types=[".json"], file_count="single", type="filepath", height=120
-    )
+    load = gr.File(label="Add runs (JSON)", file_types=[".json"], file_count="single", type="filepath", height=170)
     own = gr.State(RunsShown(labels, TIME))
     return _Parts(found, go, halt, time, stage, shown, horizontal, figures, saved, load, own)
 
@@ -235,7 +233,7 @@ def _summary(run: QualityRun) -> str:
 def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
     try:
         wanted = measurement_of(worker, given)
-        seconds = worker.seconds_to_measure(wanted)
+        seconds = worker.estimates.seconds_to_measure(wanted)
         references = sum(not has_reference(name, wanted, worker.models) for name in wanted.models)
     except (ValueError, TypeError) as error:
         return in_words(error), False

@@ -1,6 +1,7 @@
 """Speed against quality, as SVG in the colours of the page, and the table of the same figures."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from diffattn.app.jobs.choices import UNPATCHED
@@ -23,8 +24,21 @@ NO_BAND = "FID was measured without its spread here: small differences may be ch
 LONGEST = 200  # characters of a line that says what a run is
 LABEL = 22  # characters of a point's name
 APART = 13  # pixels between the names of two points
+BESIDE = 24  # pixels from the points to their names
 
 Bar = tuple[float, float, float]  # value, low, high
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One way to draw in a chart."""
+
+    shape: int  # of the run's mark
+    run: QualityRun
+    line: Line
+    name: str
+    x: Bar
+    y: Bar
 
 
 def results(runs: Sequence[QualityRun], horizontal: str) -> str:
@@ -42,14 +56,14 @@ def results(runs: Sequence[QualityRun], horizontal: str) -> str:
         how = f"{p.steps} steps, guidance {p.guidance}, {p.sampler}, {p.dtype}; {group[0].where}"
         parts.append(f"<h3>{escape(cut(f'{group[0].model}: {first.label}', LONGEST))}</h3>")
         parts.append(note(f"{cut(how, LONGEST)}.{apart}"))
-        rows, skip = [_row(run, line) for run in group for line in run.lines], len(group) == 1
+        rows, skip = [row for run in group for row in _rows(run)], len(group) == 1
         parts += [note(said) for run in group if (said := verdict(run))]
         parts.append(_charts(group, horizontal) + _legend(group) + table(HEAD[skip:], [row[skip:] for row in rows]))
         if any(line.gflops is None for run in group for line in run.lines):
             parts.append(note(UNCOUNTED))
         if any("fid_std" not in run.lines[0].quality.scores for run in group):
             parts.append(note(NO_BAND))
-    return f'<div class="diffattn-results">{"".join(parts)}</div>'
+    return f'<div class="diffattn-results">{"".join(parts)}{note(BARS)}</div>'
 
 
 def _in_words(run: QualityRun, above: QualityRun) -> str:
@@ -61,16 +75,20 @@ def _in_words(run: QualityRun, above: QualityRun) -> str:
     return ", ".join(found) or f"other {', '.join(names)}"
 
 
-def _row(run: QualityRun, line: Line) -> tuple[str, ...]:
+def _rows(run: QualityRun) -> list[tuple[str, ...]]:
+    return [_row(run, name, line) for name, line in zip(names_of(run), run.lines, strict=True)]
+
+
+def _row(run: QualityRun, name: str, line: Line) -> tuple[str, ...]:
     s, scores = line.seconds, line.quality.scores
 
-    def share(name: str) -> str:
-        return f"{scores[name]:.2f}" if name in scores else "–"
+    def share(score: str) -> str:
+        return f"{scores[score]:.2f}" if score in scores else "–"
 
     span = f" ({line.span[0]:.2f}–{line.span[1]:.2f})" if line.span else ""
     chance = f" ± {scores['fid_std']:.2f}" if "fid_std" in scores else ""
     return (
-        run.title, name_of(line), f"{s.median:.2f} ({s.q25:.2f}–{s.q75:.2f})", f"{line.speedup:.2f}×{span}",
+        run.title, name, f"{s.median:.2f} ({s.q25:.2f}–{s.q75:.2f})", f"{line.speedup:.2f}×{span}",
         "–" if line.gflops is None else f"{line.gflops:.3g}", f"{scores['fid']:.2f}{chance}",
         f"{scores['kid']:.3f} ± {scores['kid_std']:.3f}", share("precision"), share("recall"),
     )  # fmt: skip
@@ -88,36 +106,34 @@ def _charts(group: Sequence[QualityRun], horizontal: str) -> str:
         return mean, mean - std, mean + std
 
     panels = [_panel(group, horizontal, f"FID-{count} ± std", fid), _panel(group, horizontal, "KID ± std", kid)]
-    return f'<div class="diffattn-panels">{"".join(panels)}</div>'
+    focusable = 'tabindex="0" role="group" aria-label="Charts"'  # so that the keyboard can scroll it
+    return f'<div class="diffattn-panels" {focusable}>{"".join(panels)}</div>'
 
 
 def _panel(group: Sequence[QualityRun], horizontal: str, vertical: str, value: Callable[[Line], Bar]) -> str:
-    points = []
+    points = list[_Point]()
     for i, run in enumerate(group):
-        for line in run.lines:
+        for name, line in zip(names_of(run), run.lines, strict=True):
             if (x := _across(line, horizontal)) is not None:
-                points.append((i, run, line, x, value(line)))
+                points.append(_Point(i, run, line, name, x, value(line)))
     if not points:
         return ""
-    across = Scale([v for *_, x, _ in points for v in x] + [0.0], LEFT, WIDTH - RIGHT)
-    upward = Scale([v for *_, y in points for v in y] + [0.0], HEIGHT - BOTTOM, TOP)  # from 0: no noise is magnified
+    across = Scale([v for point in points for v in point.x] + [0.0], LEFT, WIDTH - RIGHT)
+    upward = Scale([v for point in points for v in point.y] + [0.0], HEIGHT - BOTTOM, TOP)  # from 0: noise stays small
     colours = _colours(group)
-    body = "".join(
-        _point(across, upward, x, y, colours[line.acceleration], MARKS[i % len(MARKS)], f"{run.title}: {name_of(line)}")
-        for i, run, line, x, y in points
-    )
-    names = _names([(across(x[0]), upward(y[0]), name_of(line)) for _, _, line, x, y in points])
+    body = "".join(_drawn(point, across, upward, colours[point.line.acceleration]) for point in points)
+    names = _names([(across(point.x[0]), upward(point.y[0]), point.name) for point in points])
     label = f"{vertical} against {horizontal}, lower is better on both axes"
     return (
         f'<svg class="diffattn-chart diffattn-panel" role="img" aria-label="{escape(label)}" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg" font-size="12" fill="currentColor">'
-        f"{_axes(across, upward, horizontal, vertical)}{_noise(points, upward)}{body}{names}</svg>"
+        f"{_axes(across, upward, horizontal, vertical)}{_noise(points, upward)}{names}{body}</svg>"
     )
 
 
-def _noise(points: Sequence[tuple[int, QualityRun, Line, Bar, Bar]], upward: Scale) -> str:
+def _noise(points: Sequence[_Point], upward: Scale) -> str:
     """A band over what chance may do to exact attention: figures within it do not differ from it."""
-    bands = [y for _, run, line, _, y in points if line is run.lines[0] and y[1] < y[2]]
+    bands = [point.y for point in points if point.line is point.run.lines[0] and point.y[1] < point.y[2]]
     return "".join(
         f'<rect x="{LEFT}" y="{upward(high):.1f}" width="{WIDTH - RIGHT - LEFT}" '
         f'height="{upward(low) - upward(high):.1f}" fill="currentColor" fill-opacity="0.08">'
@@ -127,23 +143,24 @@ def _noise(points: Sequence[tuple[int, QualityRun, Line, Bar, Bar]], upward: Sca
 
 
 def _names(points: Sequence[tuple[float, float, str]]) -> str:
-    """The names of points (x, y, name) beside them, moved up or down where they would overlap."""
-    found, taken = list[str](), list[tuple[float, float]]()
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        left = x > (LEFT + WIDTH - RIGHT) / 2
-        level = min(_free_levels(y, taken), key=lambda free: abs(free - y))
-        taken.append((level, level + APART))
-        at = x - 9 if left else x + 9
-        if abs(level - y) > APART / 2:
+    """The names of points (x, y, name): in a column beside those of each half of the chart, one below the other."""
+    middle, found = (LEFT + WIDTH - RIGHT) / 2, list[str]()
+    halves = ([p for p in points if p[0] > middle], [p for p in points if p[0] <= middle])
+    for half, outward, anchor in zip(halves, (-1, 1), ("end", "start"), strict=True):
+        taken = list[tuple[float, float]]()
+        edge = min((outward * -x for x, _, _ in half), default=0.0)  # of the points, towards the names
+        at = -outward * edge + outward * BESIDE
+        for x, y, name in sorted(half, key=lambda point: point[1]):
+            level = min(_free_levels(y, taken), key=lambda free: abs(free - y))
+            taken.append((level, level + APART))
             found.append(
-                f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{at:.1f}" y2="{level:.1f}" stroke="currentColor" '
-                'stroke-opacity="0.4"/>'
+                f'<path d="M{x:.1f} {y:.1f}L{at - outward * 3:.1f} {level:.1f}" stroke="currentColor" fill="none" '
+                'stroke-opacity="0.35"/>'
             )
-        anchor = "end" if left else "start"
-        found.append(
-            f'<text x="{at:.1f}" y="{level + 4:.1f}" text-anchor="{anchor}" font-size="11">{escape(cut(name, LABEL))}'
-            "</text>"
-        )
+            found.append(
+                f'<text x="{at:.1f}" y="{level + 4:.1f}" text-anchor="{anchor}" font-size="11">'
+                f"{escape(cut(name, LABEL))}</text>"
+            )
     return "".join(found)
 
 
@@ -156,16 +173,23 @@ def _free_levels(y: float, taken: Sequence[tuple[float, float]]) -> list[float]:
     return within or free
 
 
-def name_of(line: Line) -> str:
-    """A way to draw in plain words."""
-    return "Exact" if line.acceleration == UNPATCHED else plain_name(line.acceleration)
+def names_of(run: QualityRun) -> list[str]:
+    """The ways to draw of a run in plain words; the method goes without saying if all have the same."""
+    methods = {line.acceleration.partition("/")[0] for line in run.lines if "/" in line.acceleration}
+    own = next(iter(methods)) if len(methods) == 1 else None
+    return ["Exact" if x.acceleration == UNPATCHED else plain_name(x.acceleration, own) for x in run.lines]
 
 
 def verdict(run: QualityRun) -> str:
     """One sentence about a run: how much faster, and whether quality moved by more than chance."""
     exact = run.lines[0].quality.scores
-    found = [f"{name_of(line)} {_faster(line)}, {_moved(line, exact)}" for line in run.lines[1:]]
-    return f"Against exact attention: {'; '.join(found)}." if found else ""
+    speeds = [f"{name} {_faster(line)}" for name, line in zip(names_of(run), run.lines, strict=True)][1:]
+    moved = [_moved(line, exact) for line in run.lines[1:]]
+    if not speeds:
+        return ""
+    if len(speeds) > 1 and len(set(moved)) == 1:
+        return f"Against exact attention: {', '.join(speeds)}; in all, {moved[0]}."
+    return f"Against exact attention: {'; '.join(f'{a}, {b}' for a, b in zip(speeds, moved, strict=True))}."
 
 
 def _faster(line: Line) -> str:
@@ -208,15 +232,16 @@ def _axes(across: Scale, upward: Scale, horizontal: str, vertical: str) -> str:
     return "".join(parts)
 
 
-def _point(across: Scale, upward: Scale, x: Bar, y: Bar, colour: str, mark: str, what: str) -> str:
-    left, mid, right = across(x[1]), across(x[0]), across(x[2])
-    low, middle, high = upward(y[1]), upward(y[0]), upward(y[2])
+def _drawn(point: _Point, across: Scale, upward: Scale, colour: str) -> str:
+    left, mid, right = across(point.x[1]), across(point.x[0]), across(point.x[2])
+    low, middle, high = upward(point.y[1]), upward(point.y[0]), upward(point.y[2])
     bars = (
         f'<path d="M{left:.1f} {middle:.1f}H{right:.1f}M{mid:.1f} {low:.1f}V{high:.1f}" '
         f'stroke="{colour}" stroke-opacity="0.6" fill="none"/>'
     )
-    hint = f"<title>{escape(f'{what}: {x[0]:.3g}, {y[0]:.3g}')}</title>"
-    return f'{bars}<path d="{mark}" transform="translate({mid:.1f} {middle:.1f})" fill="{colour}">{hint}</path>'
+    hint = f"{point.run.title}: {point.name}: {point.x[0]:.3g}, {point.y[0]:.3g}"
+    mark, place = MARKS[point.shape % len(MARKS)], f"translate({mid:.1f} {middle:.1f})"
+    return f'{bars}<path d="{mark}" transform="{place}" fill="{colour}"><title>{escape(hint)}</title></path>'
 
 
 def _colours(group: Sequence[QualityRun]) -> dict[str, str]:
@@ -226,7 +251,7 @@ def _colours(group: Sequence[QualityRun]) -> dict[str, str]:
 
 def _legend(group: Sequence[QualityRun]) -> str:
     """Colours are accelerations, shapes are runs."""
-    words = {line.acceleration: name_of(line) for run in group for line in run.lines}
+    words = {x.acceleration: name for run in group for x, name in zip(run.lines, names_of(run), strict=True)}
     items = [(MARKS[0], colour, words[name]) for name, colour in _colours(group).items()]
     if len(group) > 1:
         items += [(MARKS[i % len(MARKS)], "currentColor", run.title) for i, run in enumerate(group)]
@@ -235,4 +260,4 @@ def _legend(group: Sequence[QualityRun]) -> str:
         f"{escape(name)}</span>"
         for mark, colour, name in items
     )
-    return f'<p class="diffattn-legend">{chips}</p>' + note(BARS)
+    return f'<p class="diffattn-legend">{chips}</p>'

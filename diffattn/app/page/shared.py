@@ -179,8 +179,8 @@ def left_out(unread: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "8 s" or "2 min 5 s" """
-    whole = round(seconds)
+    """ "8 s" or "2 min 5 s"; at least "1 s" """
+    whole = max(round(seconds), 1)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 

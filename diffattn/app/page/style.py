@@ -73,14 +73,14 @@ body:not(.dark) { --color-accent: var(--primary-700); }
 .diffattn-stop { min-height: 2.75rem; }
 .diffattn-chart { width: 100%; min-width: 560px; max-width: 1000px; }
 .diffattn-scroll { overflow-x: auto; }
-.diffattn-panels { display: flex; flex-wrap: wrap; gap: 1rem; }
-.diffattn-panel { flex: 1 1 320px; min-width: 0; max-width: 600px; }
+.diffattn-panels { display: flex; flex-wrap: wrap; gap: 1rem; overflow-x: auto; }
+.diffattn-panel { flex: 1 1 460px; min-width: 440px; max-width: 640px; }
 .diffattn-legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; }
 .diffattn-legend svg { display: inline; vertical-align: -2px; }
 @media (max-width: 768px) {
   .diffattn-split { grid-template: "ask" auto "result" auto "rest" auto / minmax(0, 1fr); }
   .diffattn-split > * { overflow-x: hidden; }
-  .gradio-container .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
+  .gradio-container .tab-container button { padding: 0 .3rem !important; font-size: .78rem !important; }
 }
 """
 
@@ -106,7 +106,7 @@ function diffattnSwitch(to, values) {
   const left = diffattnTab, [models, prompts, first, which] = values.slice(6);
   let [prompt, model, seed] = left === "compare" ? values.slice(3, 6) : values.slice(0, 3);
   diffattnTab = to;
-  setTimeout(diffattnFold, 0);
+  for (const wait of [0, 200, 800]) setTimeout(diffattnFold, wait);  // a tab is laid out when it is first shown
   if (left === "quality") {
     model = models.includes(model) || !models.length ? model : models[0];
     seed = first;

@@ -81,9 +81,9 @@ def time_of_drawing(
             acceleration=acceleration,
         )  # fmt: skip
         if beside is None:
-            seconds = worker.seconds_for(request)
+            seconds = worker.estimates.seconds_for(request)
         else:
-            seconds = worker.seconds_to_compare(request, beside)
+            seconds = worker.estimates.seconds_to_compare(request, beside)
     except (ValueError, TypeError) as error:
         return in_words(error), False
     about = "known after the first run of this kind and size" if seconds is None else f"about {duration(seconds)}"

@@ -18,13 +18,15 @@ def test_the_stack_of_an_error_is_told_without_its_messages() -> None:
     def inner() -> None:
         raise KeyError(SECRET)
 
-    try:
+    def outer() -> None:
         try:
             inner()
         except KeyError as error:
             raise ValueError(f"no {SECRET}") from error
-    except ValueError as error:
-        said = without_words(error)
+
+    with pytest.raises(ValueError, match=SECRET) as raised:
+        outer()
+    said = without_words(raised.value)
     assert SECRET not in said
     assert "ValueError\nbrought about by" in said
     assert said.endswith("KeyError")

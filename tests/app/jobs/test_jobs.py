@@ -131,7 +131,7 @@ def test_progress_previews_pictures_and_their_recipe(worker: Worker, tmp_path: P
     assert drawn.trace.accelerated[0].count(True) > 0
     assert len(drawn.trace.layers) == len(drawn.trace.accelerated[0])
     assert drawn.trace.numbers == [16, 16]
-    assert worker.seconds_for(drawn.request) is not None
+    assert worker.estimates.seconds_for(drawn.request) is not None
 
 
 @pytest.mark.parametrize("how", ["none", "agent/fast", "recipe"])

@@ -13,6 +13,7 @@ from support import web
 from support.tiny_dit import tiny_dit
 
 from diffattn.app.jobs import Drawn, JobProgress, Limits, Measurement, Models, Worker
+from diffattn.app.jobs.estimates import Estimates
 from diffattn.app.jobs.pace import Pace
 from diffattn.app.jobs.quality_run import REFERENCE_FILE
 from diffattn.app.jobs.speed_quality import extractor_for
@@ -71,8 +72,8 @@ def test_a_size_that_is_half_the_models_own_is_checked_too(folder: Path) -> None
         list(worker.generate("a", web.ask(worker, width=16)))
     assert isinstance(list(worker.generate("a", web.ask(worker, width=16, height=16)))[-1], Drawn)
     with pytest.raises(ValueError, match="width 32 is above"):  # before the job
-        worker.seconds_for(web.ask(worker))
-    assert worker.seconds_for(web.ask(worker, model="owner/name")) is None  # nobody knows its size yet
+        worker.estimates.seconds_for(web.ask(worker))
+    assert worker.estimates.seconds_for(web.ask(worker, model="owner/name")) is None  # nobody knows its size yet
 
 
 # All steps of a job
@@ -86,7 +87,7 @@ def test_the_work_of_a_job_has_an_end(folder: Path) -> None:
     with pytest.raises(ValueError, match="4 pictures of 50 steps"):
         worker.compare("a", asked, ["agent/fast"])
     with pytest.raises(ValueError, match="4 pictures of 50 steps"):
-        worker.seconds_for(asked, 4)
+        worker.estimates.seconds_for(asked, 4)
     assert measurement(worker, steps=4).num_variants == 2  # and a reference: 3 times 8 pictures
     with pytest.raises(ValueError, match="24 pictures of 5 steps"):
         measurement(worker, steps=5)
@@ -107,7 +108,7 @@ def test_without_the_hub_only_extractors_that_come_with_the_package_are_used(fol
     assert worker.models.extractors() == OFFLINE
     for chosen in ("dinov2", "clip", "inception", "automatic"):
         named = "dinov2" if chosen == "automatic" else chosen
-        for refuse in (worker.seconds_to_measure, lambda asked: list(worker.measure("a", asked))):
+        for refuse in (worker.estimates.seconds_to_measure, lambda asked: list(worker.measure("a", asked))):
             with pytest.raises(ValueError, match=f"{named}' would be downloaded.*choose one of {', '.join(OFFLINE)}"):
                 refuse(measurement(worker, extractor=chosen))
     assert worker._loaded is None
@@ -135,10 +136,10 @@ def test_automatic_is_the_extractor_of_the_stored_reference_if_it_may_be(folder:
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_that_draws_teaches_the_pace(folder: Path, job: str) -> None:
     worker = web.tiny_worker(folder)
-    assert worker.seconds_for(web.ask(worker)) is None
+    assert worker.estimates.seconds_for(web.ask(worker)) is None
     list(JOBS[job](worker, web.ask(worker)))
-    assert worker.seconds_for(web.ask(worker)) is not None
-    assert worker.seconds_for(web.ask(worker, model="group/two")) is None
+    assert worker.estimates.seconds_for(web.ask(worker)) is not None
+    assert worker.estimates.seconds_for(web.ask(worker, model="group/two")) is None
 
 
 def test_the_pace_is_that_of_the_way_and_the_size_and_exact_until_the_way_is_known() -> None:
@@ -208,18 +209,28 @@ def test_a_recipe_has_a_pace_whatever_method_it_names() -> None:
     assert pace.seconds(asked, 256, 256) == pytest.approx(3)
 
 
+def test_what_the_files_do_not_tell_is_known_once_a_model_was_loaded(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "one", tmp_path / "models" / "one")
+    worker = web.tiny_worker(tmp_path / "models")
+    list(worker.generate("a", web.ask(worker, acceleration="automatic")))
+    for part in ("unet", "vae"):  # as on the hub, where nothing is read beforehand
+        shutil.rmtree(tmp_path / "models" / "one" / part)
+    assert worker.models.describe("one").size is None
+    assert worker.estimates.seconds_for(web.ask(worker, acceleration="automatic")) is not None
+
+
 def test_two_steps_of_a_warm_up_teach_nothing(folder: Path) -> None:
     worker = web.tiny_worker(folder)
     worker.warm_up("one")
     assert worker._loaded is not None
-    assert worker.seconds_for(web.ask(worker)) is None
+    assert worker.estimates.seconds_for(web.ask(worker)) is None
 
 
 def test_a_size_above_the_limit_has_no_time(folder: Path) -> None:
     worker = web.tiny_worker(folder)
     list(worker.generate("a", web.ask(worker)))
     with pytest.raises(ValueError, match="above the limit of 64 pixels"):
-        worker.seconds_for(replace(web.ask(worker), width=128))
+        worker.estimates.seconds_for(replace(web.ask(worker), width=128))
 
 
 def test_accelerations_are_checked_for_every_model_before_one_is_measured(folder: Path, tmp_path: Path) -> None:
@@ -279,11 +290,11 @@ def test_the_pace_is_that_of_steps_whatever_calls_they_take(folder: Path) -> Non
     worker = web.tiny_worker(folder)
     list(worker.generate("a", web.ask(worker)))
     pipe = web.loaded(worker)
-    worker._pace = Pace()
+    worker.estimates = Estimates(worker.models, worker.limits)
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     drawn: Any = list(worker.generate("a", web.ask(worker, steps=6)))[-1]
     assert len(drawn.trace.seconds) == 11
-    assert worker.seconds_for(web.ask(worker, steps=6)) == pytest.approx(drawn.pictures[0].seconds)
+    assert worker.estimates.seconds_for(web.ask(worker, steps=6)) == pytest.approx(drawn.pictures[0].seconds)
 
 
 def test_a_stored_reference_shortens_the_estimate_only_where_it_is_used(folder: Path) -> None:
@@ -292,7 +303,10 @@ def test_a_stored_reference_shortens_the_estimate_only_where_it_is_used(folder: 
 
     def pictures(**changes: Any) -> float:
         asked = measurement(worker, "group/two", **changes)
-        one, all_of_it = worker.seconds_for(Request("group/two", "", steps=1)), worker.seconds_to_measure(asked)
+        one, all_of_it = (
+            worker.estimates.seconds_for(Request("group/two", "", steps=1)),
+            worker.estimates.seconds_to_measure(asked),
+        )
         assert one is not None
         assert all_of_it is not None
         return all_of_it / one

@@ -75,6 +75,7 @@ def test_a_phone_has_the_button_and_the_result_below_the_prompt(visit: Any) -> N
         ("Generate", "#generate", "#stage"), ("Compare", "#compare", "#compare-stage"),
         ("Speed and FID", "#measure", "#measure-stage"), ("Time steps", None, None),
     ):  # fmt: skip
+        expect(page.get_by_role("tab", name=tab)).to_be_visible()  # none is hidden in a menu
         go_to(page, tab)
         if button is None or result is None:
             continue
@@ -93,9 +94,11 @@ def test_a_phone_has_the_button_and_the_result_below_the_prompt(visit: Any) -> N
 
 
 def fold(page: Page) -> None:
-    """Fold the settings that a step of the test has opened."""
+    """Fold the settings if the choice of a model has opened them."""
+    page.wait_for_timeout(1000)
     opened = tab_of(page).locator(".diffattn-settings > button.open")
     if opened.count():
+        assert page.locator("#generate").is_visible()  # the page has folded those of the other tabs
         opened.first.click()
     page.wait_for_timeout(500)
 

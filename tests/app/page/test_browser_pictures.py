@@ -152,3 +152,14 @@ def test_a_picture_is_compared_with_one_click(visit: Any) -> None:
     says(page, "#compare-stage", "Done")
     expect(page.locator("#slider img")).to_have_count(2, timeout=PATIENCE)
     expect(tab_of(page).get_by_label("Prompt").first).to_have_value("a dog")
+
+
+def test_of_several_pictures_the_one_that_was_opened_is_compared(visit: Any) -> None:
+    page = visit()
+    set_number(page, "Pictures", 2)
+    page.click("#generate")
+    says(page, "#stage", "2 of 2 pictures")
+    page.locator("#gallery img").nth(1).click()
+    page.click("#compare-this")
+    says(page, "#compare-stage", "Done")
+    expect(tab_of(page).get_by_label("Seed", exact=True).first).to_have_value("1")

@@ -47,8 +47,11 @@ RUN = run(
 def test_the_verdict_is_one_sentence_and_calls_chance_by_its_name() -> None:
     said = verdict(RUN)
     assert said.count(".") - len(re.findall(r"\d\.\d", said)) == 1
-    assert "Balanced (agent) 1.25× as fast, FID and KID as exact's, within chance" in said
-    assert "Fast (agent) shows no difference in speed (0.90–3.00×), FID worse by 10, KID worse by 0.1" in said
+    assert "Balanced 1.25× as fast, FID and KID as exact's, within chance" in said
+    assert "Fast shows no difference in speed (0.90–3.00×), FID worse by 10, KID worse by 0.1" in said
+    same = verdict(run(RUN.lines[0], RUN.lines[1], line("mediator/fast", 0.5, 60.5)))
+    assert same.endswith("Fast (mediator) 2.00× as fast; in all, FID and KID as exact's, within chance.")
+    assert verdict(run(RUN.lines[0])) == ""
 
 
 def test_points_have_names_that_do_not_overlap() -> None:
@@ -96,7 +99,7 @@ def test_the_axis_begins_at_zero_where_zero_is_shown() -> None:
 def test_steps_have_ticks_and_layers_their_tokens() -> None:
     calls = 8
     trace = RunTrace(
-        "x", ["down_blocks.0.attentions.0", "mid_block.a"], [4096, None], [[True, False]] * calls, [4] * 3 + [16] * 5,
+        "x", ["down_blocks.0.attentions.0", "mid_block.a"], [4096, None], [[True, False]] * calls, [4, 4, 4, *[16] * 5],
         [None] * calls, [None, *[0.5] * (calls - 1)], [0.1] * calls,
     )  # fmt: skip
     svg = steps_chart(trace)
