@@ -16,8 +16,8 @@ SLOW = {
     "app/jobs/test_limits.py", "app/jobs/test_no_picture.py", "app/jobs/test_quality.py", "app/jobs/test_stop.py",
     "app/page/test_page.py", "app/page/test_quality.py", "app/page/test_skipped.py",
     "architectures/test_own_dit.py", "cli/test_app.py", "cli/test_tune.py", "coexistence/test_processes.py",
-    "methods/test_contract.py",
-    "patching/test_compile.py", "pipelines/test_precompute_page.py", "pipelines/test_train_emoji_sd.py",
+    "methods/test_contract.py", "patching/test_compile.py", "pipelines/test_precompute_page.py",
+    "pipelines/test_train_emoji_sd.py",
     "test_docs.py", "training/test_distributed.py", "training/test_full_disk.py", "training/test_loop.py",
     "training/test_options.py", "training/test_processes.py", "training/test_stops.py", "tuning/test_presets.py",
 }  # fmt: skip

@@ -293,20 +293,25 @@ def by_phase(phases: int | tuple[Any, ...], run: Callable[..., Tensor], *tensors
     if isinstance(phases, int):
         return run(phases, *tensors)
     groups = {phase: [i for i, p in enumerate(phases) if p == phase] for phase in sorted(set(phases))}
-    device = next(x.device for x in tensors if x is not None)
-    parts = []
+    if len(groups) == 1:
+        return run(phases[0], *tensors)
+    out: Tensor | None = None
     for phase, group in groups.items():
-        rows = torch.tensor(group, device=device)
-        parts.append(run(phase, *(None if x is None else _rows(x, rows, len(phases)) for x in tensors)))
-    order = [i for group in groups.values() for i in group]
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(parts)[torch.tensor(places, device=device)]
+        part = run(phase, *(None if x is None else _rows(x, group, len(phases)) for x in tensors))
+        if out is None:
+            out = part.new_empty(len(phases), *part.shape[1:])
+        out[torch.tensor(group, device=part.device)] = part
+    assert out is not None
+    return out
 
 
-def _rows(x: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """The samples `rows` of a tensor with a batch dimension, or of a mask repeated per head or for all."""
+def _rows(x: Tensor, group: list[int], batch: int) -> Tensor:
+    """The samples `group` of a tensor with a batch dimension, or of a mask repeated per head or for all; where they
+    follow each other, a view."""
     if x.shape[0] == 1:
         return x
-    if x.shape[0] == batch:
-        return x[rows]
-    return x.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+    if x.shape[0] != batch:
+        return _rows(x.unflatten(0, (batch, -1)), group, batch).flatten(0, 1)
+    if group[-1] - group[0] == len(group) - 1:
+        return x[group[0] : group[-1] + 1]
+    return x[torch.tensor(group, device=x.device)]

@@ -4,9 +4,11 @@ How strongly the correction is damped (λ), how far it is trusted (γ) and which
 step to step. `calibrate` finds them, `coast` uses them again, with half of the operations. See `landmark_attention` for
 the equations; results of `calibrate` are the same up to rounding.
 
-Shapes: B batch, H heads, N image tokens, M keys, n landmarks, c other tokens among them, p probes, D channels per head.
+Shapes: B batch, H heads, h some heads of some samples, N image tokens, M keys, n landmarks, c other tokens among them,
+p probes, D channels per head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isnan, sqrt
 
@@ -20,6 +22,9 @@ LEAST_DAMPING = 1e-6
 """The smallest `damping` that keeps matrices positive definite in products of fp32, so that coasting need not look."""
 
 TINY = 1e-12
+
+HELD = 2
+"""Matrices [n, n] of a head that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,13 @@ class Calibration:
     """What later calls use again.
 
     Attributes:
-        damped: λI / damping [B·H, n, n].
+        sharpness: λ / damping [B·H].
         gamma: γ [B·H, 1, 1].
         sizes: of every head [B, H], on the device, for its error on the probes: 0.8⟨X, X⟩, ⟨X, Y⟩, ‖Y‖, the norm of the
             exact answers, and 0 where its matrix could be factorised; X is Z at the probes, Y what it should be.
     """
 
-    damped: Tensor
+    sharpness: Tensor
     gamma: Tensor
     sizes: tuple[Tensor, ...]
 
@@ -91,79 +96,133 @@ def calibrate(tokens: Tokens, damping: float, guarded: bool = False) -> tuple[Te
         guarded: for products of less than fp32's precision (TF32), with which a matrix may not be factorised: such a
             head then keeps V_A, as in `correct`. Its error is infinite either way.
     """
-    shape, n = tokens.key_landmarks.shape[:2], tokens.key_landmarks.shape[-2]
     asked = torch.cat((tokens.query_landmarks, *probe_tokens(tokens.q)), dim=-2)  # [B, H, n + p, D]
     gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
     with torch.autocast(gathered.device.type, enabled=False):
-        logits, weights = _weights(asked, tokens)
-        exact = gathered.float().flatten(0, 1)
-        kept = _kept(tokens)
-        w = weights[:, :n] if kept is None else weights[:, :n] * kept.mT
-        mean = _mean(exact[:, :n], kept)
-        centred = exact - mean
-        damped = _damped(logits[:, :n], w, damping, kept)
-        factor, failed = torch.linalg.cholesky_ex(torch.baddbmm(damped, w.mT, w, beta=damping))
-        z = torch.cholesky_solve(w.mT @ centred[:, :n], factor)
-        x, y = (weights[:, n:] @ z).flatten(1)[:, None], centred[:, n:].flatten(1)[:, None]  # [B·H, 1, p·D]
-        xx, xy = torch.baddbmm(weights[:, :1, :1], x, x.mT, beta=TINY, alpha=TRUSTED), x @ y.mT
-        gamma = (xy / xx).clamp(0, 1)
-        sizes = (xx, xy, torch.linalg.vector_norm(y, dim=-1), torch.linalg.vector_norm(exact[:, n:], dim=(-2, -1)))
-        corrected = torch.addcmul(mean, gamma, z)
-        if guarded:
-            corrected = torch.where((failed == 0)[:, None, None], corrected, exact[:, :n])
+        parts = [_calibrated(part, damping, guarded) for part in _parts(asked, tokens, gathered)]
+    corrected, sharpness, gamma, *sizes = (_joined(found) for found in zip(*parts, strict=True))
     out, context = _broadcast(tokens, gathered, corrected)
-    return out, context, Calibration(damped, gamma, tuple(s.view(shape) for s in (*sizes, failed)))
+    shape = tokens.key_landmarks.shape[:2]
+    return out, context, Calibration(sharpness, gamma, tuple(s.view(shape) for s in sizes))
 
 
 def coast(tokens: Tokens, damping: float, known: Calibration) -> tuple[Tensor, Tensor]:
     """→ as `calibrate`, with what an earlier call on tensors of the same shapes found."""
-    gathered = scaled_dot_product_attention(tokens.query_landmarks, tokens.k, tokens.v, attn_mask=tokens.key_mask)
+    asked = tokens.query_landmarks
+    gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
     with torch.autocast(gathered.device.type, enabled=False):
-        _, w = _weights(tokens.query_landmarks, tokens)
-        kept = _kept(tokens)
-        w = w if kept is None else w * kept.mT
-        factor, _ = torch.linalg.cholesky_ex(torch.baddbmm(known.damped, w.mT, w, beta=damping))
-        values = gathered.float().flatten(0, 1)
-        mean = _mean(values, kept)
-        z = torch.cholesky_solve(w.mT @ (values - mean), factor)
-        corrected = torch.addcmul(mean, known.gamma, z)
-    return _broadcast(tokens, gathered, corrected)
+        corrected = [_coasted(part, damping, known) for part in _parts(asked, tokens, gathered)]
+    return _broadcast(tokens, gathered, _joined(corrected))
 
 
-def _weights(asked: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Logits s·Q̃ K̃ᵀ of the rows asked for and their softmax, [B·H, n or n + p, n]."""
-    a, b = asked.float().flatten(0, 1), tokens.key_landmarks.float().flatten(0, 1)
-    logits = torch.baddbmm(a[..., :1], a, b.mT, beta=0, alpha=a.shape[-1] ** -0.5)  # beta=0: the first is not read
-    if tokens.landmark_mask is None:
-        return logits, logits.softmax(dim=-1)
-    return logits, (logits + _mask(tokens, tokens.landmark_mask)).softmax(dim=-1)
+@dataclass(frozen=True)
+class Part:
+    """Some heads h of some samples of a call.
+
+    Attributes:
+        asked, key_landmarks: [h, n or n + p, D] and [h, n, D], in fp32.
+        gathered: what `asked` gathered [h, n or n + p, D], in fp32.
+        mask: additive, of landmarks, in fp32 [h, 1, n].
+        heads: their places among all.
+    """
+
+    asked: Tensor
+    key_landmarks: Tensor
+    gathered: Tensor
+    mask: Tensor | None
+    heads: slice
+
+    @property
+    def kept(self) -> Tensor | None:
+        """0 at landmarks that are masked, else 1 [h, 1, n]; None where none can be."""
+        return None if self.mask is None else (self.mask > MASKED).float()
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Logits s·Q̃ K̃ᵀ of the rows asked for and their softmax, [h, n or n + p, n]."""
+        a, b = self.asked, self.key_landmarks.mT
+        logits = torch.baddbmm(a[..., :1], a, b, beta=0, alpha=a.shape[-1] ** -0.5)  # beta=0: the first is not read
+        return logits, (logits if self.mask is None else logits + self.mask).softmax(dim=-1)
 
 
-def _mask(tokens: Tokens, mask: Tensor) -> Tensor:
-    """A mask of landmarks in fp32, [B·H, 1, n]."""
-    return mask.float().expand(*tokens.key_landmarks.shape[:2], 1, -1).flatten(0, 1)
+def _parts(asked: Tensor, tokens: Tokens, gathered: Tensor) -> list[Part]:
+    """All heads of all samples, in several parts where their matrices would take more memory than the queries."""
+    heads, n = asked.shape[0] * asked.shape[1], tokens.key_landmarks.shape[-2]
+    at_once = heads
+    if not torch.compiler.is_compiling():  # which would compile every number of parts anew
+        matrices = HELD * asked.shape[-2] * n * torch.finfo(torch.float32).bits // 8
+        at_once = min(max(tokens.q.numel() * tokens.q.element_size() // matrices, 1), heads)
+    mask = tokens.landmark_mask
+    if mask is not None:
+        mask = mask.float().expand(*asked.shape[:2], 1, -1).flatten(0, 1)
+    a, b, c = (x.flatten(0, 1) for x in (asked, tokens.key_landmarks, gathered))
+    parts = []
+    for start in range(0, heads, at_once):
+        of = slice(start, start + at_once) if at_once < heads else slice(None)
+        parts.append(Part(a[of].float(), b[of].float(), c[of].float(), None if mask is None else mask[of], of))
+    return parts
 
 
-def _kept(tokens: Tokens) -> Tensor | None:
-    """0 at landmarks that are masked, else 1 [B·H, 1, n]; None where none can be."""
-    return None if tokens.landmark_mask is None else (_mask(tokens, tokens.landmark_mask) > MASKED).float()
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _calibrated(part: Part, damping: float, guarded: bool) -> tuple[Tensor, ...]:
+    """→ m + γ Z [h, n, D], λ / damping, γ, and the sizes of a `Calibration`, of some heads."""
+    exact, kept, n = part.gathered, part.kept, part.key_landmarks.shape[-2]
+    logits, w = part.weights()
+    probes, w = w[:, n:].clone(), w[:, :n] if kept is None else w[:, :n] * kept.mT
+    mean = _mean(exact[:, :n], kept)
+    centred = exact - mean
+    sharpness = _sharpness(logits[:, :n], w, damping, kept)
+    del logits
+    wanted, gram = w.mT @ centred[:, :n], _gram(w, sharpness, damping)
+    del w
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    del gram
+    z = torch.cholesky_solve(wanted, factor)
+    x, y = (probes @ z).flatten(1)[:, None], centred[:, n:].flatten(1)[:, None]  # [h, 1, p·D]
+    xx, xy = torch.baddbmm(probes[:, :1, :1], x, x.mT, beta=TINY, alpha=TRUSTED), x @ y.mT
+    gamma = (xy / xx).clamp(0, 1)
+    sizes = (xx, xy, torch.linalg.vector_norm(y, dim=-1), torch.linalg.vector_norm(exact[:, n:], dim=(-2, -1)))
+    corrected = torch.addcmul(mean, gamma, z)
+    if guarded:
+        corrected = torch.where((failed == 0)[:, None, None], corrected, exact[:, :n])
+    return (corrected, sharpness, gamma, *sizes, failed)
+
+
+def _coasted(part: Part, damping: float, known: Calibration) -> Tensor:
+    """→ m + γ Z [h, n, D] of some heads."""
+    kept, w = part.kept, part.weights()[1]
+    w = w if kept is None else w * kept.mT
+    mean = _mean(part.gathered, kept)
+    wanted, gram = w.mT @ (part.gathered - mean), _gram(w, known.sharpness[part.heads], damping)
+    del w
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    del gram
+    return torch.addcmul(mean, known.gamma[part.heads], torch.cholesky_solve(wanted, factor))
+
+
+def _gram(w: Tensor, sharpness: Tensor, damping: float) -> Tensor:
+    """WᵀW + λI [h, n, n]."""
+    gram = w.mT @ w
+    gram.diagonal(dim1=-2, dim2=-1).add_(sharpness[:, None], alpha=damping)
+    return gram
 
 
 def _mean(values: Tensor, kept: Tensor | None) -> Tensor:
-    """m [B·H, 1, D] of the values of landmarks [B·H, n, D] that are not masked."""
+    """m [h, 1, D] of the values of landmarks [h, n, D] that are not masked."""
     if kept is None:
         return values.mean(dim=-2, keepdim=True)
     return kept @ values / kept.sum(dim=-1, keepdim=True)
 
 
-def _damped(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None) -> Tensor:
-    """λI / damping [B·H, n, n]; see `landmark_attention` for λ."""
+def _sharpness(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None) -> Tensor:
+    """λ / damping [h]; see `landmark_attention`."""
     if kept is not None:
-        return torch.diag_embed((damp(logits, w, damping, kept) / damping)[:, None].expand(w.shape[:-1]))
-    spread = logits.std(dim=-1, correction=0).mean(dim=-1)  # σ [B·H]
+        return damp(logits, w, damping, kept).flatten() / damping
+    spread = logits.std(dim=-1, correction=0).mean(dim=-1)  # σ [h]
     sharp = spread.clamp(1, (MAX_DAMPING / damping) ** (1 / 3)).pow(3)
-    scale = sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
-    return torch.diag_embed(scale[:, None].expand(w.shape[:-1]))
+    return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
 
 
 def _broadcast(tokens: Tokens, gathered: Tensor, corrected: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,16 @@ from math import prod
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from diffattn.architectures import architecture_of
-from diffattn.architectures.denoisers import denoisers_of, is_compiled, self_attention_layers, uncompiled
+from diffattn.architectures.denoisers import (
+    Pipeline,
+    denoisers_of,
+    is_compiled,
+    self_attention_layers,
+    uncompiled,
+)
 from diffattn.drawing.sizes import check_size, pixels_per_latent
 from diffattn.machine import describe_machine, dtype_name
 from diffattn.measure.denoiser_inputs import NOISE_LEVEL, Inputs, make_denoiser_inputs
@@ -40,7 +45,7 @@ OneCall = Mapping[str, LayerSeconds]
 
 
 def preflight(
-    pipe_or_model: DiffusionPipeline | nn.Module,
+    pipe_or_model: Pipeline | nn.Module,
     height: int | None = None,
     width: int | None = None,
     *,
@@ -85,7 +90,7 @@ class PreflightRun:
 
     def __init__(
         self,
-        pipe_or_model: DiffusionPipeline | nn.Module,
+        pipe_or_model: Pipeline | nn.Module,
         height: int | None = None,
         width: int | None = None,
         *,
@@ -228,7 +233,7 @@ def _plain(pipe_or_model: Any) -> nn.Module:
 
 def _size(target: Any, model: nn.Module, height: int | None, width: int | None) -> tuple[int, int, tuple[int, int]]:
     """Height and width, given or the model's own, and those of the latents."""
-    scale = pixels_per_latent(target) if isinstance(target, DiffusionPipeline) else 1
+    scale = pixels_per_latent(target) if isinstance(target, Pipeline) else 1
     config: Any = model.config
     own = config.get("sample_size")
     if own is None and (height is None or width is None):
@@ -236,7 +241,7 @@ def _size(target: Any, model: nn.Module, height: int | None, width: int | None) 
     rows, columns = own if isinstance(own, Sequence) else (own or 0, own or 0)
     h = int(rows * scale if height is None else height)
     w = int(columns * scale if width is None else width)
-    if isinstance(target, DiffusionPipeline):
+    if isinstance(target, Pipeline):
         check_size(target, w, h)
     elif min(h, w) < 1:
         raise ValueError(f"height and width of the latents must be 1 or more, got {h}x{w}")

@@ -22,7 +22,7 @@ def _fresh_dynamo() -> Iterator[None]:
     "`compile_repeated_blocks`",
     "before and after the patch",
     on=["UNet2DConditionModel", "FluxTransformer2DModel"],
-    holds="the pictures of the patch that is not compiled, in one graph per block; removed, those of the unpatched one",
+    holds="without a graph break, the pictures of the patch that is not compiled; removed, the unpatched ones",
 )
 def test_compile_repeated_blocks(subject: Subject) -> None:
     exact = subject.draw(num_inference_steps=2)

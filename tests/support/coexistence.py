@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import diffattn
-from diffattn.architectures.denoisers import denoiser_of
+from diffattn.architectures.denoisers import denoiser_of, self_attention_layers
 from support import tiny, tiny_joint
 from support.denoisers import CASES
 from support.denoisers.case import Case
@@ -70,8 +70,7 @@ class Subject:
     @property
     def num_layers(self) -> int:
         """Self-attention layers, ControlNets excluded."""
-        layers = diffattn.architectures.denoisers.self_attention_layers(self.denoiser)
-        return sum(spec.exact is None for spec, _ in layers)
+        return sum(spec.exact is None for spec, _ in self_attention_layers(self.denoiser))
 
     def draw(self, **overrides: Any) -> Tensor:
         """The latents of a short run, always from the same noise."""

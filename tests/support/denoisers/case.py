@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import diffusers
@@ -13,6 +16,28 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 Inputs = Callable[[int, torch.Generator], dict[str, Any]]
+
+_TIMES = ContextVar("times", default=1)
+
+
+@contextmanager
+def enlarged(times: int) -> Iterator[None]:
+    """Inputs with so many times the rows and columns, and tokens of pictures and texts in proportion."""
+    token = _TIMES.set(times)
+    try:
+        yield
+    finally:
+        _TIMES.reset(token)
+
+
+def side(number: int) -> int:
+    """Rows or columns, of pixels or tokens, enlarged."""
+    return number * _TIMES.get()
+
+
+def area(number: int) -> int:
+    """Tokens, enlarged."""
+    return number * _TIMES.get() ** 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,7 @@ class Case:
     fixed: Mapping[str, Any] = field(default_factory=lambda: {"return_dict": False})  # arguments beside the inputs
     output: Callable[[Any], Tensor] = lambda out: out[0]
     scheduler: Callable[[], Any] = lambda: FlowMatchEulerDiscreteScheduler(shift=3.0)  # of its pipeline
+    enlarged: Mapping[str, Any] = field(default_factory=dict)  # what the configuration needs for enlarged inputs
     batched: bool = True  # whether a call takes several samples
     calls_per_sample: bool = False  # the processor attends for one sample after another
 
@@ -51,12 +77,12 @@ class Case:
         """Calls of attention over the picture's tokens in one call of the model."""
         return self.num_layers * (batch if self.calls_per_sample else 1)
 
-    def build(self, seed: int = 0) -> Any:
-        """The model with random weights, in eval mode."""
+    def build(self, seed: int = 0, **config: Any) -> Any:
+        """The model with random weights, in eval mode; `config`: what differs from the configuration."""
         pytest.importorskip(self.needs)
         torch.manual_seed(seed)
         kind: Any = getattr(diffusers, self.name.partition(" ")[0])
-        return random_weights(kind(**self.config).eval())
+        return random_weights(kind(**{**self.config, **config}).eval())
 
     def one_of(self, given: Mapping[str, Any], index: int, batch: int) -> dict[str, Any]:
         """The arguments for one sample of a batch."""
@@ -75,7 +101,8 @@ class Case:
         """The output of one call at a time step of the scheduler, divided by 1000."""
         level = self.level if level is None else level
         batch = next(len(x) for x in given.values() if isinstance(x, Tensor | list) and not isinstance(x, str))
-        time = torch.full((batch, *self.time_shape), self.time(level), dtype=self.time_dtype)
+        shape = tuple(area(n) if n == prod(self.grid) else n for n in self.time_shape)  # per token
+        time = torch.full((batch, *shape), self.time(level), dtype=self.time_dtype)
         if self.per_call is not None:
             time = torch.tensor(self.per_call(self.time(level)), dtype=self.time_dtype)
         repeated = {name: given[name].repeat_interleave(n, dim=0) for name, n in self.per_frame.items()}

@@ -9,21 +9,31 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor
 
-from support.denoisers.case import Case, normal
+from support.denoisers.case import Case, area, normal, side
 
 TEXT = 6
 REFERENCE = (4, 5)
 
 
+def words() -> int:
+    """Tokens of the text."""
+    return area(TEXT)
+
+
+def grid(rows: int = 8, columns: int = 6) -> tuple[int, int]:
+    """Of the picture's tokens, or of another's."""
+    return side(rows), side(columns)
+
+
 def latents(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        "hidden_states": normal(batch, 4, 16, 12, rng=rng),
-        "encoder_hidden_states": normal(batch, TEXT, 32, rng=rng),
+        "hidden_states": normal(batch, 4, side(16), side(12), rng=rng),
+        "encoder_hidden_states": normal(batch, words(), 32, rng=rng),
     }
 
 
 def condition(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {"controlnet_cond": normal(batch, 4, 16, 12, rng=rng)}
+    return {"controlnet_cond": normal(batch, 4, side(16), side(12), rng=rng)}
 
 
 def sd3(batch: int, rng: torch.Generator) -> dict[str, Any]:
@@ -35,7 +45,7 @@ def sd3_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
 
 
 def sd35_large_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    tokens = {"hidden_states": normal(batch, 48, 32, rng=rng), "pooled_projections": normal(batch, 64, rng=rng)}
+    tokens = {"hidden_states": normal(batch, area(48), 32, rng=rng), "pooled_projections": normal(batch, 64, rng=rng)}
     return tokens | condition(batch, rng)
 
 
@@ -53,16 +63,16 @@ def places(*grids: tuple[int, int], columns: int = 3) -> Tensor:
 
 def text_mask(batch: int) -> Tensor:
     """The second sample's text is shorter, with padding behind it."""
-    return torch.arange(TEXT).expand(batch, TEXT) < TEXT - 2 * torch.arange(batch)[:, None]
+    return torch.arange(words()).expand(batch, words()) < words() - 2 * torch.arange(batch)[:, None]
 
 
 def tokens(batch: int, rng: torch.Generator, *grids: tuple[int, int], columns: int = 3) -> dict[str, Any]:
-    ids = places(*(grids or ((8, 6),)), columns=columns)
+    ids = places(*(grids or (grid(),)), columns=columns)
     return {
         "hidden_states": normal(batch, len(ids), 4, rng=rng),
-        "encoder_hidden_states": normal(batch, TEXT, 32, rng=rng),
+        "encoder_hidden_states": normal(batch, words(), 32, rng=rng),
         "img_ids": ids,
-        "txt_ids": torch.zeros(TEXT, columns),
+        "txt_ids": torch.zeros(words(), columns),
     }
 
 
@@ -71,31 +81,31 @@ def flux(batch: int, rng: torch.Generator) -> dict[str, Any]:
 
 
 def kontext(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return tokens(batch, rng, (8, 6), REFERENCE) | {"pooled_projections": normal(batch, 32, rng=rng)}
+    return tokens(batch, rng, grid(), grid(*REFERENCE)) | {"pooled_projections": normal(batch, 32, rng=rng)}
 
 
 def flux_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
     given = flux(batch, rng)
     mode = torch.arange(batch)[:, None]
-    return given | {"controlnet_cond": normal(batch, 48, 4, rng=rng), "controlnet_mode": mode}
+    return given | {"controlnet_cond": normal(batch, area(48), 4, rng=rng), "controlnet_mode": mode}
 
 
 def chroma(batch: int, rng: torch.Generator) -> dict[str, Any]:
     given = tokens(batch, rng)
-    mask = torch.cat((text_mask(batch), torch.ones(batch, 48, dtype=torch.bool)), dim=1)
+    mask = torch.cat((text_mask(batch), torch.ones(batch, area(48), dtype=torch.bool)), dim=1)
     return given | {"attention_mask": mask.float()}  # its pipeline has zeros and ones, which are added to logits
 
 
 def fibo(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    mask = torch.cat((text_mask(batch), torch.ones(batch, 48, dtype=torch.bool)), dim=1)
-    layers = [normal(batch, TEXT, 16, rng=rng) for _ in range(2)]
+    mask = torch.cat((text_mask(batch), torch.ones(batch, area(48), dtype=torch.bool)), dim=1)
+    layers = [normal(batch, words(), 16, rng=rng) for _ in range(2)]
     kwargs = {"attention_mask": mask[:, None, None]}
     return tokens(batch, rng) | {"text_encoder_layers": layers, "joint_attention_kwargs": kwargs}
 
 
 def fibo2(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        "hidden_states": normal(batch, 4, 16, 12, rng=rng),
+        "hidden_states": normal(batch, 4, side(16), side(12), rng=rng),
         "encoder_hidden_states": normal(batch, 2, 12, 16, rng=rng),
     }
 
@@ -103,12 +113,12 @@ def fibo2(batch: int, rng: torch.Generator) -> dict[str, Any]:
 def fibo2_edit(batch: int, rng: torch.Generator) -> dict[str, Any]:
     """Prompts of different lengths, which are given different numbers of gist tokens, and a picture to edit."""
     mask = torch.arange(12).expand(batch, 12) < 12 - 8 * torch.arange(batch)[:, None]
-    reference = normal(batch, 4, 2 * REFERENCE[0], 2 * REFERENCE[1], rng=rng)
+    reference = normal(batch, 4, *(2 * n for n in grid(*REFERENCE)), rng=rng)
     return fibo2(batch, rng) | {"encoder_attention_mask": mask, "context_latents": [reference]}
 
 
 def flux2(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    given = tokens(batch, rng, (8, 6), REFERENCE, columns=4)
+    given = tokens(batch, rng, grid(), grid(*REFERENCE), columns=4)
     return given | {"guidance": torch.full((batch,), 3.5)}
 
 
@@ -117,41 +127,41 @@ def flux3(batch: int, rng: torch.Generator) -> dict[str, Any]:
 
 
 def flux3_edit(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    ids = places(REFERENCE, columns=4) + torch.tensor([10, 0, 0, 0])
+    ids = places(grid(*REFERENCE), columns=4) + torch.tensor([10, 0, 0, 0])
     reference = normal(batch, len(ids), 4, rng=rng)
     return flux3(batch, rng) | {"image_cond_hidden_states": reference, "image_cond_ids": ids}
 
 
 def qwen(batch: int, rng: torch.Generator, *references: tuple[int, int]) -> dict[str, Any]:
-    shapes = [(1, *grid) for grid in ((8, 6), *references)]
+    shapes = [(1, *size) for size in (grid(), *references)]
     number = sum(rows * columns for _, rows, columns in shapes)
     return {
         "hidden_states": normal(batch, number, 16, rng=rng),
-        "encoder_hidden_states": normal(batch, TEXT, 32, rng=rng),
+        "encoder_hidden_states": normal(batch, words(), 32, rng=rng),
         "encoder_hidden_states_mask": text_mask(batch),
         "img_shapes": [shapes] * batch,
     }
 
 
 def qwen_edit(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return qwen(batch, rng, REFERENCE)
+    return qwen(batch, rng, grid(*REFERENCE))
 
 
 def qwen_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    given = qwen(batch, rng) | {"img_shapes": [(1, 8, 6)] * batch}
-    return given | {"controlnet_cond": normal(batch, 48, 16, rng=rng)}
+    given = qwen(batch, rng) | {"img_shapes": [(1, *grid())] * batch}
+    return given | {"controlnet_cond": normal(batch, area(48), 16, rng=rng)}
 
 
 def qwen21(batch: int, rng: torch.Generator) -> dict[str, Any]:
     """Two tokens of text, the slots of a reference picture of 4x4 tokens, and text that is padded; then the picture."""
-    slots = torch.tensor([False, False, True, True, True, True, False, False, False, False] + 12 * [True])
+    slots = torch.tensor([False, False, True, True, True, True, False, False, False, False] + area(12) * [True])
     valid = torch.ones(batch, 10, dtype=torch.bool)
     valid[1, -2:] = False
     return {
-        "hidden_states": normal(batch, 16 + 48, 4, rng=rng),
+        "hidden_states": normal(batch, 16 + area(48), 4, rng=rng),
         "encoder_hidden_states": normal(batch, 10, 32, rng=rng),
         "encoder_hidden_states_mask": valid,
-        "img_shapes": [[(1, 4, 4), (1, 8, 6)]] * batch,
+        "img_shapes": [[(1, 4, 4), (1, *grid())]] * batch,
         "img_mask": slots.expand(batch, -1),
     }
 
@@ -161,9 +171,10 @@ def prx(batch: int, rng: torch.Generator) -> dict[str, Any]:
 
 
 def hunyuan(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    rotary: Any = get_2d_rotary_pos_embed(8, ((0, 0), (8, 6)), (8, 6), output_type="pt")
+    rotary: Any = get_2d_rotary_pos_embed(8, ((0, 0), grid()), grid(), output_type="pt")
     return latents(batch, rng) | {
-        "text_embedding_mask": text_mask(batch),
+        "encoder_hidden_states": normal(batch, TEXT, 32, rng=rng),
+        "text_embedding_mask": text_mask(batch)[:, -TEXT:],
         "encoder_hidden_states_t5": normal(batch, 4, 32, rng=rng),
         "text_embedding_mask_t5": torch.ones(batch, 4, dtype=torch.bool),
         "image_rotary_emb": rotary,
@@ -195,6 +206,7 @@ SD3 = {
     "num_attention_heads": 4, "joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 64,
     "out_channels": 4, "pos_embed_max_size": 32,
 }  # fmt: skip
+LARGE_SD3 = {"pos_embed_max_size": 64}
 TOKENS = {
     "patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
     "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8),
@@ -206,6 +218,7 @@ FIBO2 = {
     "max_num_gist_tokens": 6, "gist_step": 2, "gist_min_text_len": 4, "gist_max_text_len": 12, "axes_dims": (4, 4, 8),
     "axes_lens": (32, 16, 16),
 }  # fmt: skip
+LARGE_FIBO2 = {"axes_lens": (64, 64, 64)}
 FLUX2 = TOKENS | {
     "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16, "mlp_ratio": 2.0,
 }  # fmt: skip
@@ -241,12 +254,12 @@ def up_to_1000(level: float) -> float:
 
 
 JOINT = (
-    case("SD3Transformer2DModel", SD3, sd3, 2, time=up_to_1000),
+    case("SD3Transformer2DModel", SD3, sd3, 2, time=up_to_1000, enlarged=LARGE_SD3),
     case(
         "SD3Transformer2DModel 3.5", SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}, sd3, 3,
-        time=up_to_1000,
+        time=up_to_1000, enlarged=LARGE_SD3,
     ),
-    case("SD3ControlNetModel", SD3, sd3_control, 2, time=up_to_1000, output=blocks_of),
+    case("SD3ControlNetModel", SD3, sd3_control, 2, time=up_to_1000, output=blocks_of, enlarged=LARGE_SD3),
     case(
         "SD3ControlNetModel 3.5 Large",
         SD3 | {"pos_embed_type": None, "joint_attention_dim": None, "use_pos_embed": False},
@@ -269,7 +282,7 @@ JOINT = (
             "attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 32, "caption_projection_dim": 32,
             "out_channels": 4, "pos_embed_max_size": 256,
         },
-        latents, 2, context=TEXT + 8,
+        latents, 2, context=TEXT + 8, enlarged={"pos_embed_max_size": 4096},
     ),
     case(
         "HunyuanDiT2DModel", HUNYUAN | {"num_layers": 2}, hunyuan, 2, time=up_to_1000, context=0,
@@ -284,10 +297,10 @@ JOINT = (
         "BriaFiboTransformer2DModel", TOKENS | {"text_encoder_dim": 16}, fibo, 2, time=up_to_1000,
         batched_lists=frozenset({"text_encoder_layers"}),
     ),
-    case("BriaFibo2Transformer2DModel", FIBO2, fibo2, 3),
+    case("BriaFibo2Transformer2DModel", FIBO2, fibo2, 3, enlarged=LARGE_FIBO2),
     case(
         "BriaFibo2Transformer2DModel edit", FIBO2, fibo2_edit, 3, references=(REFERENCE,),
-        batched_lists=frozenset({"context_latents"}),
+        batched_lists=frozenset({"context_latents"}), enlarged=LARGE_FIBO2,
     ),
     case("OvisImageTransformer2DModel", TOKENS | {"out_channels": 4}, tokens, 2),
     case("LongCatImageTransformer2DModel", TOKENS, tokens, 2),

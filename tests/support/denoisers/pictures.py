@@ -21,9 +21,9 @@ TWO_LENGTHS = "texts of two lengths"
 class Controlling(Case):
     """A ControlNet of Z-Image, which shares parts of its transformer."""
 
-    def build(self, seed: int = 0) -> Any:
+    def build(self, seed: int = 0, **config_of_transformer: Any) -> Any:
         network = super().build(seed)
-        transformer = ZImageTransformer2DModel(**config.Z_IMAGE).eval()
+        transformer = ZImageTransformer2DModel(**config.Z_IMAGE | config_of_transformer).eval()
         torch.nn.init.normal_(transformer.x_pad_token)
         return ZImageControlNetModel.from_transformer(network, transformer)
 
@@ -69,18 +69,27 @@ def z_image(name: str, inputs: Inputs) -> Case:
     """24 tokens of padding stand between those of the picture and the text's."""
     return joint(
         name, config.Z_IMAGE, inputs, grid=(1, 14, 12), num_layers=3, context=24 + 64, time=of_data, time_name="t",
-        output=lambda out: torch.stack(out[0]),
+        output=lambda out: torch.stack(out[0]), enlarged={"axes_lens": [1024, 64, 64]},
     )  # fmt: skip
 
 
-hidream = partial(joint, config=config.HIDREAM, time_name="timesteps", batch_dims={"encoder_hidden_states_llama3": 1})
+hidream = partial(
+    joint,
+    config=config.HIDREAM,
+    enlarged={"max_resolution": (80, 80)},
+    time_name="timesteps",
+    batch_dims={"encoder_hidden_states_llama3": 1},
+)
 plain = partial(joint, context=0)
-lumina2 = partial(joint, config=config.LUMINA2, time=of_data, num_layers=3)
+lumina2 = partial(joint, config=config.LUMINA2, time=of_data, num_layers=3, enlarged={"axes_lens": (512, 64, 64)})
 cogview4 = partial(joint, config=config.COGVIEW | {"rope_axes_dim": (16, 16)})
-krea2 = partial(joint, config=config.KREA2, time=fraction)
-ideogram4 = partial(joint, config=config.IDEOGRAM4, time=of_data)
-omnigen = partial(joint, config=config.OMNIGEN, context=TEXT + 1, time=rising)
-joy = partial(joint, config=config.JOY, grid=(1, *GRID))
+krea2 = partial(joint, config=config.KREA2, time=fraction, enlarged={"intermediate_size": 64})
+ideogram4 = partial(joint, config=config.IDEOGRAM4, time=of_data, enlarged={"intermediate_size": 64})
+omnigen = partial(
+    joint, config=config.OMNIGEN, context=TEXT + 1, time=rising,
+    enlarged={"pos_embed_max_size": 64, "max_position_embeddings": 4096, "intermediate_size": 44},
+)  # fmt: skip
+joy = partial(joint, config=config.JOY, grid=(1, *GRID), enlarged={"num_attention_heads": 4, "hidden_size": 48})
 nucleus = partial(joint, config=config.NUCLEUS, grid=(1, *GRID), time=fraction)
 
 PICTURES = (
@@ -91,14 +100,17 @@ PICTURES = (
     Controlling(
         "ZImageControlNetModel", config.Z_CONTROL, given.z_image_control, grid=(1, 14, 12), num_layers=4,
         context=24 + 64, time=of_data, time_name="t", fixed={},
-        output=lambda out: torch.stack(tuple(out.values()), dim=1),
+        output=lambda out: torch.stack(tuple(out.values()), dim=1), enlarged={"axes_lens": [1024, 64, 64]},
     ),
-    joint("CogView3PlusTransformer2DModel", config.COGVIEW | {"pos_embed_max_size": 16}, given.cogview),
+    joint("CogView3PlusTransformer2DModel", config.COGVIEW | {"pos_embed_max_size": 64}, given.cogview),
     cogview4("CogView4Transformer2DModel", inputs=given.cogview),
     cogview4("CogView4Transformer2DModel masked", inputs=given.cogview4_masked),
     hidream("HiDreamImageTransformer2DModel", inputs=given.hidream, grid=(ROWS, ROWS), context=10),
     hidream("HiDreamImageTransformer2DModel not square", inputs=partial(given.hidream, square=False), context=10 + 16),
-    joint("HunyuanImageTransformer2DModel", config.HUNYUAN, given.hunyuan, context=TEXT + 3),
+    joint(
+        "HunyuanImageTransformer2DModel", config.HUNYUAN, given.hunyuan, context=TEXT + 3,
+        enlarged={"attention_head_dim": 16, "rope_axes_dim": (8, 8)},
+    ),
     joint(
         "HunyuanImageTransformer2DModel refiner",
         config.HUNYUAN | {"patch_size": (1, 1, 1), "rope_axes_dim": (2, 2, 4), "text_embed_2_dim": None},
@@ -109,7 +121,7 @@ PICTURES = (
     krea2(f"Krea2Transformer2DModel {TWO_LENGTHS}", inputs=partial(given.krea2, shorter=2)),
     ideogram4("Ideogram4Transformer2DModel", inputs=given.ideogram4),
     ideogram4(f"Ideogram4Transformer2DModel {TWO_LENGTHS}", inputs=partial(given.ideogram4, shorter=2)),
-    joint("ErnieImageTransformer2DModel", config.ERNIE, given.ernie),
+    joint("ErnieImageTransformer2DModel", config.ERNIE, given.ernie, enlarged={"ffn_hidden_size": 64}),
     joint(
         "GlmImageTransformer2DModel", config.COGVIEW | {"prior_vq_quantizer_codebook_size": 16}, given.glm,
         time=one_less,
@@ -126,7 +138,7 @@ PICTURES = (
     nucleus("NucleusMoEImageTransformer2DModel masked", inputs=partial(given.nucleus, masked=True)),
     joint(
         "UniDiffuserModel", config.UNIDIFFUSER, given.unidiffuser, grid=(ROWS, ROWS), num_layers=3, context=TEXT + 4,
-        time_name="timestep_img", fixed={},
+        time_name="timestep_img", fixed={}, enlarged={"sample_size": 64, "num_text_tokens": 96},
     ),
     Masked("UVit2DModel", config.UVIT, given.uvit, grid=(16, 16), num_layers=2, time=of_scheduler),
     plain(
@@ -140,7 +152,7 @@ PICTURES = (
     ),
     plain(
         "Transformer2DModel of tokens", config.PLAIN | {"num_vector_embeds": 20, "sample_size": ROWS},
-        given.plain_tokens, grid=(ROWS, ROWS),
+        given.plain_tokens, grid=(ROWS, ROWS), enlarged={"sample_size": 4 * ROWS},
     ),
     plain(
         "DreamLiteTransformer2DModel",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DDPMWuerstchenScheduler, EulerDiscreteScheduler
 
-from support.denoisers.case import Case, Inputs, normal
+from support.denoisers.case import Case, Inputs, normal, side
 
 TEXT = 6
 FRAMES = 3
@@ -19,7 +19,7 @@ def whole(u: float) -> float:
 
 
 def picture(batch: int, rng: torch.Generator) -> dict[str, Any]:
-    return {"sample": normal(batch, 4, 16, 12, rng=rng)}
+    return {"sample": normal(batch, 4, side(16), side(12), rng=rng)}
 
 
 def video(height: int, width: int) -> Inputs:
@@ -27,7 +27,7 @@ def video(height: int, width: int) -> Inputs:
 
     def inputs(batch: int, rng: torch.Generator) -> dict[str, Any]:
         return {
-            "sample": normal(batch, 4, FRAMES, height, width, rng=rng),
+            "sample": normal(batch, 4, FRAMES, side(height), side(width), rng=rng),
             "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
         }
 
@@ -36,7 +36,7 @@ def video(height: int, width: int) -> Inputs:
 
 def stable_video(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        "sample": normal(batch, FRAMES, 4, 8, 6, rng=rng),
+        "sample": normal(batch, FRAMES, 4, side(8), side(6), rng=rng),
         "encoder_hidden_states": normal(batch, 1, 16, rng=rng),
         "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]).repeat(batch, 1),
     }
@@ -46,14 +46,14 @@ def i2vgen(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
         **video(8, 6)(batch, rng),
         "fps": torch.full((batch,), 16.0),
-        "image_latents": normal(batch, 4, FRAMES, 8, 6, rng=rng),
+        "image_latents": normal(batch, 4, FRAMES, side(8), side(6), rng=rng),
         "image_embeddings": normal(batch, 16, rng=rng),
     }
 
 
 def kandinsky3(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        "sample": normal(batch, 4, 16, 12, rng=rng),
+        "sample": normal(batch, 4, side(16), side(12), rng=rng),
         "encoder_hidden_states": normal(batch, TEXT, 16, rng=rng),
         "encoder_attention_mask": torch.ones(batch, TEXT),
     }
@@ -62,14 +62,14 @@ def kandinsky3(batch: int, rng: torch.Generator) -> dict[str, Any]:
 def sparse_control(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
         **video(16, 12)(batch, rng),
-        "controlnet_cond": normal(batch, 3, FRAMES, 16, 12, rng=rng),
-        "conditioning_mask": torch.ones(batch, 1, FRAMES, 16, 12),
+        "controlnet_cond": normal(batch, 3, FRAMES, side(16), side(12), rng=rng),
+        "conditioning_mask": torch.ones(batch, 1, FRAMES, side(16), side(12)),
     }
 
 
 def cascade(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
-        "sample": normal(batch, 4, 16, 12, rng=rng),
+        "sample": normal(batch, 4, side(16), side(12), rng=rng),
         "clip_text_pooled": normal(batch, 1, 16, rng=rng),
         "clip_text": normal(batch, TEXT, 16, rng=rng),
         "clip_img": normal(batch, 1, 16, rng=rng),

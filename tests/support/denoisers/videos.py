@@ -14,7 +14,7 @@ from diffusers import (
     MiniMaxH3Scheduler,
 )
 
-from support.denoisers.case import Case
+from support.denoisers.case import Case, area
 from support.denoisers.video_inputs import (
     TEXT,
     animate,
@@ -54,6 +54,8 @@ COGVIDEOX = {
     "patch_size": 2, "temporal_compression_ratio": 4, "max_text_seq_length": TEXT,
 }  # fmt: skip
 
+LARGE_COGVIDEOX = {"max_text_seq_length": 16 * TEXT}
+
 HUNYUAN = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
     "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True,
@@ -63,7 +65,7 @@ HUNYUAN = {
 
 COSMOS: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "mlp_ratio": 2, "text_embed_dim": 16, "adaln_lora_dim": 4,
-    "max_size": (4, 32, 32), "patch_size": (1, 2, 2), "extra_pos_embed_type": None,
+    "max_size": (4, 64, 64), "patch_size": (1, 2, 2), "extra_pos_embed_type": None,
 }  # fmt: skip
 
 
@@ -100,7 +102,7 @@ VIDEOS = (
     Case("ChronoEditTransformer3DModel", WAN, latents(4), grid=(3, 4, 6), time=thousand, num_layers=2),
     Case(
         "CogVideoXTransformer3DModel", COGVIDEOX, cogvideox, grid=(3, 4, 6), time=thousand, time_dtype=torch.int64,
-        num_layers=2, context=TEXT, scheduler=CogVideoXDDIMScheduler,
+        num_layers=2, context=TEXT, scheduler=CogVideoXDDIMScheduler, enlarged=LARGE_COGVIDEOX,
     ),
     Case(
         "ConsisIDTransformer3DModel",
@@ -111,7 +113,7 @@ VIDEOS = (
         },
         consisid, batched_lists=frozenset({"id_vit_hidden"}),
         grid=(3, 4, 6), time=thousand, time_dtype=torch.int64, num_layers=2, context=TEXT,
-        scheduler=CogVideoXDDIMScheduler,
+        scheduler=CogVideoXDDIMScheduler, enlarged=LARGE_COGVIDEOX,
     ),
     Case(
         "HunyuanVideoTransformer3DModel", HUNYUAN, hunyuan(4), grid=(3, 4, 6), time=thousand, num_layers=2,
@@ -269,7 +271,7 @@ VIDEOS = (
             "num_attention_heads": 2, "num_hidden_layers": 2, "num_key_value_heads": 1, "patch_latent_dim": 16,
             "rope_axes_dim": [2, 2, 2], "vocab_size": 32,
         },
-        cosmos3, grid=(3, 4, 6), time=thousand, time_name="vision_timesteps", per_call=lambda t: [t] * 72,
+        cosmos3, grid=(3, 4, 6), time=thousand, time_name="vision_timesteps", per_call=lambda t: [t] * area(72),
         num_layers=2, context=TEXT, batched=False, output=lambda out: out[0][0],
     ),
     Case(
