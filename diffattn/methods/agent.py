@@ -7,7 +7,7 @@ Shapes: B batch, H heads, N tokens, n agents, D channels per head.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, prod
+from math import isfinite
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,23 +15,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffattn.functional import (
-    agent_attention,
-    match_tokens,
-    merge_tokens,
-    pool_tokens,
-    sample_tokens,
-    unmerge_tokens,
-)
-from diffattn.functional.coasting import LEAST_DAMPING, Calibration, Tokens, calibrate, coast
-from diffattn.functional.landmark import (
-    MAX_DAMPING,
-    Heads,
-    exact_heads,
-    exact_where_missed,
-    landmark_attention_with_context,
-)
-from diffattn.functional.tokens import pick_tokens
+from diffattn.functional import agent_attention, match_tokens, merge_tokens, pool_tokens, unmerge_tokens
+from diffattn.functional.landmark import MAX_DAMPING
 from diffattn.methods.base import (
     AttentionFn,
     AttentionMethod,
@@ -41,13 +26,13 @@ from diffattn.methods.base import (
     TokenLayout,
     half_overflows,
 )
+from diffattn.methods.landmarks import Landmarks
 from diffattn.methods.thresholds import Thresholds, load_thresholds, min_tokens_for
 from diffattn.schedules import EXACT
 
 AgentSource = Literal["pool", "merge", "landmarks"]
 DEFAULT_SCALE_EXPONENT, DEFAULT_SHORTCUT = 0.3, 0.075
 DEFAULT_AGENTS, DEFAULT_RATIO = 64, 31 / 32
-DEFAULT_HEAD_ERROR = 0.5
 
 TUNED_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 """Ratios of landmarks to tokens that tuning chooses from."""
@@ -225,9 +210,7 @@ class AgentAttention(AttentionMethod):
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         _ = self._thresholds  # report a damaged table when patching, not in the middle of a run
-        attend = {"pool": self._attend_pooled, "merge": self._attend_merged, "landmarks": self._attend_landmarks}[
-            self.source
-        ]
+        attend = {"pool": self._attend_pooled, "merge": self._attend_merged, "landmarks": self._landmarks}[self.source]
 
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
             if self.upcast or (self.upcast is None and half_overflows(layer, q.dtype)):
@@ -235,6 +218,10 @@ class AgentAttention(AttentionMethod):
             return attend(q, k, v, call)
 
         return attention
+
+    @property
+    def _landmarks(self) -> Landmarks:
+        return Landmarks(self.count, self.damping, self.max_head_error, self.calibrate_every)
 
     def _attend_pooled(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layout = call.layout
@@ -252,68 +239,6 @@ class AgentAttention(AttentionMethod):
         shortcut = DEFAULT_SHORTCUT if self.shortcut is None else self.shortcut
         return agent_attention(q, k, v, agents, scale_exponent=kappa, shortcut=shortcut, key_mask=mask)
 
-    def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        layout, mask = call.layout, call.mask
-        image, asked, answering = layout.on_grid(q), self._landmarks(q, layout), self._landmarks(k, layout)
-        masked = None if mask is None else self._landmarks(_additive(mask).mT, layout).mT.to(q.dtype)
-        if self.damping >= LEAST_DAMPING and not torch.is_grad_enabled():
-            tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
-            out, text, missed = self._coasting(tokens, call.memory)
-            if missed is not None:
-                out, call.exact_heads = exact_heads(out, missed, image, k, v, mask), len(missed[0])
-            return self._joined(out, text, q, k, v, call)
-        out, text, error = landmark_attention_with_context(
-            image, k, v, asked, answering, self.damping, layout.num_context, mask, masked
-        )
-        most = self.max_head_error
-        if most is None and q.device.type == "cpu":
-            most = DEFAULT_HEAD_ERROR
-        if most is not None and not torch.compiler.is_compiling():
-            out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
-        return self._joined(out, text, q, k, v, call)
-
-    @staticmethod
-    def _joined(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """The picture's output and that of the context, whose queries may have masks of their own."""
-        if call.context_mask is not None:
-            text = scaled_dot_product_attention(call.layout.context(q), k, v, attn_mask=call.context_mask)
-        return call.layout.join(out, text)
-
-    def _coasting(self, tokens: Tokens, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Heads | None]:
-        """The image tokens' output, the others', and the heads that must run exact: all but the first come from the
-        last calibration, which is renewed after `calibrate_every` calls."""
-        # Products of less than fp32's precision cannot be told in compiled code, which is guarded in any case.
-        guarded = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
-        known: Coasting | None = None if memory is None or guarded else memory.get("landmarks")
-        kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
-        if known is not None and known.kind == kind and known.calls < self.calibrate_every:
-            known.calls += 1
-            return *coast(tokens, self.damping, known.calibration), known.missed
-        out, text, calibration = calibrate(tokens, self.damping, guarded)
-        most = self.max_head_error
-        if most is None and tokens.q.device.type == "cpu":
-            most = DEFAULT_HEAD_ERROR
-        missed = None if most is None or torch.compiler.is_compiling() else calibration.missed(most)
-        if memory is not None:
-            memory["landmarks"] = Coasting(kind, calibration, missed)
-        return out, text, missed
-
-    def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all that have no place on it."""
-        if layout.is_plain:
-            return sample_tokens(x, layout.rows_and_columns, self.count(x.shape[2]))
-        on_grid, start, parts = layout.on_grid(x), 0, []
-        share = self.count(layout.num_tokens) / layout.num_tokens
-        for grid in layout.grids:
-            tokens = on_grid.narrow(2, start, prod(grid))
-            start += prod(grid)
-            number = max(round(share * prod(grid)), 1)
-            if layout.rotated or len(grid) != 2:
-                parts.append(pick_tokens(tokens, grid, number))
-            else:
-                parts.append(sample_tokens(tokens, (grid[0], grid[1]), number))
-        return torch.cat((*parts, layout.context(x)), dim=2)
-
     def _attend_merged(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         """Merging happens after the projections: an average commutes with a linear layer."""
         tokens = q.shape[2]
@@ -329,23 +254,6 @@ class AgentAttention(AttentionMethod):
         else:
             out = scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)
-
-
-@dataclass
-class Coasting:
-    """A calibration in use."""
-
-    kind: tuple[Any, ...]  # shapes, dtype and device of the tensors it is for
-    calibration: Calibration
-    missed: Heads | None
-    calls: int = 1  # that have used it
-
-
-def _additive(mask: Tensor) -> Tensor:
-    """A mask as what is added to logits, so that a mean of several keys is masked if one of them is."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
 
 
 def _is_int(value: object, least: int) -> bool:
