@@ -7,7 +7,6 @@ Shapes: B batch, H heads, N tokens, n agents, D channels per head.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -25,8 +24,10 @@ from diffattn.methods.base import (
     Preset,
     TokenLayout,
     half_overflows,
+    join_exact,
 )
 from diffattn.methods.landmarks import Landmarks
+from diffattn.methods.options import check, check_limits, is_int, is_number
 from diffattn.methods.thresholds import Thresholds, load_thresholds, min_tokens_for
 from diffattn.schedules import EXACT
 
@@ -96,37 +97,33 @@ class AgentAttention(AttentionMethod):
 
     def __post_init__(self) -> None:
         sources = get_args(AgentSource)
-        _check(self.agents in (*sources, None), "agents", self.agents, "'pool', 'merge' or 'landmarks', or None")
-        _check(
-            self.num_agents is None or _is_int(self.num_agents, 1), "num_agents", self.num_agents, "1 or more, or None"
+        check(self.agents in (*sources, None), "agents", self.agents, "'pool', 'merge' or 'landmarks', or None")
+        check(
+            self.num_agents is None or is_int(self.num_agents, 1), "num_agents", self.num_agents, "1 or more, or None"
         )
         ratio = self.agent_ratio
-        _check(ratio is None or (_is_number(ratio) and 0 < ratio < 1), "agent_ratio", ratio, "above 0 and below 1")
+        check(ratio is None or (is_number(ratio) and 0 < ratio < 1), "agent_ratio", ratio, "above 0 and below 1")
         merged = self.merge_ratio
-        _check(_is_number(merged) and 0 <= merged < 1, "merge_ratio", merged, "at least 0 and below 1")
-        _check(_is_int(self.merge_stride, 2), "merge_stride", self.merge_stride, "a whole number, 2 or more")
+        check(is_number(merged) and 0 <= merged < 1, "merge_ratio", merged, "at least 0 and below 1")
+        check(is_int(self.merge_stride, 2), "merge_stride", self.merge_stride, "a whole number, 2 or more")
         kappa, share = self.scale_exponent, self.shortcut
-        _check(
-            kappa is None or (_is_number(kappa) and 0 <= kappa <= 1), "scale_exponent", kappa, "a number from 0 to 1"
-        )
-        _check(share is None or _is_number(share), "shortcut", share, "a finite number")
+        check(kappa is None or (is_number(kappa) and 0 <= kappa <= 1), "scale_exponent", kappa, "a number from 0 to 1")
+        check(share is None or is_number(share), "shortcut", share, "a finite number")
         if self.agents == "landmarks" and (kappa is not None or share is not None):
             raise ValueError("scale_exponent and shortcut belong to agents='pool' and 'merge'; landmarks have neither")
         damping = self.damping
-        _check(
-            _is_number(damping) and 0 < damping <= MAX_DAMPING,
+        check(
+            is_number(damping) and 0 < damping <= MAX_DAMPING,
             "damping",
             damping,
             f"a number above 0 and at most {MAX_DAMPING}",
         )
         error = self.max_head_error
-        _check(error is None or (_is_number(error) and error > 0), "max_head_error", error, "a number above 0, or None")
+        check(error is None or (is_number(error) and error > 0), "max_head_error", error, "a number above 0, or None")
         every = self.calibrate_every
-        _check(_is_int(every, 1), "calibrate_every", every, "a whole number, 1 or more")
-        for name in ("min_tokens", "max_level"):
-            value = getattr(self, name)
-            _check(value is None or _is_int(value, 0), name, value, "a whole number, 0 or more, or None")
-        _check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
+        check(is_int(every, 1), "calibrate_every", every, "a whole number, 1 or more")
+        check_limits(self)
+        check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
@@ -231,8 +228,7 @@ class AgentAttention(AttentionMethod):
             return self._through(agents, q, k, v, call.mask)
         text = layout.context(q)
         out = self._through(torch.cat((agents, text), dim=2), image, k, v, call.mask)
-        mask = call.mask if call.context_mask is None else call.context_mask
-        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=mask))
+        return join_exact(out, q, k, v, call)
 
     def _through(self, agents: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         kappa = DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
@@ -254,16 +250,3 @@ class AgentAttention(AttentionMethod):
         else:
             out = scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _check(holds: bool, option: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{option} must be {allowed}, got {value!r}")
