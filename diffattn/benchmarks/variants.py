@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from diffattn.architectures.denoisers import self_attention_layers, uncompiled
 from diffattn.methods.agent import AgentAttention
+from diffattn.methods.keys import DownsampledKeys
+from diffattn.methods.tiles import TiledAttention
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.patch import patch
+from diffattn.patching.plan import DEFAULT_PRESET
 
 SDPA, TOME, FLOOR = "sdpa", "tome", "floor"
 PRESETS = tuple(AgentAttention.presets)
-VARIANTS = (SDPA, *PRESETS, TOME, FLOOR)
+OTHER_METHODS = (DownsampledKeys.name, TiledAttention.name)
+VARIANTS = (SDPA, *PRESETS, TOME, *OTHER_METHODS, FLOOR)
+"""The presets are those of agents; other methods run with their own preset "balanced"."""
+
 TOME_RATIO = 0.5
 
 Coverage = Callable[[], int]
@@ -37,17 +43,18 @@ def apply_variant(
         name: one of `VARIANTS`.
         unet: a `UNet2DConditionModel`, compiled or not.
         levels: resolutions whose layers are changed, 0 the highest.
-        min_tokens: of the agents; None keeps their thresholds.
+        min_tokens: of agents and other methods; None keeps their own.
 
     Raises:
-        LeftOut: tomesd is missing, or the preset covers none of these levels.
+        LeftOut: tomesd is missing, or the method covers none of these levels.
     """
     contexts = {
         SDPA: partial(_exact, unet),
         TOME: partial(_merged, unet, levels),
         FLOOR: partial(_values_only, unet, levels),
     }
-    with contexts.get(name, partial(_agents, unet, levels, name, min_tokens))() as coverage:
+    method, preset = (name, DEFAULT_PRESET) if name in OTHER_METHODS else (AgentAttention.name, name)
+    with contexts.get(name, partial(_patched, unet, levels, method, preset, min_tokens))() as coverage:
         yield coverage
 
 
@@ -57,10 +64,12 @@ def _exact(unet: nn.Module) -> Iterator[Coverage]:
 
 
 @contextmanager
-def _agents(unet: nn.Module, levels: Collection[int], preset: str, min_tokens: int | None) -> Iterator[Coverage]:
+def _patched(
+    unet: nn.Module, levels: Collection[int], method: str, preset: str, min_tokens: int | None
+) -> Iterator[Coverage]:
     options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
     try:
-        handle = patch(unet, AgentAttention.name, preset=preset, layers=lambda spec: spec.level in levels, **options)
+        handle = patch(unet, method, preset=preset, layers=lambda spec: spec.level in levels, **options)
     except ValueError as error:
         raise LeftOut(str(error)) from None
     with handle, warnings.catch_warnings():

@@ -25,7 +25,8 @@ def attention(
     variants: Annotated[
         str,
         typer.Option(
-            help="What to compare with sdpa: presets of agent attention, tome (tomesd), floor (no attention)."
+            help="What to compare with sdpa: presets of agent attention, keys (downsampled), tiles, tome (tomesd), "
+            "floor (no attention)."
         ),
     ] = "sdpa,balanced,fast,paper,tome,floor",
     rounds: Annotated[int, typer.Option(help="Timings per variant; the variants take turns.")] = 9,
