@@ -14,12 +14,14 @@ from torch.nn.functional import unfold
 
 from diffattn.functional import (
     agent_attention,
+    downsampled_attention,
     inline_attention,
     landmark_attention,
     match_tokens,
     merge_tokens,
     pool_tokens,
     sample_tokens,
+    tiled_attention,
 )
 from diffattn.functional.inline import inline_attention_and_error
 from diffattn.functional.landmark import PROBES, correct, exact_where_missed
@@ -211,30 +213,17 @@ def inline_where_near(layer: Layer) -> Tensor:
 
 def subsampled(layer: Layer, factor: int) -> Tensor:
     """Keys and values at every `factor`-th row and column."""
-
-    def pick(x: Tensor) -> Tensor:
-        return x.unflatten(2, layer.grid)[:, :, ::factor, ::factor].flatten(2, 3)
-
-    return attention(layer.q, pick(layer.k), pick(layer.v))
+    return downsampled_attention(*layer.qkv, layer.grid, factor)
 
 
 def pooled_keys(layer: Layer, factor: int) -> Tensor:
     """Keys and values averaged over cells of `factor` x `factor`."""
-    n = layer.q.shape[2] // factor**2
-    return attention(layer.q, pool_tokens(layer.k, layer.grid, n), pool_tokens(layer.v, layer.grid, n))
+    return downsampled_attention(*layer.qkv, layer.grid, factor, pooled=True)
 
 
 def tiled(layer: Layer, factor: int) -> Tensor:
     """Attention within `factor` x `factor` tiles of the grid."""
-    h, w = layer.grid
-
-    def cut(x: Tensor) -> Tensor:  # [B, H, N, D] -> [B, H·tiles, N/tiles, D]
-        cells = x.unflatten(2, (factor, h // factor, factor, w // factor))
-        return cells.transpose(3, 4).flatten(4, 5).flatten(1, 3)
-
-    q, k, v = (cut(x) for x in layer.qkv)
-    out = attention(q, k, v).unflatten(1, (-1, factor, factor))
-    return out.unflatten(4, (h // factor, w // factor)).transpose(3, 4).flatten(2, 5)
+    return tiled_attention(*layer.qkv, layer.grid, (factor, factor))
 
 
 def windowed(layer: Layer) -> Tensor:

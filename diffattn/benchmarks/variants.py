@@ -12,8 +12,9 @@ from torch import nn
 
 from diffattn.architectures.denoisers import self_attention_layers, uncompiled
 from diffattn.benchmarks.floor import OwnValues
-from diffattn.methods import METHODS
 from diffattn.methods.agent import AgentAttention
+from diffattn.methods.keys import DownsampledKeys
+from diffattn.methods.tiles import TiledAttention
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.patching.patch import Patch, patch
 from diffattn.patching.plan import DEFAULT_PRESET, Plan
@@ -21,7 +22,7 @@ from diffattn.schedules import constant
 
 SDPA, TOME, FLOOR = "sdpa", "tome", "floor"
 PRESETS = tuple(AgentAttention.presets)
-OTHER_METHODS = tuple(name for name in ("keys", "tiles") if name in METHODS)
+OTHER_METHODS = (DownsampledKeys.name, TiledAttention.name)
 VARIANTS = (SDPA, *PRESETS, TOME, *OTHER_METHODS, FLOOR)
 """The presets are those of agents; other methods run with their own preset "balanced"."""
 

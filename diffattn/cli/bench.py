@@ -38,7 +38,7 @@ def attention(
     variants: Annotated[
         str,
         typer.Option(
-            help="What to compare with sdpa: presets of agent attention, other methods (keys, tiles), tome (tomesd), "
+            help="What to compare with sdpa: presets of agent attention, keys (downsampled), tiles, tome (tomesd), "
             "floor (attention returns the values)."
         ),
     ] = "sdpa,balanced,fast,paper,tome,floor",

@@ -3,16 +3,19 @@
 Shapes: B batch, N query tokens, M key tokens, C channels.
 """
 
+from math import prod
+
 from torch import Tensor
 
 
-def check_grid(grid: tuple[int, int], tokens: int) -> None:
-    """Raise `ValueError` unless rows times columns of the grid equal the number of tokens."""
-    h, w = grid
-    if min(h, w) < 1:
-        raise ValueError(f"a grid must have at least one row and one column, got {h}x{w}")
-    if h * w != tokens:
-        raise ValueError(f"a grid of {h}x{w} has {h * w} tokens, the tensor has {tokens}")
+def check_grid(grid: tuple[int, ...], tokens: int) -> None:
+    """Raise `ValueError` unless rows times columns of the grid, times frames if there are any, equal the number of
+    tokens."""
+    if min(grid) < 1:
+        raise ValueError(f"a grid must have at least one row and one column, got {'x'.join(map(str, grid))}")
+    if prod(grid) != tokens:
+        text = "x".join(map(str, grid))
+        raise ValueError(f"a grid of {text} has {prod(grid)} tokens, the tensor has {tokens}")
 
 
 def check_heads(channels: int, num_heads: int) -> None:

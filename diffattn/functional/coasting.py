@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffattn.functional.landmark import MASKED, MAX_DAMPING, TRUSTED, Heads, damp, probe_tokens
+from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, damp, probe_tokens
+from diffattn.functional.masks import MASKED
 
 LEAST_DAMPING = 1e-6
 """The smallest `damping` that keeps matrices positive definite in products of fp32, so that coasting need not look."""

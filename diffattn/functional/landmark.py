@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from diffattn.functional.masks import MASKED
+
 MAX_DAMPING = 1e-3
 PROBES = 8  # queries whose exact answer is computed beside the landmarks'
 TRUSTED = 0.8  # a correction that fits the probes this well is used in full
-MASKED = -1e4  # what a mask adds to the logits of keys that take no part, at most
 GOLDEN = 0.618034  # places probes evenly in both directions of any grid
 
 

@@ -4,6 +4,7 @@ Shapes: B batch, H heads, N = h·w image tokens in row-major order on a grid (h,
 C channels, S destination tokens, R = N - S source tokens, r merged source tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -15,6 +16,9 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from diffattn.functional.checks import check_grid
 
 Grid = tuple[int, ...]
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""[B, H, M, D] -> the tokens with a place on a grid [B, H, N, D], and those without [B, H, c, D]."""
 
 
 def coarser_grid(grid: Grid, num_tokens: int) -> Grid:

@@ -5,11 +5,15 @@ from collections.abc import Iterable
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import SOFTMAX, AttentionMethod, LayerSpec
 from diffattn.methods.inline import InLineAttention
+from diffattn.methods.keys import DownsampledKeys
 from diffattn.methods.mediator import MediatorAttention
+from diffattn.methods.tiles import TiledAttention
 
 METHODS: dict[str, type[AttentionMethod]] = {
     AgentAttention.name: AgentAttention,
     InLineAttention.name: InLineAttention,
+    DownsampledKeys.name: DownsampledKeys,
+    TiledAttention.name: TiledAttention,
     MediatorAttention.name: MediatorAttention,
 }
 

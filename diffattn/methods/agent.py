@@ -7,7 +7,6 @@ Shapes: B batch, H heads, N tokens, n agents, D channels per head.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, prod
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,23 +14,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffattn.functional import (
-    agent_attention,
-    match_tokens,
-    merge_tokens,
-    pool_tokens,
-    sample_tokens,
-    unmerge_tokens,
-)
-from diffattn.functional.coasting import LEAST_DAMPING, Calibration, Tokens, calibrate, coast
-from diffattn.functional.landmark import (
-    MAX_DAMPING,
-    Heads,
-    exact_heads,
-    exact_where_missed,
-    landmark_attention_with_context,
-)
-from diffattn.functional.tokens import pick_tokens
+from diffattn.functional import agent_attention, match_tokens, merge_tokens, pool_tokens, unmerge_tokens
+from diffattn.functional.landmark import MAX_DAMPING
 from diffattn.methods.base import (
     AttentionFn,
     AttentionMethod,
@@ -40,14 +24,16 @@ from diffattn.methods.base import (
     Preset,
     TokenLayout,
     half_overflows,
+    join_exact,
 )
+from diffattn.methods.landmarks import Landmarks
+from diffattn.methods.options import check, check_limits, is_int, is_number
 from diffattn.methods.thresholds import Thresholds, below_smallest, load_thresholds, min_tokens_for
 from diffattn.schedules import EXACT
 
 AgentSource = Literal["pool", "merge", "landmarks"]
 DEFAULT_SCALE_EXPONENT, DEFAULT_SHORTCUT = 0.3, 0.075
 DEFAULT_AGENTS, DEFAULT_RATIO = 64, 31 / 32
-DEFAULT_HEAD_ERROR = 0.5
 
 TUNED_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 """Ratios of landmarks to tokens that tuning chooses from."""
@@ -112,37 +98,33 @@ class AgentAttention(AttentionMethod):
 
     def __post_init__(self) -> None:
         sources = get_args(AgentSource)
-        _check(self.agents in (*sources, None), "agents", self.agents, "'pool', 'merge' or 'landmarks', or None")
-        _check(
-            self.num_agents is None or _is_int(self.num_agents, 1), "num_agents", self.num_agents, "1 or more, or None"
+        check(self.agents in (*sources, None), "agents", self.agents, "'pool', 'merge' or 'landmarks', or None")
+        check(
+            self.num_agents is None or is_int(self.num_agents, 1), "num_agents", self.num_agents, "1 or more, or None"
         )
         ratio = self.agent_ratio
-        _check(ratio is None or (_is_number(ratio) and 0 < ratio < 1), "agent_ratio", ratio, "above 0 and below 1")
+        check(ratio is None or (is_number(ratio) and 0 < ratio < 1), "agent_ratio", ratio, "above 0 and below 1")
         merged = self.merge_ratio
-        _check(_is_number(merged) and 0 <= merged < 1, "merge_ratio", merged, "at least 0 and below 1")
-        _check(_is_int(self.merge_stride, 2), "merge_stride", self.merge_stride, "a whole number, 2 or more")
+        check(is_number(merged) and 0 <= merged < 1, "merge_ratio", merged, "at least 0 and below 1")
+        check(is_int(self.merge_stride, 2), "merge_stride", self.merge_stride, "a whole number, 2 or more")
         kappa, share = self.scale_exponent, self.shortcut
-        _check(
-            kappa is None or (_is_number(kappa) and 0 <= kappa <= 1), "scale_exponent", kappa, "a number from 0 to 1"
-        )
-        _check(share is None or _is_number(share), "shortcut", share, "a finite number")
+        check(kappa is None or (is_number(kappa) and 0 <= kappa <= 1), "scale_exponent", kappa, "a number from 0 to 1")
+        check(share is None or is_number(share), "shortcut", share, "a finite number")
         if self.agents == "landmarks" and (kappa is not None or share is not None):
             raise ValueError("scale_exponent and shortcut belong to agents='pool' and 'merge'; landmarks have neither")
         damping = self.damping
-        _check(
-            _is_number(damping) and 0 < damping <= MAX_DAMPING,
+        check(
+            is_number(damping) and 0 < damping <= MAX_DAMPING,
             "damping",
             damping,
             f"a number above 0 and at most {MAX_DAMPING}",
         )
         error = self.max_head_error
-        _check(error is None or (_is_number(error) and error > 0), "max_head_error", error, "a number above 0, or None")
+        check(error is None or (is_number(error) and error > 0), "max_head_error", error, "a number above 0, or None")
         every = self.calibrate_every
-        _check(_is_int(every, 1), "calibrate_every", every, "a whole number, 1 or more")
-        for name in ("min_tokens", "max_level"):
-            value = getattr(self, name)
-            _check(value is None or _is_int(value, 0), name, value, "a whole number, 0 or more, or None")
-        _check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
+        check(is_int(every, 1), "calibrate_every", every, "a whole number, 1 or more")
+        check_limits(self)
+        check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
@@ -228,9 +210,7 @@ class AgentAttention(AttentionMethod):
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         _ = self._thresholds  # report a damaged table when patching, not in the middle of a run
-        attend = {"pool": self._attend_pooled, "merge": self._attend_merged, "landmarks": self._attend_landmarks}[
-            self.source
-        ]
+        attend = {"pool": self._attend_pooled, "merge": self._attend_merged, "landmarks": self._landmarks}[self.source]
 
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
             if self.upcast or (self.upcast is None and half_overflows(layer, q.dtype)):
@@ -238,6 +218,10 @@ class AgentAttention(AttentionMethod):
             return attend(q, k, v, call)
 
         return attention
+
+    @property
+    def _landmarks(self) -> Landmarks:
+        return Landmarks(self.count, self.damping, self.max_head_error, self.calibrate_every)
 
     def _attend_pooled(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layout = call.layout
@@ -247,75 +231,12 @@ class AgentAttention(AttentionMethod):
             return self._through(agents, q, k, v, call.mask)
         text = layout.context(q)
         out = self._through(torch.cat((agents, text), dim=2), image, k, v, call.mask)
-        mask = call.mask if call.context_mask is None else call.context_mask
-        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=mask))
+        return join_exact(out, q, k, v, call)
 
     def _through(self, agents: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         kappa = DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
         shortcut = DEFAULT_SHORTCUT if self.shortcut is None else self.shortcut
         return agent_attention(q, k, v, agents, scale_exponent=kappa, shortcut=shortcut, key_mask=mask)
-
-    def _attend_landmarks(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        layout, mask = call.layout, call.mask
-        image, asked, answering = layout.on_grid(q), self._landmarks(q, layout), self._landmarks(k, layout)
-        masked = None if mask is None else self._landmarks(_additive(mask).mT, layout).mT.to(q.dtype)
-        if self.damping >= LEAST_DAMPING and not torch.is_grad_enabled():
-            tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
-            out, text, missed = self._coasting(tokens, call.memory)
-            if missed is not None:
-                out, call.exact_heads = exact_heads(out, missed, image, k, v, mask), len(missed[0])
-            return self._joined(out, text, q, k, v, call)
-        out, text, error = landmark_attention_with_context(
-            image, k, v, asked, answering, self.damping, layout.num_context, mask, masked
-        )
-        most = self.max_head_error
-        if most is None and q.device.type == "cpu":
-            most = DEFAULT_HEAD_ERROR
-        if most is not None and not torch.compiler.is_compiling():
-            out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
-        return self._joined(out, text, q, k, v, call)
-
-    @staticmethod
-    def _joined(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """The picture's output and that of the context, whose queries may have masks of their own."""
-        if call.context_mask is not None:
-            text = scaled_dot_product_attention(call.layout.context(q), k, v, attn_mask=call.context_mask)
-        return call.layout.join(out, text)
-
-    def _coasting(self, tokens: Tokens, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Heads | None]:
-        """The image tokens' output, the others', and the heads that must run exact: all but the first come from the
-        last calibration, which is renewed after `calibrate_every` calls."""
-        # Products of less than fp32's precision cannot be told in compiled code, which is guarded in any case.
-        guarded = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
-        known: Coasting | None = None if memory is None or guarded else memory.get("landmarks")
-        kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
-        if known is not None and known.kind == kind and known.calls < self.calibrate_every:
-            known.calls += 1
-            return *coast(tokens, self.damping, known.calibration), known.missed
-        out, text, calibration = calibrate(tokens, self.damping, guarded)
-        most = self.max_head_error
-        if most is None and tokens.q.device.type == "cpu":
-            most = DEFAULT_HEAD_ERROR
-        missed = None if most is None or torch.compiler.is_compiling() else calibration.missed(most)
-        if memory is not None:
-            memory["landmarks"] = Coasting(kind, calibration, missed)
-        return out, text, missed
-
-    def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all that have no place on it."""
-        if layout.is_plain:
-            return sample_tokens(x, layout.rows_and_columns, self.count(x.shape[2]))
-        on_grid, start, parts = layout.on_grid(x), 0, []
-        share = self.count(layout.num_tokens) / layout.num_tokens
-        for grid in layout.grids:
-            tokens = on_grid.narrow(2, start, prod(grid))
-            start += prod(grid)
-            number = max(round(share * prod(grid)), 1)
-            if layout.rotated or len(grid) != 2:
-                parts.append(pick_tokens(tokens, grid, number))
-            else:
-                parts.append(sample_tokens(tokens, (grid[0], grid[1]), number))
-        return torch.cat((*parts, layout.context(x)), dim=2)
 
     def _attend_merged(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         """Merging happens after the projections: an average commutes with a linear layer."""
@@ -332,33 +253,3 @@ class AgentAttention(AttentionMethod):
         else:
             out = scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)
-
-
-@dataclass
-class Coasting:
-    """A calibration in use."""
-
-    kind: tuple[Any, ...]  # shapes, dtype and device of the tensors it is for
-    calibration: Calibration
-    missed: Heads | None
-    calls: int = 1  # that have used it
-
-
-def _additive(mask: Tensor) -> Tensor:
-    """A mask as what is added to logits, so that a mean of several keys is masked if one of them is."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _check(holds: bool, option: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{option} must be {allowed}, got {value!r}")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.nn.functional import scaled_dot_product_attention
 
 SOFTMAX = "softmax"
 """The kind of a layer that computes exact attention."""
@@ -86,6 +87,10 @@ class TokenLayout:
     def context(self, x: Tensor) -> Tensor:
         """The tokens without a place: [..., N + c, D] -> [..., c, D], a view."""
         return x.narrow(-2, 0 if self.context_first else self.num_tokens, self.num_context)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens with a place, and those without."""
+        return self.on_grid(x), self.context(x)
 
     def join(self, on_grid: Tensor, context: Tensor) -> Tensor:
         """[..., N, D] and [..., c, D] -> [..., N + c, D], in the layer's order."""
@@ -251,3 +256,35 @@ def _text(grid: Grid) -> str:
 def half_overflows(layer: LayerSpec, dtype: torch.dtype) -> bool:
     """Whether the layer's logits need fp32: the layer asks for it and runs in fp16, whose range ends at 65,504."""
     return layer.upcast and dtype == torch.float16
+
+
+def upcast_where_half_overflows(layer: LayerSpec, attend: AttentionFn) -> AttentionFn:
+    """`attend`, in fp32 where the layer needs it, see `half_overflows`."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        if half_overflows(layer, q.dtype):
+            return attend(q.float(), k.float(), v.float(), call).to(v.dtype)
+        return attend(q, k, v, call)
+
+    return attention
+
+
+def join_exact(out: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+    """The output of all tokens of a call: exact attention for those without a place on a grid.
+
+    Args:
+        out: of the tokens with a place [B, H, N, D].
+        q, k, v: of all tokens [B, H, N + c, D].
+        call: the call.
+    """
+    layout = call.layout
+    if guard_or_false(layout.num_context == 0):
+        return out
+    mask = call.mask if call.context_mask is None else call.context_mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    text = layout.context(q)
+    if call.context_mask is not None or guard_or_false(layout.num_context > 0):
+        return layout.join(out, scaled_dot_product_attention(text, k, v, attn_mask=mask))
+    asked = torch.cat((layout.on_grid(q)[:, :, :1], text), dim=2)  # in compiled code there may be no text at all
+    return layout.join(out, scaled_dot_product_attention(asked, k, v, attn_mask=mask)[:, :, 1:])

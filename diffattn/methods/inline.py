@@ -15,7 +15,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from diffattn.functional import inline_attention
 from diffattn.functional.inline import inline_attention_and_error
 from diffattn.functional.landmark import exact_where_missed
-from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset, half_overflows
+from diffattn.methods.base import (
+    AttentionFn,
+    AttentionMethod,
+    LayerCall,
+    LayerSpec,
+    Preset,
+    upcast_where_half_overflows,
+)
+from diffattn.methods.options import check_limits
 from diffattn.methods.thresholds import below_smallest
 
 FLAT = 0.1
@@ -54,10 +62,7 @@ class InLineAttention(AttentionMethod):
         is_number = isinstance(error, int | float) and not isinstance(error, bool)
         if not is_number or not error > 0:
             raise ValueError(f"max_head_error must be a number above 0, inf included, got {error!r}")
-        for option in ("min_tokens", "max_level"):
-            value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ValueError(f"{option} must be a whole number, 0 or more, or None, got {value!r}")
+        check_limits(self)
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
@@ -74,12 +79,7 @@ class InLineAttention(AttentionMethod):
         return below_smallest(MIN_TOKENS if self.min_tokens is None else self.min_tokens, num_tokens)
 
     def build(self, layer: LayerSpec) -> AttentionFn:
-        def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-            if half_overflows(layer, q.dtype):
-                return self._attend(q.float(), k.float(), v.float(), call).to(v.dtype)
-            return self._attend(q, k, v, call)
-
-        return attention
+        return upcast_where_half_overflows(layer, self._attend)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         if self.max_head_error == torch.inf:

@@ -1,6 +1,6 @@
 """Measures errors and costs of settings on a model's real q, k, v, without changing what it draws.
 
-Shapes: B batch, H heads, N tokens, D channels per head.
+Shapes: B batch, H heads, N tokens of the picture, c without a place on it (text), D channels per head.
 """
 
 import math
@@ -16,7 +16,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.measure.flops import count_gflops
 from diffattn.measure.interleave import interleave
-from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, LayerSpec, Preset
+from diffattn.methods.base import (
+    AttentionFn,
+    AttentionMethod,
+    LayerCall,
+    LayerSpec,
+    Preset,
+    TokenLayout,
+    join_exact,
+)
 from diffattn.patching.patch import Patch
 from diffattn.patching.plan import Plan
 from diffattn.schedules import constant
@@ -34,7 +42,7 @@ class Sample:
     """The inputs of one call of one layer."""
 
     layer: LayerSpec
-    q: Tensor  # [B, H, N, D], like k and v
+    q: Tensor  # [B, H, N + c, D], like k and v
     k: Tensor
     v: Tensor
     call: LayerCall
@@ -83,19 +91,21 @@ class Probe(AttentionMethod):
     def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         return None
 
+    def reason_layout(self, layout: TokenLayout) -> str | None:
+        reasons = [m.reason_layout(layout) for m in self.settings]
+        return reasons[0] if all(reasons) else None
+
     def build(self, layer: LayerSpec) -> AttentionFn:
         functions = [None if m.why_not(layer) else m.build(layer) for m in self.settings]
 
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
             exact = _exact(q, k, v, call)
-            kind = (q.shape, k.shape, call.grid, q.dtype, call.mask is None, layer.upcast)
+            masks = tuple(None if mask is None else mask.shape for mask in (call.mask, call.context_mask))
+            kind = (q.shape, k.shape, call.layout, q.dtype, masks, layer.upcast)
             self.log.kinds[layer.name] = kind
             self.log.samples.setdefault(kind, Sample(layer, q.clone(), k.clone(), v.clone(), call))
-            mask_rows = 0 if call.mask is None else call.mask.shape[2]
             for i, (method, function) in enumerate(zip(self.settings, functions, strict=True)):
-                tokens, device = q.shape[2], q.device.type
-                declined = method.declines(layer, tokens, device, mask_rows) or method.slower(tokens, device)
-                if function and not declined:
+                if function and not _reason(method, layer, q.device.type, call):
                     error = _squared_error(function(q, k, v, call), exact)
                     self.log.errors[layer.name, self.log.band, i].append(error)
             return exact
@@ -169,8 +179,18 @@ def _repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
     return several
 
 
+def _reason(method: AttentionMethod, layer: LayerSpec, device: str, call: LayerCall) -> str | None:
+    """Why a method would run a call exact, or None."""
+    mask_rows, tokens = 0 if call.mask is None else call.mask.shape[2], call.layout.num_tokens
+    reason = method.reason_layout(call.layout) or method.declines(layer, tokens, device, mask_rows)
+    return reason or method.slower(tokens, device)
+
+
 def _exact(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
+    if call.context_mask is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
+    picture = scaled_dot_product_attention(call.layout.on_grid(q), k, v, attn_mask=call.mask)
+    return join_exact(picture, q, k, v, call)
 
 
 def _squared_error(found: Tensor, exact: Tensor) -> Tensor:

@@ -14,10 +14,17 @@ from .base import Draw, LeftOut, Setting
 def agent(preset: str, pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
     """`diffattn.patch(pipe, preset=...)`, the smallest number of tokens excepted where the setting names one."""
     options: dict[str, Any] = {} if setting.min_tokens is None else {"min_tokens": setting.min_tokens}
+    with patched(pipe, "agent", preset=preset, **options):
+        yield draw
+
+
+@contextmanager
+def patched(pipe: Any, method: str, **arguments: Any) -> Iterator[None]:
+    """`diffattn.patch(pipe, method, ...)` within the block; `LeftOut` where it cannot be patched."""
     try:
-        handle = patch(pipe, "agent", preset=preset, **options)
+        handle = patch(pipe, method, **arguments)
     except ValueError as error:
         raise LeftOut(str(error)) from None
     with handle, warnings.catch_warnings():
         warnings.simplefilter("ignore", DiffAttnWarning)  # the results say how many layers are accelerated
-        yield draw
+        yield

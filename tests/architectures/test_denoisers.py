@@ -17,6 +17,15 @@ from diffattn.architectures import architecture_of
 from diffattn.architectures.plug import plug_of
 
 FEW: dict[str, Any] = {"num_agents": 6, "min_tokens": 0, "max_head_error": float("1e9")}
+OTHERS: dict[str, dict[str, Any]] = {"keys": {"factor": 2}, "tiles": {"tiles": 2}}
+"""Other methods that follow tokens wherever they lie, or say why not."""
+
+COMPILED = {
+    "SD3Transformer2DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel",
+    "CogView4Transformer2DModel masked", "MochiTransformer3DModel",
+}  # fmt: skip
+"""Text before, behind and of several lengths; masks; videos."""
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -85,6 +94,30 @@ def test_text_is_answered_exactly(case: Case) -> None:
         assert layout.num_context == 0 or not torch.allclose(layout.on_grid(out), layout.on_grid(exact), rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", OTHERS)
+@every_case
+def test_other_methods_follow_the_tokens_or_say_why_not(case: Case, method: str) -> None:
+    model, given = case.build(), inputs(case)
+    exact = case.call(model, given)
+    with diffattn.patch(model, method, **OTHERS[method], min_tokens=0) as handle:
+        handle.quiet()
+        calls = Watched(model)
+        out = case.call(model, given)
+        report = handle.report()
+    declined = {reason for layer in report.layers for reason in layer.passed_through}
+    if method == "keys":
+        assert declined == set()
+    assert all("pictures: tiles are those of one" in reason for reason in declined), declined
+    assert report.calls_accelerated == len(calls)
+    assert report.calls_accelerated + report.calls_passed_through == case.num_calls(2)
+    assert out.shape == exact.shape
+    assert out.isfinite().all()
+    assert torch.equal(out, exact) == (not calls)
+    for layout, found, true in calls:
+        torch.testing.assert_close(layout.context(found), layout.context(true), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(layout.on_grid(found), layout.on_grid(true), rtol=1e-3)
+
+
 @every_case
 def test_a_batch_is_its_samples(case: Case) -> None:
     if not case.batched:
@@ -122,6 +155,16 @@ def test_a_deep_copy_is_patched_by_itself(case: Case) -> None:
 
 @every_case
 def test_it_compiles_whole_where_the_unpatched_model_does(case: Case) -> None:
+    compiles_whole(case, "agent", FEW, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("case", [case for case in CASES if str(case) in COMPILED], ids=str)
+def test_other_methods_compile_whole_too(case: Case, method: str) -> None:
+    compiles_whole(case, method, OTHERS[method] | {"min_tokens": 0}, tolerance=1e-4)
+
+
+def compiles_whole(case: Case, method: str, options: dict[str, Any], tolerance: float) -> None:
     given = inputs(case)
     plain = case.build()
     try:
@@ -131,13 +174,13 @@ def test_it_compiles_whole_where_the_unpatched_model_does(case: Case) -> None:
         pytest.skip(f"the unpatched model does not compile whole: {type(error).__name__}")
     torch._dynamo.reset()
     model = case.build()
-    with diffattn.patch(model, **FEW):
+    with diffattn.patch(model, method, **options):
         expected = case.call(model, given)
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    with diffattn.patch(compiled, **FEW) as handle:
+    with diffattn.patch(compiled, method, **options) as handle:
         out = case.call(compiled, given)
         assert handle.report().calls_accelerated == case.num_layers
-    torch.testing.assert_close(out, expected, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance / 2)
     assert not torch.equal(out, exact)
 
 

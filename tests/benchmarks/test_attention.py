@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from diffattn.benchmarks.attention import RESULT_FILE, Benchmark, BenchmarkConfig
 from diffattn.benchmarks.attention_report import plot, style_of, table
 from diffattn.benchmarks.plots import COLOURS, style_of_number
-from diffattn.benchmarks.variants import FLOOR, SDPA, TOME, VARIANTS, LeftOut, apply_variant
+from diffattn.benchmarks.variants import FLOOR, OTHER_METHODS, SDPA, TOME, VARIANTS, LeftOut, apply_variant
 from diffattn.cli.bench import app
 from diffattn.measure.models import MODELS
 from diffattn.measure.tables import conditions, rounds_of, timing_cells
@@ -97,7 +97,7 @@ def merges(block):
 @pytest.mark.parametrize("levels", [(0,), (1,), (0, 1)])
 def test_all_variants_cover_the_same_layers(unet, levels):
     counts = {}
-    for variant in ("fast", TOME, FLOOR):
+    for variant in ("fast", *OTHER_METHODS, TOME, FLOOR):
         if variant == TOME:
             pytest.importorskip("tomesd")
         with apply_variant(variant, unet, levels, min_tokens=0) as coverage:

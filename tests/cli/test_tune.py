@@ -48,18 +48,19 @@ def test_tune_writes_a_recipe_that_generate_reads(model: Path, prompts: Path, tm
     assert found["recipe"] == json.loads(recipe.read_text())
     assert found["recipe"]["protocol"]["prompts"] == 2
     assert any(check["rungs"] for check in found["checks"])
-    rivals = {f"{name}/{preset}" for name in ("agent", "inline") for preset in diffattn.METHODS[name].presets}
+    rivals = {f"{m.name}/{preset}" for m in diffattn.METHODS.values() if m.candidates() for preset in m.presets}
     assert {r["preset"] for r in found["rivals"]} == rivals
 
     words = ("generate", "--model", model, "--prompt", "a cat", "--steps", 3, "--device", "cpu", "--dtype", "float32")
     drawn = call(*words, "--recipe", recipe, "--out", picture)
     assert drawn.exit_code == 0, drawn.output
-    assert "UNet2DConditionModel: agent" in drawn.stdout
+    methods = "+".join(sorted({setting["method"] for setting in found["recipe"]["settings"].values()}))
+    assert f"UNet2DConditionModel: {methods}" in drawn.stdout
     stored = record_of(picture)
     assert stored["recipe"] == found["recipe"]
     pipe = diffattn.drawing.loading.load_pipeline(str(model))  # type: ignore[attr-defined]
     request, patch = prepare(pipe, request_of(stored))
-    assert request.method == "agent"
+    assert request.method == methods
     assert patch is not None
     assert patch.report().layers_patched > 0
 

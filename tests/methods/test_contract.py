@@ -59,6 +59,18 @@ VARIANTS: dict[str, Variant] = {
         "inline", {"max_head_error": float("inf"), "min_tokens": 0}, {"max_head_error": 0.02},
         ({"max_head_error": float("inf")}, {"max_head_error": 0.02}),
     ),
+    "keys": Variant(
+        "keys", {"factor": 2, "min_tokens": 0}, {"factor": 4},
+        ({"factor": 2}, {"factor": 4}),
+    ),
+    "keys pooled": Variant(
+        "keys", {"factor": 2, "pooled": True, "min_tokens": 0}, {"factor": 4},
+        ({"factor": 2}, {"factor": 3}),
+    ),
+    "tiles": Variant(
+        "tiles", {"tiles": 2, "min_tokens": 0}, {"tiles": 3},
+        ({"tiles": 2}, {"tile_size": 2}),
+    ),
     "mediator": Variant(
         "mediator", {"num_mediators": 4}, {"num_mediators": 16}, ({"num_mediators": 4}, {"num_mediators": 25}),
         kinds=("sit-mediators",),

@@ -211,9 +211,12 @@ def test_a_registered_method_is_known_everywhere(make_pipeline: Make) -> None:
 
 def test_the_first_method_that_suits_is_the_default(monkeypatch: pytest.MonkeyPatch, make_pipeline: Make) -> None:
     pipe = make_pipeline("sd")
-    monkeypatch.setattr(METHODS["agent"], "suits", classmethod(lambda cls, layers: False))
-    assert default_method(pipe) == "inline"
-    monkeypatch.setattr(METHODS["inline"], "suits", classmethod(lambda cls, layers: False))
+    others = [name for name, kind in METHODS.items() if kind.suits([layer()]) and name != "agent"]
+    assert others == ["inline", "keys", "tiles"]
+    for before, after in zip(("agent", *others), others, strict=False):
+        monkeypatch.setattr(METHODS[before], "suits", classmethod(lambda cls, layers: False))
+        assert default_method(pipe) == after
+    monkeypatch.setattr(METHODS[others[-1]], "suits", classmethod(lambda cls, layers: False))
     assert default_method(pipe) == "agent"  # none suits
 
 

@@ -18,9 +18,8 @@ from diffattn.patching.patch import find_patch
 sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
 
 from peers import VARIANTS, LeftOut, Setting, apply, check_names
-from peers.downsampling import DownsampledKeys, pooled, sampled
+from peers.downsampling import SHRINK, DownsampledKeys, shrink
 from peers.pictures import builtin_prompts
-from peers.tiles import TiledAttention, cut, join
 
 SETTING = Setting(levels=(0, 1), steps=20, min_tokens=0)
 ALL = (*(name for name in VARIANTS if name != "steps-17"), "floor", "steps-14+deepcache-2", "tgate+agent-fast")
@@ -138,7 +137,7 @@ def layer(pipe):
 def test_sampled_keys_are_those_of_every_second_row_and_column(layer):
     attn, x, row, column = layer
     allowed = ((row % 2 == 0) & (column % 2 == 0)).expand(64, 64)
-    found = DownsampledKeys(AttnProcessor2_0(), partial(sampled, factor=2))(attn, x)
+    found = DownsampledKeys(AttnProcessor2_0(), SHRINK["sampled"])(attn, x)
     torch.testing.assert_close(found, oracle(x, allowed, attn))
 
 
@@ -147,16 +146,30 @@ def test_sampled_keys_match_the_published_implementation(case):
     p = case.params
     attn = Attention(query_dim=p["C"], heads=p["heads"], dim_head=p["dim_head"])
     attn.load_state_dict({name.removeprefix("w."): x for name, x in case.tensors.items() if name.startswith("w.")})
-    case.assert_close(sampled(case["in.x"], p["factor"]), "out.downsampled")
-    found = DownsampledKeys(AttnProcessor2_0(), partial(sampled, factor=p["factor"]))(attn, case["in.x"])
+    case.assert_close(shrink(case["in.x"], p["factor"]), "out.downsampled")
+    found = DownsampledKeys(AttnProcessor2_0(), partial(shrink, factor=p["factor"]))(attn, case["in.x"])
     case.assert_close(found, "out.y")
 
 
-def test_tokens_of_a_tile_see_each_other_and_no_others(layer):
+def test_tokens_of_a_tile_see_each_other_and_no_others(pipe, layer):
     attn, x, row, column = layer
     tile = row // 4 * 2 + column // 4
-    found = TiledAttention(AttnProcessor2_0(), 2)(attn, x)
+    seen = []
+    hook = attn.register_forward_hook(lambda module, args, kwargs, out: seen.append((args[0], out)), with_kwargs=True)
+    with apply("tiles-2", pipe, SETTING) as draw:
+        draw(**(arguments(1) | {"height": 16, "width": 16}))  # a grid of 8x8 at level 0
+    hook.remove()
+    x, found = seen[0]
     torch.testing.assert_close(found, oracle(x, tile[:, None] == tile, attn))
+
+
+@pytest.mark.parametrize("name", ["keys-sampled", "keys-pooled"])
+def test_downsampled_keys_draw_what_the_method_draws(pipe, name):
+    """The peer projects fewer tokens, the method all of them; the pictures agree."""
+    with apply(name, pipe, SETTING) as draw:
+        found = latents(draw, 4)
+    with diffattn.patch(pipe, "keys", pooled=name == "keys-pooled", min_tokens=0):
+        torch.testing.assert_close(latents(pipe, 4), found, atol=1e-3, rtol=1e-3)
 
 
 def test_pooled_keys_are_means_of_projected_keys(layer):
@@ -165,22 +178,13 @@ def test_pooled_keys_are_means_of_projected_keys(layer):
     mean = torch.nn.functional.one_hot(cell).float().T / 4  # [16, 64]
     q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
     out = (q @ (mean @ k).mT * q.shape[-1] ** -0.5).softmax(-1) @ (mean @ v)
-    found = DownsampledKeys(AttnProcessor2_0(), partial(pooled, factor=2))(attn, x)
+    found = DownsampledKeys(AttnProcessor2_0(), SHRINK["pooled"])(attn, x)
     torch.testing.assert_close(found, attn.to_out[0](out.transpose(1, 2).flatten(2)))
-
-
-def test_tiles_are_joined_as_they_were_cut():
-    x = torch.arange(2 * 36).reshape(2, 36, 1)
-    assert cut(x, 3).shape == (18, 4, 1)
-    assert cut(x, 3)[1].flatten().tolist() == [2, 3, 8, 9]
-    assert torch.equal(join(cut(x, 3), 3), x)
-    with pytest.raises(ValueError, match="6x6 tokens does not divide into 4x4"):
-        cut(x, 4)
 
 
 def test_grids_that_are_not_square_are_refused():
     with pytest.raises(ValueError, match="square pictures only"):
-        sampled(torch.zeros(1, 8, 4), 2)
+        shrink(torch.zeros(1, 8, 4), 2)
 
 
 @pytest.mark.parametrize("name", ["nonsense", "tome", "tome-x", "keys-halved", "agent-best", "agent+", "steps-ten"])

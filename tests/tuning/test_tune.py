@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from support import tiny
+from support.denoisers import CASES
 from support.tiny_dit import tiny_dit
 
 import diffattn
+from diffattn.files import write_json
 from diffattn.sampling import SiTPipeline
 from diffattn.tuning import calibrate as tune_calibrate
 from diffattn.tuning.config import CannotTune
@@ -135,6 +137,63 @@ def test_a_probe_sees_every_layer_and_changes_nothing(pipe: DiffusionPipeline) -
     assert costs.exact[layer] == pytest.approx(2 * 2 * 2 * 256**2 * 16 / 1e9)  # two products, batch of two
     timed = measure_costs(log, settings, "time", 2, torch.device("cpu"))
     assert min(*timed.exact.values(), *timed.settings.values()) > 0
+
+
+MIXED: list[tuple[str, dict[str, Any]]] = [
+    ("agent", FEW),
+    ("inline", {"max_head_error": 1e9, "min_tokens": 0}),
+    ("keys", {"factor": 2, "min_tokens": 0}),
+    ("tiles", {"tiles": 2, "min_tokens": 0}),
+]
+
+
+def test_methods_are_mixed_per_layer_and_noise_level(pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    settings, log = settings_of(MIXED), Log()
+    with probing(pipe, settings, log):
+        latents(pipe, 0, "a cat")
+    layers = list(log.kinds)
+    assert all(0 < log.error(layer, 0, i) < math.inf for layer in layers for i in range(len(settings)))
+    costs = measure_costs(log, settings, "flops", 1, torch.device("cpu"))
+    assert all(costs.saving(layers[0], i) > 0 for i in (2, 3))  # a quarter of the keys, and of the picture
+    choice = {layer: [i % 4, (i + 1) % 4 if i else None] for i, layer in enumerate(layers)}
+    write_json(tmp_path / "mixed.json", recipe_of(choice, (0.5, 0.0), settings))
+    exact = latents(pipe, 0, "a cat")
+    with diffattn.patch(pipe, recipe=tmp_path / "mixed.json") as patch:
+        drawn = latents(pipe, 0, "a cat")
+        report = patch.report()
+    found = {layer.name: layer.method for layer in report.layers if layer.accelerated}
+    names = [name for name, _ in MIXED]
+    pairs = {layer: {names[i] for i in chosen if i is not None} for layer, chosen in choice.items()}
+    assert found == {layer: "+".join(sorted(pair)) for layer, pair in pairs.items()}
+    assert report.method == "agent+inline+keys+tiles"
+    assert drawn.isfinite().all()
+    assert relative_error(drawn, exact) > 1e-3
+
+
+def test_tuning_chooses_among_methods(pipe: DiffusionPipeline) -> None:
+    found = diffattn.tune(pipe, PROMPTS[:1], max_error=0.5, **(SMALL | {"candidates": MIXED, "checks": 3}))
+    chosen = {setting["method"] for setting in found.recipe["settings"].values()}
+    assert chosen <= {name for name, _ in MIXED}
+    alone = diffattn.tune(pipe, PROMPTS[:1], max_error=0.5, **(SMALL | {"candidates": MIXED[3:], "checks": 3}))
+    assert found.speedup >= alone.speedup * 0.99
+    with diffattn.patch(pipe, recipe=found.recipe) as patch:
+        latents(pipe, 0, PROMPTS[0])
+        assert patch.report().layers_accelerated > 0
+
+
+def test_a_probe_follows_text_beside_the_picture() -> None:
+    case = next(case for case in CASES if str(case) == "SD3Transformer2DModel")
+    model, given = case.build(), case.inputs(2, torch.Generator().manual_seed(1))
+    exact, log, settings = case.call(model, given), Log(), settings_of(MIXED)
+    with probing(model, settings, log):
+        torch.testing.assert_close(case.call(model, given), exact, rtol=1e-4, atol=1e-5)
+    assert len(log.kinds) == case.num_layers
+    for layer in log.kinds:
+        errors = [log.error(layer, 0, i) for i in range(len(settings))]
+        assert errors[1] == math.inf  # InLine does not follow text
+        assert all(0 < errors[i] < 2 for i in (0, 2, 3))
+    costs = measure_costs(log, settings, "flops", 1, torch.device("cpu"))
+    assert all(costs.saving(layer, i) > 0 for layer in log.kinds for i in (2, 3))
 
 
 def test_the_recipe_keeps_its_promise_and_the_pipeline_is_left_alone(pipe: DiffusionPipeline, tuned: Tuned) -> None:

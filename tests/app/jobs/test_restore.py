@@ -92,7 +92,7 @@ def test_a_prompt_that_is_cut_names_what_is_left_out(worker: Worker) -> None:
 
 def test_accelerations_are_told_from_a_models_files() -> None:
     emoji, cifar = (embedded_folder(name) for name in ("emoji-sd", "cifar-sit"))
-    assert {name.partition("/")[0] for name in suited_accelerations(emoji)[2:]} == {"agent", "inline"}
+    assert {name.partition("/")[0] for name in suited_accelerations(emoji)[2:]} == {"agent", "inline", "keys", "tiles"}
     assert {name.partition("/")[0] for name in suited_accelerations(cifar)[2:]} == {"mediator"}
     assert plain_name("agent/fast", "agent") == "Fast"
     assert plain_name("agent/fast") == "Fast (agent)"
