@@ -163,14 +163,14 @@ class Benchmark:
         inputs = MODELS[model].inputs(denoiser, size, config.batch)
         with torch.no_grad(), prepare(denoiser, names, levels, config, inputs) as (calls, around, covered):
             warm_up = max(config.warmup, 2) if mode == COMPILED else config.warmup
-            for name in [] if peaks else names:  # the first calls, which warm up as well
+            first = [] if peaks else names
+            for name in first:  # which warms up as well
                 with around(name):
                     if mode == COMPILED:
                         calls[name]()
                     peaks[name] = peak_mib(calls[name], self.device)
-                warm_up -= 1 if name == names[0] else 0
             interleave(
-                calls, config.rounds, max(warm_up, 0), self.device,
+                calls, config.rounds, max(warm_up - bool(first), 0), self.device,
                 around=around, finished=finished, deadline=deadline, on_round=keep,
             )  # fmt: skip
 
