@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import DiTPipeline
 
-from diffattn.architectures.denoisers import denoiser_of
+from diffattn.architectures.denoisers import Pipeline, denoiser_of
 from diffattn.sampling import SiTPipeline
 
 MIN_MULTIPLE = 8  # diffusers' Stable Diffusion pipelines refuse other sizes, whatever their VAE
@@ -24,7 +24,7 @@ def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str
     return {name: size for name, size in (("width", width), ("height", height)) if size is not None}
 
 
-def check_size(pipe: DiffusionPipeline, width: int, height: int) -> None:
+def check_size(pipe: Pipeline, width: int, height: int) -> None:
     """Raise `ValueError` for a size that the pipeline cannot draw, naming the nearest valid ones."""
     if isinstance(pipe, DiTPipeline):
         own = default_size(pipe)
