@@ -48,6 +48,7 @@ from diffattn.app.page.ending import GRACE_SECONDS, end, leave, terminated_like_
 from diffattn.app.page.files import Files
 from diffattn.app.page.guard import LOOPBACK, UPLOAD_BYTES, believing, middleware
 from diffattn.app.page.inputs import share
+from diffattn.app.page.kept_settings import kept_in_browser
 from diffattn.app.page.shared import WAITING
 from diffattn.app.page.style import CSS, FOLD, HEAD, THEME
 
@@ -67,14 +68,16 @@ def build(worker: Worker, files: Files) -> gr.Blocks:
         gr.Markdown("# diffattn\nDiffusion models with linear-cost attention: draw, and compare with exact attention.")
         latest, traces = gr.State(None), gr.State({})  # of this visitor's latest runs, see `steps.tab`
         runs = stored_in_browser()
+        kept = {name: kept_in_browser(name) for name in ("generate", "compare", "quality")}
         with gr.Tabs() as tabs:
-            with gr.Tab("Generate", id="generate") as first:
-                drawn = generate.tab(page, worker, files, latest)
-            with gr.Tab("Compare", id="compare") as second:
-                compared = compare.tab(page, worker, files, traces)
-            with gr.Tab("Speed and FID", id="quality") as third:
-                measured = quality.tab(page, worker, files, runs, drawn.found.prompt)
-            with gr.Tab("Time steps", id="steps") as fourth:
+            laid_out: dict[str, Any] = {"render_children": True}  # settings are restored and folded in hidden tabs too
+            with gr.Tab("Generate", id="generate", **laid_out) as first:
+                drawn = generate.tab(page, worker, files, latest, kept["generate"])
+            with gr.Tab("Compare", id="compare", **laid_out) as second:
+                compared = compare.tab(page, worker, files, traces, kept["compare"])
+            with gr.Tab("Speed and FID", id="quality", **laid_out) as third:
+                measured = quality.tab(page, worker, files, runs, kept["quality"], drawn.found.prompt)
+            with gr.Tab("Time steps", id="steps", **laid_out) as fourth:
                 steps.tab(worker, latest, traces, drawn.run, compared.run)
         compare_this(worker, files, drawn, compared, tabs)
         by_id = {"generate": first, "compare": second, "quality": third, "steps": fourth}

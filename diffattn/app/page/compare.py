@@ -42,8 +42,8 @@ class Compared:
     run: Any  # the event that ends a run, after which the variants' traces are known
 
 
-def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Compared:
-    """Lay out the tab; after a run `traces` holds its variants' traces by name."""
+def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State, stored: gr.BrowserState) -> Compared:
+    """Lay out the tab; after a run `traces` holds its variants' traces by name. Its settings are kept in `stored`."""
     pairs = gr.State({})
     with columns() as (ask, result, rest):
         found = inputs(worker, ask, rest, several=True)
@@ -68,7 +68,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, traces: gr.State) -> Comp
     halt.click(stopper(worker, TAB), None, stage, api_visibility="private", **QUICK)
     _wire_pairs(shown, pairs, slider, both, done)
     _wire_time(page, worker, found, time, done)
-    wire_reload(page, worker, found, files, TAB, several=True)
+    wire_reload(page, worker, found, files, stored, several=True)
     return Compared(found, done)
 
 

@@ -39,8 +39,8 @@ class Generated:
     gallery: gr.Gallery  # these pictures
 
 
-def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Generated:
-    """Lay out the tab; after a run `latest` holds its trace."""
+def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State, stored: gr.BrowserState) -> Generated:
+    """Lay out the tab; after a run `latest` holds its trace. Its settings are kept in `stored`."""
     history = gr.State([])
     with columns() as (ask, result, rest):
         found = inputs(worker, ask, rest, several=False)
@@ -85,7 +85,7 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State) -> Gene
     wire_time(page, worker, found, time, run)
     wire_history(worker, found, files, history, earlier, run, [stage, gallery, saved, code, records])
     wire_drop(worker, found, files, dropped, stage)
-    wire_reload(page, worker, found, files, TAB, several=False)
+    wire_reload(page, worker, found, files, stored, several=False)
     return Generated(found, run, compare, records, gallery)
 
 

@@ -40,12 +40,20 @@ def _as_file(recipe: Mapping[str, Any] | None, files: Files) -> str | None:
     return str(path)
 
 
-def wire_reload(page: gr.Blocks, worker: Worker, found: Inputs, files: Files, name: str, several: bool) -> None:
+def kept_in_browser(name: str) -> gr.BrowserState:
+    """The settings of a tab, to be made outside of it: in a tab that has not been shown nothing is read. The key to
+    their encryption need not be secret: they are the visitor's own."""
+    return gr.BrowserState(None, storage_key=KEY + name, secret=KEY)
+
+
+def wire_reload(
+    page: gr.Blocks, worker: Worker, found: Inputs, files: Files, stored: gr.BrowserState, several: bool
+) -> None:
     """Keep the settings of Generate or Compare over a reload, see `keep_over_reload`.
 
     Args:
         page, worker, found, files: of the page; the recipe, which is a file, is not kept.
-        name: of the tab.
+        stored: of the tab.
         several: it has a list of accelerations.
     """
     names: list[Any] = [setting for setting in SETTINGS if setting != "recipe"]
@@ -61,18 +69,16 @@ def wire_reload(page: gr.Blocks, worker: Worker, found: Inputs, files: Files, na
         return [every[setting] for setting in names]
 
     kept = [getattr(found, setting) for setting in names]
-    found.filled.append(keep_over_reload(page, name, kept, shown))
+    found.filled.append(keep_over_reload(page, stored, kept, shown))
 
 
 def keep_over_reload(
-    page: gr.Blocks, name: str, kept: Sequence[Any], shown: Callable[[list[Any]], Sequence[Any]]
+    page: gr.Blocks, stored: gr.BrowserState, kept: Sequence[Any], shown: Callable[[list[Any]], Sequence[Any]]
 ) -> Any:
     """Keep the values of components in the browser while they change, and restore them when the page is opened again.
 
-    The key to their encryption need not be secret: they are the visitor's own.
-
     Args:
-        name: of the tab.
+        stored: where they are kept, see `kept_in_browser`.
         kept: the components.
         shown: checks values, which are untrusted, and gives the updates that show them; raises for bad ones, which are
             then forgotten.
@@ -80,7 +86,6 @@ def keep_over_reload(
     Returns:
         The event after which they are shown.
     """
-    stored = gr.BrowserState(None, storage_key=KEY + name, secret=KEY)
     components: list[Any] = list(kept)
 
     def restore(values: Any) -> Any:

@@ -92,12 +92,16 @@ class _Shelf:
         return visitor, gr.CheckboxGroup(every, value=visitor.ticked), *self.shown_now(visitor)
 
 
-def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState, prompt: gr.Textbox) -> Asked:
+def tab(
+    page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.BrowserState, settings: gr.BrowserState,
+    prompt: gr.Textbox,
+) -> Asked:  # fmt: skip
     """Lay out the tab; the visitor's runs are also kept in the browser.
 
     Args:
         page, worker, files: of the page.
         stored_in_browser: the visitor's runs.
+        settings: where those of the tab are kept.
         prompt: the one that the other tabs share.
     """
     shelf = _Shelf(worker.stored_runs(), files)
@@ -125,12 +129,12 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, stored_in_browser: gr.Bro
 
     keep_estimated(page, parts.time, estimate, parts.found.all(), done, api_name="estimate_measure")
     wire_prompts(parts.found, prompt)
-    restored = _wire_reload(page, worker, parts.found)
+    restored = _wire_reload(page, worker, parts.found, settings)
     restored.then(*parts.found.follow, **hidden)
     return parts.found
 
 
-def _wire_reload(page: gr.Blocks, worker: Worker, found: Asked) -> Any:
+def _wire_reload(page: gr.Blocks, worker: Worker, found: Asked, stored: gr.BrowserState) -> Any:
     """Keep the settings over a reload, see `keep_over_reload`."""
 
     def shown(values: list[Any]) -> list[Any]:
@@ -140,7 +144,7 @@ def _wire_reload(page: gr.Blocks, worker: Worker, found: Asked) -> Any:
             raise ValueError(f"no such choice of prompts: {which!r}")
         return values
 
-    return keep_over_reload(page, TAB, [*found.all(), found.which], shown)
+    return keep_over_reload(page, stored, [*found.all(), found.which], shown)
 
 
 def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:

@@ -80,7 +80,7 @@ body:not(.dark) { --color-accent: var(--primary-700); }
 @media (max-width: 768px) {
   .diffattn-split { grid-template: "ask" auto "result" auto "rest" auto / minmax(0, 1fr); }
   .diffattn-split > * { overflow-x: hidden; }
-  .gradio-container .tab-container button { padding: 0 .3rem !important; font-size: .78rem !important; }
+  .gradio-container .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
 }
 """
 
@@ -93,15 +93,16 @@ attention.">
 <style>.gradio-container { width: 100% !important; }</style>
 <script>
 let diffattnTab = "generate";
-const diffattnFolded = new WeakSet();
+const diffattnTouched = new WeakSet();  // settings that the visitor has opened or closed
 function diffattnFold() {
   if (window.innerWidth > 768) return;
-  for (const button of document.querySelectorAll(".diffattn-settings > button.open")) {
-    if (diffattnFolded.has(button)) continue;
-    diffattnFolded.add(button);
-    button.click();
-  }
+  for (const button of document.querySelectorAll(".diffattn-settings > button.open"))
+    if (!diffattnTouched.has(button)) button.click();
 }
+document.addEventListener("click", (event) => {
+  const button = event.isTrusted && event.target.closest?.(".diffattn-settings > button");
+  if (button) diffattnTouched.add(button);
+}, true);
 function diffattnSwitch(to, values) {
   const left = diffattnTab, [models, prompts, first, which] = values.slice(6);
   let [prompt, model, seed] = left === "compare" ? values.slice(3, 6) : values.slice(0, 3);
