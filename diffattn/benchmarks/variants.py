@@ -72,7 +72,9 @@ def _patched(
 ) -> Iterator[Coverage]:
     options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
     try:
-        handle = patch(unet, method, preset=preset, layers=lambda spec: spec.level in levels, **options)
+        handle = patch(
+            unet, method, preset=preset, layers=lambda spec: spec.level in levels, calibrate=False, **options
+        )
     except ValueError as error:
         raise LeftOut(str(error)) from None
     with handle, warnings.catch_warnings():
@@ -84,7 +86,7 @@ def _patched(
 def _floor(model: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
     """No attention; see `floor`."""
     plan = Plan(FLOOR, None, (OwnValues(),), constant(), lambda spec: spec.level in levels, {})
-    with Patch(model, plan) as handle:
+    with Patch(model, plan, calibrate=False) as handle:
         yield lambda: handle.report().layers_accelerated
 
 

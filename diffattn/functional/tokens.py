@@ -136,9 +136,19 @@ def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
     if h % rows == 0 and w % columns == 0:  # equal cells: slices, several times as fast as a gather
         cells = x.unflatten(2, (rows, h // rows, columns, w // columns))
         down, right = _inner(h // rows), _inner(w // columns)
-        return cells[:, :, :, down[0] : down[-1] + 1, :, right[0] : right[-1] + 1].mean(dim=(3, 5)).flatten(2, 3)
+        inner = cells[:, :, :, down[0] : down[-1] + 1, :, right[0] : right[-1] + 1]
+        return _mean_of_few(inner).flatten(2, 3)
     places = _corners(grid, (rows, columns), x.device)
     return x.index_select(2, places.flatten()).unflatten(2, places.shape).mean(dim=2)
+
+
+def _mean_of_few(x: Tensor) -> Tensor:
+    """[B, H, r, 1 or 2, c, 1 or 2, D] -> [B, H, r, c, D]. One operation; on a CPU, whose reductions over so few are
+    slow, two that take a twentieth of the time."""
+    if x.device.type != "cpu":
+        return x.mean(dim=(3, 5))
+    x = torch.lerp(x[:, :, :, 0], x[:, :, :, 1], 0.5) if x.shape[3] > 1 else x[:, :, :, 0]
+    return torch.lerp(x[:, :, :, :, 0], x[:, :, :, :, 1], 0.5) if x.shape[4] > 1 else x[:, :, :, :, 0]
 
 
 @lru_cache(maxsize=256)

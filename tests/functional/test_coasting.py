@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffattn
 from diffattn.functional import sample_tokens
+from diffattn.functional import tokens as functional_tokens
 from diffattn.functional.coasting import Tokens, calibrate, coast
 from diffattn.functional.landmark import exact_heads, landmark_attention_and_error
 
@@ -114,7 +115,10 @@ def operations(run: Callable[[], Any]) -> list[str]:
     return counted.names
 
 
-def test_operations_of_a_call() -> None:
+@pytest.mark.parametrize(("device", "most"), [("cpu", (33, 17)), ("cuda", (31, 15))])
+def test_operations_of_a_call(device: str, most: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":  # the operations of an accelerator, counted here
+        monkeypatch.setattr(functional_tokens, "_mean_of_few", lambda x: x.mean(dim=(3, 5)))
     q, k, v = tokens().q, tokens().k, tokens().v
 
     def given() -> Tokens:
@@ -123,8 +127,8 @@ def test_operations_of_a_call() -> None:
     _, _, known = calibrate(given(), 1e-5)
     calibrating = operations(lambda: calibrate(given(), 1e-5)[2].missed(10.0))
     coasting = operations(lambda: coast(given(), 1e-5, known))
-    assert len(calibrating) <= 31, calibrating
-    assert len(coasting) <= 15, coasting
+    assert len(calibrating) <= most[0], calibrating
+    assert len(coasting) <= most[1], coasting
 
 
 def test_heads_that_cannot_be_factorised_keep_what_their_landmarks_gathered() -> None:
