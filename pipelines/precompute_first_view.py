@@ -29,6 +29,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of each picture.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the page draws.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     only_steps: Annotated[bool, typer.Option("--only-steps", help="Write no pictures.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the files; default the model's own.")] = None,
@@ -36,7 +37,7 @@ def main(
     """Measure, and write the files."""
     if model not in embedded_models():
         raise typer.BadParameter(f"{model!r} is no embedded model here; choose from {', '.join(embedded_models())}")
-    worker = Worker(limits=Limits(images=1000, calls=10**9), device=device, dtype="float32")
+    worker = Worker(limits=Limits(images=1000, calls=10**9), device=device, dtype=dtype)
     asked = worker.limits.request(model, prompt, steps=steps, seed=seed, num_images=pictures)
     with cpu_threads(threads):
         *_, found = worker.compare("", asked, [acceleration])

@@ -46,6 +46,7 @@ def main(
     numbers: Annotated[str | None, typer.Option(help="Numbers of agents or mediators; default by model.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as the page draws.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of both files; default the model's own.")] = None,
 ) -> None:
@@ -53,7 +54,7 @@ def main(
     if model not in WAYS or model not in embedded_models():
         raise typer.BadParameter(f"{model!r} is no embedded model here; choose from {', '.join(WAYS)}")
     place = out or embedded_folder(model)
-    worker = Worker(_ModelsBeside(beside=place), Limits(samples=100_000, calls=10**9), device, "float32")
+    worker = Worker(_ModelsBeside(beside=place), Limits(samples=100_000, calls=10**9), device, dtype)
     captions = _captions(pictures, every) if pictures and model == "emoji-sd" else {}
     if pictures:
         size = side or (Models().describe(model).size or (64,))[0]

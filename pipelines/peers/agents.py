@@ -22,7 +22,7 @@ def agent(preset: str, pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw
 def patched(pipe: Any, method: str, **arguments: Any) -> Iterator[None]:
     """`diffattn.patch(pipe, method, ...)` within the block; `LeftOut` where it cannot be patched."""
     try:
-        handle = patch(pipe, method, **arguments)
+        handle = patch(pipe, method, calibrate=False, **arguments)
     except ValueError as error:
         raise LeftOut(str(error)) from None
     with handle, warnings.catch_warnings():

@@ -43,7 +43,7 @@ from diffattn.drawing.loading import load_pipeline
 from diffattn.drawing.prompt_length import unread_part
 from diffattn.drawing.request import Picture, Request
 from diffattn.files import stem_of
-from diffattn.machine import choose_device, choose_dtype
+from diffattn.machine import choose_device, choose_dtype, fastest_dtype
 from diffattn.patching.patch import Patch
 from diffattn.patching.report import Report
 
@@ -73,7 +73,7 @@ class Worker:
     Args:
         models: the available ones.
         limits: of one job.
-        device, dtype: as `choose_device` and `choose_dtype` take them.
+        device, dtype: as `choose_device` and `choose_dtype` take them; dtype "auto" is the device's `fastest_dtype`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Worker:
     ) -> None:
         self.models, self.limits = models or Models(), limits or Limits()
         self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
+        self.dtype = fastest_dtype(self.device) if dtype == "auto" else choose_dtype(dtype, self.device)
         self._turns = Turns()
         limits = self.limits
         self._stops = Stops(limits.jobs, limits.jobs_of_address, limits.jobs_in_all)
