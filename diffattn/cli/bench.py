@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from diffattn.cli.common import bad_input, check_writable, fail, loading, stdout, write_json
-from diffattn.cli.options import BenchDtype, Device, JsonFile, Resume, Threads
+from diffattn.cli.options import Device, FastestDtype, JsonFile, Resume, Threads
 
 NOT_FINISHED = 1
 FEW_STEPS = 4  # enough to meet every noise level of the presets
@@ -53,7 +53,7 @@ def attention(
         typer.Option(help="Layers with fewer tokens use exact attention. [default: this machine's thresholds]"),
     ] = None,
     device: Device = "auto",
-    dtype: BenchDtype = "auto",
+    dtype: FastestDtype = "auto",
     threads: Threads = None,
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Every layer of a transformer, also on a CPU or in little memory.")
@@ -107,7 +107,7 @@ def mediator(
     rounds: Annotated[int, typer.Option(help="Timings per variant; the variants take turns.")] = 9,
     batch: Annotated[int, typer.Option(help="Batch size of one call.")] = 1,
     device: Device = "auto",
-    dtype: BenchDtype = "auto",
+    dtype: FastestDtype = "auto",
     threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder for mediator.json and mediator.png.")] = Path("outputs/bench"),
     resume: Resume = False,
@@ -147,7 +147,7 @@ def mediator(
 @app.command("thresholds")
 def thresholds(
     device: Device = "auto",
-    dtype: BenchDtype = "auto",
+    dtype: FastestDtype = "auto",
     time_budget: Annotated[float, typer.Option(help="Minutes; grids that would take longer are skipped.")] = 1.7,
     shipped: Annotated[
         bool, typer.Option("--shipped", help="Overwrite the table inside the package (for maintainers).")

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from diffattn.cli.common import bad_input, check_writable, loading, progress, stdout, write_json
-from diffattn.cli.options import Device, Dtype, JsonFile, Seed
+from diffattn.cli.options import Device, FastestDtype, JsonFile, Seed
 
 if TYPE_CHECKING:
     from diffattn.demo import DemoResult
@@ -38,7 +38,7 @@ def demo(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: FastestDtype = "auto",
     json: JsonFile = None,
 ) -> None:
     """Draw the same pictures unpatched and patched, and compare looks and speed.

@@ -10,7 +10,7 @@ import typer
 Seed = Annotated[int, typer.Option(help="Random seed, 0 to 2^63.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps; auto: the first available of cuda, mps, cpu.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float16 on cuda, float32 elsewhere.")]
-BenchDtype = Annotated[
+FastestDtype = Annotated[
     str, typer.Option(help="float32, float16 or bfloat16; auto: bfloat16 where the hardware supports it, else float32.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]

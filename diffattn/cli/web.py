@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from diffattn.cli.common import bad_input, fail
-from diffattn.cli.options import Device, Dtype
+from diffattn.cli.options import Device, FastestDtype
 
 
 def app(
@@ -41,7 +41,7 @@ def app(
     ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: FastestDtype = "auto",
 ) -> None:
     """Open the web page: draw, compare with exact attention, measure speed and FID, inspect the time steps.
 
