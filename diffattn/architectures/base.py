@@ -220,6 +220,11 @@ class MethodProcessor(NotPickled):
             known = decisions.known(kind) or Decision(run.decided[kind], "from the table")
             decisions.use(self.layer.name, kind, known)
 
+    def _label(self, phase: int) -> str | None:
+        """The label of a phase's method, see `kind_of`; None where no kind of call is needed: compiled code, which
+        could not name sizes that vary, only looks up what is known."""
+        return None if torch.compiler.is_compiling() and not self.decisions.any_known else self.labels[phase]
+
     def kind_at(self, phase: int, device: str, dtype: torch.dtype, batch: int, tokens: int, masked: bool) -> str | None:
         """The kind of a call that is expected of the layer."""
         label, layer = self.labels[phase] if phase >= 0 else None, self.layer

@@ -77,7 +77,7 @@ class LayerPlug(MethodProcessor):
             if self.layer.keys_only and q.shape[tokens] != layout.num_tokens:
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
             if reason is None:
-                label = self.labels[phase]
+                label = self._label(phase)
                 kind = None if label is None else kind_of(label, q, k, heads_first, mask is not None)
                 if kind is not None and not call.compiled:
                     scratch = self._scratch(call, phase) if place == call.phase else None

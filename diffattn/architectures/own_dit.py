@@ -126,7 +126,7 @@ class SiTProcessor(MethodProcessor):
 
         reason = self.reason_impossible(phase, layout, device, mask_rows=0)
         if reason is None:
-            label = self.labels[phase]
+            label = self._label(phase)
             kind = None if label is None else kind_of(label, q, k, heads_first=True, masked=False)
             if kind is not None and not call.compiled:
                 scratch = self._scratch(call, phase)

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,8 +66,9 @@ def test_help_of_every_command(command: str) -> None:
     assert found.exit_code == 0
     assert "--json" in found.stdout
     if command != "info":
-        for option in ("--seed", "--device", "--dtype", "[default: 25]", "[default: auto]"):
+        for option in ("--seed", "--device", "--dtype", "[default: auto]"):
             assert option in found.stdout
+        assert re.search(r"--steps .*\[default: \d+\]", found.stdout, re.DOTALL)
 
 
 @pytest.mark.parametrize(("words", "shown"), [((), "generate"), (("bench",), "thresholds")])
