@@ -1,13 +1,14 @@
 """Fixtures shared by all tests."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import attention_backend
 from support import tiny
 
 os.environ["DIFFATTN_CALIBRATE"] = "0"  # pictures of tests must not depend on the clock, nor on a user's cache
@@ -36,6 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _deterministic_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _own_attention_backend() -> Iterator[None]:
+    """`set_attention_backend` of a model also sets diffusers' default for the whole process."""
+    with attention_backend("native"):
+        yield
 
 
 @pytest.fixture
