@@ -72,8 +72,8 @@ SMALLER = {
     "diffattn bench attention": f"--models tiny --sizes 64 {QUICK_BENCH}",
     "diffattn bench mediator": f"--sizes 16 --mediators 4 --what block {QUICK_BENCH}",
     "compare_peers.py speed": "--unets tiny --sizes 64 --rounds 1 --threads 1 --device cpu --dtype float32",
-    "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0"
-    " --kid-pictures 4 --every 1 --seed-sets 1 --device cpu",
+    "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0 --device cpu",
+    "compare_peers.py quality --reference": "--kid-pictures 4 --every 1 --seed-sets 1",
     "attention_error.py": "--steps 3 --prompts tent",
     "compare_linear.py cores": "--tokens 64 --mediators 4 --rounds 1 --width 24 --heads 2",
     "compare_linear.py train": "--subjects softmax,inline --second-seeds 0 --samples 4 --steps 2 --batch 4 --rounds 1"
