@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from saved_pipeline import drop_origin
 
 from diffattn.sampling import SiTPipeline
 from diffattn.training import checkpoints
@@ -92,14 +93,6 @@ def refilled(paragraph: str) -> str:
     body = paragraph.strip("\n")
     filled = textwrap.fill(" ".join(body.split()), 120, break_on_hyphens=False, break_long_words=False)
     return paragraph.replace(body, filled) if body else paragraph
-
-
-def drop_origin(folder: Path) -> None:
-    """Take the place of training, which diffusers writes down, out of the configurations of a saved pipeline."""
-    for path in sorted(folder.rglob("*.json")):
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main(

@@ -14,6 +14,7 @@ from diffattn.architectures.decisions import (
     Decision,
     Decisions,
     can_measure,
+    kind_of,
     kind_text,
     label_of,
 )
@@ -30,6 +31,9 @@ from diffattn.architectures.run_state import (
 from diffattn.methods.base import AttentionFn, AttentionMethod, Grid, LayerCall, LayerSpec, TokenLayout
 from diffattn.noise_level import Reading, TimeReader
 from diffattn.schedules import EXACT
+
+Ways = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+"""A call of attention by a method, and the same one done exactly."""
 
 
 class Size(NamedTuple):
@@ -188,19 +192,26 @@ class MethodProcessor(NotPickled):
             return None
         return guess if guess and known is None else f"{num_tokens} tokens: exact attention is faster here"
 
-    def _decide(
-        self, phase: int, kind: str, q: Tensor, num_tokens: int, ways: tuple[Callable[[], Tensor], Callable[[], Tensor]]
-    ) -> None:
-        """Decide which way of a call that the method can take is used in this run, if that is open: what is known, else
-        what is faster now, else a guess.
+    def _reason_timed(
+        self, call: DenoiserCall, phase: int, q: Tensor, num_tokens: int, kind: str | None, ways: Ways
+    ) -> str:
+        """Why a call that the method can take runs exact, or `ACCELERATED`, after deciding which way is faster.
 
         Args:
+            call: of the denoiser.
             phase: of the schedule.
-            kind: of the call.
-            q: its queries.
+            q: the queries.
             num_tokens: see `AttentionMethod.slower`.
+            kind: of the call; None: it is not to be decided.
             ways: the call by the method, and exactly.
         """
+        if kind is not None and not call.compiled:
+            self._decide(phase, kind, q, num_tokens, ways)
+        return self._reason_slower(phase, num_tokens, q.device.type, kind) or ACCELERATED
+
+    def _decide(self, phase: int, kind: str, q: Tensor, num_tokens: int, ways: Ways) -> None:
+        """Decide which way of a call is used in this run, if that is open: what is known, else what is faster now, else
+        a guess. Arguments as in `_reason_timed`."""
         chosen, run, decisions = self.methods[phase], self.run, self.decisions
         assert chosen is not None
         if not chosen.timed or chosen.is_size_given:
@@ -220,10 +231,13 @@ class MethodProcessor(NotPickled):
             known = decisions.known(kind) or Decision(run.decided[kind], "from the table")
             decisions.use(self.layer.name, kind, known)
 
-    def _label(self, phase: int) -> str | None:
-        """The label of a phase's method, see `kind_of`; None where no kind of call is needed: compiled code, which
-        could not name sizes that vary, only looks up what is known."""
-        return None if torch.compiler.is_compiling() and not self.decisions.any_known else self.labels[phase]
+    def _kind(self, phase: int, q: Tensor, k: Tensor, heads_first: bool, masked: bool) -> str | None:
+        """The kind of a call, see `kind_of`; None where it is not needed: compiled code, which could not name sizes
+        that vary, only looks up what is known."""
+        label = self.labels[phase]
+        if label is None or (torch.compiler.is_compiling() and not self.decisions.any_known):
+            return None
+        return kind_of(label, q, k, heads_first, masked)
 
     def kind_at(self, phase: int, device: str, dtype: torch.dtype, batch: int, tokens: int, masked: bool) -> str | None:
         """The kind of a call that is expected of the layer."""

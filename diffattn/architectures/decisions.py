@@ -37,7 +37,7 @@ SECONDS_PER_RUN = 0.5
 """On an accelerator, no further kind of call is timed in a run after this long."""
 
 MAX_KINDS = 4096
-"""More kinds of calls than any patch or cache holds."""
+"""More kinds of calls than a cache holds, or can be given."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Decisions(NotPickled):
     ) -> Decision:
         """Time both ways and decide; if another thread did so meanwhile, its decision stands."""
         with self._lock:
-            if kind not in self._made and len(self._made) < MAX_KINDS:
+            if kind not in self._made:
                 self._made[kind] = Decision.of(*_seconds(method, exact, device))
                 self.changed = True
             return self._made[kind]

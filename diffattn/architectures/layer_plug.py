@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffattn.architectures.base import MethodProcessor, by_phase
-from diffattn.architectures.decisions import kind_of
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import AttentionFn, LayerCall, TokenLayout
 
@@ -77,13 +76,10 @@ class LayerPlug(MethodProcessor):
             if self.layer.keys_only and q.shape[tokens] != layout.num_tokens:
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
             if reason is None:
-                label = self._label(phase)
-                kind = None if label is None else kind_of(label, q, k, heads_first, mask is not None)
-                if kind is not None and not call.compiled:
-                    scratch = self._scratch(call, phase) if place == call.phase else None
-                    ways = (lambda: by_method(scratch)[0], lambda: function(q, k, v, **named))
-                    self._decide(phase, kind, q, layout.num_tokens, ways)
-                reason = self.reason_exact(phase, layout, q.device.type, rows, kind)
+                kind = self._kind(phase, q, k, heads_first, mask is not None)
+                scratch = self._scratch(call, phase) if place == call.phase else None
+                ways = (lambda: by_method(scratch)[0], lambda: function(q, k, v, **named))
+                reason = self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
             if (phase, reason) not in counted:  # once, however many groups the samples form
                 counted.add((phase, reason))
                 self._count(call, reason)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffattn.architectures.base import MethodProcessor, Replaced, Size, by_phase
-from diffattn.architectures.decisions import kind_of
 from diffattn.architectures.dit_time import read_dit_time
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import LayerCall, LayerSpec
@@ -115,7 +114,6 @@ class SiTProcessor(MethodProcessor):
         """All samples are in one phase: [B, H, N, D]."""
         x, q, k, v = tensors
         layout = self.layout_of(grid, (), q.shape[2])
-        device = q.device.type
 
         def by_method(memory: dict[str, Any] | None) -> tuple[Tensor, LayerCall]:
             made = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid), memory=memory)
@@ -124,14 +122,11 @@ class SiTProcessor(MethodProcessor):
         def exact() -> Tensor:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
 
-        reason = self.reason_impossible(phase, layout, device, mask_rows=0)
+        reason = self.reason_impossible(phase, layout, q.device.type, mask_rows=0)
         if reason is None:
-            label = self._label(phase)
-            kind = None if label is None else kind_of(label, q, k, heads_first=True, masked=False)
-            if kind is not None and not call.compiled:
-                scratch = self._scratch(call, phase)
-                self._decide(phase, kind, q, layout.num_tokens, (lambda: by_method(scratch)[0], exact))
-            reason = self.reason_exact(phase, layout, device, 0, kind)
+            kind, scratch = self._kind(phase, q, k, heads_first=True, masked=False), self._scratch(call, phase)
+            ways = (lambda: by_method(scratch)[0], exact)
+            reason = self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
         self._count(call, reason)
         if reason != ACCELERATED:
             return exact()

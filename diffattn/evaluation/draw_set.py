@@ -21,7 +21,7 @@ from diffattn.evaluation.picture_set import ProgressBar, no_progress
 from diffattn.evaluation.run_folder import RunFolder
 from diffattn.files import write_whole
 from diffattn.metrics.paired import LatentTrace
-from diffattn.patching.patch import find_patch, patch
+from diffattn.patching.patch import Patch, find_patch, patch
 
 PICTURES = "pictures"
 UNACCELERATED = "unaccelerated"
@@ -102,10 +102,18 @@ def accelerated(pipe: Any, acceleration: Mapping[str, Any] | None) -> AbstractCo
     return nullcontext() if acceleration is None else patch(pipe, **acceleration)
 
 
+def patch_of(pipe: Any) -> Patch | None:
+    """A pipeline's patch; None without one, without a pipeline, and for architectures that cannot be patched."""
+    try:
+        return None if pipe is None else find_patch(pipe)
+    except TypeError:
+        return None
+
+
 @contextmanager
 def following(pipe: Any, run: RunFolder) -> Iterator[None]:
     """Within the block, a patched pipeline decides what is faster as the run did before; what is new is kept."""
-    found = find_patch(pipe)
+    found = patch_of(pipe)
     if found is not None:
         found.follow(run.decisions())
     yield

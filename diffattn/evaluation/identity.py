@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffattn.architectures.denoisers import denoiser_of
-from diffattn.evaluation.draw_set import DrawConfig, subjects
+from diffattn.evaluation.draw_set import DrawConfig, patch_of, subjects
 from diffattn.evaluation.picture_set import PictureSet
 from diffattn.evaluation.quality import Protocol
 from diffattn.evaluation.references import Source
@@ -20,7 +20,6 @@ from diffattn.evaluation.scores import CHUNK
 from diffattn.machine import describe_device, dtype_name, versions
 from diffattn.methods.thresholds import load_thresholds
 from diffattn.metrics.extractors import FeatureExtractor, weights_hash
-from diffattn.patching.patch import Patch, find_patch
 
 NOTHING = "none"  # instead of a reference or an extractor
 DRAWN = ("num_pictures", "steps", "guidance", "width", "height", "seed", "batch")
@@ -111,7 +110,7 @@ def describe_patch(pipe: Any) -> dict[str, Any] | None:
     The options are those in effect, defaults included: the same options match whether they come from a preset, from a
     recipe or one by one. The thresholds decide which layers then run.
     """
-    found = _find(pipe)
+    found = patch_of(pipe)
     if found is None:
         return None
     plan = found.plan
@@ -148,15 +147,8 @@ def _options(setup: Evaluated) -> dict[str, Any]:
 
 def _patch_of(pipe: Any) -> str | None:
     """A pipeline's patch as text."""
-    found = _find(pipe)
+    found = patch_of(pipe)
     return found and f"{found.plan.method} {found.plan.preset or ''} {dict(found.plan.options) or ''}".strip()
-
-
-def _find(pipe: Any) -> Patch | None:
-    try:
-        return None if pipe is None else find_patch(pipe)
-    except TypeError:  # an architecture that cannot be patched
-        return None
 
 
 def _public(schedule: Any) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def cache_for(calibrate: bool | str | Path | None) -> DecisionCache | None:
         ValueError: not true, false or a path.
     """
     if calibrate is None:
-        given = os.environ.get(SWITCH, "1")
+        given = os.environ.get(SWITCH) or "1"
         calibrate = given == "1" if given in ("0", "1") else Path(given)
     if calibrate is False:
         return None

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from saved_pipeline import drop_origin
 from transformers import CLIPTokenizer
 
 from .denoiser import Denoiser, build_scheduler
@@ -23,6 +24,7 @@ def export(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder
         shutil.rmtree(path, ignore_errors=True)
     _pipeline(model, vae, tokenizer, latent_size).save_pretrained(fresh, max_shard_size=SHARD)
     _load_as_float32(fresh / "text_encoder" / "config.json")
+    drop_origin(fresh)
     for path in fresh.rglob("*.safetensors"):
         path.chmod(0o644)  # written readable by their owner only
     for name in KEPT:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from support import tiny
 from support.clock import Clock, clock
 
 import diffattn
-from diffattn.evaluation.draw_set import DrawConfig, draw_set
+from diffattn.evaluation.draw_set import DrawConfig, draw_set, following
 from diffattn.evaluation.run_folder import DECISIONS, Processes, RunFolder
 from diffattn.preflight import preflight
 
@@ -54,6 +55,13 @@ def test_a_resumed_run_decides_as_before(
     monkeypatch.setenv("DIFFATTN_CALIBRATE", str(tmp_path / "two.json"))  # as on another day
     assert draw("resumed", 6) == whole
     assert draw("another", 6) != whole
+
+
+def test_a_pipeline_that_cannot_be_patched_decides_nothing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, {}, Processes())
+    with following(DiffusionPipeline(), run):
+        pass
+    assert run.decisions() == {}
 
 
 def test_a_picture_is_drawn_again_from_its_record(pipe: Any, tmp_path: Path, clock: Clock) -> None:

@@ -153,7 +153,7 @@ def test_the_environment_switches_it_off_and_names_the_file(
         tiny.run(pipe)
     assert clock.calls > 0
     assert cache.is_file()
-    for value in ("1", None):
+    for value in ("1", "", None):
         if value is None:
             monkeypatch.delenv("DIFFATTN_CALIBRATE")
         else:

@@ -184,6 +184,7 @@ def test_export_takes_the_newest_checkpoints(data: Path, trained: Path, tmp_path
     wanted, found = parts(trained), parts(tmp_path / "model")
     assert all(torch.equal(v, found[k]) for k, v in wanted.items())
     run("export", "--preset", "tiny", "--work", tmp_path / "empty", "--start", trained, "--out", tmp_path / "start")
+    assert "_name_or_path" not in "".join(path.read_text() for path in (tmp_path / "start").rglob("*.json"))
     found = parts(tmp_path / "start")
     assert all(torch.equal(v, found[k]) for k, v in wanted.items())
     result = CliRunner().invoke(app, ["export", "--preset", "tiny", "--work", str(tmp_path / "empty")])
