@@ -13,6 +13,7 @@ from transformers import CLIPTextModel
 
 from .precision import autocast
 from .presets import Stage
+from .strided_keys import strided
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -24,13 +25,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_unet(channels: tuple[int, ...], heads: tuple[int, ...], text_width: int, size: int) -> UNet2DConditionModel:
-    """Three levels; attention at levels 0 and 1 and in the middle. `heads`: attention heads of each level."""
+    """Attention at every level but the deepest, and in the middle block. `heads`: attention heads of each level."""
+    above = len(channels) - 1
     return UNet2DConditionModel(
         sample_size=size,
         block_out_channels=channels,
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * above + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * above,
         attention_head_dim=heads,  # type: ignore[arg-type]  # diffusers' name; it is the number of heads
         cross_attention_dim=text_width,
         norm_num_groups=16,
@@ -68,6 +70,8 @@ def denoiser_loss(
     batch = stage.batch
 
     def loss_of(model: nn.Module, step: int, rng: torch.Generator) -> Tensor:
+        for processor in strided(model):
+            processor.draw_corner(rng)
         index = batch_indices(step, batch, len(latents), seed)
         x0, prompt = latents[index], ids[index]
         prompt = torch.where(torch.rand(batch, 1, generator=rng) < drop, empty, prompt)

@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 
 from .denoiser import Denoiser
 from .export import export
-from .stages import DECODER, Job, build_denoiser, unet_file
+from .stages import DECODER, Job, build_denoiser, unet_files
 
 
 def export_snapshot(job: Job) -> str:
@@ -47,8 +47,8 @@ def _autoencoder(job: Job) -> AutoencoderKL:
 def _denoiser(job: Job, tokenizer: CLIPTokenizer) -> tuple[Denoiser, int, str]:
     """→ averaged weights of the last stage that has any, the side of its latents, its name and step"""
     model = build_denoiser(job, tokenizer)
-    for stage in reversed(job.preset.stages):
-        path = job.work / unet_file(stage)
+    for stage, file in reversed(list(zip(job.preset.stages, unet_files(job.preset), strict=True))):
+        path = job.work / file
         if path.exists():
             state = torch.load(path, map_location=job.device, weights_only=True)
             model.load_state_dict(state["ema"])

@@ -23,6 +23,7 @@ from .loop import Curves, train
 from .precision import autocast
 from .presets import Preset, Stage
 from .start import Start
+from .strided_keys import stride_keys
 from .text import build_text_encoder, build_tokenizer, tokenize
 from .vae import VaeTrainer, build_vae, decoder_loss, encode, freeze_encoder, normalise, vae_loss
 
@@ -30,8 +31,11 @@ M = TypeVar("M", bound=nn.Module)
 DECODER = "decoder.pt"  # checkpoint of an autoencoder of which only the decoder is trained
 
 
-def unet_file(stage: Stage) -> str:
-    return f"unet-{stage.latent}.pt"
+def unet_files(preset: Preset) -> list[str]:
+    """The checkpoint of every stage: `unet-64.pt`, and `unet-64-2.pt` for the second stage on latents of that size."""
+    sides = [stage.latent for stage in preset.stages]
+    times = [sides[: i + 1].count(side) for i, side in enumerate(sides)]
+    return [f"unet-{side}.pt" if n == 1 else f"unet-{side}-{n}.pt" for side, n in zip(sides, times, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -117,13 +121,13 @@ def train_denoiser(job: Job, vae: AutoencoderKL, pictures: Pictures) -> Progress
     vae.save_pretrained(job.work / "vae")  # these two so that a checkpoint of the denoiser can be exported
     tokenizer.save_pretrained(job.work / "tokenizer")
     model, progress = build_denoiser(job, tokenizer), Progress()
-    for stage in job.preset.stages:
+    for number, (stage, file) in enumerate(zip(job.preset.stages, unet_files(job.preset), strict=True)):
         cfg = job.loop(stage.budget, stage.batch)
+        stride_keys(model.unet, stage.key_strides)
         curves = Curves(stage.lr, final_lr=stage.final_lr, ema=stage.ema, final_ema=stage.final_ema)
-        loss = denoiser_loss(latents[stage.latent], ids, empty, stage, job.seed, job.device, job.dtype)
+        loss = denoiser_loss(latents[stage.latent], ids, empty, stage, job.seed + number, job.device, job.dtype)
         show = _shower(job, vae, tokenizer, stage, pictures)
-        path = job.work / unet_file(stage)
-        model, progress = train(f"unet {stage.latent}", model, loss, curves, cfg, path, show)
+        model, progress = train(Path(file).stem, model, loss, curves, cfg, job.work / file, show)
         model.requires_grad_(True)
     _shower(job, vae, tokenizer, job.preset.stages[-1], pictures)(model, progress)
     return progress

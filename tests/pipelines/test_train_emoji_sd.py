@@ -24,15 +24,18 @@ PROGRAM = Path(__file__).parents[2] / "pipelines" / "train_emoji_sd.py"
 sys.path.insert(0, str(PROGRAM.parent))
 
 from emoji_sd.data import held_out_of_vae, load_pictures, split_names  # noqa: E402
-from emoji_sd.denoiser import sample_timesteps  # noqa: E402
+from emoji_sd.denoiser import build_unet, sample_timesteps  # noqa: E402
 from emoji_sd.evaluate import best_guidance, closeness, hit_rate, nearest  # noqa: E402
+from emoji_sd.grow import add_level  # noqa: E402
 from emoji_sd.loop import Curves  # noqa: E402
 from emoji_sd.precision import training_dtype  # noqa: E402
-from emoji_sd.presets import PRESETS  # noqa: E402
+from emoji_sd.presets import PRESETS, Stage  # noqa: E402
+from emoji_sd.stages import unet_files  # noqa: E402
+from emoji_sd.strided_keys import stride_keys, strided  # noqa: E402
 from emoji_sd.text import EOS, MAX_LENGTH, build_tokenizer, tokenize  # noqa: E402
 from emoji_sd.vae import build_vae, encode, normalise  # noqa: E402
 from train_emoji_sd import app  # noqa: E402
-from training_loop import STOPPED  # noqa: E402
+from training_loop import STOPPED, Budget  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,67 @@ def test_a_start_that_does_not_fit_is_named(data: Path, trained: Path, tmp_path:
         result = CliRunner().invoke(app, ["train", "--data", str(data), "--work", str(tmp_path), *map(str, arguments)])
         assert result.exit_code == 2
         assert complaint in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_start_grows_by_the_level_that_the_preset_has_more(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = tuple(Stage(8, 2, 1e-3, Budget(steps=1), key_strides=strides) for strides in ((2, 2), ()))
+    larger = replace(PRESETS["tiny"], unet_channels=(16, 32, 32, 32), unet_heads=(1, 2, 2, 2), stages=stages)
+    monkeypatch.setitem(PRESETS, "larger", larger)
+    run(
+        "train", "--data", data, "--preset", "larger", "--work", tmp_path, "--start", trained, "--steps", 1,
+    )  # fmt: skip
+    pipe: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert pipe.unet.config.block_out_channels == [16, 32, 32, 32]
+    assert {path.name for path in tmp_path.glob("unet-*.pt")} == {"unet-8.pt", "unet-8-2.pt"}
+    assert pipe("red shape 0", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
+
+
+def test_growing_keeps_what_was_learned() -> None:
+    torch.manual_seed(0)
+    small = build_unet((16, 32, 32), (1, 2, 2), 32, 8).eval()
+    large = build_unet((16, 32, 32, 32), (1, 2, 2, 2), 32, 8).eval()
+    before = {name: weight.clone() for name, weight in small.state_dict().items()}
+    add_level(small, large)
+    after = large.state_dict()
+    assert torch.equal(after["down_blocks.1.resnets.0.conv1.weight"], before["down_blocks.1.resnets.0.conv1.weight"])
+    assert torch.equal(after["up_blocks.3.resnets.0.conv1.weight"], before["up_blocks.2.resnets.0.conv1.weight"])
+    # the new transformer blocks of the level that had none pass their input on
+    block = large.down_blocks[2].attentions[0]  # type: ignore[index]
+    x, text = torch.randn(1, 32, 2, 2), torch.randn(1, 3, 32)
+    assert torch.equal(block(x, encoder_hidden_states=text).sample, x)
+    with pytest.raises(ValueError, match=r"widths \(16, 32, 32, 32\) can grow to .*, not to \(16, 32, 32\)"):
+        add_level(large, small)
+
+
+def test_strided_keys_are_a_grid_of_the_tokens() -> None:
+    torch.manual_seed(0)
+    unet = build_unet((16, 32, 32), (1, 2, 2), 32, 8)
+    attention: Any = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1  # type: ignore[index]
+    x, text = torch.randn(2, 64, 16), torch.randn(2, 3, 32)
+    grid = [row * 8 + column for row in (1, 3, 5, 7) for column in (0, 2, 4, 6)]
+    expected, every = attention(x, encoder_hidden_states=x[:, grid]), attention(x)
+    crossed = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2  # type: ignore[index]
+    context = crossed(x, encoder_hidden_states=text)  # type: ignore[operator]
+    stride_keys(unet, (2, 4))
+    assert [p.stride for p in strided(unet)] == [2, 4, 4, 4, 2, 2]  # down 0 and 1, up 1, 1, 0, 0
+    attention.processor.corner = (1, 0)
+    assert torch.equal(attention(x), expected)
+    assert torch.equal(crossed(x, encoder_hidden_states=text), context)  # type: ignore[operator]
+    corners = set()
+    for seed in range(20):
+        attention.processor.draw_corner(torch.Generator().manual_seed(seed))
+        corners.add(attention.processor.corner)
+    assert corners == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    stride_keys(unet, ())
+    assert torch.equal(attention(x), every)
+    assert not strided(unet)
+
+
+def test_every_stage_has_a_checkpoint_of_its_own() -> None:
+    assert unet_files(PRESETS["cpu"]) == ["unet-16.pt", "unet-32.pt"]
+    assert unet_files(PRESETS["cpu-512"]) == ["unet-64.pt", "unet-64-2.pt", "unet-64-3.pt"]
 
 
 def test_bfloat16_trains_float32_weights(data: Path, trained: Path, tmp_path: Path) -> None:
