@@ -1,4 +1,4 @@
-"""How every stage is trained: AdamW under a cosine, and an average of the weights that is kept in its place."""
+"""How every stage is trained: AdamW or Muon under a cosine, and an average of the weights kept in its place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from training_loop import LoopConfig, Losses, Progress, Show, Trainee
 from training_loop import train as train_loop
 
+from .muon import MuonWithAdamW
+
 M = TypeVar("M", bound=nn.Module)
 StageLoss = Callable[[nn.Module, int, torch.Generator], Tensor]
 
@@ -27,6 +29,7 @@ class Curves:
     final_lr: float = 0.02  # share of the peak
     ema: float = 0.999  # decay at the start …
     final_ema: float | None = None  # … and at the end; None: the same
+    muon: bool = False  # Muon for matrices and kernels
 
     def rate(self, done: float) -> float:
         """Linear warm-up, then half a cosine."""
@@ -40,6 +43,12 @@ class Curves:
         return self.ema if self.final_ema is None else self.ema + (self.final_ema - self.ema) * min(done, 1.0)
 
 
+def build_optimizer(model: nn.Module, curves: Curves) -> torch.optim.Optimizer:
+    if curves.muon:
+        return MuonWithAdamW(model, curves.lr)
+    return torch.optim.AdamW(model.parameters(), lr=curves.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+
+
 def train(
     name: str,
     model: M,
@@ -50,7 +59,7 @@ def train(
     show: Show | None = None,
 ) -> tuple[M, Progress]:
     """Train until the budget is spent, going on from `checkpoint` if it exists. → (EMA model, progress)"""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=curves.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    optimizer = build_optimizer(model, curves)
     ema = copy.deepcopy(model).requires_grad_(False)
     trainee = Trainee(model, optimizer, curves.rate, ema, curves.ema_decay)
     trainee.resume(checkpoint, cfg)

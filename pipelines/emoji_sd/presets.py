@@ -17,6 +17,7 @@ class Stage:
     ema: float = 0.999  # decay of the averaged weights at the start …
     final_ema: float | None = None  # … and at the end; None: the same
     towards_noise: float = 1.4  # > 1: more samples at high noise, 1: evenly spread, < 1: more at low noise
+    muon: bool = False  # Muon for matrices and kernels, AdamW for the rest; False: AdamW for all
     key_strides: tuple[int, ...] = ()  # self-attention of the first levels over every s-th key per axis: `strided_keys`
 
 
@@ -79,16 +80,16 @@ PRESETS = {
         ),
     ),
     # two CPU cores with bfloat16, from the weights that `cpu` gives: 512×512 pictures, the same names, one level more
-    # below the deepest. About 40 minutes for the decoder, 90 for UNet and text encoder
+    # below the deepest. About 40 minutes for the decoder, 65 for UNet and text encoder
     "cpu-512": Preset(
         size=512, every=8, keep=True,
         vae_channels=(16, 32, 64, 64), vae_layers=1, vae_crops=(128, 256, 128, 256, 512),
         vae_pixels=2**17, vae_lr=1e-3, vae_budget=Budget(samples=100_000), vae_held_out=16,
         unet_channels=(32, 64, 128, 128), unet_heads=(1, 2, 4, 4), text_width=128, vocab=2048,
         stages=(
-            Stage(64, 8, 8e-4, Budget(samples=45_000), 0.3, 0.995, 0.998, towards_noise=1.5, key_strides=(4, 2)),
-            Stage(64, 8, 2.4e-4, Budget(samples=12_000), 0.08, 0.998, 0.999, towards_noise=1.1, key_strides=(2,)),
-            Stage(64, 8, 3e-5, Budget(samples=3_000), 0.1, 0.998, 0.999, towards_noise=1.0),
+            Stage(64, 8, 6e-4, Budget(samples=25_000), 0.25, 0.995, 0.998, 1.5, muon=True, key_strides=(4, 2)),
+            Stage(64, 8, 1.5e-4, Budget(samples=7_000), 0.1, 0.997, 0.999, 1.1, muon=True, key_strides=(2,)),
+            Stage(64, 8, 1.5e-5, Budget(samples=1_200), 0.2, 0.998, 0.999, 1.0, muon=True),
         ),
     ),
     # tests: seconds

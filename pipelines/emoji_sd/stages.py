@@ -124,7 +124,7 @@ def train_denoiser(job: Job, vae: AutoencoderKL, pictures: Pictures) -> Progress
     for number, (stage, file) in enumerate(zip(job.preset.stages, unet_files(job.preset), strict=True)):
         cfg = job.loop(stage.budget, stage.batch)
         stride_keys(model.unet, stage.key_strides)
-        curves = Curves(stage.lr, final_lr=stage.final_lr, ema=stage.ema, final_ema=stage.final_ema)
+        curves = Curves(stage.lr, final_lr=stage.final_lr, ema=stage.ema, final_ema=stage.final_ema, muon=stage.muon)
         loss = denoiser_loss(latents[stage.latent], ids, empty, stage, job.seed + number, job.device, job.dtype)
         show = _shower(job, vae, tokenizer, stage, pictures)
         model, progress = train(Path(file).stem, model, loss, curves, cfg, job.work / file, show)
