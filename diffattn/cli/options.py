@@ -73,12 +73,12 @@ PickScore = Annotated[
     typer.Option("--pickscore", metavar="PATH", help="PickScore's CLIP model, e.g. yuvalkirstain/PickScore_v1."),
 ]
 ClipI = Annotated[
-    str | None, typer.Option("--clip-i", metavar="PATH", help="CLIP model for CLIP-I, the likeness of pairs.")
+    str | None, typer.Option("--clip-i", metavar="PATH", help="CLIP model for CLIP-I, the similarity of pairs.")
 ]
 DinoI = Annotated[
     str | None,
     typer.Option(
-        "--dino-i", metavar="PATH", help="DINO or DINOv2 (folder or hub id) for DINO-I, the likeness of pairs."
+        "--dino-i", metavar="PATH", help="DINO or DINOv2 (folder or hub id) for DINO-I, the similarity of pairs."
     ),
 ]
 LpipsWeights = Annotated[Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS.")]

@@ -63,7 +63,7 @@ class Line:
     span: tuple[float, float] | None = None  # 95 % interval of the speed-up; None: not known, or exact attention
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         return asdict(self) | {"seconds": self.seconds.to_dict(), "quality": self.quality.to_dict()}
 
     @classmethod
@@ -103,7 +103,7 @@ class QualityRun:
         return str(where(dict(self.machine)))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         found = {"title": self.title, "model": self.model, "prompts": list(self.prompts)}
         return found | {"machine": dict(self.machine), "lines": [line.to_dict() for line in self.lines]}
 
