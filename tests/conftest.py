@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import attention_backend
 from support import tiny
@@ -44,6 +45,15 @@ def _own_attention_backend() -> Iterator[None]:
     """`set_attention_backend` of a model also sets diffusers' default for the whole process."""
     with attention_backend("native"):
         yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled or counted yet."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

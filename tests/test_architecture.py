@@ -122,6 +122,35 @@ def test_the_package_graph_has_no_circle() -> None:
     assert circles({part: allowed(part) for part in MAY_IMPORT}) == []
 
 
+MOST_LINES, MOST_ARGUMENTS = 80, 8
+INTERFACES = {
+    "evaluation/evaluate.py:evaluate",
+    "evaluation/quality.py:of",
+    "models/dit.py:__init__",
+    "preflight/run.py:preflight",
+    "sampling/pipeline.py:__call__",
+}
+"""Public functions, constructors and pipeline calls, whose argument names are an interface and may be more."""
+OF_ENDPOINTS = ("cli/", "app/page/", "app/jobs/limits.py")
+"""Where the functions of commands and endpoints are, whose arguments are an interface, too."""
+
+
+def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Named arguments, without those that only methods have."""
+    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@every_file
+def test_functions_are_short_and_take_few_arguments(path: Path) -> None:
+    where = path.relative_to(ROOT).as_posix()
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [n.name for n in nodes if n.end_lineno - n.lineno >= MOST_LINES] == []  # type: ignore[operator]
+    if not where.startswith(OF_ENDPOINTS):
+        many = {f"{where}:{n.name}" for n in nodes if len(arguments(n)) > MOST_ARGUMENTS}
+        assert many == {name for name in INTERFACES if name.startswith(f"{where}:")}
+
+
 STDLIB_AND_TORCH = {
     "torch",
     "diffattn",

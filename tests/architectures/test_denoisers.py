@@ -107,7 +107,7 @@ def test_other_methods_follow_the_tokens_or_say_why_not(case: Case, method: str)
     declined = {reason for layer in report.layers for reason in layer.passed_through}
     if method == "keys":
         assert declined == set()
-    assert all("pictures: tiles are those of one" in reason for reason in declined), declined
+    assert all("pictures: tiles cover only one" in reason for reason in declined), declined
     assert bool(calls) == bool(report.calls_accelerated)
     assert report.calls_accelerated <= len(calls)  # samples that are answered one by one are one call of their layer
     assert report.calls_accelerated + report.calls_passed_through == case.num_calls(2)

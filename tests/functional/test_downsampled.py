@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linear_family import join, random, split
 from support.reference import Case, cases
+from support.tensors import join, random, split
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
