@@ -19,7 +19,7 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 """Name parts inserted by torch.compile, data parallelism and similar wrappers."""
 
 PREFERRED = ("", "model", "state_dict")
-"""The first part of the path of a model that is taken before others, unless there are averaged weights."""
+"""First parts of a path whose model is preferred over others, unless there are averaged weights."""
 
 AVERAGED = re.compile(r"(^|[._])(ema|swa|shadow|averag)", re.IGNORECASE)
 OWN_NAME = re.compile(
@@ -32,7 +32,7 @@ TELLING = re.compile(r"(^|\.)([xty]_embedder|final_layer|adaLN_modulation)\.")
 """Names that a DiT has and other transformers do not."""
 
 COUNTER = re.compile(r"(^|\.)(decay|num_updates|n_averaged|initted|(global_)?step|epoch)$")
-"""What averages and trainings keep among the weights."""
+"""Entries that averaging and training store among the weights."""
 
 MAX_DEPTH = 4  # mappings within each other
 
@@ -66,8 +66,8 @@ class Place:
 def find_weights(content: Mapping[Any, Any], key: str | None, source: str) -> dict[str, Tensor]:
     """The weights of one model under their own names, out of everything a checkpoint holds.
 
-    Averaged weights are preferred. The names of wrappers are removed wherever they stand, and so is what precedes all
-    names of the model. What lies beside the model in the same table is left out, with a warning that names it.
+    Averaged weights are preferred. The names of wrappers are removed wherever they occur, and so is any prefix that all
+    names of the model share. Everything else in the same table is left out, with a warning that names it.
 
     Args:
         content: what the file holds.
@@ -180,7 +180,7 @@ def _preferred(places: Sequence[Place], source: str) -> Place:
 def _named(
     lists: Mapping[str, Sequence[Tensor]], tables: Mapping[str, Table], places: Sequence[Place], source: str
 ) -> dict[str, Tensor]:
-    """Averaged weights without names, matched to the model beside them in its order."""
+    """Averaged weights without names, matched by order to the model stored beside them."""
     for place in sorted(places, key=lambda place: place.rank):
         model = {n.removeprefix(place.prefix): x for n, x in tables[place.table].items() if place.has(n)}
         for trained in (model, {n: x for n, x in model.items() if n != "pos_embed"}):  # which is fixed

@@ -192,7 +192,7 @@ class TrainConfig:
         return cls(**sections)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """As JSON types."""
+        """All sections as JSON types."""
         return json.loads(json.dumps(asdict(self)))
 
     def fingerprint(self) -> str:

@@ -37,7 +37,7 @@ _IDENTITY = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are encoded, and where to.
+    """How pictures are encoded, and where the latents are stored.
 
     Args:
         dataset: the pictures.
@@ -200,7 +200,7 @@ def _checked(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if differing:
         raise ValueError(
-            f"the latents in {str(folder)!r} are of another {', another '.join(differing)}; "
+            f"the latents in {str(folder)!r} were made with another {', another '.join(differing)}; "
             "choose another folder, or delete this one"
         )
     return found

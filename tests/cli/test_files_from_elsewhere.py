@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.commands import call
 from support.tiny_pictures import class_folders, folder, png
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from diffattn.app.jobs import Limits
 from diffattn.app.jobs.snippet import snippet
-from diffattn.cli import app
 from diffattn.drawing.request import Request
 from diffattn.evaluation import load_prompts
 from diffattn.sampling import SiTPipeline
@@ -22,10 +22,6 @@ from diffattn.training.config import TrainConfig
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
 SMALL = ("data.size=8", "model.patch_size=2", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2",
          "model.mediators=[1]", "optim.batch=12", "run.sample_every=0", "run.trackers=[]", "run.steps=1")  # fmt: skip
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def trained(*words: object) -> Result:

@@ -3,12 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.tiny_metrics import random_pictures
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -249,8 +251,7 @@ def extractor() -> OfflineExtractor:
     return OfflineExtractor("cifar-classifier", Classifier(3, 8, (4, 6, 8), 5, "CIFAR-10"))
 
 
-def pictures(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+pictures = partial(random_pictures, size=8)
 
 
 def test_a_reference_knows_its_pictures_however_they_are_cut(extractor: OfflineExtractor) -> None:

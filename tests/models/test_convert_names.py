@@ -133,9 +133,7 @@ def test_what_lies_beside_the_model_is_left_out_and_named(ours: Weights) -> None
 def test_extra_heads_of_the_model_are_named_as_such(prefix: str, ours: Weights) -> None:
     heads = {"projectors.0.0.weight": torch.zeros(8, 24), "projectors.0.2.bias": torch.zeros(8)}
     found = find_weights({"ema": put(ours | heads, prefix)}, None, "x")
-    message = (
-        "all weights of the model, and others that it has no place for: projectors.0.0.weight, projectors.0.2.bias"
-    )
+    message = "all weights of the model, and others that it does not use: projectors.0.0.weight, projectors.0.2.bias"
     with pytest.raises(ValueError, match=message):
         DiT.from_official(found, num_heads=3)
 
