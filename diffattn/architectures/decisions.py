@@ -207,7 +207,7 @@ def decision_from(entry: Any) -> Decision:
         ValueError: not what `entry_of` returns.
     """
     if not isinstance(entry, Mapping) or set(entry) != {"faster", "seconds", "exact_seconds"}:
-        raise ValueError(f"a decision holds faster, seconds and exact_seconds, got {entry!r:.100}")
+        raise ValueError(f"a decision has faster, seconds and exact_seconds, got {entry!r:.100}")
     return Decision(source="from the cache", **entry)
 
 

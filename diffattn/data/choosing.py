@@ -161,7 +161,7 @@ def _wrapper(level: _Level, files: Files, base: str, known: Collection[str]) -> 
         inside = sorted(level.inside[around[0]])
         raise ValueError(
             f"the folders of {files.where!r} can be read in two ways: the classes may be {few(tops)}, or in "
-            f"{base + around[0]!r} {few(inside)}; name the folder that holds the class folders as the source"
+            f"{base + around[0]!r} {few(inside)}; name the folder that contains the class folders as the source"
         )
     if len(tops) != 1:
         _check_not_repeated(level, files.where)
@@ -173,8 +173,8 @@ def _wrapper(level: _Level, files: Files, base: str, known: Collection[str]) -> 
         return top if top.lower() in CONTAINERS else None
     if not level.nested(top):
         raise ValueError(
-            f"{base + top!r} in {files.where!r} can be read in two ways: it holds pictures, and folders with pictures "
-            f"({few(sorted(level.inside[top] - {''}))}); move the pictures into class folders"
+            f"{base + top!r} in {files.where!r} can be read in two ways: it contains pictures, and folders with "
+            f"pictures ({few(sorted(level.inside[top] - {''}))}); move the pictures into class folders"
         )
     return top if around or not _empty_classes(files, base, top) else None
 

@@ -52,7 +52,9 @@ def _read_metadata(rows: Sequence[Any], label: str | None) -> Mapping[str, Any] 
     columns: dict[str, None] = {}
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            held = f"its columns are {', '.join(map(str, row))}" if isinstance(row, dict) else f"it holds {row!r:.40}"
+            held = (
+                f"its columns are {', '.join(map(str, row))}" if isinstance(row, dict) else f"it contains {row!r:.40}"
+            )
             raise ValueError(f"every line must have a file_name; entry {number} has none, {held}")
         columns |= dict.fromkeys(row)
     column = label or "label"

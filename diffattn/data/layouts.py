@@ -130,7 +130,7 @@ def _check_no_index_inside(files: Files, base: str) -> None:
     below = [name for name in files.names if name.startswith(base) and name.rpartition("/")[2] in INDEXES]
     if below := [name for name in below if name.removeprefix(base).count("/") == 1]:
         raise ValueError(
-            f"{files.where!r} can be read in two ways: its folders may be classes, or hold labels of their own in "
+            f"{files.where!r} can be read in two ways: its folders may be classes, or contain labels of their own in "
             f"{few(below)}; name one of the folders as the source, or remove these files"
         )
 

@@ -99,7 +99,7 @@ def open_reference(
         return Source(pictures.name, pictures.hash, pictures, None, None)
     stored = read_statistics(path, extractor.name, "", extractor.resize)
     if len(stored.statistics.mean) != extractor.num_features:
-        raise ValueError(f"{str(path)!r} holds statistics of {len(stored.statistics.mean)} features, and extractor "
+        raise ValueError(f"{str(path)!r} contains statistics of {len(stored.statistics.mean)} features, and extractor "
                          f"{extractor.name!r} has {extractor.num_features}")  # fmt: skip
     return Source(stored.name, stored.hash, pictures, stored, read_spatial_statistics(path))
 

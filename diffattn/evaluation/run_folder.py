@@ -71,7 +71,7 @@ class RunFolder:
             pairs = {key: (stored.get(key), protocol.get(key)) for key in keys}
             wrong = "; ".join(f"{key}: {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now)
             if wrong:
-                raise ValueError(f"{str(path)!r} holds a run under another protocol: {wrong}; choose another folder")
+                raise ValueError(f"{str(path)!r} contains a run under another protocol: {wrong}; choose another folder")
         among.wait()
         if among.is_main and stored is None:
             write_json(self.path / RUN, protocol)

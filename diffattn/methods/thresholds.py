@@ -47,7 +47,7 @@ def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
         return {device: {_key(n): int(tokens) for n, tokens in _row(row).items()} for device, row in table.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{str(path)!r} does not hold thresholds ({type(error).__name__}: {error}); "
+            f"{str(path)!r} does not contain thresholds ({type(error).__name__}: {error}); "
             "delete it, then measure again with `diffattn bench thresholds`"
         ) from None
 

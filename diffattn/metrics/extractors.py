@@ -208,10 +208,10 @@ def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        why = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        why = "it contains more than tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
         raise ValueError(f"{str(path)!r}: {why}") from error
     if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise ValueError(f"{str(path)!r} does not hold named tensors")
+        raise ValueError(f"{str(path)!r} does not contain named tensors")
     return found
 
 

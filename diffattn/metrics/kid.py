@@ -92,7 +92,9 @@ def reference_features(reference: Reference | Tensor) -> Tensor:
     if isinstance(reference, Tensor):
         return reference
     if reference.features is None:
-        raise ValueError(f"reference {reference.name!r} holds mean and covariance only; this metric needs its features")
+        raise ValueError(
+            f"reference {reference.name!r} contains mean and covariance only; this metric needs its features"
+        )
     return reference.features
 
 

@@ -167,7 +167,7 @@ def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
             raise ValueError(f"pictures must be floating point in 0..1, got {x.dtype}")
         if not torch.isfinite(x).all():
-            raise ValueError("pictures hold values that are NaN or infinite")
+            raise ValueError("pictures contain values that are NaN or infinite")
         if x.min() < 0 or x.max() > 1:
             raise ValueError(f"pictures must be in 0..1, got {x.min().item():.3g} to {x.max().item():.3g}")
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)

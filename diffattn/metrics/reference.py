@@ -32,7 +32,7 @@ def check_features(features: Tensor, least: int = 2) -> Tensor:
     if len(features) < least:
         raise ValueError(f"at least {least} pictures are needed, got {len(features)}")
     if not torch.isfinite(features).all():
-        raise ValueError("features hold values that are NaN or infinite")
+        raise ValueError("features contain values that are NaN or infinite")
     return features.double()
 
 
@@ -56,7 +56,7 @@ class Statistics:
                              f"{list(cov.shape)}")  # fmt: skip
         for name, values in (("mean", mean), ("covariance", cov)):
             if not torch.isfinite(values).all():
-                raise ValueError(f"the {name} holds values that are NaN or infinite")
+                raise ValueError(f"the {name} contains values that are NaN or infinite")
         off = (cov - cov.T).abs().max().item()
         if off > ASYMMETRY * cov.abs().max().item():
             raise ValueError(f"the covariance is not symmetric: opposite entries differ by up to {off:.3g}")

@@ -133,7 +133,7 @@ def check_official(attention: Sequence[str], allowed: Sequence[str], steps: Sequ
     if refused:
         raise ValueError(
             f"the official layout has no place for {' and '.join(refused)}, only for layers of "
-            f"{', '.join(allowed)} at one width; the diffattn layout (save_pretrained) holds every model"
+            f"{', '.join(allowed)} at one width; the diffattn layout (save_pretrained) supports every model"
         )
 
 

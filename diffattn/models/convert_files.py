@@ -121,7 +121,7 @@ def _class_in(folder: Path) -> type[DiT] | type[DiTTransformer2DModel]:
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is not a readable configuration: {error}") from None
     if name not in CLASSES:
-        raise ValueError(f"{str(folder)!r} holds a {name}; what can be converted: {', '.join(CLASSES)}")
+        raise ValueError(f"{str(folder)!r} contains a {name}; what can be converted: {', '.join(CLASSES)}")
     return CLASSES[name]
 
 
@@ -146,7 +146,7 @@ def _read_weights(source: Path, key: str | None) -> dict[str, Tensor]:
         raise ValueError(f"a checkpoint file ends in {', '.join((*PICKLED, SAFE))}, got {source.name!r}")
     content = _read_pickle(source)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{source.name!r} holds a {type(content).__name__}, not weights by name")
+        raise ValueError(f"{source.name!r} contains a {type(content).__name__}, not weights by name")
     return find_weights(content, key, source.name)
 
 
@@ -164,7 +164,9 @@ def _reason(error: Exception) -> str:
     """The problem in one sentence; torch's own messages advise switching the protection off."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
-        return f"it holds more than weights ({found[1].rstrip(',')}), which could run code; save a state_dict() alone"
+        return (
+            f"it contains more than weights ({found[1].rstrip(',')}), which could run code; save a state_dict() alone"
+        )
     if "TorchScript" in text:
         return "it is a TorchScript archive; save the model's state_dict() instead"
     if isinstance(error, OSError) and error.strerror:
@@ -249,7 +251,7 @@ def check_destination(dest: Path, layout: str, force: bool) -> None:
         raise ValueError(f"{str(dest)!r} is a {'folder' if is_file else 'file'} already")
     others = [] if is_file else [x.name for x in dest.iterdir() if x.name != CONFIG_FILE and not _is_weights(x.name)]
     if others:
-        raise ValueError(f"{str(dest)!r} holds other things than a model ({', '.join(sorted(others)[:5])})")
+        raise ValueError(f"{str(dest)!r} contains other things than a model ({', '.join(sorted(others)[:5])})")
     if not force and (is_file or any(dest.iterdir())):
         raise ValueError(f"{str(dest)!r} exists; --force replaces it")
 

@@ -91,7 +91,7 @@ def find_weights(content: Mapping[Any, Any], key: str | None, source: str) -> di
     others = [p for p in places if p.table == place.table and p != place]
     beside = [n for n in table if not place.has(n) and not any(p.has(n) for p in others) and not COUNTER.search(n)]
     if place.prefix and beside:
-        warn(f"{source!r} holds more than the model; left out: {_groups(beside)}", stacklevel=2)
+        warn(f"{source!r} contains more than the model; left out: {_groups(beside)}", stacklevel=2)
     names = [n for n in table if place.has(n) and not COUNTER.search(n)]
     names += [] if place.prefix else beside  # without a prefix they may be the model's
     return {n.removeprefix(place.prefix): table[n].detach() for n in names}
@@ -173,7 +173,7 @@ def _preferred(places: Sequence[Place], source: str) -> Place:
     """The model to use; `ValueError` if two are equally good."""
     first = min(places, key=lambda place: place.rank)
     if equal := [place.path for place in places if place.rank == first.rank and place != first]:
-        raise ValueError(f"{source!r} holds several models ({listed([first.path, *equal])}); name one with its key")
+        raise ValueError(f"{source!r} contains several models ({listed([first.path, *equal])}); name one with its key")
     return first
 
 
@@ -198,5 +198,5 @@ def _named(
 def _other_weights(tables: Mapping[str, Table], source: str) -> dict[str, Tensor]:
     """The largest table if none is a DiT's; the check of the names will report that."""
     if not tables:
-        raise ValueError(f"{source!r} holds no weights by name")
+        raise ValueError(f"{source!r} contains no weights by name")
     return dict(max(tables.values(), key=len))

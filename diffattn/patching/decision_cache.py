@@ -36,7 +36,9 @@ class DecisionCache:
             entries = _machines(self.path).get(machine_key(device), {})
             return {kind: decision_from(entry) for kind, entry in entries.items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(self.path)!r} does not hold decisions of diffattn ({error}); delete it") from None
+            raise ValueError(
+                f"{str(self.path)!r} does not contain decisions of diffattn ({error}); delete it"
+            ) from None
 
     def add(self, device: torch.device, decisions: Mapping[str, Decision]) -> None:
         """Add a device's decisions to those in the file, which other processes may have changed since.

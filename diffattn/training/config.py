@@ -248,7 +248,7 @@ def _read_file(file: str | Path) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{str(file)!r} is not a readable JSON or YAML file: {error}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{str(file)!r} must hold sections such as data and model, got {content!r}")
+        raise ValueError(f"{str(file)!r} must contain sections such as data and model, got {content!r}")
     return content
 
 

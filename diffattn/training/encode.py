@@ -102,7 +102,9 @@ def _begin(folder: Path, dataset: LabelledDataset, vae: Any, shard_size: int) ->
     if (folder / INDEX).exists():
         index = _checked(folder, index)
     elif any(folder.glob("shard-*.safetensors")):
-        raise ValueError(f"{str(folder)!r} holds shards without an {INDEX}; choose another folder, or delete this one")
+        raise ValueError(
+            f"{str(folder)!r} contains shards without an {INDEX}; choose another folder, or delete this one"
+        )
     else:
         index["shape"] = list(_latent_shape(vae, dataset.shape))
         folder.mkdir(parents=True, exist_ok=True)

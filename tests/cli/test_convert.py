@@ -275,7 +275,7 @@ def test_force_does_not_replace_a_folder_with_other_things(official: Path, tmp_p
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     done = convert(official, tmp_path / "mine", "--force")
     assert done.exit_code == 2
-    assert "holds other things than a model (thesis.txt)" in done.stderr
+    assert "contains other things than a model (thesis.txt)" in done.stderr
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
 
@@ -328,7 +328,7 @@ BAD = {
     "another suffix": ("{0}/m.bin {1}/x", "ends in .pt, .pth, .safetensors, got 'm.bin'"),
     "broken pt": ("{0}/broken.pt {1}/x", "broken.pt"),
     "broken safetensors": ("{0}/broken.safetensors {1}/x", "not a readable safetensors file"),
-    "not by name": ("{0}/list.pt {1}/x", "holds a list"),
+    "not by name": ("{0}/list.pt {1}/x", "contains a list"),
     "other tensors": ("{0}/mixed.pt {1}/x", "unexpected: w"),
     "unknown key": ("{0}/two.pt {1}/x --key best", "no weights under 'best'; there are: ema, model"),
     "key of safetensors": (
@@ -351,7 +351,7 @@ BAD = {
     "mediators out of range": ("{0}/ours {1}/x.safetensors --to official --num-mediators 81", "from 4 to 64, got 81"),
     "options of a folder": ("{0}/ours {1}/x --num-heads 3 --prediction epsilon", "num_heads, prediction"),
     "diffusers has no mediators": ("{0}/ours {1}/x --to diffusers", "mediator layers"),
-    "another class": ("{0}/unet {1}/x", "holds a UNet2DModel; what can be converted: DiT, DiTTransformer2DModel"),
+    "another class": ("{0}/unet {1}/x", "contains a UNet2DModel; what can be converted: DiT, DiTTransformer2DModel"),
     "garbled configuration": ("{0}/garbled {1}/x", "not a readable configuration"),
     "no weights": ("{0}/hollow {1}/x", "has no weights in .safetensors files"),
     "cut weights": ("{0}/cut {1}/x", "cut"),

@@ -87,7 +87,7 @@ def test_a_prompts_file_that_is_no_text_names_the_line(tmp_path: Path) -> None:
     words = ("evaluate", "--pictures", tmp_path, "--prompts", tmp_path / "prompts.txt", "--clip", tmp_path)
     refused = call(*words, "--out", tmp_path / "run")
     assert refused.exit_code == 2
-    assert "prompts.txt' cannot be read: line 2 holds bytes that are not UTF-8" in refused.stderr
+    assert "prompts.txt' cannot be read: line 2 contains bytes that are not UTF-8" in refused.stderr
 
 
 def test_the_box_of_the_page_has_the_same_lines() -> None:
@@ -102,7 +102,7 @@ def test_settings_of_any_program_are_read(tmp_path: Path, coding: str) -> None:
     file.write_bytes("data:\r\n  source: café\r\n".encode(coding))
     assert TrainConfig.read(file=file).data.source == "café"
     file.write_bytes(b"data:\n  source: caf\xe9\n")
-    with pytest.raises(ValueError, match=r"settings.yaml' is not a readable JSON or YAML file: line 2 holds bytes"):
+    with pytest.raises(ValueError, match=r"settings.yaml' is not a readable JSON or YAML file: line 2 contains bytes"):
         TrainConfig.read(file=file)
 
 

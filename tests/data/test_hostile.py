@@ -211,9 +211,13 @@ def test_captions_with_odd_characters(tmp_path: Path, coding: str, end: str, odd
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", b'{"file_name": "a.png"}\n{"file_name": "b\xe9.png"}\n', "line 2 holds bytes .* not UTF-8"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png"}\n{"file_name": "b\xe9.png"}\n',
+            "line 2 contains bytes .* not UTF-8",
+        ),
         ("metadata.jsonl", b'{"file_name": "a.png"}\n\n{oops\n', "line 3 is not JSON"),
-        ("metadata.jsonl", '{"file_name": "a.png"}\n'.encode("utf-16-le"), "line 1 holds a NUL character"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n'.encode("utf-16-le"), "line 1 contains a NUL character"),
         ("metadata.jsonl", b"[" * 100_000, "line 1 is not JSON: .* nested"),
         ("dataset.json", b'{"labels": ' + b"[" * 100_000, "nested more than"),
         ("metadata.csv", b'file_name,label\na.png,"x\n', "it is not CSV"),

@@ -191,7 +191,7 @@ def test_inception_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(found(x), fresh(x)[0])
     assert found(x).shape == (2, 2048)
     torch.save({"code": print}, file)
-    with pytest.raises(ValueError, match=r"inception.pth': it holds more than tensors; get https://github.com"):
+    with pytest.raises(ValueError, match=r"inception.pth': it contains more than tensors; get https://github.com"):
         load_extractor("inception", file)
 
 

@@ -125,8 +125,8 @@ DAMAGED = {
     "negative definite": (-EYE, "eigenvalues from -1 to -1"),
     "indefinite": (torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1])).double(), "eigenvalues from -0.1 to 1"),
     "asymmetric": (EYE + torch.tensor([[0.0, 0.5, 0, 0]] + [[0.0] * 4] * 3).double(), "not symmetric.*up to 0.5"),
-    "NaN": (EYE * torch.nan, "covariance holds values that are NaN"),
-    "infinite": (EYE * torch.inf, "covariance holds values that are NaN or infinite"),
+    "NaN": (EYE * torch.nan, "covariance contains values that are NaN"),
+    "infinite": (EYE * torch.inf, "covariance contains values that are NaN or infinite"),
     "not square": (EYE[:3], r"\[d, d\], got \[4\] and \[3, 4\]"),
 }
 
@@ -211,7 +211,7 @@ def test_kid_refuses_sizes_and_references_it_cannot_draw_from() -> None:
         kid(ONE, TWO, subset_size=1)
     with pytest.raises(ValueError, match="subsets must be 1 or more, got 0"):
         kid(ONE, TWO, subsets=0)
-    with pytest.raises(ValueError, match="reference 'set' holds mean and covariance only"):
+    with pytest.raises(ValueError, match="reference 'set' contains mean and covariance only"):
         kid(ONE, replace(reference_of(TWO), features=None))
 
 

@@ -183,7 +183,7 @@ def test_another_machine_does_not_read_these(
 def test_a_damaged_cache_is_named(pipe: DiffusionPipeline, cache: Path, text: str) -> None:
     cache.parent.mkdir()
     cache.write_text(text.replace("HERE", decision_cache.machine_key(torch.device("cpu"))))
-    with pytest.raises(ValueError, match=r"decisions\.json.*does not hold decisions of diffattn.*delete it"):
+    with pytest.raises(ValueError, match=r"decisions\.json.*does not contain decisions of diffattn.*delete it"):
         diffattn.patch(pipe, **OPTIONS, calibrate=cache)
     assert find_patch(pipe) is None
 

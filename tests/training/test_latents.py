@@ -207,7 +207,7 @@ def test_a_folder_that_is_no_cache_is_refused(
         LatentDataset(tmp_path)
     (tmp_path / "index.json").unlink()
     (tmp_path / "shard-00000.safetensors").write_bytes((latents.folder / "shard-00000.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"holds shards without an index.json"):
+    with pytest.raises(ValueError, match=r"contains shards without an index.json"):
         cache_latents(dataset, vae, tmp_path)
 
 

@@ -142,7 +142,7 @@ def read_runs(path: Path) -> list[QualityRun]:
     if data.get("format") != FORMAT or not isinstance(data.get("runs"), list):
         raise ValueError(f"{path.name!r} is not a file of results saved by this page (format {FORMAT!r})")
     if len(data["runs"]) > MAX_RUNS:
-        raise ValueError(f"{path.name!r} holds {len(data['runs'])} runs; the limit is {MAX_RUNS}")
+        raise ValueError(f"{path.name!r} contains {len(data['runs'])} runs; the limit is {MAX_RUNS}")
     return [QualityRun.from_dict(run) for run in data["runs"]]
 
 
