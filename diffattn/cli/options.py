@@ -11,7 +11,7 @@ Seed = Annotated[int, typer.Option(help="Random seed, 0 to 2^63.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps; auto: the first available of cuda, mps, cpu.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float16 on cuda, float32 elsewhere.")]
 FastestDtype = Annotated[
-    str, typer.Option(help="float32, float16 or bfloat16; auto: bfloat16 where the hardware supports it, else float32.")
+    str, typer.Option(help="float32, float16 or bfloat16; auto: bfloat16 where the hardware has it, otherwise float32.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
