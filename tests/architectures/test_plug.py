@@ -1,4 +1,4 @@
-"""The plug: diffusers' own processors, of whose code only the call of attention is another."""
+"""The plug: diffusers' own processors with only their call of attention replaced."""
 
 import copy
 import dis

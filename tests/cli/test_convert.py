@@ -1,4 +1,4 @@
-"""`diffattn convert`: every layout to every other with the same outputs, what weights do not tell, what is refused."""
+"""`diffattn convert`: every layout to every other with the same outputs, options that weights leave open, refusals."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Which folders are the classes: wrappers, splits, what lies beside them, and what can be read in two ways."""
+"""Which folders are the classes: wrappers, splits, their siblings, and ambiguities."""
 
 import zipfile
 from pathlib import Path

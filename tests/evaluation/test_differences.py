@@ -1,4 +1,4 @@
-"""Whether two results differ: what is told from pairs, from samples, from whole sets, and from nothing."""
+"""Whether two results differ: judged from pairs, from samples, from whole sets, and from nothing."""
 
 import json
 from collections.abc import Mapping, Sequence

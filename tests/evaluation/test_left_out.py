@@ -1,4 +1,4 @@
-"""Pictures that are none: blanked by a safety checker, NaN or infinite. They are counted, named and not scored."""
+"""Unusable pictures: blanked by a safety checker, NaN or infinite. They are counted, named and not scored."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Calibrating is landmark attention, coasting reuses what it found, and both are few operations."""
+"""Calibrating is landmark attention, coasting reuses its result, and both take few operations."""
 
 from __future__ import annotations
 

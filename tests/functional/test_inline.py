@@ -1,4 +1,4 @@
-"""InLine attention as a function of tensors: the published numbers, its formula, what it is of a softmax, precision."""
+"""InLine attention as a function of tensors: the published numbers, its formula, its relation to softmax, precision."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention through landmarks: its formula, where it is exact, how close it comes, and what keeps it sane."""
+"""Attention through landmarks: its formula, where it is exact, how close it comes, and how it stays stable."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The models of the benchmarks: published configurations, weights made in place, and inputs that fit."""
+"""The models of the benchmarks: published configurations, weights initialised in place, and inputs that fit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Downsampled keys as a method: which tokens it reduces where they lie, what it counts and refuses."""
+"""Downsampled keys as a method: which tokens are reduced in which layouts, and what is refused."""
 
 from typing import Any
 

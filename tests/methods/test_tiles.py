@@ -1,4 +1,4 @@
-"""Tiles as a method: how many there are, whom they see where text stands beside them, what it refuses."""
+"""Tiles as a method: how many there are, what they see beside text, and what is refused."""
 
 from typing import Any
 

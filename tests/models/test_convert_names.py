@@ -1,4 +1,4 @@
-"""Where weights lie in a checkpoint and what precedes their names: every program's habit, in any order and nesting."""
+"""Locating weights in a checkpoint: every prefix that programs add, in any order and nesting."""
 
 import warnings
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What holds for all tests of patching."""
+"""Applies to all tests of patching."""
 
 from pathlib import Path
 

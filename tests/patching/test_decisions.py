@@ -1,4 +1,4 @@
-"""What is faster is measured once, kept, reported and repeated; the clock decides nothing behind the user's back."""
+"""What is faster is measured once, stored, reported and repeated; nothing is decided behind the user's back."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Processors that others put there, before and after patching."""
+"""Processors that others install, before and after patching."""
 
 import copy
 import gc

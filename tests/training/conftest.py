@@ -1,4 +1,4 @@
-"""The pictures that the tests of training learn."""
+"""Shared by the tests of training."""
 
 from pathlib import Path
 

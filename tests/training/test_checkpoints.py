@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, whatever happens while they are written."""
+"""Checkpoints: complete or absent, whatever happens while they are written."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""Training configuration: what wins over what, and what is refused."""
+"""Training configuration: precedence, and what is refused."""
 
 import json
 import re

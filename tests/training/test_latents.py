@@ -1,4 +1,4 @@
-"""Cached latents: what they hold, how batches draw from them, kills, refusals."""
+"""Cached latents: contents, batches drawn from them, kills, refusals."""
 
 import pickle
 import sys

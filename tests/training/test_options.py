@@ -1,4 +1,4 @@
-"""Options of a run that change what is computed: compilation, precision, path, weights. And what is written of it."""
+"""Options of a run that change what is computed (compilation, precision, path, weights), and the logs of it."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""What a visitor writes does not get into the log, whatever goes wrong."""
+"""What a visitor types never reaches the log, whatever goes wrong."""
 
 import logging
 from pathlib import Path

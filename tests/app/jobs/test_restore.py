@@ -1,4 +1,4 @@
-"""Settings that come back from a picture's file, and what a hostile file gets."""
+"""Settings restored from a picture's file, and the refusal of hostile files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One worker for many visitors: what a client may make up gives it neither more jobs nor earlier turns."""
+"""One worker for many visitors: what a client can forge gives it neither more jobs nor earlier turns."""
 
 import threading
 import time

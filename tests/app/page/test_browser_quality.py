@@ -1,4 +1,4 @@
-"""Speed and FID in a real browser: measured, stopped, kept over a reload, and seen by their visitor alone."""
+"""Speed and FID in a real browser: measured, stopped, kept across a reload, and visible only to their visitor."""
 
 # ruff: noqa: E402, the page needs Gradio, the browser Playwright
 

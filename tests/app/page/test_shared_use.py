@@ -1,4 +1,4 @@
-"""A page that strangers can reach: what raw requests get, and how it ends."""
+"""A page that others can reach: responses to raw requests, and how it shuts down."""
 
 # ruff: noqa: E402, the page needs Gradio
 
