@@ -347,7 +347,7 @@ BAD = {
     "size of another grid": ("{0}/m.safetensors {1}/x --sample-size 32", "16x16 grid"),
     "dtype": ("{0}/m.safetensors {1}/x --dtype float8", "float32, float16, bfloat16"),
     "layout": ("{0}/m.safetensors {1}/x --to onnx", "diffattn, official, diffusers, got 'onnx'"),
-    "mediators of a folder": ("{0}/ours {1}/x --num-mediators 4", "for the official layout"),
+    "mediators of a folder": ("{0}/ours {1}/x --num-mediators 4", "applies to the official layout"),
     "mediators out of range": ("{0}/ours {1}/x.safetensors --to official --num-mediators 81", "from 4 to 64, got 81"),
     "options of a folder": ("{0}/ours {1}/x --num-heads 3 --prediction epsilon", "num_heads, prediction"),
     "diffusers has no mediators": ("{0}/ours {1}/x --to diffusers", "mediator layers"),
