@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1] / "diffattn"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "diffattn"
 
 MAY_IMPORT = {
     "functional": "",
@@ -233,6 +234,23 @@ def test_importing_changes_nothing_in_torch(path: Path) -> None:
 def test_no_class_of_a_living_object_is_changed(path: Path) -> None:
     nodes = ast.walk(ast.parse(path.read_text()))
     assert [name for node in nodes for name in touched(node) if name.endswith(".__class__")] == []
+
+
+def slow_files() -> set[str]:
+    """The test files that `make test-fast` leaves out: `SLOW` in conftest.py."""
+    tree = ast.parse((TESTS / "conftest.py").read_text())
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "SLOW"]
+    return set(ast.literal_eval(values[0]))
+
+
+@pytest.mark.parametrize("part", [part for part in MAY_IMPORT if (ROOT / part.replace(".", "/")).is_dir()])
+def test_every_package_has_fast_tests(part: str) -> None:
+    files = (path for path in (TESTS / part.replace(".", "/")).rglob("test_*.py") if "browser" not in path.name)
+    assert {path.relative_to(TESTS).as_posix() for path in files} - slow_files()
+
+
+def test_slow_files_exist() -> None:
+    assert [name for name in slow_files() if not (TESTS / name).is_file()] == []
 
 
 # The checks themselves.
