@@ -135,6 +135,7 @@ def test_gradients_are_those_of_finite_differences(pooled: bool) -> None:
     assert torch.autograd.gradcheck(attention, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled", [False, True])
 def test_compiles_without_a_break_and_not_for_every_size(pooled: bool) -> None:
     compiled: Any = torch.compile(downsampled_attention, fullgraph=True, backend="eager")

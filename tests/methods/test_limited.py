@@ -97,6 +97,7 @@ def test_half_precision_where_logits_overflow(name: str) -> None:
     torch.testing.assert_close(out.double(), function(q.double(), k.double(), v.double()), atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("name", FEWER_KEYS)
 def test_a_patched_model_compiles_whole_and_gives_the_same(name: str, make_pipeline: Any) -> None:

@@ -214,6 +214,7 @@ def test_bad_input(pipe: DiffusionPipeline, given: dict[str, Any], message: str)
     assert find_patch(pipe) is None
 
 
+@pytest.mark.slow
 def test_compiled_code_uses_what_is_known(pipe: DiffusionPipeline, clock: Clock, cache: Path) -> None:
     options = OPTIONS | {"calibrate_every": 1, "max_head_error": 1e9}  # which compiled code cannot follow
     with diffattn.patch(pipe, **options, calibrate=cache) as handle:
