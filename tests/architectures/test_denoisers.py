@@ -154,11 +154,13 @@ def test_a_deep_copy_is_patched_by_itself(case: Case) -> None:
     assert torch.equal(case.call(model, given), exact)
 
 
+@pytest.mark.slow
 @every_case
 def test_it_compiles_whole_where_the_unpatched_model_does(case: Case) -> None:
     compiles_whole(case, "agent", FEW, tolerance=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("case", [case for case in CASES if str(case) in COMPILED], ids=str)
 def test_other_methods_compile_whole_too(case: Case, method: str) -> None:
