@@ -106,9 +106,7 @@ class LayerCall:
     x: Tensor | None  # the layer's input [B, N, C], already normalised by the block; None where it is another's
     grid: Grid  # of the image tokens
     mask: Tensor | None = None  # boolean (True: attended to) or additive, [B or 1, H or 1, 1 or N, M]
-    context_mask: Tensor | None = (
-        None  # of the queries without a position, [B or 1, H or 1, c, M], where theirs differs
-    )
+    context_mask: Tensor | None = None  # of the queries off the grid, [B or 1, H or 1, c, M], where theirs differs
     phase: int = 0  # which entry of the schedule applies
     exact_heads: int = 0  # set by the function: heads, over all samples, that it ran exact
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
