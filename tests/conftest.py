@@ -23,7 +23,8 @@ SLOW = {
     "pipelines/test_compare_mediators.py", "pipelines/test_compare_peers.py", "pipelines/test_gpu_day.py",
     "pipelines/test_page_programs.py", "pipelines/test_peers.py", "pipelines/test_precompute_page.py",
     "pipelines/test_train_emoji_sd.py", "test_docs.py", "training/test_distributed.py", "training/test_full_disk.py",
-    "training/test_killed.py", "training/test_loop.py", "training/test_options.py", "training/test_processes.py", "training/test_stops.py",
+    "training/test_killed.py", "training/test_loop.py", "training/test_options.py", "training/test_processes.py",
+    "training/test_stops.py",
     "tuning/test_presets.py",
 }  # fmt: skip
 """Files that take longest: compiling, several processes, a server, whole programs, every method on every pipeline."""
