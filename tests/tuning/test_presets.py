@@ -11,7 +11,7 @@ import diffattn
 from diffattn.cli.tune import _rival_line
 from diffattn.drawing.request import Request
 from diffattn.tuning.config import TuneConfig
-from diffattn.tuning.runs import Runs, relative_error
+from diffattn.tuning.runs import PipelineRuns, relative_error
 from diffattn.tuning.search import Search
 from diffattn.tuning.settings import settings_of
 
@@ -28,12 +28,12 @@ def pipe() -> Any:
     return found
 
 
-def runs_of(pipe: Any, prompts: tuple[str, ...], seed: int) -> Runs:
+def runs_of(pipe: Any, prompts: tuple[str, ...], seed: int) -> PipelineRuns:
     request = Request(model="emoji-sd", prompt="", steps=CONFIG.steps, guidance=CONFIG.guidance, seed=seed)
-    return Runs(pipe, prompts, request)
+    return PipelineRuns(pipe, prompts, request)
 
 
-def mean_error(runs: Runs, exact: list[torch.Tensor], patched: Mapping[str, Any]) -> float:
+def mean_error(runs: PipelineRuns, exact: list[torch.Tensor], patched: Mapping[str, Any]) -> float:
     with runs.patched(patched):
         return sum(relative_error(runs.latents(i), x) for i, x in enumerate(exact)) / len(exact)
 
