@@ -45,7 +45,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first asked for, so that `diffattn --help` does not wait for torch."""
+    """Import public names on first access, so that `diffattn --help` does not wait for torch."""
     if name == "functional":
         return import_module("diffattn.functional")
     if name in _HOMES:

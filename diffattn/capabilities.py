@@ -37,7 +37,7 @@ def capabilities() -> dict[str, Any]:
 
 
 def _decisions() -> dict[str, Any]:
-    """Where `diffattn.patch` keeps what is faster, and how many kinds of calls are known on each device."""
+    """Where `diffattn.patch` stores what is faster, and how many kinds of calls are known on each device."""
     cache = cache_for(None)
     if cache is None:
         return {"file": None, "known": {}}

@@ -1,4 +1,4 @@
-"""The demo: an embedded model draws the same pictures unpatched and patched, to compare their speed and look."""
+"""The demo: an embedded model draws the same pictures unpatched and patched, to compare speed and appearance."""
 
 import json
 import math
@@ -108,13 +108,13 @@ class DemoResult:
         if not self.report.layers_accelerated:
             return f"Nothing is faster: no layer ran accelerated at {self.size}x{self.size} on {self.device.type}."
         if low > 1:
-            return f"Faster: {measured}{self._likeness}."
+            return f"Faster: {measured}{self._similarity}."
         if self.speedup <= 1:
             return f"Nothing is faster: {measured}."
         return f"Not clearly faster: {measured}."
 
     @property
-    def _likeness(self) -> str:
+    def _similarity(self) -> str:
         if self.foreground_psnr is None:
             return ""
         median, worst = self.foreground_psnr
@@ -232,12 +232,12 @@ class Demo:
         )
 
     def _pairs(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> tuple[Pair, ...]:
-        """Times, and likeness at the size that the model was trained at."""
-        likeness: Sequence[Sequence[float | None]] = [(None, None, None)] * len(plain)
+        """Times, and similarity at the size that the model was trained at."""
+        similarity: Sequence[Sequence[float | None]] = [(None, None, None)] * len(plain)
         if (self.width, self.height) == self.native:
             scores = (psnr(fast, plain), ssim(fast, plain), foreground_psnr(fast, plain))
-            likeness = list(zip(*(score.tolist() for score in scores), strict=True))
-        rows = zip(self.settings.prompts, timings, likeness, strict=True)
+            similarity = list(zip(*(score.tolist() for score in scores), strict=True))
+        rows = zip(self.settings.prompts, timings, similarity, strict=True)
         return tuple(Pair(prompt, *_figures(times), *alike) for prompt, times, alike in rows)
 
     def _sheet(self, plain: Tensor, fast: Tensor, baseline: float, accelerated: float) -> Image.Image:

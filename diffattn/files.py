@@ -42,11 +42,11 @@ def decode_text(data: bytes) -> str:
         line = _line_of(data[: error.start].decode(encoding))
         wrong = data[error.start : error.start + 4].hex(" ")
         raise ValueError(
-            f"line {line} holds bytes that are not {encoding.upper()} ({wrong}); save the file as UTF-8"
+            f"line {line} contains bytes that are not {encoding.upper()} ({wrong}); save the file as UTF-8"
         ) from None
     if "\0" in text:
         line = _line_of(text.partition("\0")[0])
-        raise ValueError(f"line {line} holds a NUL character, so this is not UTF-8 text; save the file as UTF-8")
+        raise ValueError(f"line {line} contains a NUL character, so this is not UTF-8 text; save the file as UTF-8")
     return text
 
 
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a readable JSON file: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{str(path)!r} does not hold a JSON object")
+        raise ValueError(f"{str(path)!r} does not contain a JSON object")
     return data
 
 

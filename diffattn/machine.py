@@ -89,7 +89,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's model name, or else its architecture."""
+    """The processor's model name, or its architecture if unknown."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -137,7 +137,7 @@ def where(machine: dict[str, Any]) -> str:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the hardware supports it; else float32 on the CPU (emulation is far slower), float16 on GPUs."""
+    """bfloat16 if the hardware supports it; otherwise float32 on CPUs (emulation is far slower), float16 on GPUs."""
     if device.type == "cpu":
         return torch.float32 if describe_device(device)["bfloat16"] == "emulated" else torch.bfloat16
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):

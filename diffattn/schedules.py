@@ -96,12 +96,12 @@ class LatentChangeSchedule:
 
         LatentChangeSchedule([{"num_mediators": 4}, {"num_mediators": 16}, {"num_mediators": 64}], [0.8, 0.45])
 
-    A run begins with the first entry. Δ_k is the mean change of the k-th state x_k over x_{k-1}, Δ₀ the mean of the
-    first few of them; the run moves on to entry i + 1, and never back, at the first Δ_k < r_i·Δ₀ after those. The
-    states are the noisy inputs of the denoiser, one per step, without the initial noise, as published: the first
-    change is known at the third step. Calls at the noise level of the call before (the second evaluation of Heun's
-    method) belong to the same step, and the later state counts. Measuring the change waits for the device, once per
-    call; inputs in half precision round small changes.
+    A run begins with the first entry. Δ_k is the mean change from state x_{k-1} to x_k, Δ₀ the mean of the first few of
+    them; at the first later Δ_k < r_i·Δ₀ the run moves on to entry i + 1, and never back. As published, the states are
+    the noisy inputs of the denoiser, one per step, without the initial noise, so the first change is known at the third
+    step. Calls at the same noise level as the one before (the second evaluation of Heun's method) belong to the same
+    step, and the later state counts. Measuring the change waits for the device, once per call; inputs in half precision
+    round small changes.
 
     Args:
         entries: options or "exact", one more than `thresholds`.

@@ -32,7 +32,7 @@ WINDOW = 5  # keys a side around each query that are exact
 
 @dataclass(frozen=True)
 class Layer:
-    """What one self-attention layer saw in one call; `before` is the same layer one step earlier."""
+    """The input of one self-attention layer in one call; `before` is the same layer one step earlier."""
 
     x: Tensor  # [B, N, C]
     q: Tensor  # [B, H, N, D]
@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Of a square picture."""
+        """The grid of a square picture."""
         side = round(self.q.shape[2] ** 0.5)
         return side, side
 
@@ -134,15 +134,15 @@ def _landmarks(layer: Layer, n: int, choose: Callable[[Tensor, tuple[int, int], 
 
 
 def landmarks_and_window(layer: Layer, n: int) -> Tensor:
-    """Landmarks, with what they miss among the nearest keys put right.
+    """Landmarks, corrected for what they miss among the nearest keys.
 
-    With a row p of exact attention known up to its sum, e_j = exp(s·q·k_j), and landmarks' own p̂ = f(q) W⁺ F in its
-    place (f, F: the two softmaxes), the window Ω of the query takes e_j where p̂_j stood:
+    A row p of exact attention is known up to its sum, e_j = exp(s·q·k_j), and landmarks replace it by p̂ = f(q) W⁺ F
+    (f, F: the two softmaxes). Within the window Ω of the query, e_j replaces p̂_j:
 
         O = (Ô - Σ_Ω p̂_j v_j + Σ_Ω p_j v_j) / (1 - Σ_Ω p̂_j + Σ_Ω p_j)
 
-    with p_j = e_j / z, and z the sum of e_j over all keys, known at the landmarks and handed to the queries as values
-    are, in logarithms. Where Ω is the whole picture, the result is exact whatever z is.
+    with p_j = e_j / z, and z the sum of e_j over all keys, known at the landmarks and passed on to the queries like
+    values, in logarithms. If Ω is the whole picture, the result is exact for any z.
     """
     q, k, v = layer.qkv
     s = q.shape[-1] ** -0.5
@@ -190,7 +190,7 @@ def newton_schulz(layer: Layer, n: int, steps: int) -> Tensor:
 
 
 def reused(layer: Layer, n: int) -> Tensor:
-    """Only the broadcast is computed: the corrected values are those of the step before."""
+    """Compute only the broadcast: the corrected values are those of the step before."""
     before = layer.before or layer
     q, k = (sample_tokens(x, layer.grid, n) for x in (before.q, before.k))
     return attention(layer.q, k, correct(q, k, attention(q, before.k, before.v))[0])
@@ -206,7 +206,7 @@ def first_order(layer: Layer) -> Tensor:
 
 
 def inline_where_near(layer: Layer) -> Tensor:
-    """Heads of which eight queries are near the first-order expansion at zero logits; the others exact."""
+    """The first-order expansion at zero logits in heads where it suits eight queries; the other heads exact."""
     out, error = inline_attention_and_error(*layer.qkv)
     return exact_where_missed(out, error, *layer.qkv, FLAT)[0]
 
@@ -227,7 +227,7 @@ def tiled(layer: Layer, factor: int) -> Tensor:
 
 
 def windowed(layer: Layer) -> Tensor:
-    """The keys around each query's tile exact, the whole picture in 2x2 means beside them, weighed by their size."""
+    """The keys around each query's tile, and beside them the whole picture in 2x2 means, weighted by their size."""
     q, k, v = layer.qkv
     h, w = layer.grid
     tile, n = h // 4, q.shape[2] // 4

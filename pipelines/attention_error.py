@@ -31,7 +31,7 @@ LEVELS = (0.95, 0.6, 0.2)  # noise levels of the panels
 
 
 class Recorder:
-    """An attention processor that computes exact attention and keeps what it saw in chosen steps."""
+    """An attention processor that computes exact attention and records its inputs in chosen steps."""
 
     def __init__(self, run: "Run", name: str) -> None:
         self.run, self.name = run, name
@@ -103,7 +103,7 @@ def measure(run: Run, noise: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def _with_mean_cost(rows: list[dict[str, Any]], families: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of families whose cost depends on what they see with their mean cost, and their own as "own_cost"."""
+    """Rows with the mean cost of families whose cost depends on the input, and each row's own cost as "own_cost"."""
     means = {family: fmean(row["cost"] for row in rows if row["family"] == family) for family in families}
     return [row | {"cost": means[row["family"]], "own_cost": row["cost"]} if row["family"] in means else row
             for row in rows]  # fmt: skip
@@ -171,7 +171,7 @@ def main(
     min_tokens: Annotated[int, typer.Option(help="Layers with fewer tokens are left out.")] = 1024,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/attention-error"),
 ) -> None:
-    """Compare approximations of self-attention on what a model's layers see."""
+    """Compare approximations of self-attention on the inputs of a model's layers."""
     if guidance <= 1:
         raise typer.BadParameter(f"guidance must be above 1, got {guidance}")
     pipe = load_pipeline(model)

@@ -4,8 +4,8 @@
 
 A UNet or transformer of a published size (Stable Diffusion 1.5 and XL, SD3.5-M, PixArt-Sigma, FLUX.1, Z-Image, Wan,
 CogVideoX), with random weights, runs one step. Its variants take turns: exact attention (sdpa), the presets of agent
-attention, other methods, token merging (tome), and no attention at all (floor), under which nothing can get. The same
-as `diffattn bench attention`; `--help` explains every option.
+attention, other methods, token merging (tome), and no attention at all (floor), which nothing can beat. The same as
+`diffattn bench attention`; `--help` explains every option.
 
 What happens, in order (`diffattn/benchmarks/attention.py`):
 

@@ -1,10 +1,10 @@
-"""How far the times that the page tells are from those that its jobs take.
+"""Compares the page's estimates of durations with those of its jobs.
 
     python pipelines/check_estimates.py emoji-sd --runs 4 --out outputs/estimates.json
 
-Before every job the page's estimate is noted, then the job runs: pictures of every size, `--runs` times each and once
-with twice the steps, then sizes that were not drawn before, and comparisons. From the second job of a kind on an
-estimate should be within 30 % of what the job takes.
+The page's estimate is recorded before every job, then the job runs: pictures of every size, `--runs` times each and
+once with twice the steps, then sizes that were not drawn before, and comparisons. From the second job of a kind on, an
+estimate should be within 30 % of the duration.
 """
 
 import time
@@ -25,7 +25,7 @@ PROMISED = 0.3  # share of the time
 
 @dataclass(frozen=True)
 class Job:
-    """One job and what was said about it."""
+    """One job and its estimate."""
 
     what: str
     estimate: float | None  # seconds; None: nothing was promised

@@ -2,8 +2,8 @@
 
     python pipelines/check_memory.py emoji-sd cifar-sit --switches 42
 
-Starts the page in a process of its own, draws through its endpoint, and prints what the process holds (resident, in
-MiB) after the first picture, after each tenth switch, and in the end. Linux only: it reads /proc.
+Starts the page in a separate process, draws through its endpoint, and prints the resident memory of that process in MiB
+after the first picture, after every tenth switch, and at the end. Linux only: it reads /proc.
 """
 
 import os

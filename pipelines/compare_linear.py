@@ -4,11 +4,11 @@
     python pipelines/compare_linear.py train --data cifar10-train.zip --reference cifar10-test.zip \\
         --out outputs/linear-family
 
-`cores` times what stands between the projections at 256 to 16,384 tokens; variants take turns, ratios are of one round.
+`cores` times what lies between the projections at 256 to 16,384 tokens; variants take turns, ratios are of one round.
 Results go to cores.json, cores.md and cores.png. `train` trains one small model for each attention, with the same
 steps, data and seeds, and MLPs so wide that all have as many parameters as the softmax model; softmax and the best two
-get a second seed. Results go to trained.json and trained.md. Either program resumes an interrupted run when started
-again with the same arguments.
+get a second seed. Results go to trained.json and trained.md. To resume an interrupted run of either, start it again
+with the same arguments.
 """
 
 from pathlib import Path

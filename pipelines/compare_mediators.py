@@ -5,11 +5,11 @@
 
 Variants: the softmax model; the elastic model at each of its numbers of mediators, and with a schedule by noise level
 ("dynamic": the smallest number above 0.7, the middle one above 0.4, the largest below); with --recipe also with the
-schedule of a recipe that `diffattn tune` found, by the latents' change ("tuned"); and block caching, where cache-dit is
+schedule of a recipe from `diffattn tune`, by the latents' change ("tuned"); and block caching, where cache-dit is
 installed: all blocks but the first are computed in every second or third step only, their contribution is kept for the
 steps between (FORA; Selvaraju et al., 2024), of the softmax model and of the elastic one at its middle number. Results
-go to comparison.json, comparison.md and grid.png; a variant that is in comparison.json already is not drawn again. If
-its weights or its protocol are others, the program refuses.
+go to comparison.json, comparison.md and grid.png; a variant that is already in comparison.json is not drawn again. If
+its weights or protocol differ, the program refuses.
 """
 
 import json
@@ -61,7 +61,7 @@ class Variant:
             yield
 
     def gflops(self, drawing: Drawing) -> float:
-        """Of one picture, all evaluations; the first class and seed, where they depend on the picture."""
+        """GFLOPs of one picture, all evaluations; of the first class and seed, where they depend on the picture."""
         model = self.pipe.transformer
         passes = drawing.steps * (2 if drawing.guidance != 1 else 1)
         if not self.schedule and not self.cached:

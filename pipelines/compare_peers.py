@@ -1,4 +1,4 @@
-"""Agent attention beside other ways to make Stable Diffusion faster, and together with them.
+"""Agent attention beside other accelerations of Stable Diffusion, and together with them.
 
     python pipelines/compare_peers.py quality --out outputs/peers
     python pipelines/compare_peers.py speed --unets sd15 --sizes 1024 --out outputs/peers
@@ -6,8 +6,8 @@
 
 `quality` draws the same prompts and seeds with every variant on emoji-sd, compares each picture with the unaccelerated
 one, and times whole runs, variants in turns. `speed` times whole sampling runs of UNets of real sizes with random
-weights. Results go to quality.json, quality.md and pareto.png, or to speed.json and speed.md; with `--resume` what is
-there is kept and only what is missing is done. `together` plots the pictures of the first over the times of the
+weights. Results go to quality.json, quality.md and pareto.png, or to speed.json and speed.md; `--resume` keeps existing
+ones and only adds what is missing. `together` plots the pictures of the first over the times of the
 second. The peers are in `pipelines/peers/`; tomesd, DeepCache and tgate come without their dependencies:
 
     pip install --no-deps tomesd==0.1.3 DeepCache==0.1.1 tgate==1.0.0
@@ -48,7 +48,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default as torch finds them.")]
 Rounds = Annotated[int, typer.Option(min=0, help="Timed runs of every variant.")]
-WarmUp = Annotated[int, typer.Option(min=0, help="Steps of a run of every variant before the first that counts.")]
+WarmUp = Annotated[int, typer.Option(min=0, help="Steps of an untimed run of every variant.")]
 Resume = Annotated[bool, typer.Option(help="Keep existing results in the folder and measure only what is missing.")]
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 MinTokens = Annotated[int | None, typer.Option(help="Of the agents; default the thresholds they ship with.")]
@@ -76,7 +76,7 @@ def quality(
     ] = None,
     scored: Annotated[str | None, typer.Option(help="Variants that are scored; default all.")] = None,
     seed_sets: Annotated[
-        int, typer.Option(min=1, help="Sets of seeds of which exact attention is scored: how far chance goes.")
+        int, typer.Option(min=1, help="Sets of seeds for which exact attention is scored, to measure chance.")
     ] = 3,
     every: Annotated[int, typer.Option(min=1, help="The model was trained on every n-th name of the zip.")] = 8,
     extractor: Annotated[str, typer.Option(help="Feature extractor for KID and FID.")] = "emoji-classifier",
@@ -154,9 +154,9 @@ def speed(
 ) -> None:
     """Times of whole sampling runs, without text encoder and VAE, on UNets with random weights.
 
-    Runs are short because exact attention at 1024 pixels takes long on a CPU. How six steps stand for 20: DeepCache
-    with interval 3 has 2 full steps (7 of 20); T-GATE has guidance in 2 (8 of 20) and does not get to re-use
-    self-attention (3 of 20), so it comes out a little slow. What they cannot stand for is left out with the reason.
+    Runs are short because exact attention at 1024 pixels takes long on a CPU. How six steps represent 20: DeepCache
+    with interval 3 has 2 full steps (7 of 20); T-GATE has guidance in 2 (8 of 20) and never re-uses self-attention (3
+    of 20), so it appears a little slow. Variants that six steps cannot represent are left out, with the reason.
     Agents accelerate every layer above their thresholds, at 1024 pixels some of level 2 too.
     """
     names = _names(variants)

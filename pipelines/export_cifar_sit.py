@@ -69,7 +69,7 @@ Hardware: {hardware}. Training took {minutes:.0f} minutes.
 
 
 def card(config: dict[str, Any], state: dict[str, Any], table: str, **more: Any) -> str:
-    """The model card, from what the run and the comparison say of themselves."""
+    """The model card, from the records of the run and the comparison."""
     progress, steps = state["progress"], state["progress"]["step"]
     mediators = [str(n) for n in config["model"]["mediators"]]
     return CARD.format(
@@ -98,8 +98,8 @@ def refilled(paragraph: str) -> str:
 def main(
     run: Annotated[Path, typer.Option(help="Folder of the run of the model with mediators.")],
     comparison: Annotated[Path, typer.Option(help="comparison.json of `compare_mediators.py`.")],
-    note: Annotated[str, typer.Option(help="What to know before the figures.")] = "",
-    times: Annotated[str, typer.Option(help="What to know of the time ratios.")] = "",
+    note: Annotated[str, typer.Option(help="A note before the figures.")] = "",
+    times: Annotated[str, typer.Option(help="A note on the time ratios.")] = "",
     command: Annotated[list[str] | None, typer.Option(help="The commands that made it.")] = None,
     hardware: Annotated[str, typer.Option(help="Where it was trained.")] = "2 CPU cores",
     out: Annotated[Path, typer.Option(help="Folder of the exported model.")] = Path("diffattn/assets/cifar-sit"),

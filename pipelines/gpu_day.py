@@ -3,8 +3,8 @@
     python pipelines/gpu_day.py --out outputs/gpu-day
 
 Prints its plan with the estimated share of every item, then measures for at most `--minutes`, and stops between items.
-The same command goes on where the last one stopped; `--plan` only prints. An item that failed or ran out of memory is
-recorded with its error, and tried again with `--retry`.
+Repeat the command to resume; `--plan` only prints. An item that failed or ran out of memory is recorded with its error,
+and tried again with `--retry`.
 
 1. Attention alone: exact with each dense backend of torch, landmarks that calibrate or coast, pooled agents, keys.
 2. Whole steps of models of real sizes with random weights, eager and compiled.
@@ -39,7 +39,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:N, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto: bfloat16 where the hardware has it.")] = "auto",
 ) -> None:
-    """Measure what a GPU can tell, resumably."""
+    """Measure everything that needs a GPU, in calls that resume."""
     check_writable(out, folder=True)
     with bad_input():
         if not minutes > 0:

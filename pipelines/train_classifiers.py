@@ -3,7 +3,7 @@
     python pipelines/train_classifiers.py cifar --train cifar10-train.zip --test cifar10-test.zip --minutes 20
     python pipelines/train_classifiers.py emoji --data noto-emoji-512.zip --minutes 6
 
-The same command again resumes a killed run; on a finished run it measures and exports once more.
+Repeat the command to resume a killed run; after a finished run it measures and exports once more.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class LoopConfig:
 
 @dataclass
 class Trainee:
-    """What learns, and what a checkpoint holds."""
+    """The model and the rest of a checkpoint's content."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -92,7 +92,7 @@ class Trainee:
         write_whole(path, partial(torch.save, {**state, "progress": vars(self.progress)}))
 
     def resume(self, path: Path, cfg: LoopConfig) -> None:
-        """Go on from a checkpoint, if there is one."""
+        """Resume from a checkpoint, if there is one."""
         if not path.exists():
             return
         state = torch.load(path, map_location=cfg.device, weights_only=True)

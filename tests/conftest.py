@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import attention_backend
 from support import tiny
@@ -14,15 +15,19 @@ from support import tiny
 os.environ["DIFFATTN_CALIBRATE"] = "0"  # pictures of tests must not depend on the clock, nor on a user's cache
 
 SLOW = {
-    "app/jobs/test_limits.py", "app/jobs/test_no_picture.py", "app/jobs/test_quality.py", "app/jobs/test_stop.py",
-    "app/page/test_page.py", "app/page/test_quality.py", "app/page/test_skipped.py",
-    "architectures/test_own_dit.py", "cli/test_app.py", "cli/test_tune.py", "coexistence/test_processes.py",
-    "methods/test_contract.py", "patching/test_compile.py", "pipelines/test_precompute_page.py",
-    "pipelines/test_train_emoji_sd.py",
-    "test_docs.py", "training/test_distributed.py", "training/test_full_disk.py", "training/test_loop.py",
-    "training/test_options.py", "training/test_processes.py", "training/test_stops.py", "tuning/test_presets.py",
+    "app/jobs/test_jobs.py", "app/jobs/test_limits.py", "app/jobs/test_no_picture.py", "app/jobs/test_quality.py",
+    "app/jobs/test_stop.py", "app/page/test_page.py", "app/page/test_quality.py", "app/page/test_shared_use.py",
+    "app/page/test_skipped.py", "architectures/test_own_dit.py", "cli/test_app.py", "cli/test_tune.py",
+    "coexistence/test_caches.py", "coexistence/test_compile_blocks.py", "coexistence/test_processes.py",
+    "methods/test_contract.py", "patching/test_compile.py", "pipelines/test_compare_linear.py",
+    "pipelines/test_compare_mediators.py", "pipelines/test_compare_peers.py", "pipelines/test_gpu_day.py",
+    "pipelines/test_page_programs.py", "pipelines/test_peers.py", "pipelines/test_precompute_page.py",
+    "pipelines/test_train_emoji_sd.py", "test_docs.py", "training/test_distributed.py", "training/test_full_disk.py",
+    "training/test_killed.py", "training/test_loop.py", "training/test_options.py", "training/test_processes.py",
+    "training/test_stops.py",
+    "tuning/test_presets.py",
 }  # fmt: skip
-"""Files that take longest: compiling, several processes, a server, every method on every pipeline."""
+"""Files that take longest: compiling, several processes, a server, whole programs, every method on every pipeline."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,6 +49,15 @@ def _own_attention_backend() -> Iterator[None]:
     """`set_attention_backend` of a model also sets diffusers' default for the whole process."""
     with attention_backend("native"):
         yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled or counted yet."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1] / "diffattn"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "diffattn"
 
 MAY_IMPORT = {
     "functional": "",
@@ -122,6 +123,35 @@ def test_the_package_graph_has_no_circle() -> None:
     assert circles({part: allowed(part) for part in MAY_IMPORT}) == []
 
 
+MOST_LINES, MOST_ARGUMENTS = 80, 8
+INTERFACES = {
+    "evaluation/evaluate.py:evaluate",
+    "evaluation/quality.py:of",
+    "models/dit.py:__init__",
+    "preflight/run.py:preflight",
+    "sampling/pipeline.py:__call__",
+}
+"""Public functions, constructors and pipeline calls, whose argument names are an interface and may be more."""
+OF_ENDPOINTS = ("cli/", "app/page/", "app/jobs/limits.py")
+"""Where the functions of commands and endpoints are, whose arguments are an interface, too."""
+
+
+def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Named arguments, without those that only methods have."""
+    names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@every_file
+def test_functions_are_short_and_take_few_arguments(path: Path) -> None:
+    where = path.relative_to(ROOT).as_posix()
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [n.name for n in nodes if n.end_lineno - n.lineno >= MOST_LINES] == []  # type: ignore[operator]
+    if not where.startswith(OF_ENDPOINTS):
+        many = {f"{where}:{n.name}" for n in nodes if len(arguments(n)) > MOST_ARGUMENTS}
+        assert many == {name for name in INTERFACES if name.startswith(f"{where}:")}
+
+
 STDLIB_AND_TORCH = {
     "torch",
     "diffattn",
@@ -204,6 +234,23 @@ def test_importing_changes_nothing_in_torch(path: Path) -> None:
 def test_no_class_of_a_living_object_is_changed(path: Path) -> None:
     nodes = ast.walk(ast.parse(path.read_text()))
     assert [name for node in nodes for name in touched(node) if name.endswith(".__class__")] == []
+
+
+def slow_files() -> set[str]:
+    """The test files that `make test-fast` leaves out: `SLOW` in conftest.py."""
+    tree = ast.parse((TESTS / "conftest.py").read_text())
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "SLOW"]
+    return set(ast.literal_eval(values[0]))
+
+
+@pytest.mark.parametrize("part", [part for part in MAY_IMPORT if (ROOT / part.replace(".", "/")).is_dir()])
+def test_every_package_has_fast_tests(part: str) -> None:
+    files = (path for path in (TESTS / part.replace(".", "/")).rglob("test_*.py") if "browser" not in path.name)
+    assert {path.relative_to(TESTS).as_posix() for path in files} - slow_files()
+
+
+def test_slow_files_exist() -> None:
+    assert [name for name in slow_files() if not (TESTS / name).is_file()] == []
 
 
 # The checks themselves.

@@ -1,4 +1,4 @@
-"""What ships with the package is complete, and says nothing of the folders it was made in."""
+"""The assets of the package are complete, and do not reveal the folders in which they were made."""
 
 from importlib.resources import files
 from pathlib import Path

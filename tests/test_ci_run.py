@@ -1,4 +1,4 @@
-"""`.ci/run` with a Chromium that is there, one that can be installed, and none."""
+"""`.ci/run` with Chromium installed, with one that can be installed, and without any."""
 
 import shutil
 import subprocess

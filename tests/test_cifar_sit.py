@@ -1,4 +1,4 @@
-"""The embedded SiT: that it is what its card says, and that all of its numbers of mediators draw."""
+"""The embedded SiT: it matches its card, and draws with all of its numbers of mediators."""
 
 from typing import Any
 

@@ -66,10 +66,10 @@ def test_joined_files_have_marks_inside() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"cat\r\ncaf\xe9 noir\n", r"line 2 holds bytes that are not UTF-8 \(e9 20 6e 6f\); save the file as UTF-8"),
-        (b"cat\ncat\n\n\xff", "line 4 holds bytes that are not UTF-8"),
-        ("cat\ndog\n".encode("utf-16")[:-1], "line 2 holds bytes that are not UTF-16-LE|line 3 holds bytes"),
-        ("cat\ndog".encode("utf-16-le"), "line 1 holds a NUL character"),
+        (b"cat\r\ncaf\xe9 noir\n", r"line 2 contains bytes that are not UTF-8 \(e9 20 6e 6f\); save the file as UTF-8"),
+        (b"cat\ncat\n\n\xff", "line 4 contains bytes that are not UTF-8"),
+        ("cat\ndog\n".encode("utf-16")[:-1], "line 2 contains bytes that are not UTF-16-LE|line 3 contains bytes"),
+        ("cat\ndog".encode("utf-16-le"), "line 1 contains a NUL character"),
     ],
 )
 def test_what_is_no_text_names_the_line(data: bytes, message: str) -> None:

@@ -33,7 +33,7 @@ from diffattn.noise_level import Reading, TimeReader
 from diffattn.schedules import EXACT
 
 Ways = tuple[Callable[[], Tensor], Callable[[], Tensor]]
-"""A call of attention by a method, and the same one done exactly."""
+"""A call of attention by a method, and the same call done exactly."""
 
 
 class Size(NamedTuple):
@@ -44,7 +44,7 @@ class Size(NamedTuple):
     frames: int | None = None  # of a video's latents
     references: tuple[Grid, ...] = ()  # tokens of reference pictures beside the picture's, at every level
     num_context: int = 0  # tokens of text beside the picture's, as far as known before the call
-    context_first: bool | None = None  # whether they stand before the picture's; None: where the layer has them
+    context_first: bool | None = None  # whether they precede the picture's; None: wherever the layer has them
     same_mask: bool = False  # whether a mask with a row per query has the same row for all queries of the picture
     contexts: tuple[int, ...] | None = None  # of each sample, where they differ; padding follows all of its tokens
     exact: str | None = None  # why no layer can be accelerated in this call
@@ -143,13 +143,13 @@ class MethodProcessor(NotPickled):
     def layout_of(
         self, grid: Grid, references: tuple[Grid, ...], num_tokens: int, context_first: bool | None = None
     ) -> TokenLayout:
-        """Where the tokens of a call lie; those beyond the grids are context if the layer has any, else they fit none.
+        """The layout of a call's tokens; those beyond the grids are context, which does not fit a layer without any.
 
         Args:
             grid: of the layer's picture tokens.
             references: of its reference pictures.
             num_tokens: of the call.
-            context_first: whether context stands first in this call; None: as in every call of the layer.
+            context_first: whether context comes first in this call; None: as in every call of the layer.
         """
         layer = self.layer
         if layer.copies > 1:
@@ -169,10 +169,10 @@ class MethodProcessor(NotPickled):
 
         Args:
             phase: of the schedule.
-            layout: where the tokens lie.
+            layout: of the tokens.
             device: torch device type.
-            mask_rows: see `AttentionMethod.declines`.
-            kind: of the call, see `decisions`; None: which way is faster is guessed.
+            mask_rows: see `AttentionMethod.reason_call`.
+            kind: of the call, see `decisions`; None: guess which is faster.
         """
         reason = self.reason_impossible(phase, layout, device, mask_rows)
         return reason or self._reason_slower(phase, layout.num_tokens, device, kind) or ACCELERATED
@@ -181,7 +181,7 @@ class MethodProcessor(NotPickled):
         """Why exact attention is used where the method could run, or None."""
         method = self.methods[phase]
         assert method is not None
-        guess = method.slower(num_tokens, device)
+        guess = method.reason_slower(num_tokens, device)
         if kind is None or not method.timed or method.is_size_given:
             return guess
         known = self.decisions.known(kind) if self.decisions.any_known else None
@@ -195,14 +195,14 @@ class MethodProcessor(NotPickled):
     def _reason_timed(
         self, call: DenoiserCall, phase: int, q: Tensor, num_tokens: int, kind: str | None, ways: Ways
     ) -> str:
-        """Why a call that the method can take runs exact, or `ACCELERATED`, after deciding which way is faster.
+        """Why a call that the method can take runs exact, or `ACCELERATED`, after deciding which is faster.
 
         Args:
             call: of the denoiser.
             phase: of the schedule.
             q: the queries.
-            num_tokens: see `AttentionMethod.slower`.
-            kind: of the call; None: it is not to be decided.
+            num_tokens: see `AttentionMethod.reason_slower`.
+            kind: of the call; None: do not decide.
             ways: the call by the method, and exactly.
         """
         if kind is not None and not call.compiled:
@@ -210,8 +210,8 @@ class MethodProcessor(NotPickled):
         return self._reason_slower(phase, num_tokens, q.device.type, kind) or ACCELERATED
 
     def _decide(self, phase: int, kind: str, q: Tensor, num_tokens: int, ways: Ways) -> None:
-        """Decide which way of a call is used in this run, if that is open: what is known, else what is faster now, else
-        a guess. Arguments as in `_reason_timed`."""
+        """Decide whether this run uses the method for a kind of call, unless that is settled: by what is known, by
+        timing both, or by a guess. Arguments as in `_reason_timed`."""
         chosen, run, decisions = self.methods[phase], self.run, self.decisions
         assert chosen is not None
         if not chosen.timed or chosen.is_size_given:
@@ -224,7 +224,7 @@ class MethodProcessor(NotPickled):
                 decision = decisions.measure(kind, *ways, device)
                 run.timing += time.monotonic() - start
             if decision is None:
-                decision = Decision(chosen.slower(num_tokens, device.type) is None, "from the table")
+                decision = Decision(chosen.reason_slower(num_tokens, device.type) is None, "from the table")
             run.decided[kind] = decision.faster
             decisions.use(self.layer.name, kind, decision)
         elif not decisions.is_noted(self.layer.name, kind):
@@ -232,8 +232,8 @@ class MethodProcessor(NotPickled):
             decisions.use(self.layer.name, kind, known)
 
     def _kind(self, phase: int, q: Tensor, k: Tensor, heads_first: bool, masked: bool) -> str | None:
-        """The kind of a call, see `kind_of`; None where it is not needed: compiled code, which could not name sizes
-        that vary, only looks up what is known."""
+        """The kind of a call, see `kind_of`; None where it is not needed. Compiled code cannot name sizes that vary: it
+        only looks up what is known."""
         label = self.labels[phase]
         if label is None or (torch.compiler.is_compiling() and not self.decisions.any_known):
             return None
@@ -248,21 +248,21 @@ class MethodProcessor(NotPickled):
         return kind_text(label, device, dtype, shape, masked=masked)
 
     def reason_impossible(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str | None:
-        """Why a call in a phase must run exact however fast either way is, or None; arguments as above."""
+        """Why a call in a phase must run exact, whichever is faster, or None; arguments as in `reason_exact`."""
         if phase == EXACT_PHASE:
             return "the noise level is not known"
         method = self.methods[phase]
         if method is None:
             return f"{EXACT} by schedule"
-        context = layout.num_context  # unknown while a processor is compiled that picks the text that is not padding
+        context = layout.num_context  # unknown while compiling a processor that drops the padding of the text
         if guard_or_false(context < 0) or (self.layer.context == "none" and context):
             tokens = layout.num_tokens + layout.num_context
             return f"{tokens} tokens do not form the layer's grid of {'x'.join(map(str, layout.grid))}"
         if reason := method.reason_layout(layout):
             return reason
-        return method.declines(self.layer, layout.num_tokens, device, mask_rows)
+        return method.reason_call(self.layer, layout.num_tokens, device, mask_rows)
 
-    def _call_under_way(self) -> DenoiserCall | None:
+    def _current_call(self) -> DenoiserCall | None:
         """The current call; None outside the denoiser (which is counted), and once the patch is removed."""
         if not self.active:
             return None
@@ -272,7 +272,7 @@ class MethodProcessor(NotPickled):
         return call
 
     def _reason_together(self, call: DenoiserCall, batch: int) -> str | None:
-        """Why a call runs exact whatever its layer, or its samples cannot be told apart that must be, or None."""
+        """Why a call runs exact in every layer, or because samples that differ cannot be separated; or None."""
         if call.exact:
             return call.exact
         if not isinstance(call.phase, int) and batch != len(call.phase):
@@ -305,7 +305,7 @@ def by_phase(phases: int | tuple[Any, ...], run: Callable[..., Tensor], *tensors
     """`run(phase, *tensors)`: once, or for the samples of each phase together.
 
     Args:
-        phases: of the batch, or one per sample, perhaps with more that tells samples apart.
+        phases: of the batch, or one per sample, perhaps with more that distinguishes samples.
         run: returns a tensor [B, ...] for the samples passed to it.
         tensors: [B, ...], or [B·heads, ...] sample by sample, or [1, ...] for all samples.
     """

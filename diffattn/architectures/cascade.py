@@ -1,4 +1,4 @@
-"""Stable Cascade's prior and decoder, whose layers see a picture's own tokens and, as keys only, those of its text."""
+"""Stable Cascade's prior and decoder, whose layers see the picture's tokens and, as keys only, those of its text."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

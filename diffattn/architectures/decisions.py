@@ -19,13 +19,13 @@ from diffattn.architectures.run_state import NotPickled
 from diffattn.methods.base import AttentionMethod
 
 Source = Literal["measured here", "from the cache", "from the table", "as given"]
-"""Where a decision comes from; the table is what the package assumes until both ways have been timed."""
+"""Where a decision comes from; the table is what the package assumes until method and exact attention are timed."""
 
 MARGIN = 0.9
 """A method counts as faster when it takes less than this share of the time of exact attention."""
 
 ROUNDS = 3
-"""Both ways are timed this often, in turns …"""
+"""Method and exact attention are timed this often, in turns …"""
 
 CLEAR = 1.6
 """… or once if one takes this many times as long as the other."""
@@ -61,7 +61,7 @@ class Decision:
 
     @classmethod
     def of(cls, seconds: float, exact_seconds: float, source: Source = "measured here") -> Self:
-        """For the times of one call."""
+        """The decision for these times of one call."""
         return cls(seconds < MARGIN * exact_seconds, source, seconds, exact_seconds)
 
     def __str__(self) -> str:
@@ -71,12 +71,12 @@ class Decision:
 
 
 def kind_of(label: str, q: Tensor, k: Tensor, heads_first: bool, masked: bool) -> str:
-    """What must agree for two calls to take as long, apart from the machine.
+    """What must match for two calls to take equally long on one machine, as text.
 
     Args:
         label: of the method with its options, see `label_of`.
         q, k: [B, H, N, D], or [B, N, H, D] if not `heads_first`.
-        heads_first: see above.
+        heads_first: the layout of q and k.
         masked: whether the call has a mask.
     """
     tokens, heads = (2, 1) if heads_first else (1, 2)
@@ -125,7 +125,7 @@ class Decisions(NotPickled):
 
     @property
     def any_known(self) -> bool:
-        """Whether any kind of call need not be guessed."""
+        """Whether any kind of call is known, so that it is not guessed."""
         return bool(self._made)
 
     def known(self, kind: str) -> Decision | None:
@@ -135,7 +135,7 @@ class Decisions(NotPickled):
     def measure(
         self, kind: str, method: Callable[[], Tensor], exact: Callable[[], Tensor], device: torch.device
     ) -> Decision:
-        """Time both ways and decide; if another thread did so meanwhile, its decision stands."""
+        """Time method and exact attention, and decide; if another thread did so meanwhile, its decision stands."""
         with self._lock:
             if kind not in self._made:
                 self._made[kind] = Decision.of(*_seconds(method, exact, device))
@@ -143,7 +143,7 @@ class Decisions(NotPickled):
             return self._made[kind]
 
     def use(self, layer: str, kind: str, decision: Decision) -> None:
-        """Note for the report that a layer's calls followed a decision."""
+        """Record for the report that a layer's calls followed a decision."""
         with self._lock:
             self._used.setdefault(layer, {})[kind] = decision
 
@@ -168,12 +168,12 @@ class Decisions(NotPickled):
         return {kind: found for kind, found in mine.items() if f": {device}, " in kind}
 
     def add_known(self, known: Mapping[str, Decision]) -> None:
-        """Take over what was decided earlier, except where there is a decision already."""
+        """Add earlier decisions, except where there is one already."""
         with self._lock:
             self._made = {**known, **self._made}
 
     def replace(self, given: Mapping[str, Decision]) -> None:
-        """Take these decisions, whatever was decided before."""
+        """Set these decisions, whatever was decided before."""
         with self._lock:
             self._made = {**self._made, **given}
 
@@ -207,7 +207,7 @@ def decision_from(entry: Any) -> Decision:
         ValueError: not what `entry_of` returns.
     """
     if not isinstance(entry, Mapping) or set(entry) != {"faster", "seconds", "exact_seconds"}:
-        raise ValueError(f"a decision holds faster, seconds and exact_seconds, got {entry!r:.100}")
+        raise ValueError(f"a decision has faster, seconds and exact_seconds, got {entry!r:.100}")
     return Decision(source="from the cache", **entry)
 
 
@@ -227,7 +227,7 @@ def can_measure(q: Tensor) -> bool:
 
 def _seconds(method: Callable[[], Tensor], exact: Callable[[], Tensor], device: torch.device) -> tuple[float, float]:
     """Seconds of one call of each, in the round with the median ratio."""
-    method()  # warms up, and does what later calls build on
+    method()  # warms up, and prepares what later calls reuse
     rounds: list[tuple[float, float]] = []
     for _ in range(ROUNDS):
         exact_seconds = _clock(exact, device)

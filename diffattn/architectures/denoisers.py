@@ -13,7 +13,7 @@ Pipeline = DiffusionPipeline | ModularPipeline
 """A pipeline of diffusers, in one piece or made of blocks."""
 
 CONTROL = ("controlnet", "adapter", "unconditional_transformer")
-"""Attribute names of the networks that a pipeline calls beside its denoiser in every step."""
+"""Attribute names of the networks that a pipeline calls in every step besides its denoiser."""
 
 DENOISER = ("unet", "transformer", "decoder", "prior")
 """Attribute names of the denoiser of a pipeline."""
@@ -30,8 +30,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The UNet, transformer, or decoder or prior of Stable Cascade of a pipeline, supported or not; None if it has
-    none."""
+    """A pipeline's UNet, transformer, or decoder or prior of Stable Cascade, supported or not; None without one."""
     return next((part for name in DENOISER if (part := getattr(pipe, name, None)) is not None), None)
 
 

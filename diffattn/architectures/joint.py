@@ -1,4 +1,4 @@
-"""Transformers whose picture and text tokens attend to each other together: SD3, Flux and their kin."""
+"""Transformers in which picture and text tokens attend to each other jointly: SD3, Flux and their relatives."""
 
 from collections.abc import Mapping
 from math import prod
@@ -22,7 +22,7 @@ from diffattn.noise_level import UNKNOWN
 
 
 def _sd3(model: Any, given: Mapping[str, Any]) -> Size:
-    """SD3.5 Large's ControlNet gets tokens that the transformer embedded, beside a condition [B, C, h, w]."""
+    """SD3.5 Large's ControlNet gets tokens that the transformer has embedded, and a condition [B, C, h, w]."""
     if given["hidden_states"].ndim == 4:
         return picture(model, given)
     height, width = given["controlnet_cond"].shape[-2:]
@@ -30,14 +30,14 @@ def _sd3(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def _aura_flow(model: Any, given: Mapping[str, Any]) -> Size:
-    """Registers stand before the text."""
+    """Registers precede the text."""
     size = picture(model, given)
     return size._replace(num_context=size.num_context + model.register_tokens.shape[1])
 
 
 def _chroma(model: Any, given: Mapping[str, Any]) -> Size:
-    """Its layers are masked by the outer product of the mask [B, text + picture] with itself, so that queries whose own
-    entries are the same have the same mask."""
+    """Layers are masked by the outer product of the mask [B, text + picture] with itself, so queries with equal entries
+    have equal masks."""
     size, mask = packed(model, given), given.get("attention_mask")
     if mask is None:
         return size
@@ -47,14 +47,14 @@ def _chroma(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def _flux3(model: Any, given: Mapping[str, Any]) -> Size:
-    """References have an argument of their own."""
+    """References come in a separate argument."""
     size, ids = packed(model, given), given.get("image_cond_ids")
     return size if ids is None else size._replace(references=tuple(read_once(ids, grids_of)))
 
 
 def _qwen(model: Any, given: Mapping[str, Any]) -> Size:
-    """`img_shapes`: of the samples, each (frames, rows, columns) or several of these, of which the first is drawn; all
-    of Qwen-Image-Layered's are, with the same size."""
+    """`img_shapes` has one entry per sample: (frames, rows, columns), or several of these, of which the first is drawn;
+    Qwen-Image-Layered draws all of them, at the same size."""
     shapes = given["img_shapes"][0]
     shapes = shapes if isinstance(shapes, list) else [shapes]
     grids = [(frames * rows, columns) for frames, rows, columns in shapes]
@@ -62,8 +62,8 @@ def _qwen(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def _qwen21(model: Any, given: Mapping[str, Any]) -> Size:
-    """The picture is the last of `img_shapes`. Text and references before it are answered by calls of their own, which
-    see nothing of the picture; to its queries they are keys. A slot of the encoder for a reference is four tokens."""
+    """The picture is the last of `img_shapes`. Text and references before it have separate calls, which do not see the
+    picture; to its queries they are keys. One slot of the encoder for a reference is four tokens."""
     *references, (frames, rows, columns) = given["img_shapes"][0]
     before = given["encoder_hidden_states"].shape[1] + sum(map(prod, references)) * 3 // 4
     return Size(frames * rows, columns, num_context=before)
@@ -76,8 +76,8 @@ def _fibo(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def _fibo2(model: Any, given: Mapping[str, Any]) -> Size:
-    """The text is squeezed into gist tokens, more of them for longer prompts. They stand before the picture, or behind
-    it if the prompts of a batch have different numbers of them."""
+    """The text is squeezed into gist tokens, more of them for longer prompts. They precede the picture, or follow it if
+    the prompts of a batch have different numbers of them."""
     from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count  # not in older versions
 
     config, mask, text = model.config, given.get("encoder_attention_mask"), given["encoder_hidden_states"]

@@ -1,4 +1,4 @@
-"""What a plugged processor runs in place of its call of attention: a method where it applies, else that very call.
+"""What a plugged processor runs instead of its call of attention: a method where it applies, otherwise that very call.
 
 Shapes: B batch, H heads, N tokens, D channels per head.
 """
@@ -37,7 +37,7 @@ class LayerPlug(MethodProcessor):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """In place of `function(q, k, v, *args, **kwargs)`, which is called if the method does not apply.
+        """Replace `function(q, k, v, *args, **kwargs)`, which is called if the method does not apply.
 
         Args:
             function: what the processor calls.
@@ -45,7 +45,7 @@ class LayerPlug(MethodProcessor):
             attn: the layer.
             x: its input.
         """
-        call = self._call_under_way()
+        call = self._current_call()
         if call is None:
             return function(q, k, v, *args, **kwargs)
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
@@ -93,8 +93,8 @@ class LayerPlug(MethodProcessor):
         return by_phase(self._places(call, k.shape[tokens]), run, *places, _repeated(given.get("attn_mask")))
 
     def _over(self, method: AttentionFn, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """The method's output [B, H, N, D], of tokens that padding may follow, for queries of all tokens or of the
-        picture's alone."""
+        """The method's output [B, H, N, D] for tokens that padding may follow, and queries of all tokens or only of the
+        picture's."""
         layout, num_queries = call.layout, q.shape[2]
         end = layout.num_tokens + layout.num_context
         if k.shape[2] > end:
@@ -102,7 +102,7 @@ class LayerPlug(MethodProcessor):
             call.x = None if call.x is None else call.x[:, :end]
             call.mask = None if call.mask is None else call.mask[..., :end]
             call.context_mask = None if call.context_mask is None else call.context_mask[..., :end]
-        if self.layer.keys_only:  # any vectors may stand for the queries that are lacking, since nobody asks for them
+        if self.layer.keys_only:  # any vectors may replace the missing queries, since their output is discarded
             out = layout.on_grid(method(layout.join(q, layout.context(k)), k, v, call))
         else:
             out = method(q, k, v, call)
@@ -110,14 +110,14 @@ class LayerPlug(MethodProcessor):
 
     def count_exact(self, reason: str) -> None:
         """Count a call that bypasses `attend`."""
-        call = self._call_under_way()
+        call = self._current_call()
         if call is not None:
             self._count(call, call.exact or reason)
 
     def will_run(self, attn: Any, x: Tensor, context: Tensor | None, mask: Tensor | None) -> bool:
-        """Whether a call of a layer of image tokens, x [B, N, C] or [B, C, h, w], will run the method in any phase; if
-        not, the reason is counted."""
-        call = self._call_under_way()
+        """Whether a call of a layer on image tokens, x [B, N, C] or [B, C, h, w], will run the method in any phase; if
+        not, count the reason."""
+        call = self._current_call()
         if call is None:
             return False
         reason = "called as cross-attention" if context is not None else self._reason_together(call, x.shape[0])
@@ -137,7 +137,7 @@ class LayerPlug(MethodProcessor):
         return False
 
     def _layout(self, call: DenoiserCall, num_tokens: int, context: int | None = None) -> TokenLayout:
-        """Where the tokens of a call lie; those beyond the grid are context if the layer has any.
+        """The layout of a call's tokens; those beyond the grid are context if the layer has any.
 
         Args:
             call: the call of the denoiser.
@@ -152,13 +152,13 @@ class LayerPlug(MethodProcessor):
         contexts = call.contexts
         if contexts is None or self._layout(call, num_tokens).num_context < max(contexts):
             return call.phase
-        if call.compiled and len(set(contexts)) == 1:  # not compiled again for every length of a text
+        if call.compiled and len(set(contexts)) == 1:  # so that code is not recompiled for every length of a text
             return call.phase
         phases = (call.phase,) * len(contexts) if isinstance(call.phase, int) else call.phase
         return tuple(zip(phases, contexts, strict=True))
 
     def _reason_call(self, q: Tensor, k: Tensor, given: Mapping[str, Any], heads_first: bool) -> str | None:
-        """Why the arguments of the call keep it exact, or None."""
+        """Why the arguments of the call require exact attention, or None."""
         tokens = 2 if heads_first else 1
         mask = given.get("attn_mask")
         if q.ndim != 4:
@@ -180,7 +180,7 @@ class LayerPlug(MethodProcessor):
         return None if scale is None or scale > 0 else f"a scale of {scale}"
 
     def _reason_layer(self, attn: Any) -> str | None:
-        """Why the layer itself is exact at present, or None: its own scale, or a guider that leaves out its weights."""
+        """Why the layer itself currently runs exact, or None: its own scale, or a guider that skips its weights."""
         if _skips_scores(attn):
             return "perturbed by a guider, which replaces its attention by the values"
         if not self.honours_scale or (isfinite(attn.scale) and attn.scale > 0):
@@ -194,7 +194,7 @@ class LayerPlug(MethodProcessor):
     def _scaled(
         q: Tensor, k: Tensor, v: Tensor, scale: float | None, heads_first: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as [B, H, N, D], with as many heads each, for logits with 1/√D."""
+        """Convert q, k, v to [B, H, N, D], with equally many heads, for logits scaled by 1/√D."""
         if not heads_first:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if k.shape[1] != q.shape[1]:  # grouped queries

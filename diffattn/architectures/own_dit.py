@@ -61,9 +61,10 @@ class SiTArchitecture:
         return [token_grid((height, width), _dit(model).patch_size)]
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
-        """For time from noise to data, u = 1 - t, as on the linear path, and the run continues from there to 0.
+        """The noise level of a time t. If time runs from noise to data it is u = 1 - t, as on the linear path, and the
+        run continues from there to 0.
 
-        On the GVP path u also falls monotonically, with another noise level. Time from data to noise is a discrete
+        On the GVP path u also falls monotonically, but is another noise level. Time from data to noise is a discrete
         step: of the pipeline's scheduler or, without one, of DiT's training schedule. A time on the CPU is read without
         waiting.
         """
@@ -90,7 +91,7 @@ class SiTProcessor(MethodProcessor):
         grid: tuple[int, int],
         num_mediators: int,
     ) -> Tensor:
-        call = self._call_under_way()
+        call = self._current_call()
         if call is None:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
         if reason := self._reason_together(call, q.shape[0]):

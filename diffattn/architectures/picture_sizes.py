@@ -1,4 +1,4 @@
-"""The sizes of transformers of pictures: where the tokens of the picture lie among the arguments of forward."""
+"""The sizes of pictures, read from the arguments of a transformer's forward: one function per layout of tokens."""
 
 from collections.abc import Mapping
 from math import prod
@@ -13,13 +13,13 @@ DIFFERENT = "pictures of different sizes in one batch"
 
 
 def without_text(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of latents [B, C, h, w] whose text is in layers of its own."""
+    """Latents [B, C, h, w] whose text has layers of its own."""
     height, width = given["hidden_states"].shape[-2:]
     return Size(height, width)
 
 
 def behind_each_text(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of Lumina 2: latents [B, C, h, w] whose tokens follow those of the text that the mask [B, c] keeps."""
+    """Lumina 2: latents [B, C, h, w] whose tokens follow those of the text that the mask [B, c] keeps."""
     mask = given["encoder_attention_mask"]
     contexts = read_once(mask, lambda _: tuple(int(n) for n in mask.sum(dim=1).tolist()))
     height, width = given["hidden_states"].shape[-2:]
@@ -27,7 +27,7 @@ def behind_each_text(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def lengths_of(model: Any, mask: Tensor | None) -> tuple[int, ...] | None:
-    """Of texts by their mask [B, c]: None without padding, or where it does not follow the text."""
+    """Lengths of texts by their mask [B, c]; None without padding, or where padding does not follow the text."""
 
     def read(mask: Tensor) -> tuple[int, ...] | None:
         kept = mask.bool().cpu()
@@ -43,13 +43,13 @@ PADDED_TO = 32
 
 
 def padded(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of Z-Image: a list of latents [C, f, h, w], and one of texts [c, C]."""
+    """Z-Image: a list of latents [C, f, h, w], and one of texts [c, C]."""
     pictures, texts = given["x"], given["cap_feats"]
     own, own_frames = model.config.all_patch_size[0], model.config.all_f_patch_size[0]
     patch, frame_patch = given.get("patch_size", own), given.get("f_patch_size", own_frames)
     if not isinstance(pictures[0], Tensor):
         *_, last = pictures[0]
-        several = "several pictures between texts: what has no place on the picture's grid stands on both sides of it"
+        several = "several pictures between texts: tokens off the picture's grid are on both sides of it"
         return Size(last.shape[-2], last.shape[-1], last.shape[-3], exact=several)
     frames, height, width = pictures[0].shape[-3:]
     tokens = [n // p for n, p in zip((frames, height, width), (frame_patch, patch, patch), strict=True)]
@@ -66,7 +66,7 @@ def padded(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def with_three_texts(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of HiDream: latents [B, C, h, w] or tokens [B, N, C], padded unless square; T5's text and twice Llama's."""
+    """HiDream: latents [B, C, h, w] or tokens [B, N, C], padded unless square; T5's text and twice Llama's."""
     x, patch = given["hidden_states"], model.config.patch_size
     context = given["encoder_hidden_states_t5"].shape[-2] + 2 * given["encoder_hidden_states_llama3"].shape[-2]
     if x.ndim == 4:
@@ -81,7 +81,7 @@ def with_three_texts(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def with_two_texts(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of HunyuanImage: latents [B, C, h, w] or [B, C, 1, h, w], and two texts."""
+    """HunyuanImage: latents [B, C, h, w] or [B, C, 1, h, w], and two texts."""
     *frames, height, width = given["hidden_states"].shape[2:]
     context = text_tokens(given) + text_tokens(given, "encoder_hidden_states_2")
     size = Size(height, width, frames[0] if frames else None, num_context=context)
@@ -90,7 +90,7 @@ def with_two_texts(model: Any, given: Mapping[str, Any]) -> Size:
         return _without_padding(size, lengths_of(model, mask))
     masks = (mask, given["encoder_attention_mask_2"])
     counts = [read_once(m, lambda x: x.bool().sum(dim=1).tolist()) for m in masks]
-    return _without_padding(size, tuple(map(sum, zip(*counts, strict=True))))  # all padding is put last
+    return _without_padding(size, tuple(map(sum, zip(*counts, strict=True))))  # all padding is moved to the end
 
 
 def _without_padding(size: Size, contexts: tuple[int, ...] | None) -> Size:
@@ -100,7 +100,7 @@ def _without_padding(size: Size, contexts: tuple[int, ...] | None) -> Size:
 
 
 def placed_behind_text(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of Krea 2: tokens [B, N, C] whose places are in `position_ids` [c + N, 3], behind those of the text."""
+    """Krea 2: tokens [B, N, C] with positions in `position_ids` [c + N, 3], after those of the text."""
     ids, context = given["position_ids"], given["encoder_hidden_states"].shape[1]
     (rows, columns), *others = read_once(ids, lambda _: grids_of(ids, context))
     references = tuple(others)
@@ -108,11 +108,11 @@ def placed_behind_text(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 OUTPUT_IMAGE, PADDING = 2, -1
-"""Ideogram 4's `indicator` of tokens of the picture, and `segment_ids` of tokens that do not count."""
+"""Ideogram 4's `indicator` of tokens of the picture, and `segment_ids` of padding."""
 
 
 def packed_behind_text(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of Ideogram 4: tokens [B, c + N, C], padding and text first, the picture last."""
+    """Ideogram 4: tokens [B, c + N, C], padding and text first, the picture last."""
     ids = given["position_ids"]
 
     def read() -> tuple[int, int, int, str | None]:
@@ -132,28 +132,28 @@ def packed_behind_text(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def before_text(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of Ernie: latents [B, C, h, w], before texts [B, c, C] of `text_lens` tokens."""
+    """Ernie: latents [B, C, h, w], before texts [B, c, C] of `text_lens` tokens."""
     (height, width), lengths = given["hidden_states"].shape[-2:], given["text_lens"]
     size = Size(height, width, num_context=text_tokens(given, "text_bth"))
     return _without_padding(size, read_once(lengths, lambda _: tuple(int(n) for n in lengths.tolist())))
 
 
 def with_cache(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of GLM-Image: latents [B, C, h, w], whose layers keep or use the keys of other pictures while editing."""
+    """GLM-Image: latents [B, C, h, w], whose layers keep or use the keys of other pictures while editing."""
     caches = given.get("kv_caches")
     used = caches is not None and any(cache.mode in ("write", "read") for cache in caches.caches)
     return picture(model, given)._replace(exact="keys of other pictures from a KV cache" if used else None)
 
 
 def behind_prompt(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of OmniGen: latents [B, C, h, w], behind a prompt of words and pictures and a token of the time."""
+    """OmniGen: latents [B, C, h, w], after a prompt of words and pictures and a time token."""
     height, width = given["hidden_states"].shape[-2:]
     prompt = given.get("input_ids")
     return Size(height, width, num_context=1 + (0 if prompt is None else prompt.shape[1]))
 
 
 def with_other_items(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of JoyImage Edit: latents [B, C, f, h, w], or items [B, n, C, f, h, w] of which the last is drawn."""
+    """JoyImage Edit: latents [B, C, f, h, w], or items [B, n, C, f, h, w] of which the last is drawn."""
     x = given["hidden_states"]
     frames, height, width = x.shape[-3:]
     patch = model.config.patch_size
@@ -163,7 +163,7 @@ def with_other_items(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def with_other_pictures(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of JoyImage Edit Plus: patches [B, N, C, pf, ph, pw] of the pictures in `shape_list`, the drawn one first."""
+    """JoyImage Edit Plus: patches [B, N, C, pf, ph, pw] of the pictures in `shape_list`, the drawn one first."""
     shapes, x = given["shape_list"], given["hidden_states"]
     (frames, rows, columns), *others = (tuple(int(n) for n in shape) for shape in shapes[0])
     references = tuple(others)
@@ -181,14 +181,14 @@ def with_other_pictures(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def with_clip(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of UniDiffuser: latents [B, C, h, w], behind two times, perhaps the kind of data, a text and an embedding."""
+    """UniDiffuser: latents [B, C, h, w], after two times, perhaps the type of data, a text and an embedding."""
     height, width = given["latent_image_embeds"].shape[-2:]
     others = 2 + bool(model.config.use_data_type_embedding) + given["image_embeds"].shape[1]
     return Size(height, width, num_context=others + text_tokens(given, "prompt_embeds"))
 
 
 def shaped(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of NucleusMoE-Image: tokens [B, N, C] of the pictures in `img_shapes`."""
+    """NucleusMoE-Image: tokens [B, N, C] of the pictures in `img_shapes`."""
     shapes = given["img_shapes"]
     first = shapes[0] if isinstance(shapes, list) else shapes
     (frames, rows, columns), *others = first if isinstance(first, list) else [first]

@@ -131,7 +131,7 @@ PICTURE_FAMILIES = (
         context="first",
         outer_mask=True,
         training=RISING_FLOW,
-        is_told=False,
+        marks_cross_attention=False,
     ),
     TransformerFamily(
         ("JoyImageEditTransformer3DModel",),

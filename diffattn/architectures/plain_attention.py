@@ -1,4 +1,4 @@
-"""What the architectures of diffusers share: their layers, and the plug of one."""
+"""Shared by the architectures of diffusers: the description of a layer, and its plug."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def spec_of(name: str, module: nn.Module, level: int) -> LayerSpec:
 
 
 class Slot:
-    """A child module without parameters that attends, seen as a layer that has it as its processor."""
+    """A child module without parameters that attends, presented as a layer whose processor it is."""
 
     def __init__(self, parent: nn.Module, name: str) -> None:
         self.parent, self.name = parent, name
@@ -46,7 +46,7 @@ class Slot:
 
 
 def install(module: Any, processor: Any) -> None:
-    """Give a layer a processor, whether or not it has `set_processor` (Mochi's has not)."""
+    """Give a layer a processor, whether or not it has `set_processor` (Mochi's layers have none)."""
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
     else:

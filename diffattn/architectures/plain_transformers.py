@@ -43,9 +43,9 @@ class PlainTransformer(Transformer2DArchitecture):
 
 
 class TokenTransformer(PlainTransformer):
-    """`UVit2DModel` (aMUSEd), which has no time: its input is tokens, of which those to be drawn are masked.
+    """`UVit2DModel` (aMUSEd), which has no time step: its input is tokens, and those still to be drawn are masked.
 
-    Its noise level is the share of masked tokens, read in every call.
+    Its noise level is the share of masked tokens, which every call determines anew.
     """
 
     title = "UVit2DModel"

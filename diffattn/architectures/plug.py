@@ -9,7 +9,7 @@ whose `__call__` is compiled from the same source, with that one call handed to 
 
 It runs with the globals of the processor's own module, under the file name and the line numbers of the original, so
 that nothing of diffusers is copied or changed, and tracebacks point to diffusers. It shares the attributes of the
-processor it stands for, and answers for its class.
+processor it replaces, and passes for an instance of its class.
 """
 
 import __future__
@@ -44,10 +44,10 @@ OTHER_KEYS = re.compile(r"ip_|img|image")
 """Names of keys that are not the layer's own tokens: those of an image prompt."""
 
 STAND_INS = dict.fromkeys((AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor), AttnProcessor2_0)
-"""Processors that call neither function, but compute what another one does; where they run exact, they run."""
+"""Processors that call neither function -> one that computes the same and does; in exact calls the original runs."""
 
 CACHE = "kv_cache"
-"""The argument of processors that brings a cache of keys and values."""
+"""The argument of processors that passes a cache of keys and values."""
 
 SLOT = "diffattn"
 """The attribute of a plugged processor that holds its `LayerPlug`."""
@@ -102,7 +102,7 @@ def _instance(kind: Any, plug: LayerPlug) -> Any:
 
 
 class _Plugged:
-    """What every plugged class has besides the class that it stands for."""
+    """What every plugged class has in addition to the class that it replaces."""
 
     __slots__ = ()
 
@@ -117,8 +117,8 @@ class _Plugged:
 
 
 class _StandIn(type):
-    """The type of plugged classes, each equal to the class that it stands for, so that `type(processor) ==
-    AttnProcessor2_0` holds as it did before."""
+    """The type of plugged classes. Each compares equal to the class that it replaces, so that `type(processor) ==
+    AttnProcessor2_0` holds as before."""
 
     def __eq__(cls, other: object) -> bool:
         return other is cls or other is cls.__mro__[2]
@@ -146,7 +146,7 @@ def plugged_class(kind: type) -> type:
 
 
 def _standing_in(original: Any, plugged: Callable[..., Any]) -> Callable[..., Any]:
-    """The original where the layer runs exact, else the plugged code of another class."""
+    """Runs the original where the layer runs exact, and otherwise the plugged code of another class."""
 
     def __call__(
         self: Any,
@@ -166,10 +166,10 @@ def _standing_in(original: Any, plugged: Callable[..., Any]) -> Callable[..., An
 
 
 def _without_cache(original: Callable[..., Any], plugged: Callable[..., Any]) -> Callable[..., Any]:
-    """The original in calls that keep keys and values, or take those of an earlier call; else the plugged code."""
+    """Runs the original in calls that cache keys and values or use cached ones, and otherwise the plugged code."""
 
     @wraps(original)
-    def __call__(self: Any, attn: Any = None, *args: Any, **kwargs: Any) -> Any:  # compiling asks for some default
+    def __call__(self: Any, attn: Any = None, *args: Any, **kwargs: Any) -> Any:  # compilation needs some default
         if kwargs.get(CACHE) is None or getattr(kwargs[CACHE], "mode", None) == "skip":
             return plugged(self, attn, *args, **kwargs)
         self.diffattn.count_exact("keys and values of a cache")
@@ -189,19 +189,19 @@ def _plugged_call(kind: type) -> Callable[..., Any]:
     if not inspect.isfunction(function) or not kind.__module__.startswith("diffusers."):
         raise PluggedError(f"custom processor {kind.__name__}")
     if function.__code__.co_freevars:
-        raise PluggedError(f"processor {kind.__name__}, whose code refers to its surroundings")
+        raise PluggedError(f"processor {kind.__name__}, whose code is a closure")
     try:
         lines, first = inspect.getsourcelines(function)
     except OSError:
-        raise PluggedError(f"processor {kind.__name__}, whose source code is not at hand") from None
-    tree = ast.parse("if True:\n" + "".join(lines))  # under a header, so that every column stays as it is
+        raise PluggedError(f"processor {kind.__name__}, whose source code is not available") from None
+    tree = ast.parse("if True:\n" + "".join(lines))  # below a header, so that every column stays the same
     definition = cast(ast.If, tree.body[0]).body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
     handing = _HandOver(definition)
     handing.visit(definition)
     if not handing.found:
-        raise PluggedError(f"processor {kind.__name__}, which calls no attention that can be replaced")
+        raise PluggedError(f"processor {kind.__name__}, which makes no call of attention that can be replaced")
     ast.increment_lineno(ast.fix_missing_locations(tree), first - 2)
     code, made = function.__code__, dict[str, Any]()
     flags = code.co_flags & __future__.annotations.compiler_flag  # whether its module leaves annotations unevaluated

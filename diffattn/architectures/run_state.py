@@ -57,8 +57,8 @@ class DenoiserCall:
     context_first: bool | None = None  # see `Size`
     same_mask: bool = False  # see `Size`
     place: int = -1
-    """Among the calls at its noise level, as with one call for each side of the guidance; -1: in no known sampling run,
-    so that the next call may be about another picture."""
+    """Index among the calls at its noise level, such as one per side of guidance; -1: in no known run, so the next call
+    may be about another picture."""
     contexts: tuple[int, ...] | None = None  # see `Size`
     exact: str | None = None  # see `Size`
 
@@ -75,16 +75,15 @@ class RunState(threading.local):
     Attributes:
         call: the current or the last call.
         inside: whether a call is in progress.
-        bypassed: whether the denoiser's `forward` was entered without its hooks since.
+        bypassed: whether the denoiser's `forward` has since been entered without its hooks.
         schedule: this run's own copy of the schedule.
         noise_levels: reads the time steps of the scheduler in use.
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
         memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
-        decided: kinds of calls -> whether the method is used; fixed for the run once a kind was met.
+        decided: kinds of calls -> whether the method is used; fixed for the run from the first call of a kind on.
         timing: seconds spent in this run on timing kinds of calls.
-        unchecked: phases of a run that was not checked yet for whether it accelerates anything, and what is known of
-            its calls.
+        unchecked: phases of a run that has not yet been checked for acceleration, and what is known about its calls.
         trace: a record of every call of this run, as JSON types.
     """
 
@@ -106,11 +105,11 @@ class RunState(threading.local):
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
 
     def place_after(self, level: float) -> int:
-        """The place of the next call among those at its noise level; to be asked before `last_level` is set."""
+        """The index of the next call among those at its noise level; call this before setting `last_level`."""
         return self.call.place + 1 if self.call is not None and level == self.last_level else 0
 
     def forget(self) -> None:
-        """Drop what belongs to the run before."""
+        """Drop what belongs to the previous run."""
         self.trace.clear()
         self.memory.clear()
         self.decided.clear()

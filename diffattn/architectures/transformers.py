@@ -1,4 +1,4 @@
-"""A family of diffusers' transformers as a row of facts: where its tokens lie, and what its time means."""
+"""A family of diffusers' transformers as a row of facts: where its tokens are, and what its time means."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +74,7 @@ class TransformerFamily:
     references_first: bool = False  # whether the tokens of references stand before the picture's
     temporal: str = r"$^"  # layers over the frames of one place: a pattern of names
     outer_mask: bool = False  # whether in a mask [N, N] all queries of the picture have the same row
-    is_told: bool = True  # whether the `is_cross_attention` of its layers is true
+    marks_cross_attention: bool = True  # whether the `is_cross_attention` of its layers is true
     others: str = r"$^"  # layers whose queries are not the picture's, or whose keys are another's: a pattern of names
     sample_name: str = "hidden_states"
     time_name: str = "timestep"
@@ -95,7 +95,7 @@ class TransformerFamily:
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
         spec = attention.spec_of(name, module, level=0)
-        is_cross = self.is_told and bool(getattr(module, "is_cross_attention", False))
+        is_cross = self.marks_cross_attention and bool(getattr(module, "is_cross_attention", False))
         return replace(
             spec,
             is_cross_attention=is_cross or re.search(self.others, name) is not None,
@@ -155,20 +155,20 @@ def text_tokens(given: Mapping[str, Any], name: str = "encoder_hidden_states") -
 
 
 def picture(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of latents [B, C, h, w]."""
+    """The size of latents [B, C, h, w]."""
     height, width = given["hidden_states"].shape[-2:]
     return Size(height, width, num_context=text_tokens(given))
 
 
 def video(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of latents [B, C, f, h, w]."""
+    """The size of latents [B, C, f, h, w]."""
     frames, height, width = given["hidden_states"].shape[-3:]
     return Size(height, width, frames, num_context=text_tokens(given))
 
 
 def packed(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of tokens [B, N, C] with `img_ids` [N, 3 or 4] or [B, N, 3 or 4]: picture, row, column, perhaps more; later
-    pictures are references."""
+    """The size of tokens [B, N, C] with `img_ids` [N, 3 or 4] or [B, N, 3 or 4]: picture, row, column, perhaps more;
+    later pictures are references."""
     grid, *references = read_once(given["img_ids"], grids_of)
     return Size(2 * grid[0], 2 * grid[1], references=tuple(references), num_context=text_tokens(given))
 
@@ -184,11 +184,11 @@ def own_patch(config: Any) -> Sequence[int]:
 
 
 _READ: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
-"""What was read off tensors that a run passes in every step."""
+"""Results of `read_once`, by tensor: a run passes the same ones in every step."""
 
 
 def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
-    """`read(tensor)`, of the first call with this tensor."""
+    """`read(tensor)`, remembered from the first call with this tensor."""
     found = _READ.get(tensor)
     if found is None:
         _READ[tensor] = found = read(tensor)
@@ -196,7 +196,7 @@ def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
 
 
 def grids_of(ids: Tensor, first: int = 0) -> list[Grid]:
-    """Rows and columns of every picture that `ids` [N, 3 or more] or [B, N, 3 or more] tells the places of, from row
+    """Rows and columns of every picture whose positions are in `ids` [N, 3 or more] or [B, N, 3 or more], from row
     `first` on."""
     rows = ids if ids.ndim == 2 else ids[0]
     places = rows[first:, :3].cpu()

@@ -56,10 +56,10 @@ TRAINING: Mapping[type, Convention] = {
     UNet2DModel: discrete(dit_alphas_cumprod()),
     UNetSpatioTemporalConditionModel: QUARTER_LOG_SIGMA,
 }
-"""What time steps mean where no scheduler is known, if not what Stable Diffusion's mean."""
+"""The meaning of time steps where no scheduler is known, if it differs from Stable Diffusion's."""
 
 OVER_FRAMES = re.compile(r"motion_modules|temporal_transformer_blocks|temp_attentions|transformer_in|temporal_encoder")
-"""Names of layers over the frames of one place."""
+"""Names of layers over the frames of one position."""
 
 
 class UNetArchitecture:
@@ -81,7 +81,7 @@ class UNetArchitecture:
         for name, module in model.named_modules():
             if hasattr(module, "set_processor"):
                 spec = attention.spec_of(name, module, _level(name, num_levels))
-                if isinstance(model, Kandinsky3UNet):  # passes a layer's own tokens as if they were another's
+                if isinstance(model, Kandinsky3UNet):  # passes a layer's own tokens as if they were context
                     spec = replace(spec, is_cross_attention=not name.endswith("attentions.0.attention"))
                 if OVER_FRAMES.search(name):
                     spec = replace(spec, exact=TEMPORAL)

@@ -1,4 +1,4 @@
-"""The sizes of videos, read from the arguments of a transformer's forward."""
+"""The sizes of videos, read from the arguments of a transformer's forward: one function per layout of tokens."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -12,29 +12,29 @@ from diffattn.methods.base import Grid
 
 
 def frames_first(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of latents [B, f, C, h, w]."""
+    """Latents [B, f, C, h, w]."""
     _, frames, _, height, width = given["hidden_states"].shape
     return Size(height, width, frames, num_context=text_tokens(given))
 
 
 def channels_last(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of latents [B, f, h, w, C]."""
+    """Latents [B, f, h, w, C]."""
     _, frames, height, width, _ = given["hidden_states"].shape
     return Size(height, width, frames)
 
 
 def with_several_texts(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of latents [B, C, f, h, w] with tokens of one or two texts and perhaps of a picture."""
+    """Latents [B, C, f, h, w] with tokens of one or two texts and perhaps of a picture."""
     names = ("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_t5", "image_embeds")
     return video(model, given)._replace(num_context=sum(text_tokens(given, name) for name in names))
 
 
 def with_history(patches: Mapping[str, int], texts: Sequence[str] = ()) -> SizeOf:
-    """Of latents [B, C, f, h, w] with earlier ones before them, the farther the coarser.
+    """Latents [B, C, f, h, w] with earlier ones before them, which are coarser the farther back they are.
 
     Args:
         patches: argument of forward -> how much coarser it is than the latents, in the order of the tokens.
-        texts: arguments of forward whose tokens stand in the sequence.
+        texts: arguments of forward whose tokens are in the sequence.
     """
 
     def size_of(model: Any, given: Mapping[str, Any]) -> Size:
@@ -51,8 +51,10 @@ def with_history(patches: Mapping[str, int], texts: Sequence[str] = ()) -> SizeO
 
 
 def video_tokens(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of tokens [B, N, C] with the frames, rows and columns of the video, or coordinates [B, 3, N] or [B, 3, N, 2].
-    Further frames beside the video's, as keyframes are, count as its own."""
+    """Tokens [B, N, C] with the frames, rows and columns of the video, or coordinates [B, 3, N] or [B, 3, N, 2].
+
+    Additional frames, such as keyframes, count as the video's own.
+    """
     tokens, config = given["hidden_states"].shape[1], model.config
     frames, height, width = (given.get(name) for name in ("num_frames", "height", "width"))
     if height is None or width is None:
@@ -64,20 +66,20 @@ def video_tokens(model: Any, given: Mapping[str, Any]) -> Size:
 
 
 def _rows_and_columns(coordinates: Tensor) -> Grid:
-    """Of video tokens with these coordinates."""
+    """Rows and columns of video tokens with these coordinates."""
     places = coordinates[0, 1:].flatten(2)[..., 0] if coordinates.ndim == 4 else coordinates[0, 1:]
     return tuple(len(axis.unique()) for axis in places.cpu())
 
 
 def vision_of_text(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of a text of `und_len` tokens and videos that see it, each of the grid that `vision_token_shapes` says."""
+    """A text of `und_len` tokens and videos that see it, with their grids in `vision_token_shapes`."""
     patch = model.config.latent_patch_size
     (frames, height, width), *references = (tuple(shape) for shape in given["vision_token_shapes"])
     return Size(patch * height, patch * width, frames, tuple(references), given["und_len"])
 
 
 def packed_video(model: Any, given: Mapping[str, Any]) -> Size:
-    """Of a sequence that ends with a video, of coordinates [N, 3] as time, row and column."""
+    """A sequence that ends with a video, with coordinates [N, 3]: time, row and column."""
     ids, video_indices = given["position_ids"], given["video_indices"]
     grid = read_once(ids, lambda ids: _last_frames(ids.cpu(), video_indices.cpu()))
     frames, height, width = (p * n for p, n in zip(model.config.patch_size, grid, strict=True))

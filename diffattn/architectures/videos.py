@@ -47,7 +47,7 @@ class _WithDecoder(TransformerFamily):
 
 
 class _SanaWM(TransformerFamily):
-    """Three of four blocks are linear; in the fourth, child modules attend to the video and in the rays of a camera."""
+    """Three of four blocks are linear; in the fourth, child modules attend to the video and to the rays of a camera."""
 
     def layers(self, model: Any) -> Iterator[tuple[LayerSpec, Any]]:
         for name, module in model.named_modules():
@@ -61,7 +61,7 @@ class _SanaWM(TransformerFamily):
 
 
 class _Cosmos(TransformerFamily):
-    """Cosmos 1, the only one with learned places, passes log(σ)/4; later ones the noise level itself."""
+    """Cosmos 1, the only one with learned positions, passes log(σ)/4; later ones the noise level itself."""
 
     def read_time(self, model: Any, time: Any, levels: TimeReader) -> Reading:
         if model.config.extra_pos_embed_type is None:

@@ -1,4 +1,4 @@
-"""How much faster one denoising step is: exact attention, agents, token merging, and the floor under them all.
+"""Time of one denoising step with exact attention, agents, token merging, and at the floor: without attention.
 
 One UNet or transformer with random weights per model; all variants of one size take turns on it (see
 `measure.interleave`). The results are one JSON file, complete after every round; `resume` continues from it.
@@ -184,7 +184,7 @@ class Covered:
 
 
 def _covered(layers: int, denoiser: nn.Module, batch: int) -> Covered:
-    """Of the variant that is applied: `layers`, and what its patch reports, if it is one."""
+    """What the applied variant changed: `layers`, and what its patch reports, if it is a patch."""
     handle = find_patch(denoiser)
     if handle is None or handle.plan.method == FLOOR:
         return Covered(layers)
@@ -197,7 +197,7 @@ def _covered(layers: int, denoiser: nn.Module, batch: int) -> Covered:
 def _about(
     denoiser: nn.Module, model: str, size: int, mode: str, levels: tuple[int, ...], shortened: bool
 ) -> dict[str, Any]:
-    """What all variants of a result have in common, as JSON types."""
+    """The fields that all variants of a result share, as JSON types."""
     row = MODELS[model]
     grids = architecture_of(uncompiled(denoiser)).grids(uncompiled(denoiser), *row.latents(size))
     return {
@@ -206,7 +206,7 @@ def _about(
         "class": row.kind,
         "size": size,
         "pixels": str(row.shape(size)),
-        "depth": row.told_depth(shortened),
+        "depth": row.depth_text(shortened),
         "mode": mode,
         "levels": list(levels),
         "tokens": {str(level): prod(grids[level]) for level in levels},
@@ -216,12 +216,12 @@ def _about(
 def figures(
     timings: Timings, covered: Mapping[str, Covered], peaks: Mapping[str, float | None] | None = None
 ) -> dict[str, Any]:
-    """Timings as JSON types, and what follows from them.
+    """Timings and figures derived from them, as JSON types.
 
-    Of every variant: the layers that ran differently, the share of the floor's saving, the share of heads that fell
-    back to exact attention, and the peak memory of a call beyond the weights, also relative to exact attention. Of all:
-    the share of attention in a step (exact - floor) and the ceiling of any method's speed-up (exact / floor); None
-    where the floor was not measured, or saves nothing that shows.
+    For every variant: the layers that ran differently, the share of the floor's saving, the share of heads that fell
+    back to exact attention, and the peak memory of a call beyond the weights, also relative to exact attention. For
+    all: the share of attention in a step (exact - floor) and the ceiling of any method's speed-up (exact / floor); None
+    where the floor was not measured, or saves nothing measurable.
     """
     data, peaks = timings.to_dict(), peaks or {}
     for name, variant in data["variants"].items():
@@ -258,7 +258,7 @@ def _prepare_eager(
     def around(name: str) -> Iterator[None]:
         with apply_variant(name, denoiser, levels, config.min_tokens) as coverage:
             if handle := find_patch(denoiser):
-                handle.begin_run(*args, **kwargs)  # the work of once per run is no part of a step
+                handle.begin_run(*args, **kwargs)  # work done once per run does not count as part of a step
             yield
             found[name] = _covered(coverage(), denoiser, config.batch)
 

@@ -1,4 +1,4 @@
-"""The benchmark's results for people: a table, and a plot."""
+"""The benchmark's results as a table and a plot."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,19 +18,19 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def _section(entry: Mapping[str, Any]) -> str:
-    title = f"{told(entry)}, {entry['mode']}, {rounds_of(entry)}; {told_tokens(entry)}{told_ceiling(entry)}"
+    title = f"{title_of(entry)}, {entry['mode']}, {rounds_of(entry)}; {tokens_text(entry)}{ceiling_text(entry)}"
     rows = [_row(name, variant) for name, variant in entry["variants"].items()]
     left_out = [f"{name} left out: {why}" for name, why in entry["left_out"].items()]
     return "\n".join([title, text_table(HEAD, rows), *left_out])
 
 
-def told(entry: Mapping[str, Any]) -> str:
+def title_of(entry: Mapping[str, Any]) -> str:
     """The model of an entry, with its depth where that is known, and the size."""
     depth = f" ({entry['depth']})" if entry.get("depth") else ""
     return f"{entry['title']}{depth}, {entry.get('pixels', entry['size'])} px"
 
 
-def told_tokens(entry: Mapping[str, Any]) -> str:
+def tokens_text(entry: Mapping[str, Any]) -> str:
     """The tokens of self-attention, by level where there are several."""
     tokens = [f"{entry['tokens'][str(level)]} tokens" for level in entry["levels"]]
     if entry["levels"] == [0]:
@@ -38,8 +38,8 @@ def told_tokens(entry: Mapping[str, Any]) -> str:
     return "levels " + ", ".join(f"{level} ({n})" for level, n in zip(entry["levels"], tokens, strict=True))
 
 
-def told_ceiling(entry: Mapping[str, Any]) -> str:
-    """What attention takes, and how much faster a step could be without any; empty if unknown."""
+def ceiling_text(entry: Mapping[str, Any]) -> str:
+    """The share of attention in a step, and how much faster a step could be without any; empty if unknown."""
     if entry.get("ceiling") is None:
         return ""
     return f"; attention takes {entry['attention_share']:.0%} of a step: at most {entry['ceiling']:.2f} times as fast"

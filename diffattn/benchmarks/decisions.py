@@ -1,4 +1,4 @@
-"""Fills the cache of `diffattn.patch` beforehand: which way is faster for the calls of one model on this machine."""
+"""Fills the cache of `diffattn.patch` beforehand: what is faster for the calls of one model on this machine."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The floor under every method that replaces attention: the attention call alone returns the values it is given.
+"""The floor under every method that replaces attention: the attention call just returns its values.
 
-Projections, norms and rotations stay, as they do in every patched layer. The pictures mean nothing.
+Projections, norms and rotations stay, as in every patched layer. The pictures are meaningless.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from diffattn.methods.base import AttentionFn, AttentionMethod, LayerCall, Layer
 
 @dataclass(frozen=True)
 class OwnValues(AttentionMethod):
-    """Every token's own value in place of attention, for any number of tokens, wherever they lie."""
+    """Every token's own value in place of attention, for any number and layout of tokens."""
 
     name: ClassVar[str] = "floor"
     presets: ClassVar[Mapping[str, Preset]] = {"balanced": Preset()}
@@ -22,7 +22,7 @@ class OwnValues(AttentionMethod):
     def supports(self, layer: LayerSpec) -> bool:
         return not layer.is_cross_attention
 
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+    def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         return None
 
     def reason_layout(self, layout: TokenLayout) -> str | None:

@@ -1,4 +1,4 @@
-"""The mediator benchmark's results for people: tables, the token counts from which mediators pay, and a plot."""
+"""The mediator benchmark's results: tables, the token counts from which mediators pay off, and a plot."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ NOTE = "training is forward and backward, without an optimizer; peak MiB is a ca
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """All results as text tables, with the machine, and the token counts from which mediators pay."""
+    """All results as text tables, with the machine, and the token counts from which mediators pay off."""
     left_out = [f"{e['model']}, {e['size']} tokens, {e['mode']}: left out, {e['why']}" for e in results["left_out"]]
     entries = sorted(results["results"], key=lambda e: (e["model"], e["mode"], e["size"]))
     head = f"{conditions(results)}\n{NOTE}"

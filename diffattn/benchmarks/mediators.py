@@ -76,7 +76,7 @@ class TimedCase:
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """As `ResultFile` has it: model, size, mode."""
+        """The key in `ResultFile`: model, size, mode."""
         return f"{self.subject.what} {self.subject.width}", self.subject.tokens, self.mode
 
     @property
@@ -150,7 +150,7 @@ class MediatorBenchmark:
         return sorted(open_, key=lambda job: job.work)
 
     def _reason_to_skip(self, job: TimedCase, seconds_left: float | None, expected: float) -> str | None:
-        """Why this comparison cannot be made; `expected`: seconds of its warm-up and first round, 0 if unknown."""
+        """Why this comparison is skipped, or None; `expected`: seconds of its warm-up and first round, 0 if unknown."""
         needed, there = memory_needed(job.subject, job.mode == TRAINING) / 2**30, total_memory(self.device) / 2**30
         if needed > MEMORY_SHARE * there:
             self._too_large.add(job.key)

@@ -74,7 +74,7 @@ _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 25
 
 
 def _measure_size(side: int, device: torch.device, dtype: torch.dtype, seconds_left: float) -> SizeResult:
-    """As many rounds as fit in about a tenth of the remaining time."""
+    """Time one number of tokens, in as many rounds as fit in about a tenth of the remaining time."""
     worst: dict[str, float] = {}
     rounds = _MOST_ROUNDS
     for head_dim in HEAD_DIMS:

@@ -10,7 +10,7 @@ from diffattn.cli.common import bad_input, check_writable, fail, loading, stdout
 from diffattn.cli.options import Device, FastestDtype, JsonFile, Resume, Threads
 
 NOT_FINISHED = 1
-FEW_STEPS = 4  # enough to meet every noise level of the presets
+FEW_STEPS = 4  # enough to reach every noise level of the presets
 
 T = TypeVar("T")
 app = typer.Typer(
@@ -31,7 +31,7 @@ def attention(
     sizes: Annotated[
         str | None,
         typer.Option(
-            help="Shorter sides in pixels: of square pictures, or of videos (480 is 480p). [default: UNets "
+            help="Sides of square pictures, or shorter sides of videos (480 is 480p), in pixels. [default: UNets "
             "512,768,1024,1536; sd35m 1440; other pictures 2048; videos 480]"
         ),
     ] = None,
@@ -56,7 +56,7 @@ def attention(
     dtype: FastestDtype = "auto",
     threads: Threads = None,
     all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Every layer of a transformer, also on a CPU or in little memory.")
+        bool, typer.Option("--all-layers", help="Keep every layer of a transformer, even on a CPU or in little memory.")
     ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for attention.json and attention.png.")] = Path("outputs/bench"),
@@ -66,7 +66,7 @@ def attention(
 ) -> None:
     """Time one denoising step: exact attention, agents, fewer keys, token merging, and no attention at all.
 
-    On a CPU, and where memory is short, transformers have fewer of their layers; the result says how many.
+    On a CPU, or where memory is short, transformers keep only some of their layers; the result says how many.
 
     Results are written after every round, so you can interrupt at any time and resume with --resume.
     """
@@ -117,7 +117,7 @@ def mediator(
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Time mediator attention against softmax attention, and find the number of tokens from which it pays.
+    """Time mediator attention against softmax attention, and find the number of tokens from which it pays off.
 
     Each comparison reports the time ratio, counted GFLOPs and peak memory of a call. Sizes that do not fit in memory
     are skipped. Results are written after every round, so you can interrupt at any time and resume with --resume.

@@ -102,7 +102,7 @@ def show_warning(message: Warning | str, *where: Any) -> None:
 
 
 def check_writable(path: Path | None, folder: bool = False) -> None:
-    """Fail early if the result could not be written later; missing folders are fine."""
+    """Fail early if the result could not be written later; missing folders are not an error."""
     if path is None:
         return
     try:

@@ -1,7 +1,7 @@
 """`diffattn convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,13 +83,15 @@ def convert(
     parameters = sum(p.numel() for p in model.parameters())
     write_json(json, {"source": str(source), "from": layout, "dest": str(dest), "to": to,
                       "parameters": parameters, "config": config})  # fmt: skip
+    stdout.print(f"{layout} -> {to}: {_summary(model, parameters)}\nwritten to {dest}", markup=False)
+
+
+def _summary(model: Any, parameters: int) -> str:
+    """The size of a model, its layers, and what it predicts."""
     kinds = ", ".join(f"{model.attention.count(kind)} {kind}" for kind in dict.fromkeys(model.attention))
     mediators = f", mediators {', '.join(map(str, model.mediators))}" if model.mediators else ""
-    stdout.print(
-        f"{layout} -> {to}: {parameters / 1e6:.1f}M parameters, width {config['hidden_size']}, layers: {kinds}"
-        f"{mediators}; predicts {config['prediction']}\nwritten to {dest}",
-        markup=False,
-    )
+    size = f"{parameters / 1e6:.1f}M parameters, width {model.config['hidden_size']}"
+    return f"{size}, layers: {kinds}{mediators}; predicts {model.config['prediction']}"
 
 
 def _size(text: str | None) -> int | tuple[int, ...] | None:

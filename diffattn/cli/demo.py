@@ -41,7 +41,7 @@ def demo(
     dtype: FastestDtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Draw the same pictures unpatched and patched, and compare looks and speed.
+    """Draw the same pictures unpatched and patched, and compare appearance and speed.
 
     The embedded model draws every prompt both ways, alternating. The sheet shows the pictures and their difference;
     the figures give times and similarity.

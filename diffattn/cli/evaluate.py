@@ -50,9 +50,12 @@ OUT = Path("outputs/evaluate")
 REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
 NUM_PICTURES = "How many pictures to draw, or to take from those given, with a share from every folder."
 SPREAD = "How many to take, spread evenly over the classes."
-PAIRED_WITH = "Compare with these pictures instead, matched by name or number, else in order."
+PAIRED_WITH = "Compare with these pictures instead, matched by name or number, otherwise in order."
 WORST_PAIRS = "How many of the worst pairs to show on a sheet, worst_pairs.png in the folder; 0: no sheet."
 PAIRED = "Also draw the same seeds unaccelerated, for PSNR, SSIM and latent error."
+PICTURES_GIVEN = "Score these pictures instead: a folder, a zip, or an ADM .npz."
+EXTRACTOR = f"{EXTRACTORS}; auto: the embedded model's own, otherwise inception."
+SAVE_NPZ = "Also write the pictures as an ADM .npz."
 
 app = typer.Typer(
     help="Score pictures, or what a pipeline draws, against pictures, prompts, or the unaccelerated pipeline.",
@@ -65,9 +68,7 @@ def evaluate(
     context: typer.Context,
     model: MaybeModel = None,
     variant: Variant = None,
-    pictures: Annotated[
-        Path | None, typer.Option(help="Score these pictures instead: a folder, a zip, or an ADM .npz.")
-    ] = None,
+    pictures: Annotated[Path | None, typer.Option(help=PICTURES_GIVEN)] = None,
     reference: Annotated[Path | None, typer.Option(help=REFERENCE)] = None,
     prompts: Prompts = None,
     num_pictures: Annotated[int | None, typer.Option(help=NUM_PICTURES, show_default="1000 drawn; all given")] = None,
@@ -77,9 +78,7 @@ def evaluate(
     recipe: Recipe = None,
     paired: Annotated[bool, typer.Option("--paired", help=PAIRED)] = False,
     paired_with: Annotated[Path | None, typer.Option(metavar="PATH", help=PAIRED_WITH)] = None,
-    extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}; auto: the embedded model's own, else inception.")] = (
-        "auto"
-    ),
+    extractor: Annotated[str, typer.Option(help=EXTRACTOR)] = "auto",
     extractor_weights: ExtractorWeights = None,
     clip: Clip = None,
     pickscore: PickScore = None,
@@ -96,9 +95,7 @@ def evaluate(
     height: Height = None,
     batch: Annotated[int, typer.Option(help="Pictures per call of the pipeline.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the results; an interrupted run in it can be resumed.")] = OUT,
-    save_npz: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the pictures as an ADM .npz.")
-    ] = None,
+    save_npz: Annotated[Path | None, typer.Option(metavar="FILE", help=SAVE_NPZ)] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -117,7 +114,6 @@ def evaluate(
     check_writable(json)
     check_writable(save_npz)
     with loading(model or str(pictures)), bad_input():
-        from diffattn.drawing.classes import unguided_note
         from diffattn.evaluation import EvaluateConfig, load_prompts
         from diffattn.evaluation.run_folder import processes
         from diffattn.machine import choose_device
@@ -141,14 +137,21 @@ def evaluate(
     result = _run(subject, reference, folder=out, config=config, draw=draw, acceleration=acceleration,
                   paired=paired_with or paired, name=name, npz=save_npz)  # fmt: skip
     if among.is_main:
-        show_scores(result)
-        if note := unguided_note(subject, guidance):
-            stdout.print(note, markup=False)
         write_json(json, result.to_dict())
-        show_worst_pairs(result, out, show)
-        stdout.print(f"written to {out / 'result.json'}", markup=False)
+        _show(result, subject, guidance, out, show)
     if result.details.get("not_finite"):
         raise typer.Exit(1)
+
+
+def _show(result: Any, subject: Any, guidance: float | None, out: Path, show: bool) -> None:
+    """Print the scores, and the worst pairs; open their sheet if asked to."""
+    from diffattn.drawing.classes import unguided_note
+
+    show_scores(result)
+    if note := unguided_note(subject, guidance):
+        stdout.print(note, markup=False)
+    show_worst_pairs(result, out, show)
+    stdout.print(f"written to {out / 'result.json'}", markup=False)
 
 
 app.command("compare")(compare)
@@ -196,7 +199,7 @@ def reference(
 
 
 def _extractor(name: str, model: str | None) -> str:
-    """The extractor of this name; "auto" is the embedded model's own, else inception."""
+    """The extractor of this name; "auto" is the embedded model's own, otherwise inception."""
     own = OWN_EXTRACTOR.get(model or "")
     if name in OWN_EXTRACTOR.values() and own not in (None, name):
         raise ValueError(

@@ -22,7 +22,7 @@ def compare(
 
     Scores of single pictures (PSNR, LPIPS, CLIP score, ...) are compared over the same prompts and seeds: bootstrap
     interval over the pairs, and the sign test. FID, KID and sFID: an interval from leaving out a twentieth of the
-    pictures of both sets at a time. Where the interval holds 0, no difference is shown.
+    pictures of both sets at a time. Where the interval contains 0, no difference is shown.
 
     Refuses results whose protocols differ, naming the fields.
     """
@@ -50,7 +50,7 @@ def show_worst_pairs(result: Any, out: Path, show: bool) -> None:
     stdout.print(f"worst pairs by {found['by']}:", markup=False)
     pairs = [(pair, pair["title"]) for pair in found["worst"]]
     if found["middle"] not in found["worst"]:
-        pairs.append((found["middle"], f"{found['middle']['title']} (in the middle of all pairs)"))
+        pairs.append((found["middle"], f"{found['middle']['title']} (the median pair)"))
     for pair, title in pairs:
         value = "identical" if pair[found["by"]] is None else f"{pair[found['by']]:.5g}"
         stdout.print(f"{value:>28}  {title}", markup=False)

@@ -16,7 +16,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Tell whether patching this model pays here: embedded model, folder, or hub id (owner/name).",
+            help="Report whether patching this model pays off here: embedded model, folder, or hub id (owner/name).",
             show_default=False,
         ),
     ] = None,
@@ -44,12 +44,12 @@ def info(
     dtype: Dtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Show versions, devices and what is supported; with --model, whether patching pays on this machine.
+    """Show versions, devices and what is supported; with --model, whether patching pays off on this machine.
 
     Lists denoisers, methods with their options and presets, embedded models, and the thresholds in use.
 
     With --model, times one denoiser call layer by layer: the share of self-attention, the most that any method could
-    save, and what the preset saves. Patching pays if the attention of the accelerated layers, without projections,
+    save, and what the preset saves. Patching pays off if the attention of the accelerated layers, without projections,
     takes at least 10 % of a call, and a patched call was faster in at least three quarters of the rounds.
     """
     check_writable(json)

@@ -11,7 +11,7 @@ Seed = Annotated[int, typer.Option(help="Random seed, 0 to 2^63.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps; auto: the first available of cuda, mps, cpu.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float16 on cuda, float32 elsewhere.")]
 FastestDtype = Annotated[
-    str, typer.Option(help="float32, float16 or bfloat16; auto: bfloat16 where the hardware supports it, else float32.")
+    str, typer.Option(help="float32, float16 or bfloat16; auto: bfloat16 where the hardware has it, otherwise float32.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")]
 
@@ -73,12 +73,12 @@ PickScore = Annotated[
     typer.Option("--pickscore", metavar="PATH", help="PickScore's CLIP model, e.g. yuvalkirstain/PickScore_v1."),
 ]
 ClipI = Annotated[
-    str | None, typer.Option("--clip-i", metavar="PATH", help="CLIP model for CLIP-I, the likeness of pairs.")
+    str | None, typer.Option("--clip-i", metavar="PATH", help="CLIP model for CLIP-I, the similarity of pairs.")
 ]
 DinoI = Annotated[
     str | None,
     typer.Option(
-        "--dino-i", metavar="PATH", help="DINO or DINOv2 (folder or hub id) for DINO-I, the likeness of pairs."
+        "--dino-i", metavar="PATH", help="DINO or DINOv2 (folder or hub id) for DINO-I, the similarity of pairs."
     ),
 ]
 LpipsWeights = Annotated[Path | None, typer.Option(metavar="FILE", help="torchvision's AlexNet: LPIPS.")]

@@ -31,10 +31,10 @@ def train(
     ] = False,
     json: JsonFile = None,
 ) -> None:
-    """Train a class-conditional SiT; the same command again resumes where a killed run stopped.
+    """Train a class-conditional SiT; repeat the command to resume a run that was killed.
 
     model.attention is softmax, agent, mediator, inline, focused_linear, mlla or circulant, or a list with one per
-    layer; model.steps=[[64,2],[128,4]] widens the tokens on the way. diffattn info describes each.
+    layer; model.steps=[[64,2],[128,4]] widens the tokens from block to block. diffattn info describes each.
 
     SIGTERM, SIGUSR1 and Ctrl+C save a checkpoint first. Several processes or GPUs: accelerate launch
     pipelines/train.py with the same arguments; all machines need the same pictures and one shared run.out.

@@ -28,7 +28,7 @@ PER_SAMPLE = "With mediators: switch each sample by its own change, or all toget
 
 BY_ERROR = ("--prompts", "--max-error", "--min-speedup", "--bands", "--cost", "--width", "--height", "--presets")
 BY_BUDGET = ("--budget", "--samples", "--batch", "--distance", "--per-sample")
-"""Options that only one of the two ways of tuning has."""
+"""Options that apply to only one of the two kinds of tuning."""
 
 
 def tune(
@@ -37,7 +37,8 @@ def tune(
     prompts: Prompts = None,
     max_error: Annotated[float | None, typer.Option(help=MAX_ERROR)] = None,
     min_speedup: Annotated[
-        float | None, typer.Option(help="Instead of --max-error: the least speed-up of a run's calls, above 1.")
+        float | None,
+        typer.Option(help="Instead of --max-error: the minimum speed-up of a run's denoiser calls, above 1."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="25; 50 with mediators")] = None,
     guidance: Annotated[float | None, typer.Option(help=GUIDANCE, show_default="the model's own")] = None,
@@ -154,7 +155,7 @@ def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, A
     """A recipe with thresholds for mediators, and every candidate."""
     from diffattn.drawing.classes import unguided_note
     from diffattn.drawing.draw import guidance_for
-    from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, recipe_of
+    from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, thresholds_recipe
 
     share = 0.9 if budget is None else budget
     note = unguided_note(pipe, config.get("guidance"))
@@ -175,7 +176,7 @@ def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, A
     for c in sorted(candidates, key=lambda c: c.gflops):
         what = f"n = {c.num_mediators}" if c.num_mediators else "r = " + ", ".join(f"{r:g}" for r in c.thresholds)
         stdout.print(f"{'-> ' if c is best else '   '}{what:<14} {c.gflops:8.4g} GFLOPs/picture  error {c.error:.4f}")
-    return {"recipe": recipe_of(best, search, model, share), "candidates": [c.to_dict() for c in candidates]}
+    return {"recipe": thresholds_recipe(best, search, model, share), "candidates": [c.to_dict() for c in candidates]}
 
 
 def _given(*groups: dict[str, Any], **values: Any) -> dict[str, Any]:

@@ -33,11 +33,13 @@ def app(
     max_minutes: Annotated[float, typer.Option(help="Maximum minutes of a job.", min=0.1)] = 60,
     host_name: Annotated[
         list[str] | None,
-        typer.Option(help="Name under which others call the page; may be repeated.", metavar="NAME"),
+        typer.Option(help="Host name under which others reach the page; repeatable.", metavar="NAME"),
     ] = None,
     proxy: Annotated[
         str | None,
-        typer.Option(help="Address of the proxy in front, whose forwarded headers are believed.", metavar="ADDRESS"),
+        typer.Option(
+            help="Address of the proxy in front of the page; only its forwarded headers are trusted.", metavar="ADDRESS"
+        ),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,
     device: Device = "auto",

@@ -13,28 +13,28 @@ SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-"""Folder names that stand for a part of the data, and the name of that part."""
+"""Folder names that denote a part of the data, and the name of that part."""
 
 CONTAINERS = frozenset(
     ("data", "dataset", "image", "images", "img", "imgs", "jpegimages", "jpg", "photos", "pictures", "png", "raw")
 )
-"""Folder names that say what kind of files lie inside, and hardly of which class they are."""
+"""Folder names that describe the kind of files inside rather than a class."""
 
 _WORD = re.compile(r"[a-z]+")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the classes of a data set are."""
+    """The location of the classes of a data set."""
 
     base: str = ""
     """The folder, with a slash at its end, that holds the class folders or the pictures; empty for the whole."""
     around: tuple[str, ...] = ("",)
-    """It and the folders around it, from the inside out: an index in any of them counts."""
+    """This folder and those around it, from the inside out: an index in any of them counts."""
     inner: frozenset[str] | None = None
-    """Where each class folder has splits inside: the names of the one that was chosen."""
+    """If each class folder has splits inside, the names of the one that was chosen."""
     unused: tuple[str, ...] = ()
-    """Folders with pictures that lie beside the splits."""
+    """Folders with pictures beside the splits."""
 
     def holds(self, name: str) -> bool:
         """Whether a file is of this part of the data."""
@@ -48,9 +48,9 @@ class _Level:
     """What one folder holds."""
 
     loose: list[str] = field(default_factory=list)
-    """Pictures that lie in it directly."""
+    """Pictures directly in it."""
     inside: dict[str, set[str]] = field(default_factory=dict)
-    """Folder with pictures -> the folders with pictures in it; "" stands for pictures that lie in it directly."""
+    """Folder with pictures -> the folders with pictures in it; "" for pictures directly in it."""
 
     @classmethod
     def of(cls, pictures: Iterable[str], base: str) -> "_Level":
@@ -124,7 +124,7 @@ def _split(level: _Level, where: str, split: str) -> str | None:
 
 
 def _parts(level: _Level) -> dict[str, str]:
-    """Folders that are called like a part of the data -> its name.
+    """Folders named like a part of the data -> the name of that part.
 
     A name such as "training_set" or "val2017" counts where there are several parts, and folders in each of them:
     "freight_train" is a class.
@@ -138,11 +138,11 @@ def _parts(level: _Level) -> dict[str, str]:
 
 
 def _are_splits(level: _Level, where: str, parts: Mapping[str, str], others: Sequence[str]) -> bool:
-    """Whether folders with the names of splits are splits, although there are others beside them."""
+    """Whether folders named like splits are splits even though there are other folders beside them."""
     nested = [level.nested(top) for top in parts]
     several = len(set(parts.values())) > 1
     if not any(nested) and not several:
-        return False  # a class that is called like a split
+        return False  # a class that is named like a split
     classes = set().union(*(level.inside[top] for top in parts))
     shared = any(classes & level.inside[top] for top in others)
     if all(nested) and (several or shared):
@@ -161,7 +161,7 @@ def _wrapper(level: _Level, files: Files, base: str, known: Collection[str]) -> 
         inside = sorted(level.inside[around[0]])
         raise ValueError(
             f"the folders of {files.where!r} can be read in two ways: the classes may be {few(tops)}, or in "
-            f"{base + around[0]!r} {few(inside)}; name the folder that holds the class folders as the source"
+            f"{base + around[0]!r} {few(inside)}; name the folder that contains the class folders as the source"
         )
     if len(tops) != 1:
         _check_not_repeated(level, files.where)
@@ -173,8 +173,8 @@ def _wrapper(level: _Level, files: Files, base: str, known: Collection[str]) -> 
         return top if top.lower() in CONTAINERS else None
     if not level.nested(top):
         raise ValueError(
-            f"{base + top!r} in {files.where!r} can be read in two ways: it holds pictures, and folders with pictures "
-            f"({few(sorted(level.inside[top] - {''}))}); move the pictures into class folders"
+            f"{base + top!r} in {files.where!r} can be read in two ways: it contains pictures, and folders with "
+            f"pictures ({few(sorted(level.inside[top] - {''}))}); move the pictures into class folders"
         )
     return top if around or not _empty_classes(files, base, top) else None
 
@@ -195,7 +195,7 @@ def _check_not_repeated(level: _Level, where: str) -> None:
 
 
 def _empty_classes(files: Files, base: str, top: str) -> bool:
-    """Whether beside a folder there are others that may be classes: empty ones, or with pictures of other kinds."""
+    """Whether a folder has siblings that may be classes: empty ones, or with pictures of other kinds."""
     folders = (name.removeprefix(base) for name in files.folders if name.startswith(base))
     for other in {name for name in folders if name and "/" not in name and name != top}:
         held = [name for name in files.names if name.startswith(f"{base}{other}/")]

@@ -1,4 +1,4 @@
-"""Checks of the classes of a data set: how even they are, and whether they are those of a model."""
+"""Checks of the classes of a data set: their balance, and whether they match those of a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ClassBalance:
         return self.smallest == self.largest
 
     def lines(self) -> list[str]:
-        """For people: the total, and, if they differ, the classes with the fewest and the most samples."""
+        """Human-readable lines: the total and, if they differ, the classes with the fewest and the most samples."""
         total, classes = sum(self.counts.values()), len(self.counts)
         first = f"{total} picture{'s' * (total != 1)} in {classes} class{'es' * (classes != 1)}"
         if self.exact:

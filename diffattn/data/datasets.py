@@ -220,7 +220,7 @@ def in_memory(dataset: ImageDataset | InMemoryDataset, progress: OnProgress | No
     if available is not None and needed > available:
         raise ValueError(
             f"{len(dataset)} pictures of {dataset.size}x{dataset.size} need {needed / 2**30:.0f} GiB and this machine "
-            f"has {available / 2**30:.0f}; read them when they are needed, without in_memory"
+            f"has {available / 2**30:.0f}; read them on demand, without in_memory"
         )
     images = torch.empty(len(dataset), *dataset.shape, dtype=torch.uint8)
 
@@ -233,7 +233,7 @@ def in_memory(dataset: ImageDataset | InMemoryDataset, progress: OnProgress | No
 
 
 def _memory() -> int | None:
-    """Bytes of memory of this machine; None where the system does not say."""
+    """Bytes of memory of this machine; None if the system does not reveal it."""
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -247,7 +247,7 @@ def _mirror(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def _in_threads(function: Callable[[int], Result], count: int, progress: OnProgress | None) -> Iterator[Result]:
-    """function(0), function(1), … in this order; the first exception ends the iteration."""
+    """Yield function(0), function(1), … in this order; the first exception ends the iteration."""
 
     def chunk(start: int) -> list[Result]:
         return [function(index) for index in range(start, min(start + _CHUNK, count))]

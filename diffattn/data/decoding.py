@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to a square tensor, and which files are pictures."""
+"""Decodes picture files to square tensors, and decides which files are pictures."""
 
 import io
 import re
@@ -14,7 +14,7 @@ COMMON = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 """Formats that Pillow recognises but cannot decode, or only by running another program on the file.
 
-They are not opened whatever a file's ending is.
+They are never opened, whatever a file's ending.
 """
 
 DOCUMENTS = frozenset(
@@ -24,7 +24,7 @@ DOCUMENTS = frozenset(
         ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
     )
 )  # fmt: skip
-"""Endings of files that lie beside pictures and are none."""
+"""Endings of files that often accompany pictures but are not pictures."""
 
 
 def picture_endings() -> frozenset[str]:
@@ -43,13 +43,13 @@ def ending_of(name: str) -> str:
 
 
 def may_be_picture(name: str) -> bool:
-    """Whether a file that cannot be opened may well be a picture: it is no document by its ending or name."""
+    """Whether a file that cannot be opened may be a picture: by its ending or name it is not a document."""
     file = name[name.rfind("/") + 1 :]
     return ending_of(name) not in DOCUMENTS and not (file.isalpha() and file.isupper())  # e.g. LICENSE
 
 
 def left_out(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of the files that may be pictures, of a kind that cannot be opened."""
+    """The files that may be pictures, but of a kind that cannot be opened."""
     endings = picture_endings()
     return tuple(name for name in names if ending_of(name) not in endings and may_be_picture(name))
 
@@ -57,8 +57,8 @@ def left_out(names: Iterable[str]) -> tuple[str, ...]:
 def open_picture(data: bytes) -> Image.Image:
     """A picture as RGB, in its own size.
 
-    The camera's rotation is undone, transparency lies over white, of an animation the first frame is taken, and
-    16-bit grey is reduced to 8.
+    The camera's rotation is undone, transparency is blended with white, an animation gives its first frame, and 16-bit
+    grey is reduced to 8 bits.
 
     Raises:
         ValueError: unreadable; the message gives the reason.
@@ -70,7 +70,7 @@ def open_picture(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=[kind for kind in Image.ID if kind not in NOT_DECODED]) as file:
             return _rgb(file)
     except UnidentifiedImageError:
-        raise ValueError("its content is no picture of a format that can be opened here") from None
+        raise ValueError("its content is not a picture in a format that can be opened here") from None
     except Exception as error:  # damaged files make the decoders raise nearly anything
         reason = re.sub(r"\s*<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error) or type(error).__name__)
         raise ValueError(reason.replace("\n", " ")) from error
@@ -79,8 +79,8 @@ def open_picture(data: bytes) -> Image.Image:
 def decode(data: bytes, size: int) -> Tensor:
     """A picture as RGB, uint8 [3, size, size], read as by `open_picture`.
 
-    A picture of another size is cropped around its centre to a square, and that is resized with PIL's bicubic filter,
-    which widens with the reduction and so does not alias.
+    A picture of another size is cropped to its centre square and resized with PIL's bicubic filter, which widens with
+    the reduction and so does not alias.
 
     Raises:
         ValueError: unreadable; the message gives the reason.

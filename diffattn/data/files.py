@@ -1,4 +1,4 @@
-"""Where the pictures' bytes are: a folder or a zip. Both can be pickled and read from forked processes and threads."""
+"""Sources of the pictures' bytes: a folder or a zip. Both can be pickled and read from forked processes and threads."""
 
 import mmap
 import stat
@@ -21,20 +21,20 @@ class Files(Protocol):
     """Named byte strings."""
 
     where: str
-    """What messages call all of them together."""
+    """The name of the source in messages."""
     names: tuple[str, ...]
     """Paths with forward slashes, in ascending order, without hidden files."""
     folders: tuple[str, ...]
     """Every folder, empty ones too, as in `names`."""
     repeated: tuple[str, ...]
-    """Links that were not followed: in a folder those to what is among the names already, in a zip all."""
+    """Links that were not followed: in a folder those to files that are already among the names, in a zip all."""
 
     def read(self, row: int) -> bytes:
         """The content of `names[row]`; `OSError` or `ValueError` if it cannot be read."""
         ...
 
     def signatures(self, rows: Tensor) -> list[str]:
-        """For each of the rows, int64 [n]: what tells two versions of the file apart without reading it."""
+        """What distinguishes two versions of a file without reading it, for each of the rows, int64 [n]."""
         ...
 
 
@@ -131,7 +131,7 @@ class Zip:
 
 
 def _what_it_is(path: Path) -> str:
-    """What to say of something that is neither a folder nor a whole zip."""
+    """A description of something that is neither a folder nor a complete zip."""
     if not path.is_file():
         return "is neither a folder nor a zip"
     with path.open("rb") as file:

@@ -63,7 +63,7 @@ def open_hub(name: str, split: str, label: str | None) -> tuple[HubFiles, Listin
         library = import_module("datasets")
     except ImportError:
         raise ValueError(
-            f"{name!r} is no folder or zip here; to load it as a Hugging Face data set, pip install datasets"
+            f"{name!r} is not a folder or zip here; to load it as a Hugging Face data set, pip install datasets"
         ) from None
     try:
         table = library.load_dataset(name, split=split)

@@ -14,7 +14,7 @@ INDEXES = ("dataset.json", "metadata.jsonl", "metadata.csv")
 
 
 def read_index(name: str, data: bytes, label: str | None) -> Mapping[str, Any] | None:
-    """What an index says of each picture.
+    """The labels that an index gives the pictures.
 
     Args:
         name: of the index, which decides its layout.
@@ -52,7 +52,9 @@ def _read_metadata(rows: Sequence[Any], label: str | None) -> Mapping[str, Any] 
     columns: dict[str, None] = {}
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            held = f"its columns are {', '.join(map(str, row))}" if isinstance(row, dict) else f"it holds {row!r:.40}"
+            held = (
+                f"its columns are {', '.join(map(str, row))}" if isinstance(row, dict) else f"it contains {row!r:.40}"
+            )
             raise ValueError(f"every line must have a file_name; entry {number} has none, {held}")
         columns |= dict.fromkeys(row)
     column = label or "label"
@@ -85,7 +87,7 @@ def _rows_of_csv(text: str) -> list[Any]:
     try:
         names = [name.removeprefix("\ufeff") for name in reader.fieldnames or ()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"columns that are there twice: {few(twice)}")
+            raise ValueError(f"duplicate columns: {few(twice)}")
         reader.fieldnames = names
         rows = list(reader)
     except csv.Error as error:
@@ -96,7 +98,7 @@ def _rows_of_csv(text: str) -> list[Any]:
 
 
 def _each_once(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """By normalised path. A picture may be named again with the same label, with a warning; with another it may not."""
+    """The labels by normalised path. Naming a picture again with the same label is a warning, with another an error."""
     found: dict[str, Any] = {}
     again: dict[str, None] = {}
     for name, value in entries:

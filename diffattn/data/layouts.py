@@ -1,4 +1,4 @@
-"""Which pictures a folder or zip holds and of which classes they are.
+"""Which pictures a folder or zip holds, and their classes.
 
 Layouts, by the index file that is there:
     `dataset.json`                        StyleGAN and EDM: {"labels": [[file, class id], …]}, or null for no labels
@@ -36,7 +36,7 @@ class Listing:
     left_out: tuple[str, ...] = ()
     """Files that may be pictures, of kinds that cannot be opened."""
     notes: tuple[str, ...] = ()
-    """For people: what else is there and not used."""
+    """Human-readable lines about files that are not used."""
 
 
 def read_listing(files: Files, split: str = "train", label: str | None = None) -> Listing:
@@ -88,7 +88,7 @@ def picture_rows(files: Files) -> list[int]:
 
 
 def _notes(files: Files, rows: Sequence[int], place: Place, inside: Sequence[str]) -> tuple[str, ...]:
-    """What is there and not used."""
+    """Human-readable lines about files that are not used."""
     found = []
     for folder in place.unused:
         count = sum(name.startswith(folder) and is_picture(name) for name in files.names)
@@ -126,11 +126,11 @@ def _class_folders(files: Files, rows: Sequence[int], place: Place, label: str |
 
 
 def _check_no_index_inside(files: Files, base: str) -> None:
-    """Refuse folders that have labels of their own, and would be taken for classes."""
+    """Refuse folders that have labels of their own and would be mistaken for classes."""
     below = [name for name in files.names if name.startswith(base) and name.rpartition("/")[2] in INDEXES]
     if below := [name for name in below if name.removeprefix(base).count("/") == 1]:
         raise ValueError(
-            f"{files.where!r} can be read in two ways: its folders may be classes, or hold labels of their own in "
+            f"{files.where!r} can be read in two ways: its folders may be classes, or contain labels of their own in "
             f"{few(below)}; name one of the folders as the source, or remove these files"
         )
 
@@ -144,14 +144,14 @@ def _by_index(files: Files, rows: Sequence[int], place: Place, index: str, label
 
 
 def _indexed(files: Files, rows: Sequence[int], base: str, index: str, entries: Mapping[str, Any]) -> Listing:
-    """The pictures that an index names: all of them must be there, and all that are there must be named."""
+    """The pictures that an index names: all of them must exist, and all existing ones must be named."""
     at = index[: index.rfind("/") + 1]
     named = {at + name: value for name, value in entries.items()}
     named = {name: value for name, value in named.items() if name.startswith(base)}
     names = [files.names[row] for row in rows]
     if absent := sorted(named.keys() - set(names)):
         unopened = "; files of these kinds cannot be opened" if set(absent) <= set(files.names) else ""
-        raise ValueError(f"it names pictures that are not there: {few(absent)}{unopened}")
+        raise ValueError(f"it names pictures that do not exist: {few(absent)}{unopened}")
     if unnamed := [name for name in names if name not in named]:
         raise ValueError(f"it does not name the pictures {few(unnamed)}")
     values = [named[name] for name in names]

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from diffattn.data.naming import few
 from diffattn.data.order import parts
 
-MAX_DIGITS = 20  # of a number that says a place
+MAX_DIGITS = 20  # of a number that gives a position
 
 _Key = Mapping[Hashable, int]
 """What identifies each picture of a set -> its index."""
@@ -32,14 +32,14 @@ class Matching:
 def match(first: Sequence[str], second: Sequence[str], places: bool = False) -> Matching:
     """Pair the pictures of two sets.
 
-    By name, if both sets have the same names, whatever their endings and folders: "a/0.jpg" and "b/0.png". Else by a
-    number, if both have the same numbers: "0.png", "00000.png" and "prefix_00000_.png". Else, if names and numbers have
-    nothing in common, by order.
+    They are paired by name if both sets have the same names, whatever their endings and folders: "a/0.jpg" and
+    "b/0.png". Otherwise they are paired by a number, if both have the same numbers: "0.png", "00000.png" and
+    "prefix_00000_.png"; or by order, if names and numbers have nothing in common.
 
     Args:
         first, second: names in natural order, paths with forward slashes.
-        places: the names of one of the sets only say where each picture stands, as in an array. Numbers of the other
-            that follow each other, whatever they begin with, are then paired by order.
+        places: the names of one of the sets are only positions, as in an array. Consecutive numbers of the other,
+            whatever they begin with, are then paired by order.
 
     Raises:
         ValueError: not as many on both sides, pictures without a partner, or more than one way to pair them; the
@@ -64,7 +64,7 @@ def match(first: Sequence[str], second: Sequence[str], places: bool = False) -> 
 
 
 def check_turns(names: Sequence[str], count: int) -> None:
-    """Raise `ValueError` if pictures would take turns by their order that are not theirs by their numbers.
+    """Raise `ValueError` if the order of pictures would give them other prompts than their numbers.
 
     Args:
         names: of the pictures, in natural order: number i takes the prompt i modulo `count`.
@@ -84,7 +84,7 @@ def check_turns(names: Sequence[str], count: int) -> None:
 
 
 def _agreed(first: Sequence[_Key], second: Sequence[_Key], how: str) -> Matching | None:
-    """The pairs that equal keys come to; None without equal ones, an error if they contradict each other."""
+    """The pairs that equal keys give; None without equal keys, an error if they contradict each other."""
     found: dict[tuple[int, ...], tuple[_Key, _Key]] = {}
     for a in first:
         for b in second:
@@ -100,7 +100,7 @@ def _agreed(first: Sequence[_Key], second: Sequence[_Key], how: str) -> Matching
 
 
 def _by_name(names: Sequence[str]) -> Iterator[_Key]:
-    """The strictest reading only: with folders, else without; each where it identifies every picture."""
+    """Names with folders if they identify every picture, otherwise names without."""
     stems = [_stem(name) for name in names]
     for key in (names, stems, [stem.rpartition("/")[2] for stem in stems]):
         yield from _unique(key)
@@ -129,7 +129,7 @@ def _unique(keys: Sequence[Any]) -> Iterator[_Key]:
 
 
 def _stem(name: str) -> str:
-    """Without the ending of the file."""
+    """A name without the ending of the file."""
     folder, slash, file = name.rpartition("/")
     stem, dot, ending = file.rpartition(".")
     return folder + slash + (stem if dot and stem and not ending.isdecimal() else file)
@@ -161,7 +161,7 @@ def _without(names: Sequence[str], own: _Key, other: _Key) -> str:
 
 
 def _alone(first: Sequence[str], second: Sequence[str]) -> str:
-    """Of sets of unequal size: the pictures that are too many."""
+    """The surplus pictures of sets of unequal size."""
     if partly := _partly(first, second):
         return partly
     least = min(len(first), len(second))

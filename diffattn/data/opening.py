@@ -24,25 +24,25 @@ def open_dataset(
 
     - A folder or zip of class folders (`class/…/picture.png`). Pictures without folders are one class, "all". Folders
       around the class folders (`images/class/…`) are looked through.
-    - A folder or zip with a `dataset.json` (StyleGAN, EDM). Classes are named by their folders where each has one of
-      its own, else by their ids.
+    - A folder or zip with a `dataset.json` (StyleGAN, EDM). Classes are named by their folders if each has its own,
+      otherwise by their ids.
     - A folder or zip with a `metadata.jsonl` or `metadata.csv` (Hugging Face imagefolder).
     - The name `owner/name` of a Hugging Face data set, if the `datasets` library is installed.
 
     Pictures come in the order of their names, class names in ascending order, both as text: "10" precedes "2". What
     was chosen and what is not used is in `ImageDataset.lines`. Files that may be pictures, of a kind that Pillow cannot
-    open, are left out with a warning that counts and names them. Each file is there once, whatever links lead to it.
+    open, are left out with a warning that counts and names them. Each file counts once, whatever links lead to it.
 
     Args:
-        source: where the pictures are; a folder or zip that exists goes before a name.
-        size: side to which pictures are brought, in pixels, see `decode`.
+        source: where the pictures are; an existing folder or zip takes precedence over a name.
+        size: side to which pictures are cropped and resized, in pixels, see `decode`.
         split: of a Hugging Face data set, or of a folder or zip whose pictures lie in folders such as train and val, or
             whose class folders hold such folders. Where there are no splits, "train" takes everything.
         label: the column that holds the class. None: of metadata, the column `label`; of a Hugging Face data set, the
             first `ClassLabel` column; without any, all pictures are one class.
         skip_bad: decode every picture now and leave out those that cannot be read, with a warning that counts and
             names them. Otherwise the first of them that is needed raises a `ValueError`.
-        progress: called while pictures are decoded, with the number of those done and of all.
+        progress: called while pictures are decoded, with the number done and the total.
 
     Raises:
         ValueError: nothing there; no pictures; no such split or column; folders that can be read in two ways; labels
@@ -63,7 +63,7 @@ def open_dataset(
 
 
 def warn_of_left_out(where: str, names: Sequence[str]) -> None:
-    """Count and name files that may be pictures, of kinds that cannot be opened."""
+    """Warn about files that may be pictures of kinds that cannot be opened, with their number and names."""
     if names:
         warnings.warn(
             f"{plural(len(names), 'file')} in {where!r} of a kind that Pillow cannot open here, left out: {few(names)}",

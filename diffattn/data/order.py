@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 GOLDEN = (5**0.5 - 1) / 2
-"""Its multiples, modulo 1, fill the unit interval evenly and keep in step with no period."""
+"""Its multiples, modulo 1, fill the unit interval evenly and match no period."""
 
 _NUMBER = re.compile(r"([0-9]+)")
 
@@ -39,9 +39,9 @@ def stratified(names: Sequence[str], count: int, spread: bool = False) -> list[i
     """Select names so that every folder has its share.
 
     Args:
-        names: paths with forward slashes, in the order that counts.
+        names: paths with forward slashes, in the relevant order.
         count: how many to take; all of them if there are fewer.
-        spread: take names from all over each folder, and not its first ones.
+        spread: take names from all over each folder instead of its first ones.
 
     Returns:
         Indices in `names`, ascending. The same names give the same indices.

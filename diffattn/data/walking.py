@@ -8,22 +8,21 @@ from pathlib import Path
 
 @dataclass
 class Found:
-    """What lies below a folder, by its path from there with forward slashes."""
+    """Everything below a folder, by its path from there with forward slashes."""
 
     sizes: dict[str, int] = field(default_factory=dict)
     """File -> bytes; -1 for a link whose target does not exist, which is an unreadable picture."""
     folders: set[str] = field(default_factory=set)
     repeated: set[str] = field(default_factory=set)
-    """Links to files and folders that have another place here, or to a folder around them."""
+    """Links to files and folders that are also elsewhere here, or to a folder around them."""
 
 
 def walk(root: Path) -> Found:
-    """The files below a folder, hidden ones left out, each once and by its real place.
+    """The files below a folder except hidden ones, each once and under its real path.
 
-    What lies below the folder itself has the path that leads there without links. A link is followed if it leads to
-    something that is not there yet; of several links to the same place the first by name is, those to folders before
-    those to files. A link to a folder around
-    itself, or around `root`, would lead in a circle and is not followed.
+    Everything below the folder itself has the path that leads there without links. A link is followed if it leads to
+    something not yet included; of several links to the same target only the first by name is followed, those to folders
+    before those to files. A link to a folder around itself, or around `root`, would be circular and is not followed.
 
     Args:
         root: an absolute path without links.

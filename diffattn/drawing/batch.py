@@ -92,7 +92,7 @@ class _Screen:
 
     @contextmanager
     def watching(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Watch the decoder within the block, or without one the latents, by adding to the pipeline's arguments."""
+        """Within the block, watch the decoder, or without one the latents, by adding to the pipeline's arguments."""
         decoder = getattr(getattr(self.pipe, "vae", None), "decoder", None)
         if not isinstance(decoder, nn.Module):
             self._watch_steps(arguments)

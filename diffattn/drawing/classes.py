@@ -13,7 +13,7 @@ NULL_CLASS = 1000
 
 
 def draws_classes(pipe: Any) -> bool:
-    """Whether a pipeline draws classes rather than from text."""
+    """Whether a pipeline draws from classes rather than from text."""
     return isinstance(pipe, SiTPipeline | DiTPipeline)
 
 
@@ -24,7 +24,7 @@ def num_classes(pipe: Any) -> int:
 
 
 def class_ids(pipe: Any, words: Sequence[int | str]) -> list[int]:
-    """The class ids for some labels, see `ClassNames.ids` for how names are resolved.
+    """The class ids of some labels; `ClassNames.ids` describes how names are resolved.
 
     Raises:
         ValueError: an unknown or ambiguous name, or an id out of range; the message says what is allowed.

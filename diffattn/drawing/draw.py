@@ -26,8 +26,8 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
 
     Returns:
         The request with its size, guidance and preset filled in, and the patch (None for method "none"). The filled-in
-        values are the pipeline's own defaults. A negative prompt is left alone, because SDXL distinguishes an empty one
-        from none.
+        values are the pipeline's own defaults. A negative prompt is not filled in, because SDXL distinguishes an empty
+        one from none.
 
     Raises:
         TypeError: the pipeline draws neither from text alone nor from classes, or its architecture is not supported.
@@ -71,9 +71,9 @@ def own_guidance(pipe: Any, model: str = "") -> float | None:
         model: the name it was loaded with.
 
     Returns:
-        What the card of an embedded model recommends, what a `SiTPipeline` was saved with, else the default of the
-        pipeline's own call (7.5 for Stable Diffusion, 5 for SDXL, 4 for DiT). 1 (no guidance) for a class-conditional
-        model without a null class. None if the default is not a number: the pipeline then decides.
+        What the card of an embedded model recommends or a `SiTPipeline` was saved with, otherwise the default of the
+        pipeline's call (7.5 for Stable Diffusion, 5 for SDXL, 4 for DiT). 1 (no guidance) for a class-conditional model
+        without a null class. None if the default is not a number: the pipeline then decides.
     """
     if draws_classes(pipe) and why_unguided(pipe) is not None:
         return 1.0

@@ -22,7 +22,7 @@ BROKEN = (OSError, ValueError, AttributeError, SafetensorError)
 """Errors raised when loading damaged or missing files."""
 
 CONFIGS = ("config.json", "scheduler_config.json")
-"""Files that configure a part of a pipeline. A tokenizer's may hold numbers larger than any that are read here."""
+"""Files that configure a part of a pipeline. Those of a tokenizer may hold numbers too large to be read here."""
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # 96: the longest name on the hub
@@ -201,7 +201,7 @@ def _from_hub(model: str, dtype: torch.dtype, variant: str | None) -> DiffusionP
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether an error of loading began with a hub that does not answer."""
+    """Whether an error while loading was caused by a hub that does not answer."""
     message = str(error)
     if "not fully cached" in message or "cached snapshot" in message:
         return True

@@ -10,7 +10,7 @@ LONGEST = 10**6  # tokenizers without a limit name an astronomical one
 def unread_part(pipe: Any, prompt: str) -> str:
     """The end of a prompt that none of a pipeline's text encoders reads; empty if all of it is read.
 
-    With several encoders, the end that even the most patient one drops.
+    With several encoders, the end that all of them drop.
     """
     found = [_unread(tokenizer, _limit(pipe, tokenizer), prompt) for tokenizer in _tokenizers(pipe)]
     return min(found, key=len, default="")
@@ -31,7 +31,7 @@ def _limit(pipe: Any, tokenizer: Any) -> int:
 
 
 def _unread(tokenizer: Any, limit: int, prompt: str) -> str:
-    """The text behind the last token that fits."""
+    """The text after the last token that fits."""
     if limit >= LONGEST:
         return ""
     whole = tokenizer(prompt, truncation=False, verbose=False).input_ids

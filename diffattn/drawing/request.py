@@ -1,4 +1,4 @@
-"""What to draw, the pictures of it, and the record in every picture's file."""
+"""A request to draw, its pictures, and the record in every picture's file."""
 
 import json
 import math

@@ -20,17 +20,17 @@ class EvaluateConfig:
     extractor: str | FeatureExtractor = "inception"  # a name for `load_extractor`
     extractor_weights: str | Path | None = None
     clip: str | Path | None = None  # folder or hub id of a CLIP model: CLIP score of pictures and prompts
-    pickscore: str | Path | None = None  # the same of PickScore, a CLIP model trained on what people pick
+    pickscore: str | Path | None = None  # the same for PickScore, a CLIP model trained on human preferences
     clip_i: str | Path | None = None  # folder or hub id of a CLIP model: CLIP-I of pairs
     dino_i: str | Path | None = None  # folder or hub id of a DINO or DINOv2: DINO-I of pairs
     lpips_weights: str | Path | None = None  # of AlexNet, see `Lpips`: LPIPS of pairs
     side: int | None = None  # pixels: crop pictures around the centre to a square and resize it; None: as they are
     skip_bad: bool = False  # leave unreadable pictures out
     prompts: Sequence[str] | None = None  # of pictures from files; picture i has i modulo their number
-    limit: int | None = None  # pictures from files: so many, the first ones of every folder in natural order
+    limit: int | None = None  # pictures from files: this many, the first ones of every folder in natural order
     seed: int = 0  # of the draws of KID and FID∞
     device: str | torch.device = "cpu"  # for pictures from files
-    worst_pairs: int = 6  # so many of the pairs that differ most are shown on a sheet; 0: no sheet
+    worst_pairs: int = 6  # number of the pairs that differ most to show on a sheet; 0: no sheet
 
     def __post_init__(self) -> None:
         if self.worst_pairs < 0:

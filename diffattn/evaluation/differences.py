@@ -1,4 +1,4 @@
-"""Whether two results differ by more than other pictures of the same kind would."""
+"""Whether two results differ by more than chance, that is, by more than other pictures of the same kind would."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -44,7 +44,7 @@ class Difference:
     Attributes:
         a, b: the scores; means over the pictures that both have, where the interval is of pairs.
         change: b minus a.
-        interval: of the change at the level of 95 %; None where the results hold too little.
+        interval: 95 % interval of the change; None where the results contain too little.
         pairs: pictures that both results have, compared one by one; None for figures of whole sets.
         signs: in how many pairs b's score is higher and lower; None as `pairs`.
         why: why there is no interval; empty if there is one.
@@ -61,7 +61,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`NO_DIFFERENCE` where the interval holds 0, `UNKNOWN` where there is none, else how b compares."""
+        """`NO_DIFFERENCE` where the interval contains 0, `UNKNOWN` where there is none, otherwise how b compares."""
         if self.interval is None:
             return UNKNOWN
         low, high = self.interval
@@ -72,7 +72,7 @@ class Difference:
         return "B higher" if low > 0 else "B lower"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types, the verdict included."""
+        """All fields and the verdict as JSON types."""
         return asdict(self) | {"verdict": self.verdict}
 
 
@@ -80,7 +80,7 @@ def differences(a: QualityResult, b: QualityResult, may_differ: Collection[str] 
     """The scores that both results have, each with an interval of its difference as far as the results allow.
 
     - Scores of single pictures, drawn from the same prompts and seeds: bootstrap over the pairs, and the sign test.
-    - Drawn from others: bootstrap over the pictures of each.
+    - Drawn from different ones: bootstrap over the pictures of each.
     - FID, KID and sFID: the jackknife that leaves out the same twentieth of both sets at a time. It holds for other
       pictures of the same generators against the same reference. Without it, KID by its deviation over subsets.
 
@@ -128,7 +128,7 @@ def _same_pictures(a: QualityResult, b: QualityResult) -> bool:
 def _of_pairs(plain: Difference, one: Values, other: Values) -> Difference:
     shared = sorted(one.keys() & other.keys())
     if len(shared) < LEAST:
-        return replace(plain, pairs=len(shared), why=f"{len(shared)} pairs, {LEAST} or more are needed")
+        return replace(plain, pairs=len(shared), why=f"{len(shared)} pairs, at least {LEAST} are needed")
     a, b = (torch.tensor([values[number] for number in shared], dtype=torch.float64) for values in (one, other))
     means = {"a": a.mean().item(), "b": b.mean().item(), "change": (b - a).mean().item()}
     return replace(plain, **means, interval=paired_interval(b - a), pairs=len(shared), signs=sign_test(b - a))
@@ -136,7 +136,7 @@ def _of_pairs(plain: Difference, one: Values, other: Values) -> Difference:
 
 def _of_samples(plain: Difference, one: Values, other: Values) -> Difference:
     if min(len(one), len(other)) < LEAST:
-        return replace(plain, why=f"{len(one)} and {len(other)} pictures, {LEAST} or more are needed")
+        return replace(plain, why=f"{len(one)} and {len(other)} pictures, at least {LEAST} are needed")
     a, b = (torch.tensor(list(values.values()), dtype=torch.float64) for values in (one, other))
     return replace(plain, interval=unpaired_interval(a, b))
 
@@ -150,16 +150,16 @@ def _of_sets(plain: Difference, a: QualityResult, b: QualityResult) -> Differenc
     if kid and (variance := _of_subsets(a) + _of_subsets(b)) < math.inf:
         half = NORMAL * (variance + _of_draws(a) + _of_draws(b)) ** 0.5
         return replace(plain, interval=(plain.change - half, plain.change + half))
-    return replace(plain, why="the results hold nothing that tells how far it varies")
+    return replace(plain, why="the results contain nothing about its variation")
 
 
 def _of_draws(result: QualityResult) -> float:
-    """Variance of KID because not all subsets are drawn."""
+    """Variance of KID due to drawing only some of the subsets."""
     return result.scores.get("kid_std", 0.0) ** 2 / (result.protocol.options.get("kid_subsets") or 1)
 
 
 def _of_subsets(result: QualityResult) -> float:
-    """Variance of KID for other pictures, from its deviation over subsets; infinite where that does not tell.
+    """Variance of KID for other pictures, from its deviation over subsets; infinite where that says nothing.
 
     Subsets of m of n pictures are the jackknife that leaves out n - m (Efron & Tibshirani 1993, section 11.7), whose
     factor is m / (n - m). With n the smaller of both sets it is no less than the variance.

@@ -35,7 +35,7 @@ file."""
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """How pictures are drawn. What is None is not passed on to the pipeline.
+    """How pictures are drawn. Fields that are None are not passed on to the pipeline.
 
     Raises:
         ValueError: fewer than 2 pictures, or another value out of range.
@@ -85,7 +85,7 @@ def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
 
 
 def drawn_titles(pipe: Any, config: DrawConfig, rows: Sequence[int]) -> list[str]:
-    """What the pictures at these places are, in words: prompt or class, and seed."""
+    """Titles of the pictures with these numbers: prompt or class, and seed."""
     todo = subjects(pipe, config)
     names = (class_names(pipe).id2label or {}) if draws_classes(pipe) else {}
     words = [names.get(what, f"class {what}") if draws_classes(pipe) else what for what in todo]
@@ -112,7 +112,7 @@ def patch_of(pipe: Any) -> Patch | None:
 
 @contextmanager
 def following(pipe: Any, run: RunFolder) -> Iterator[None]:
-    """Within the block, a patched pipeline decides what is faster as the run did before; what is new is kept."""
+    """Within the block, a patched pipeline follows the run's earlier decisions on what is faster, and adds new ones."""
     found = patch_of(pipe)
     if found is not None:
         found.follow(run.decisions())
@@ -131,9 +131,9 @@ def draw_set(
     size: tuple[int, int] | None = None,
     progress: ProgressBar = no_progress,
 ) -> None:
-    """Draw this process's share of what is missing as PNG files in the run's folder, and wait for all processes.
+    """Draw this process's share of the missing pictures as PNG files in the run's folder, and wait for all processes.
 
-    Pictures that a safety checker blanked, and those that came out NaN or infinite, are noted in `CHECKS`.
+    Pictures that a safety checker blanked, and those that are NaN or infinite, are recorded in `CHECKS`.
 
     Args:
         pipe: on its device.
@@ -195,7 +195,7 @@ class _Chunk:
         trace, seeds = LatentTrace(), [self.config.seed + self.start + i for i in range(len(self.what))]
         batch = _draw(self.pipe, self.config, list(self.what), seeds, trace)
         if self.size not in (None, (found := (batch.images.shape[2], batch.images.shape[3]))) and any(batch.finite):
-            raise ValueError(f"the pipeline draws {_pixels(found)} pixels, and what its pictures are compared with has "
+            raise ValueError(f"the pipeline draws {_pixels(found)} pixels, but the pictures to compare with have "
                              f"{_pixels(self.size)}; bring both to one size (--size)")  # fmt: skip
         for i, path in enumerate(self.paths(kind)):
             if batch.finite[i]:

@@ -53,13 +53,13 @@ def evaluate(
     npz: str | Path | None = None,
     progress: ProgressBar = no_progress,
 ) -> QualityResult:
-    """Score pictures, or what a pipeline draws. Called again with the same folder it resumes an interrupted run.
+    """Score pictures, or what a pipeline draws. Call it again with the same folder to resume an interrupted run.
 
-    Under `accelerate launch` or torchrun the processes share the work, and the folder, which all of them must see;
-    the result is the same as with one process, and all of them return it.
+    Under `accelerate launch` or torchrun the processes share the work and the folder, which all of them must be able to
+    access; the result is the same as with one process, and all of them return it.
 
-    Drawn pictures that a safety checker blanked, and those that hold NaN or infinite values, are counted in a warning
-    and left out of every score; `details["blanked"]` and `details["not_finite"]` list their seeds.
+    Drawn pictures that a safety checker blanked, and those with NaN or infinite values, are counted in a warning and
+    left out of every score; `details["blanked"]` and `details["not_finite"]` list their seeds.
 
     Args:
         subject: a pipeline on its device, patched or not; or pictures: a folder, a zip, or an ADM `.npz`.
@@ -77,8 +77,8 @@ def evaluate(
         progress: see `ProgressBar`.
 
     Returns:
-        The result, also in `result.json`; the worst pairs in `worst_pairs.png`, too. Its protocol holds everything that
-        the figures depend on, except the subject.
+        The result, also written to `result.json`; the worst pairs are in `worst_pairs.png`. Its protocol contains
+        everything that the figures depend on, except the subject.
 
     Raises:
         ValueError: fewer than 2 pictures, or fewer than 2 that are neither blanked nor NaN; unreadable ones without
@@ -100,14 +100,14 @@ def evaluate(
         raise ValueError("paired=True compares with and without the acceleration: give one, or a path of pictures")
     if acceleration is not None and isinstance(acceleration.get("recipe"), str | Path):
         acceleration = {**acceleration, "recipe": read_recipe(acceleration["recipe"])}
-    job = _Job(subject, config, draw, acceleration, paired, progress)
+    job = _Evaluation(subject, config, draw, acceleration, paired, progress)
     result = job.run(reference, Path(folder), name)
     if npz is not None:
         job.export(npz)
     return result
 
 
-class _Job:
+class _Evaluation:
     """One evaluation."""
 
     def __init__(
@@ -174,7 +174,7 @@ class _Job:
         return result
 
     def _show_worst(self, found: Scored, mine: PictureSet, exact: PictureSet, folder: Path, label: str) -> None:
-        """Write the sheet of the worst pairs, and note them in the details."""
+        """Write the sheet of the worst pairs, and record them in the details."""
         titles = mine.names if self.pipe is None else drawn_titles(self.pipe, self.draw, mine.rows)
         worst = WorstPairs.of(found.values, self.config.worst_pairs)
         found.details["worst_pairs"] = worst.details(mine.rows, titles)
@@ -225,7 +225,7 @@ class _Job:
                 )
 
     def _pair(self) -> None:
-        """Bring the pictures to pair with into the order of those that are scored."""
+        """Reorder the pictures to pair with to match those that are scored."""
         if self.exact is None:
             return
         names, rows, places = [picture_name(i) for i in range(self.draw.num_pictures)], None, True

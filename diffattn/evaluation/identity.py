@@ -171,7 +171,7 @@ def _plain(value: Any) -> Any:
 
 
 def _value(value: Any) -> str:
-    """A further argument of the pipeline, identified by its content."""
+    """Another argument of the pipeline, identified by its content."""
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffattn.evaluation.draw_set import CHECKS, PICTURES, UNACCELERATED, DrawConfig, picture_name
-from diffattn.evaluation.picture_set import PictureSet, ProgressBar
+from diffattn.evaluation.picture_set import Listed, PictureSet, ProgressBar
 from diffattn.evaluation.run_folder import RunFolder
 
 BLANKED, NOT_FINITE = "blanked", "not_finite"
-REASONS = {BLANKED: "were blanked by the safety checker", NOT_FINITE: "hold NaN or infinite values"}
+REASONS = {BLANKED: "were blanked by the safety checker", NOT_FINITE: "have NaN or infinite values"}
 WAYS_OUT = {
     BLANKED: "choose other prompts, or load the pipeline with safety_checker=None",
     NOT_FINITE: "check the weights, or draw in float32",
@@ -31,12 +31,12 @@ class LeftOut:
 
     @classmethod
     def of(cls, run: RunFolder, config: DrawConfig, paired: bool) -> "LeftOut":
-        """From what `draw_set` noted.
+        """The pictures that `draw_set` marked.
 
         Args:
             run: where the pictures are, all drawn.
             config: what they were drawn with.
-            paired: the unaccelerated pictures count too: a pair needs both of its pictures.
+            paired: the unaccelerated pictures count too, since a pair needs both of its pictures.
 
         Raises:
             ValueError: fewer than 2 pictures are left to score.
@@ -53,7 +53,7 @@ class LeftOut:
 
     @property
     def rows(self) -> frozenset[int]:
-        """Numbers of the pictures, counted from 0; for any reason."""
+        """Numbers, counted from 0, of the pictures left out for any reason."""
         return frozenset(row for folders in self.found.values() for rows in folders.values() for row in rows)
 
     @property
@@ -62,7 +62,7 @@ class LeftOut:
         return [row for row in range(self.config.num_pictures) if row not in self.rows]
 
     def details(self) -> dict[str, Any]:
-        """As JSON types: the seeds of the pictures, by reason and folder."""
+        """The seeds of the pictures by reason and folder, as JSON types."""
         seed = self.config.seed
         return {
             reason: {kind: [seed + row for row in rows] for kind, rows in folders.items()}
@@ -84,7 +84,9 @@ class LeftOut:
             return
         reasons = [reason for reason, folders in self.found.items() if folders]
         ways = "; ".join(WAYS_OUT[reason] for reason in reasons)
-        raise ValueError(f"{'; '.join(self.sentences())}: {len(self.kept)} left to score, 2 or more are needed; {ways}")
+        raise ValueError(
+            f"{'; '.join(self.sentences())}: {len(self.kept)} left to score, at least 2 are needed; {ways}"
+        )
 
 
 def left_out_sentences(details: Mapping[str, Any], total: int) -> list[str]:
@@ -105,12 +107,12 @@ def left_out_sentences(details: Mapping[str, Any], total: int) -> list[str]:
 
 
 def drawn_pictures(run: RunFolder, kind: str, left_out: LeftOut, side: int | None, progress: ProgressBar) -> PictureSet:
-    """The pictures of a folder of `draw_set`, but for those left out; the others keep their row."""
+    """The pictures of a folder of `draw_set` except those left out; the others keep their row."""
     paths = [run.path / kind / picture_name(row) for row in range(left_out.config.num_pictures)]
 
     def read(index: int) -> Tensor:
         with Image.open(paths[index]) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
-    names = [path.name for path in paths]
-    return PictureSet(kind, names, read, side=side, leave_out=left_out.rows, progress=progress)
+    names = tuple(path.name for path in paths)
+    return PictureSet(Listed(kind, names, read), side=side, leave_out=left_out.rows, progress=progress)

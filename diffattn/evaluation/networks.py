@@ -16,12 +16,12 @@ OF_PROMPTS: Mapping[str, Callable[..., ClipScore | PickScore]] = {"clip": ClipSc
 """Score, and field of `EvaluateConfig` -> what loads it from there."""
 
 OF_PAIRS: Mapping[str, Callable[..., ImageSimilarity]] = {"clip_i": clip_similarity, "dino_i": dino_similarity}
-"""The same for pairs; LPIPS is apart since it takes other pictures."""
+"""The same for pairs; LPIPS is separate since its input differs."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Those that a configuration asks for."""
+    """The networks that a configuration requires."""
 
     of_prompts: Mapping[str, ClipScore | PickScore] = field(default_factory=dict)  # by score
     of_pairs: Mapping[str, ImageSimilarity] = field(default_factory=dict)  # by score
@@ -48,7 +48,7 @@ class Networks:
 
 
 def asked_for(config: EvaluateConfig, kinds: Mapping[str, object]) -> Sequence[str]:
-    """The scores of `OF_PROMPTS` or of `OF_PAIRS` that a configuration asks for."""
+    """The scores of `OF_PROMPTS` or of `OF_PAIRS` that a configuration requests."""
     return [name for name in kinds if getattr(config, name) is not None]
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -33,15 +34,24 @@ def no_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     yield lambda: None
 
 
+class Listed(NamedTuple):
+    """Pictures of a source, none of them read yet."""
+
+    name: str  # for messages
+    names: tuple[str, ...]
+    read: Callable[[int], Tensor]  # index in `names` -> uint8 [3, H, W]; OSError or ValueError if it is unreadable
+    places: bool = False  # whether the names are only positions, as in an array
+
+
 class PictureSet:
     """Readable pictures of one size.
 
     Attributes:
-        name: for people.
+        name: for messages.
         listed: names of all pictures of the source, in their order.
         names: names of the pictures that belong to the set.
-        rows: the place of each of them in `listed`.
-        places: whether the names only say where a picture stands, as in an array.
+        rows: the index of each of them in `listed`.
+        places: whether the names are only positions, as in an array.
         size: (H, W) in pixels.
         hash: sha256 of the sizes and values of the pictures, computed as by `Reference.of`.
         skipped: names of the unreadable pictures that were left out.
@@ -49,14 +59,11 @@ class PictureSet:
 
     def __init__(
         self,
-        name: str,
-        names: Sequence[str],
-        read: Callable[[int], Tensor],
+        listed: Listed,
         *,
         side: int | None = None,
         limit: int | None = None,
         spread: bool = False,
-        places: bool = False,
         skip_bad: bool = False,
         leave_out: Collection[int] = (),
         progress: ProgressBar = no_progress,
@@ -64,15 +71,12 @@ class PictureSet:
         """Reads every picture once, to find the unreadable ones, the size and the hash.
 
         Args:
-            name: for people.
-            names: of the pictures.
-            read: index in `names` -> uint8 [3, H, W]; raises `OSError` or `ValueError` for an unreadable picture.
-            side: crop every picture around its centre to a square, and resize it to so many pixels a side.
-            limit: take only so many readable pictures. Every folder has its share, of which the first are taken.
+            listed: the pictures.
+            side: crop every picture around its centre to a square, and resize it to this many pixels a side.
+            limit: take only this many readable pictures. Every folder has its share, of which the first are taken.
             spread: take that share from all over the folder.
-            places: see above.
             skip_bad: leave unreadable pictures out, with a warning that counts and names them.
-            leave_out: indices in `names` that are not read.
+            leave_out: indices in `listed.names` that are not read.
             progress: see `ProgressBar`.
 
         Raises:
@@ -83,11 +87,11 @@ class PictureSet:
             raise ValueError(f"size must be 1 pixel or more, got {side}")
         if limit is not None and limit < 2:
             raise ValueError(f"the number of pictures must be 2 or more, got {limit}")
-        self.name, self.listed, self.places = name, tuple(names), places
-        self._read, self._side, self._limit, self._skip_bad = read, side, limit, skip_bad
-        self._take([row for row in range(len(names)) if row not in leave_out], spread, progress)
+        self.name, self.listed, self._read, self.places = listed
+        self._side, self._limit, self._skip_bad = side, limit, skip_bad
+        self._take([row for row in range(len(self.listed)) if row not in leave_out], spread, progress)
         if len(self) < max(2, limit or 2):
-            raise ValueError(f"{max(2, limit or 2)} pictures or more are needed, {name!r} has {len(self)}")
+            raise ValueError(f"at least {max(2, limit or 2)} pictures are needed, {self.name!r} has {len(self)}")
         self._check_sizes()
         self.size = next(iter(self._shapes))
 
@@ -95,7 +99,7 @@ class PictureSet:
         return len(self.rows)
 
     def without(self, positions: Collection[int]) -> "PictureSet":
-        """The same pictures but for those at these positions, counted from 0; the hash stays that of all."""
+        """The same pictures except those at these positions, counted from 0; the hash remains that of all."""
         found = copy.copy(self)
         kept = [i for i in range(len(self)) if i not in positions]
         found.rows, found.names = (tuple(values[i] for i in kept) for values in (self.rows, self.names))
@@ -106,12 +110,12 @@ class PictureSet:
         return torch.stack([self._fitted(row) for row in self.rows[start:stop]])
 
     def partners_of(self, names: Sequence[str], rows: Sequence[int], places: bool) -> tuple["PictureSet", Matching]:
-        """The partners of the pictures of another set, in their order, and how they were found, see `match`.
+        """The partners of the pictures of another set, in their order, and how they were matched, see `match`.
 
         Args:
             names: all of the other set.
             rows: those of them that are taken.
-            places: whether these names only say where a picture stands.
+            places: whether these names are only positions.
 
         Raises:
             ValueError: the sets do not pair, or pictures are left out on one side only; the message names pictures.
@@ -133,7 +137,7 @@ class PictureSet:
         return found, matching
 
     def _take(self, rows: Sequence[int], spread: bool, progress: ProgressBar) -> None:
-        """Read these rows, or so many of them as the limit says, and note what is there."""
+        """Read these rows, or as many of them as the limit allows, and record the result."""
         bad: dict[int, str] = {}
         while True:
             left = [row for row in rows if row not in bad]
@@ -195,23 +199,21 @@ def open_pictures(
 ) -> PictureSet:
     """The pictures of a folder or zip, or of an ADM `.npz`.
 
-    Of a folder or zip all files count that Pillow can open, in any layout, hidden ones left out. They come in natural
-    order: "2.png" precedes "10.png". Files that may be pictures, of another kind, are left out with a warning that
-    counts and names them. Each file is there once, whatever links lead to it.
+    In a folder or zip all files count that Pillow can open, in any layout, except hidden ones. They come in natural
+    order: "2.png" precedes "10.png". Files that may be pictures of another kind are left out with a warning that counts
+    and names them. Each file counts once, whatever links lead to it.
 
     Args and raises: as `PictureSet`; `ValueError` also for a source that is none of these.
     """
     path = Path(source)
-    npz = path.suffix.lower() == ".npz"
-    if npz:
+    if path.suffix.lower() == ".npz":
         pictures = read_pictures(path)
-        names = [f"arr_0[{i}]" for i in range(len(pictures))]
-        read: Callable[[int], Tensor] = pictures.__getitem__
+        names = tuple(f"arr_0[{i}]" for i in range(len(pictures)))
+        listed = Listed(path.name, names, pictures.__getitem__, places=True)
     else:
         files = open_files(path)
         rows = sorted(picture_rows(files), key=lambda row: natural_key(files.names[row]))
-        names = [files.names[row] for row in rows]
-        read = _reader(files, rows)
+        listed = Listed(path.name, tuple(files.names[row] for row in rows), _reader(files, rows))
         warn_of_left_out(str(path), left_out(files.names))
         if files.repeated:
             warnings.warn(
@@ -219,9 +221,7 @@ def open_pictures(
                 + few(files.repeated),
                 stacklevel=2,
             )
-    return PictureSet(
-        path.name, names, read, side=side, limit=limit, spread=spread, places=npz, skip_bad=skip_bad, progress=progress
-    )
+    return PictureSet(listed, side=side, limit=limit, spread=spread, skip_bad=skip_bad, progress=progress)
 
 
 def fit(picture: Tensor, side: int) -> Tensor:

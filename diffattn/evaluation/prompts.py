@@ -21,12 +21,12 @@ COLUMNS = ("prompt", "prompts", "text", "caption")  # in any case
 def load_prompts(source: str | Path, cache: str | Path | None = None) -> list[str]:
     """The prompts of a file, or of DrawBench.
 
-    A `.csv` or `.tsv` with a head has them in its column "prompt", "prompts", "text" or "caption"; any other file has
-    one on every line, read as by `diffattn.files.read_lines`. Empty ones are left out.
+    A `.csv` or `.tsv` with a header has them in its column "prompt", "prompts", "text" or "caption"; any other file has
+    one per line, read as by `diffattn.files.read_lines`. Empty ones are left out.
 
     Args:
         source: a file; or "drawbench" in any case, which is downloaded once, unless there is a file of that name.
-        cache: folder of what was downloaded; None: the hub's own.
+        cache: folder of downloads; None: the hub's own.
 
     Raises:
         ValueError: a file that cannot be read or has no prompts, a table without such a column, a hub that cannot be
@@ -54,7 +54,7 @@ def _column(path: Path) -> list[str]:
 
 
 def _drawbench(cache: str | Path | None) -> list[str]:
-    for local in (True, False):  # what is there needs no network
+    for local in (True, False):  # cached files need no network
         try:
             folder = snapshot_download(
                 DRAWBENCH_ID, repo_type="dataset", allow_patterns="*.csv", cache_dir=cache, local_files_only=local
@@ -67,5 +67,6 @@ def _drawbench(cache: str | Path | None) -> list[str]:
         if len(found) == DRAWBENCH_COUNT:
             return found
         why = f"{len(found)} prompts where {DRAWBENCH_COUNT} were expected"
-    raise ValueError(f"the prompts of DrawBench could not be had from the hub ({DRAWBENCH_ID}): {why}; give a file of "
-                     "them instead")  # fmt: skip
+    raise ValueError(
+        f"the prompts of DrawBench could not be downloaded from the hub ({DRAWBENCH_ID}): {why}; give a file of prompts"
+    )

@@ -1,4 +1,4 @@
-"""The scores of a set of generated pictures, and the protocol they were taken under. Only equal protocols compare."""
+"""The scores of a set of generated pictures, and their protocol. Only equal protocols can be compared."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -51,7 +51,7 @@ class Protocol:
         device: torch.device | str,
         options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """A protocol with what reference and extractor say of themselves, and the versions in use.
+        """A protocol with the properties of reference and extractor, and the versions in use.
 
         Raises:
             ValueError: the reference was made with another extractor.
@@ -97,7 +97,7 @@ class QualityResult:
         return f"FID-{p.num_pictures} ({p.extractor}, {p.reference})"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         return asdict(self)
 
     @classmethod

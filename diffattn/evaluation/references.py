@@ -32,14 +32,14 @@ class Source:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(H, W) of the pictures that it is, or was, made from; None if unknown."""
+        """(H, W) of the pictures that it is made from; None if unknown."""
         if self.pictures is not None:
             return self.pictures.size
         return None if self.stored is None else self.stored.size
 
     @property
     def count(self) -> int | None:
-        """The number of pictures that the statistics are of; None if unknown."""
+        """The number of pictures behind the statistics; None if unknown."""
         if self.stored is not None:
             return self.stored.statistics.count
         return None if self.pictures is None else len(self.pictures)
@@ -99,7 +99,7 @@ def open_reference(
         return Source(pictures.name, pictures.hash, pictures, None, None)
     stored = read_statistics(path, extractor.name, "", extractor.resize)
     if len(stored.statistics.mean) != extractor.num_features:
-        raise ValueError(f"{str(path)!r} holds statistics of {len(stored.statistics.mean)} features, and extractor "
+        raise ValueError(f"{str(path)!r} contains statistics of {len(stored.statistics.mean)} features, and extractor "
                          f"{extractor.name!r} has {extractor.num_features}")  # fmt: skip
     return Source(stored.name, stored.hash, pictures, stored, read_spatial_statistics(path))
 
@@ -124,7 +124,7 @@ def make_reference(
 def _of_pictures(
     pictures: PictureSet, extractor: FeatureExtractor, found: Mapping[str, Tensor]
 ) -> tuple[Reference, Statistics | None]:
-    """From the values of `measure_features`."""
+    """The reference made from the values of `measure_features`."""
     labels = (pictures.name, pictures.hash, extractor.name, extractor.hash, extractor.resize)
     reference = Reference(*labels, Statistics.of(found["pooled"]), found["pooled"], pictures.size)
     return reference, Statistics.of(found["spatial"]) if "spatial" in found else None

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: its protocol, what is done so far, and which process does what.
+"""The folder of an evaluation: its protocol, the work done so far, and how processes share it.
 
 Work is cut into fixed chunks; process r of W takes the chunks r, r + W, … and writes each file whole. A killed run can
 therefore be resumed, and several processes that share the folder arrive at the same result as one.
@@ -19,7 +19,7 @@ from diffattn.files import read_json, write_json, write_whole
 
 RUN = "run.json"
 DECISIONS = "decisions.json"
-"""What the acceleration decided by the clock, which a resumed run follows."""
+"""The acceleration's decisions by timing, which a resumed run follows."""
 
 DONE = ("*/[0-9]*.png", "*/[0-9]*.safetensors")
 
@@ -44,14 +44,14 @@ def processes(device: torch.device) -> tuple[Processes, torch.device]:
         return Processes(), device
     from accelerate import PartialState
 
-    # A process that is done waits for the others however long they take: an interrupt leaves uneven shares.
+    # A finished process waits for the others however long they take: an interrupt leaves uneven shares.
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
     place = device if state.device is None else state.device
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone), place
 
 
 class RunFolder:
-    """Where an evaluation keeps its pictures and features.
+    """The folder in which an evaluation keeps its pictures and features.
 
     Attributes:
         path: the folder.
@@ -59,7 +59,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, protocol: Mapping[str, Any], among: Processes) -> None:
-        """Resume the run in the folder, or begin one where nothing is done yet.
+        """Resume the run in the folder, or start one if it is empty.
 
         Raises:
             ValueError: the folder holds a run under another protocol; all fields that differ are named.
@@ -71,7 +71,7 @@ class RunFolder:
             pairs = {key: (stored.get(key), protocol.get(key)) for key in keys}
             wrong = "; ".join(f"{key}: {was!r}, now {now!r}" for key, (was, now) in pairs.items() if was != now)
             if wrong:
-                raise ValueError(f"{str(path)!r} holds a run under another protocol: {wrong}; choose another folder")
+                raise ValueError(f"{str(path)!r} contains a run under another protocol: {wrong}; choose another folder")
         among.wait()
         if among.is_main and stored is None:
             write_json(self.path / RUN, protocol)
@@ -87,7 +87,7 @@ class RunFolder:
         return read_json(path) if path.is_file() else {}
 
     def add_decisions(self, made: Mapping[str, bool]) -> None:
-        """Keep decisions, unless there are others for the same kinds of calls."""
+        """Store decisions, except for kinds of calls that already have one."""
         stored = self.decisions()
         if made.keys() - stored.keys():
             write_json(self.path / DECISIONS, {**made, **stored})

@@ -41,7 +41,7 @@ class Scored:
         self.options: dict[str, Any] = {"size": f"{pictures.size[1]}x{pictures.size[0]}"}
 
     def against_reference(self, source: Source, extractor: FeatureExtractor, seed: int) -> None:
-        """The whole set: FID and what else pictures and reference allow; the seed is of the draws of KID and FID∞."""
+        """Score the whole set: FID, and what else pictures and reference allow; `seed` is of the draws."""
         reference, spatial = source.measured(extractor, self.run, self.progress)
         measure = measure_features(self.pictures, extractor)
         features = in_chunks(self.run, "features", len(self.pictures), measure, self.progress)
@@ -55,7 +55,7 @@ class Scored:
             self.details[WITHOUT_GROUP] = changes
 
     def against_prompts(self, networks: Networks, prompts: Sequence[str]) -> None:
-        """Each picture and its prompt."""
+        """Score each picture against its prompt."""
         for name, network in networks.of_prompts.items():
             measure = measure_prompts(self.pictures, prompts, name, network)
             found = in_chunks(self.run, name, len(self.pictures), measure, self.progress)
@@ -63,7 +63,7 @@ class Scored:
             self._note(found)
 
     def in_pairs(self, exact: PictureSet, networks: Networks) -> None:
-        """Each picture and its partner."""
+        """Score each picture against its partner."""
         measure = measure_pairs(self.pictures, exact, networks)
         found = in_chunks(self.run, "pairs", len(self.pictures), measure, self.progress)
         more, self.details["pairs"] = pair_scores(found)

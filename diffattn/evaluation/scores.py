@@ -1,4 +1,4 @@
-"""From pictures to scores, in chunks kept in the run's folder, so that every step can be shared and resumed.
+"""Computes scores of pictures in chunks kept in the run's folder, so that every step can be shared and resumed.
 
 Shapes: N pictures in all, b in a chunk; d pooled features, s spatial ones.
 """
@@ -25,7 +25,7 @@ Measure = Callable[[int, int], Mapping[str, Tensor]]
 
 
 def in_chunks(run: RunFolder, kind: str, total: int, measure: Measure, progress: ProgressBar) -> dict[str, Tensor]:
-    """Measure this process's share of what is missing, wait for the others, and gather the values of all pictures."""
+    """Measure this process's share of the missing chunks, wait for the others, and gather all pictures' values."""
     shares = list(run.mine(total, CHUNK))
     with progress(kind, len(shares)) as advance:
         for number, start, stop in shares:
@@ -49,7 +49,7 @@ def measure_features(pictures: PictureSet, extractor: FeatureExtractor) -> Measu
 def measure_prompts(
     pictures: PictureSet, prompts: Sequence[str], score: str, network: Callable[[Tensor, Sequence[str]], Tensor]
 ) -> Measure:
-    """Values `score`; picture i of all, the unreadable ones too, has the prompt i modulo their number."""
+    """Values `score`; picture i of all, including unreadable ones, has the prompt i modulo their number."""
 
     def measure(start: int, stop: int) -> dict[str, Tensor]:
         words = [str(prompts[row % len(prompts)]) for row in pictures.rows[start:stop]]
@@ -103,9 +103,9 @@ def set_scores(
 
 
 def pair_scores(found: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Means over the pairs, and spread and least for the details.
+    """Means over the pairs, and spread and minimum for the details.
 
-    An infinite PSNR (an identical pair) or none at all (no foreground) enters no mean; "pairs" counts those that do.
+    An infinite PSNR (an identical pair) or an undefined one (no foreground) enters no mean; "pairs" counts the others.
     """
     scores, details = {}, {}
     for name, values in found.items():

@@ -50,7 +50,7 @@ def draw_classes(
     """Pictures [b, 3, H, W] uint8 and their classes [b], batch by batch; only those `chosen`, if it is given.
 
     Raises:
-        NotFinite: a picture came out NaN or infinite.
+        NotFinite: a picture is NaN or infinite.
     """
     classes = pipe.transformer.config["num_classes"]
     settings = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
@@ -74,10 +74,10 @@ def sit_quality(
     subject: str,
     on_batch: Callable[[int], None] | None = None,
 ) -> QualityResult:
-    """Scores of the pipeline in its present state, patched or not.
+    """Scores of the pipeline in its current state, patched or not.
 
-    "accuracy" is among them where the extractor is a classifier of as many classes as the pipeline draws: the share
-    of pictures that it takes for the class they were drawn for.
+    If the extractor is a classifier of as many classes as the pipeline draws, "accuracy" is among them: the share of
+    pictures that it recognises as the class they were drawn for.
 
     Raises:
         ValueError: a picture that is NaN or infinite; see `features_of`, `quality` and `Protocol.of`.

@@ -1,4 +1,4 @@
-"""What a result holds so that another can be told from it: values of every picture, figures without some of them.
+"""Details of a result that allow intervals of differences: values of every picture, and figures without some of them.
 
 Both are details of a `QualityResult`, as JSON types; `diffattn.evaluation.differences` reads them.
 
@@ -20,7 +20,7 @@ PER_PICTURE = "per_picture"
 """Detail: score -> its value for every picture, None where it is infinite or unknown; and `NUMBER`."""
 
 NUMBER = "number"
-"""Which picture each value is of: its place among all, counted from 0."""
+"""The picture of each value: its index among all, counted from 0."""
 
 WITHOUT_GROUP = "without_group"
 """Detail: score -> how much it changes when each of the groups is left out."""
@@ -62,5 +62,5 @@ def without_group(
 
 
 def _rounded(x: float) -> float | None:
-    """With the digits that float32 has; None if it is not finite."""
+    """A value rounded to the precision of float32; None if it is not finite."""
     return float(f"{x:.7g}") if abs(x) < float("inf") else None

@@ -20,7 +20,7 @@ from diffattn.files import write_whole
 
 SHEET = "worst_pairs.png"
 RANKING = {"lpips": -1, "dino_i": 1, "clip_i": 1, "foreground_psnr": 1, "psnr": 1}
-"""What decides which pair is worse, the first that was measured -> 1 where lower is worse, -1 where higher is."""
+"""Scores that rank pairs, of which the first that was measured counts -> 1 where lower is worse, -1 where higher is."""
 
 NAMES = {"lpips": "LPIPS", "dino_i": "DINO-I", "clip_i": "CLIP-I", "foreground_psnr": "foreground PSNR", "psnr": "PSNR"}
 SIDES = 160, 384  # pixels of a picture's longer side on the sheet, least and most
@@ -28,7 +28,7 @@ SIDES = 160, 384  # pixels of a picture's longer side on the sheet, least and mo
 
 @dataclass(frozen=True)
 class WorstPairs:
-    """Positions in the set of the worst pairs, the worst first, and of the pair in the middle of all."""
+    """Positions in the set of the worst pairs, the worst first, and of the median pair."""
 
     by: str
     values: Tensor  # [N], of the score `by`
@@ -39,7 +39,7 @@ class WorstPairs:
     def of(cls, values: Mapping[str, Tensor], count: int) -> "WorstPairs":
         """The `count` worst by the first score of `RANKING` among the values [N].
 
-        PSNR stands in for a foreground PSNR that is NaN, since a white picture without foreground may be painted over.
+        PSNR replaces a foreground PSNR that is NaN, since a white picture without foreground may be painted over.
         """
         by = next(name for name in RANKING if name in values)
         found = values[by].double()
@@ -58,10 +58,10 @@ class WorstPairs:
     def sheet(
         self, pictures: PictureSet, exact: PictureSet, titles: Sequence[str], columns: tuple[str, str]
     ) -> Image.Image:
-        """Rows: the worst pairs, then the one in the middle. Columns: the partner, the picture, their difference.
+        """Rows: the worst pairs, then the median one. Columns: the partner, the picture, their difference.
 
-        The one in the middle is left out where it is among the worst. All differences are amplified by one factor.
-        Pictures are made smaller or larger to be seen, see `SIDES`.
+        The median pair is omitted if it is among the worst. All differences are amplified by the same factor. Pictures
+        are scaled to be visible, see `SIDES`.
 
         Args:
             pictures, exact: of one size.
@@ -73,14 +73,14 @@ class WorstPairs:
         difference, factor = amplified(mine, partners)
         heads = [f"{titles[i]}: {self.figure(i)}" for i in rows]
         if self.middle not in self.worst:
-            heads[-1] = f"in the middle of all {len(self.values)} pairs: {heads[-1]}"
+            heads[-1] = f"median of {len(self.values)} pairs: {heads[-1]}"
         shown = zip(*(map(_fitted, to_pictures(x)) for x in (partners, mine, difference)), strict=True)
         return comparison_sheet(
             list(zip(heads, shown, strict=True)), [*columns, f"difference, x{factor}" if factor > 1 else "difference"]
         )
 
     def details(self, numbers: Sequence[int], titles: Sequence[str]) -> dict[str, Any]:
-        """As JSON types; numbers [N] of the pictures, counted from 0."""
+        """The pairs as JSON types; numbers [N] of the pictures, counted from 0."""
 
         def pair(position: int) -> dict[str, Any]:
             value = self.values[position].item()
@@ -96,7 +96,7 @@ def save_sheet(sheet: Image.Image, folder: Path) -> None:
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """The same within `SIDES`: small ones by a whole factor, whose pixels stay sharp."""
+    """Scale a picture to within `SIDES`; small ones by a whole factor, so that pixels stay sharp."""
     least, most = SIDES
     width, height = picture.size
     side = max(width, height)

@@ -1,8 +1,8 @@
 """Landmark attention over the calls of one layer: calibrate, then coast.
 
 How strongly the correction is damped (λ), how far it is trusted (γ) and which heads must run exact change slowly from
-step to step. `calibrate` finds them, `coast` uses them again, with half of the operations. See `landmark_attention` for
-the equations; results of `calibrate` are the same up to rounding.
+step to step. `calibrate` determines them, `coast` reuses them, with half of the operations. See `landmark_attention`
+for the equations; the results of `calibrate` are the same up to rounding.
 
 Shapes: B batch, H heads, h some heads of some samples, N image tokens, M keys, n landmarks, c other tokens among them,
 p probes, D channels per head.
@@ -16,44 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, damp, probe_tokens
+from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, Tokens, damp, probe_tokens
 from diffattn.functional.masks import MASKED
 
 LEAST_DAMPING = 1e-6
-"""The smallest `damping` that keeps matrices positive definite in products of fp32, so that coasting need not look."""
+"""The smallest `damping` that keeps matrices positive definite in products of fp32, so that coasting need not check."""
 
 TINY = 1e-12
 
 HELD = 2
-"""Matrices [n, n] of a head that are held at a time."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One call of a layer.
-
-    Attributes:
-        q: queries of the image tokens [B, H, N, D].
-        k, v: keys and values of all tokens [B, H, M, D].
-        query_landmarks, key_landmarks: Q̃ and K̃ [B, H, n, D], the c other tokens last.
-        num_context: c.
-        key_mask: boolean (True: attended to) or additive, broadcast to [B, H, 1, M].
-        landmark_mask: additive, broadcast to [B, H, 1, n].
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    query_landmarks: Tensor
-    key_landmarks: Tensor
-    num_context: int = 0
-    key_mask: Tensor | None = None
-    landmark_mask: Tensor | None = None
+"""Matrices [n, n] of a head that are held at once."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What later calls use again.
+    """What later calls reuse.
 
     Attributes:
         sharpness: λ / damping [B·H].
@@ -89,7 +66,7 @@ def _error(gamma: float, xx: float, xy: float, y: float, size: float, failed: fl
 
 
 def calibrate(tokens: Tokens, damping: float, guarded: bool = False) -> tuple[Tensor, Tensor, Calibration]:
-    """→ the output of the image tokens [B, H, N, D] and of the others [B, H, c, D], and what later calls use again.
+    """The output of the image tokens [B, H, N, D] and of the others [B, H, c, D], and what later calls reuse.
 
     Args:
         tokens: the call.
@@ -108,7 +85,7 @@ def calibrate(tokens: Tokens, damping: float, guarded: bool = False) -> tuple[Te
 
 
 def coast(tokens: Tokens, damping: float, known: Calibration) -> tuple[Tensor, Tensor]:
-    """→ as `calibrate`, with what an earlier call on tensors of the same shapes found."""
+    """The same as `calibrate`, with what an earlier call on tensors of the same shapes determined."""
     asked = tokens.query_landmarks
     gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
     with torch.autocast(gathered.device.type, enabled=False):
@@ -124,7 +101,7 @@ class Part:
         asked, key_landmarks: [h, n or n + p, D] and [h, n, D], in fp32.
         gathered: what `asked` gathered [h, n or n + p, D], in fp32.
         mask: additive, of landmarks, in fp32 [h, 1, n].
-        heads: their places among all.
+        heads: their indices among all heads.
     """
 
     asked: Tensor
@@ -149,7 +126,7 @@ def _parts(asked: Tensor, tokens: Tokens, gathered: Tensor) -> list[Part]:
     """All heads of all samples, in several parts where their matrices would take more memory than the queries."""
     heads, n = asked.shape[0] * asked.shape[1], tokens.key_landmarks.shape[-2]
     at_once = heads
-    if not torch.compiler.is_compiling():  # which would compile every number of parts anew
+    if not torch.compiler.is_compiling():  # which would recompile for every number of parts
         matrices = HELD * asked.shape[-2] * n * torch.finfo(torch.float32).bits // 8
         at_once = min(max(tokens.q.numel() * tokens.q.element_size() // matrices, 1), heads)
     mask = tokens.landmark_mask
@@ -168,7 +145,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _calibrated(part: Part, damping: float, guarded: bool) -> tuple[Tensor, ...]:
-    """→ m + γ Z [h, n, D], λ / damping, γ, and the sizes of a `Calibration`, of some heads."""
+    """m + γ Z [h, n, D], λ / damping, γ, and the sizes of a `Calibration`, of some heads."""
     exact, kept, n = part.gathered, part.kept, part.key_landmarks.shape[-2]
     logits, w = part.weights()
     probes, w = w[:, n:].clone(), w[:, :n] if kept is None else w[:, :n] * kept.mT
@@ -192,7 +169,7 @@ def _calibrated(part: Part, damping: float, guarded: bool) -> tuple[Tensor, ...]
 
 
 def _coasted(part: Part, damping: float, known: Calibration) -> Tensor:
-    """→ m + γ Z [h, n, D] of some heads."""
+    """m + γ Z [h, n, D] of some heads."""
     kept, w = part.kept, part.weights()[1]
     w = w if kept is None else w * kept.mT
     mean = _mean(part.gathered, kept)
@@ -227,7 +204,7 @@ def _sharpness(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None) -
 
 
 def _broadcast(tokens: Tokens, gathered: Tensor, corrected: Tensor) -> tuple[Tensor, Tensor]:
-    """From n corrected values [B·H, n, D] to the image tokens; the others have their exact answers."""
+    """Broadcast n corrected values [B·H, n, D] to the image tokens; the others have their exact answers."""
     # Solutions lie column by column in memory; fused attention needs channels side by side.
     values = corrected.unflatten(0, gathered.shape[:2]).to(gathered.dtype).contiguous()
     out = scaled_dot_product_attention(tokens.q, tokens.key_landmarks, values, attn_mask=tokens.landmark_mask)

@@ -1,8 +1,8 @@
 """Attention of every query to fewer keys and values (Smith et al., "ToDo: Token Downsampling for Efficient Generation
 of High-Resolution Images", 2024, arXiv 2402.13573).
 
-Shapes: B batch, H heads, N tokens of a grid in row-major order, n cells of that grid, c tokens without a place on it,
-M = N + c keys, D channels per head, f the factor.
+Shapes: B batch, H heads, N tokens of a grid in row-major order, n cells of that grid, c tokens off it, M = N + c keys,
+D channels per head, f the factor.
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ def downsampled_attention(
 
         O = softmax(s·Q K̃ᵀ + b) Ṽ,   s = D^(-1/2), K̃ and Ṽ: K and V at every f-th row and column
 
-    Keys after the N of the grid, such as those of text, are all kept. One key of the grid then stands for its whole
-    cell beside keys that stand for themselves, so b is the logarithm of the number of tokens in the cell: without it,
-    text would weigh up to f² times too much. Where all keys are on the grid, b is left out, as published: it would be
-    the same for all cells, but for smaller ones at the far edges of a grid that f does not divide.
+    Keys after the N of the grid, such as those of text, are all kept. A key of the grid then represents its whole cell,
+    other keys only themselves, so b is the logarithm of the number of tokens in the cell: without it, text would weigh
+    up to f² times too much. Where all keys are on the grid, b is left out, as published: it would be the same for all
+    cells except smaller ones at the far edges of a grid that f does not divide.
 
     The cost is O(N²·D / f²) instead of O(N²·D).
 
@@ -45,8 +45,8 @@ def downsampled_attention(
         k, v: keys and values [B, H, N + c, D], first those of the grid, row-major.
         grid: (rows, columns), or (frames, rows, columns) of a video, in which frames stay apart.
         factor: f, 1 or more; 1 is exact attention.
-        pooled: whether K̃ and Ṽ are means over the cells, instead of their first tokens. Means of keys that carry their
-            place as a rotation are not the key of any place.
+        pooled: whether K̃ and Ṽ are means over the cells, instead of their first tokens. The mean of keys that carry
+            their position as a rotation is not the key of any position.
         key_mask: boolean (True: attended to) or additive, broadcast to [B, H, 1, N + c]. It is reduced as keys are.
 
     Returns:
@@ -74,7 +74,7 @@ def attend_to_cells(
         q: queries [B, H, any number, D].
         k, v: keys and values [B, H, M, D].
         cells: how tokens on grids are reduced.
-        split: tells them from the others.
+        split: separates the tokens on grids from the others.
         key_mask: as in `downsampled_attention`, [B or 1, H or 1, 1, M].
     """
     bias = None if key_mask is None else cells.reduce(*split(additive_mask(key_mask, q.dtype).mT)).mT
@@ -131,7 +131,7 @@ class Cells:
         return torch.cat((*fewer, others), dim=2)
 
     def log_sizes(self, like: Tensor) -> Tensor:
-        """Logarithms of the tokens that each is left for [n], in the dtype and on the device of a tensor."""
+        """Logarithms of the number of tokens that each represents [n], in the dtype and on the device of a tensor."""
         return torch.cat([cell_sizes(grid, self.factor, like.device) for grid in self.grids]).to(like.dtype).log()
 
 

@@ -6,6 +6,8 @@ damped inverse per head in place of a fixed number of Newton-Schulz steps, and a
 Shapes: B batch, H heads, N query tokens, M key tokens, n landmarks, p probes, D channels per head.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,13 +17,13 @@ from diffattn.functional.masks import MASKED
 MAX_DAMPING = 1e-3
 PROBES = 8  # queries whose exact answer is computed beside the landmarks'
 TRUSTED = 0.8  # a correction that fits the probes this well is used in full
-GOLDEN = 0.618034  # places probes evenly in both directions of any grid
+GOLDEN = 0.618034  # spreads probes evenly in both directions of any grid
 
 
 def landmark_attention(
     q: Tensor, k: Tensor, v: Tensor, query_landmarks: Tensor, key_landmarks: Tensor, *, damping: float = 1e-5
 ) -> Tensor:
-    """Gather at landmarks, undo their overlap, broadcast to every query.
+    """Gather at landmarks, undo their overlap, and broadcast to every query.
 
         V_A = softmax(s·Q̃ Kᵀ) V                     aggregate, s = D^(-1/2); m = mean of V_A over the landmarks
         Z   = (WᵀW + λ I)⁻¹ Wᵀ (V_A - m)             correct, W = softmax(s·Q̃ K̃ᵀ)
@@ -68,46 +70,55 @@ def landmark_attention_and_error(
     if query_landmarks.shape != key_landmarks.shape:
         shapes = f"{list(query_landmarks.shape)} and {list(key_landmarks.shape)}"
         raise ValueError(f"query and key landmarks must have the same shape, got {shapes}")
-    out, _, error = landmark_attention_with_context(q, k, v, query_landmarks, key_landmarks, damping, 0)
+    out, _, error = landmark_attention_with_context(Tokens(q, k, v, query_landmarks, key_landmarks), damping)
     return out, error
 
 
-def landmark_attention_with_context(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_landmarks: Tensor,
-    key_landmarks: Tensor,
-    damping: float,
-    num_context: int,
-    key_mask: Tensor | None = None,
-    landmark_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`landmark_attention` of image tokens beside others that have no place among them (text, registers).
+@dataclass(frozen=True)
+class Tokens:
+    """One call of a layer: its image tokens, and c others that have no position among them (text, registers).
+
+    Attributes:
+        q: queries of the image tokens [B, H, N, D].
+        k, v: keys and values of all tokens [B, H, M, D].
+        query_landmarks: Q̃ [B, H, n, D], of sampled image tokens and then of all c other tokens.
+        key_landmarks: K̃ [B, H, n, D], of the keys at the same places.
+        num_context: c.
+        key_mask: boolean (True: attended to) or additive, broadcast to [B, H, 1, M].
+        landmark_mask: additive, for K̃, broadcast to [B, H, 1, n].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_landmarks: Tensor
+    key_landmarks: Tensor
+    num_context: int = 0
+    key_mask: Tensor | None = None
+    landmark_mask: Tensor | None = None
+
+
+def landmark_attention_with_context(tokens: Tokens, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`landmark_attention` of image tokens beside others.
 
     The others are landmarks themselves: their keys are never dropped, and the gather step already has their exact
     answers.
 
     Args:
-        q: queries of the image tokens [B, H, N, D].
-        k, v: keys and values of all tokens [B, H, M, D].
-        query_landmarks: Q̃ [B, H, n + c, D], of sampled image tokens and then of all c other tokens.
-        key_landmarks: K̃ [B, H, n + c, D], of the keys at the same places.
+        tokens: of the call.
         damping: as in `landmark_attention`.
-        num_context: c.
-        key_mask: boolean (True: attended to) or additive, broadcast to [B, H, 1, M].
-        landmark_mask: the same for K̃, broadcast to [B, H, 1, n + c].
 
     Returns:
         The output of the image tokens [B, H, N, D], of the others [B, H, c, D], and the error of each head [B, H].
     """
-    asked = torch.cat((query_landmarks, *probe_tokens(q)), dim=-2)  # [B, H, n + c + p, D]
-    gathered = scaled_dot_product_attention(asked, k, v, attn_mask=key_mask)
-    corrected, error = correct(asked, key_landmarks, gathered, damping, landmark_mask)
+    landmarks = tokens.key_landmarks
+    asked = torch.cat((tokens.query_landmarks, *probe_tokens(tokens.q)), dim=-2)  # [B, H, n + p, D]
+    gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
+    corrected, error = correct(asked, landmarks, gathered, damping, tokens.landmark_mask)
     assert error is not None  # there are probes
-    out = scaled_dot_product_attention(q, key_landmarks, corrected, attn_mask=landmark_mask)
-    end = key_landmarks.shape[-2]
-    return out, gathered[..., end - num_context : end, :], error
+    out = scaled_dot_product_attention(tokens.q, landmarks, corrected, attn_mask=tokens.landmark_mask)
+    end = landmarks.shape[-2]
+    return out, gathered[..., end - tokens.num_context : end, :], error
 
 
 Heads = tuple[Tensor, Tensor]
@@ -130,7 +141,7 @@ def exact_where_missed(
         error: of each head [B, H]; NaN counts as above any limit.
         q, k, v: as in `landmark_attention`.
         max_error: the limit.
-        key_mask: as in `landmark_attention_with_context`.
+        key_mask: as in `Tokens`.
 
     Returns:
         [B, H, N, D], and the number of heads recomputed over all samples, at a cost of O(N·M·D) each.
@@ -169,7 +180,7 @@ def correct(
         key_landmarks: K̃ [B, H, n, D].
         gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
         damping: as in `landmark_attention`.
-        landmark_mask: additive, broadcast to [B, H, 1, n]. A masked landmark is no key, and has no part in the
+        landmark_mask: additive, broadcast to [B, H, 1, n]. A masked landmark is not a key and takes no part in the
             correction, so that the result does not depend on padding.
     """
     n = key_landmarks.shape[-2]

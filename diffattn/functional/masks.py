@@ -1,10 +1,10 @@
-"""Masks over keys, as what is added to logits."""
+"""Masks over keys, as numbers that are added to logits."""
 
 import torch
 from torch import Tensor
 
 MASKED = -1e4
-"""What a mask adds to the logits of keys that take no part, at most: a softmax over such keys alone stays finite."""
+"""The least that a mask adds to logits, for masked keys: a softmax over such keys alone stays finite."""
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention within the tiles of a grid (HyperTile, 2023, https://github.com/tfernd/HyperTile).
 
 Shapes: B batch, H heads, N tokens of a grid of F frames (1 of a picture), h rows and w columns in row-major order, c
-tokens without a place on it, M = N + c keys, D channels per head.
+tokens without a position on it, M = N + c keys, D channels per head.
 """
 
 from math import prod
@@ -25,21 +25,21 @@ def tiled_attention(
     *,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention in which a token of the grid sees the tokens of its own tile, and all that have no place on the grid.
+    """Attention in which a token of the grid sees the tokens of its own tile, and all those off the grid.
 
         O_i = softmax(s·q_i K_Tᵀ) V_T,   s = D^(-1/2), T: the tile of token i, and keys after those of the grid
 
-    Rows and columns are divided as evenly as they can be: where they do not divide, some tiles have one row or column
-    more than others. Tiles do not overlap, and nothing is padded. In a video a tile reaches through all frames.
+    Rows and columns are divided as evenly as possible: some tiles may have one row or column more than others. Tiles do
+    not overlap, and nothing is padded. In a video a tile reaches through all frames.
 
-    With a tile in place of the picture the cost is O(N²·D / t²) for t x t tiles instead of O(N²·D).
+    The cost is O(N²·D / t²) for t x t tiles instead of O(N²·D).
 
     Args:
         q: queries of the grid's tokens [B, H, N, D], row-major.
         k, v: keys and values [B, H, N + c, D], first those of the grid.
         grid: (rows, columns), or (frames, rows, columns) of a video.
-        tiles: how many along the rows and along the columns, 1 or more; numbers above those of rows or columns count as
-            these. (1, 1) is exact attention.
+        tiles: how many along the rows and along the columns, 1 or more; at most the number of rows and of columns is
+            used. (1, 1) is exact attention.
         key_mask: boolean (True: attended to) or additive, broadcast to [B, H, 1, N + c].
 
     Returns:
@@ -68,7 +68,7 @@ def attend_in_tiles(
     split: Split,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """`tiled_attention` with keys in any order; `split` tells those of the grid from the others.
+    """`tiled_attention` with keys in any order; `split` separates those of the grid from the others.
 
     Args:
         key_mask: as in `tiled_attention`, [B or 1, H or 1, 1, M].
@@ -90,7 +90,7 @@ def attend_in_tiles(
 
 
 def runs_of_tiles(length: int, tiles: int) -> list[tuple[int, int, int]]:
-    """Tiles along an axis, as even as they can be: (first token, number of tiles, tokens of each), the larger first."""
+    """Tiles along an axis, as even as possible: (first token, number of tiles, tokens of each), the larger first."""
     tiles = min(tiles, length)
     size, larger = length // tiles, length % tiles
     runs = [(0, larger, size + 1), (larger * (size + 1), tiles - larger, size)]
@@ -98,8 +98,8 @@ def runs_of_tiles(length: int, tiles: int) -> list[tuple[int, int, int]]:
 
 
 def _attend_in_equal_tiles(block: list[Tensor], others: list[Tensor], rows: int, columns: int) -> Tensor:
-    """q, k, v and perhaps a mask of a part of the grid [B, H, F, h', w', D], those of the keys without a place
-    [B, H, c, D] -> the output of that part [B, H, F, h', w', D]."""
+    """The output of a part of the grid [B, H, F, h', w', D], from its q, k, v and perhaps mask, and those of the keys
+    off the grid [B, H, c, D]."""
     shape = (block[0].shape[2], block[0].shape[3] // rows, block[0].shape[4] // columns)
     q, *keys = (_cut(x, rows, columns) for x in block)
     if not guard_or_false(others[0].shape[2] == 0):

@@ -18,7 +18,7 @@ from diffattn.functional.checks import check_grid
 Grid = tuple[int, ...]
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""[B, H, M, D] -> the tokens with a place on a grid [B, H, N, D], and those without [B, H, c, D]."""
+"""[B, H, M, D] -> the tokens with a position on a grid [B, H, N, D], and those without [B, H, c, D]."""
 
 
 def coarser_grid(grid: Grid, num_tokens: int) -> Grid:
@@ -82,8 +82,8 @@ def pool_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
 
 
 def pick_tokens(x: Tensor, grid: Grid, num_tokens: int) -> Tensor:
-    """One token near the middle of every cell of a coarser grid, unchanged, so that a rotation that tells its place
-    stays whole; `sample_tokens` averages four.
+    """One token near the middle of every cell of a coarser grid, unchanged, so that a rotation that encodes its
+    position stays intact; `sample_tokens` averages four.
 
     Args:
         x: tokens [B, H, N, D], row-major on `grid`.
@@ -143,8 +143,8 @@ def sample_tokens(x: Tensor, grid: tuple[int, int], num_tokens: int) -> Tensor:
 
 
 def _mean_of_few(x: Tensor) -> Tensor:
-    """[B, H, r, 1 or 2, c, 1 or 2, D] -> [B, H, r, c, D]. One operation; on a CPU, whose reductions over so few are
-    slow, two that take a twentieth of the time."""
+    """[B, H, r, 1 or 2, c, 1 or 2, D] -> [B, H, r, c, D]. A single operation, but on a CPU, whose reductions over so
+    few elements are slow, two that take a twentieth of the time."""
     if x.device.type != "cpu":
         return x.mean(dim=(3, 5))
     x = torch.lerp(x[:, :, :, 0], x[:, :, :, 1], 0.5) if x.shape[3] > 1 else x[:, :, :, 0]
@@ -208,7 +208,7 @@ def match_tokens(
     """Pair every token with its most similar destination; one destination per full stride×stride cell.
 
     Args:
-        metric: the tensor on which cosine similarity is measured [B, N, C]. An all-zero token is similar to none.
+        metric: the tensor on which cosine similarity is measured [B, N, C]. An all-zero token has no similarity.
         grid: (h, w) with h·w = N.
         stride: (sy, sx), the size of a cell.
         generator: draws the destination inside each cell; without one it is the cell's top-left token.

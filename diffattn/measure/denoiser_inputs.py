@@ -1,4 +1,4 @@
-"""Made-up arguments of one denoiser call: how long it takes does not depend on their values.
+"""Synthetic arguments of one denoiser call, whose duration does not depend on their values.
 
 Shapes: B batch, c channels, h rows and w columns of the latents (of the pixels where there is no VAE).
 """
@@ -26,7 +26,7 @@ def make_denoiser_inputs(model: nn.Module, height: int, width: int, batch: int, 
         frames: of a video's latents.
 
     Raises:
-        ValueError: a class that is not known here, or a condition that it takes; the message names it.
+        ValueError: a class that is not known here, or one of its conditions; the message names it.
     """
     if isinstance(model, DiT):
         return _dit(model, height, width, batch)

@@ -1,8 +1,7 @@
 """Floating-point operations, counted by `torch.utils.flop_counter`: products, convolutions and attention.
 
-A multiply-add counts two, a real Fourier transform of n values 2.5·n·log₂ n; norms, softmaxes, activations and sums
-do not count. (The "GFLOPs" of the DiT, SiT and
-mediator papers are multiply-adds: half of these.)
+A multiply-add counts as two, a real Fourier transform of n values as 2.5·n·log₂ n; norms, softmaxes, activations and
+sums do not count. (The "GFLOPs" of the DiT, SiT and mediator papers are multiply-adds: half of these.)
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from diffattn.models.config import token_grid
 def count_gflops(call: Callable[[], Any]) -> float:
     """GFLOPs of a call; cheapest with everything on the meta device, where nothing is computed.
 
-    Attention goes through matrix products within, since torch does not count its fused CPU kernel.
+    Within the call, attention runs as matrix products, since torch does not count its fused CPU kernel.
     """
     aten = torch.ops.aten
     formulas = {
@@ -38,8 +37,9 @@ def count_gflops(call: Callable[[], Any]) -> float:
 def _convolution_backward(
     grad_shape: list[int], x_shape: list[int], weight_shape: list[int], *rest: Any, **kwargs: Any
 ) -> int:
-    """As much as the forward pass for each gradient; torch's own formula takes a depth-wise convolution for a full
-    one. `rest`: bias sizes, stride, padding, dilation, transposed, output padding, groups, which gradients."""
+    """Count each gradient like the forward pass; torch's own formula mistakes a depth-wise convolution for a full one.
+
+    `rest`: bias sizes, stride, padding, dilation, transposed, output padding, groups, which gradients."""
     transposed, (of_x, of_weight, _) = rest[4], rest[7]
     return (of_x + of_weight) * conv_flop_count(x_shape, weight_shape, grad_shape, transposed)
 
@@ -58,11 +58,11 @@ def _inverse_real_transform(shape: list[int], dims: list[int], norm: int, last: 
 def forward_gflops(
     model: DiT, num_mediators: int | None = None, sample_size: int | Sequence[int] | None = None
 ) -> float:
-    """GFLOPs of one forward pass of one sample, as the configuration has it: patches of the model do not count.
+    """GFLOPs of one forward pass of one sample, according to the configuration: patches of the model do not count.
 
     Args:
         model: the backbone, on any device; it is left as it is.
-        num_mediators: n, as in `DiT.set_num_mediators`; None: the present one.
+        num_mediators: n, as in `DiT.set_num_mediators`; None: the current one.
         sample_size: height and width of the sample, or one number for both; None: the model's own.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Honest timing: variants take turns, round after round, and every ratio compares times of one round.
+"""Fair timing: variants take turns, round after round, and every ratio compares times of one round.
 
-Machines drift and neighbours make noise, but the times within one round are taken under the same conditions.
+Machines drift and share their load, but the times within one round are taken under the same conditions.
 """
 
 import time
@@ -28,7 +28,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Of at least one value; quartiles are interpolated between values."""
+        """The spread of at least one value; quartiles are interpolated between values."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         q25, _, q75 = quantiles(values, n=4, method="inclusive")
@@ -65,10 +65,10 @@ class Timings:
         return 1 / self.time_ratio(name).median
 
     def share_of_saving(self, name: str, floor: str) -> float | None:
-        """How much of the time that `floor` saves over the reference `name` saves: (t_ref - t) / (t_ref - t_floor).
+        """The share of the floor's saving over the reference that `name` achieves: (t_ref - t) / (t_ref - t_floor).
 
-        In units of the reference's time, by median time ratios: (1 - ratio) / (1 - floor's ratio). None where the
-        floor saves nothing that shows (the upper quartile of its time ratio is 1 or more).
+        Computed from median time ratios as (1 - ratio) / (1 - floor's ratio). None where the floor saves nothing
+        measurable (the upper quartile of its time ratio is 1 or more).
         """
         ratio = self.time_ratio(floor)
         return (1 - self.time_ratio(name).median) / (1 - ratio.median) if ratio.q75 < 1 else None
@@ -107,7 +107,7 @@ def interleave(
     An interrupt loses only the current round: `on_round` has been called with all finished ones.
 
     Args:
-        variants: name -> what to time, called without arguments. The first one is what time ratios refer to.
+        variants: name -> what to time, called without arguments. Time ratios refer to the first one.
         rounds: number of rounds, those in `finished` included.
         warmup: calls of every variant before the first round.
         device: where the work runs; timed by its events on CUDA, elsewhere the clock waits for it.
@@ -144,7 +144,7 @@ def interleave(
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The order of round `number`, counted from 0: every name comes first in turn, so that none profits from its place.
+    """The order of round `number`, counted from 0: each name comes first in turn, so that none profits from its place.
 
     Args:
         names: of the variants, at least one.

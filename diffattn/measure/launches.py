@@ -1,4 +1,4 @@
-"""How many operations a call gives to a device, and how long they take there, read off torch's profiler."""
+"""How many operations a call launches on a device, and how long they take, according to torch's profiler."""
 
 import os
 from collections.abc import Callable
@@ -16,8 +16,8 @@ KERNELS, OPERATIONS = "kernels", "operations"
 
 @dataclass(frozen=True)
 class Launches:
-    """Of one call. On CUDA: what runs on the device, kernels and copies; elsewhere: torch's operations, views among
-    them, as the call itself makes them."""
+    """The operations of one call. On CUDA, what runs on the device: kernels and copies; elsewhere, the torch operations
+    that the call itself makes, views included."""
 
     number: int
     seconds: float  # their durations, added
@@ -28,7 +28,7 @@ class Launches:
 
 
 def count_launches(call: Callable[[], Any], device: torch.device) -> Launches:
-    """Profile a call, run once before so that nothing is built or chosen within."""
+    """Profile a call. It is run once before, so that nothing is built or chosen while profiling."""
     call()
     synchronize(device)
     on_cuda = device.type == "cuda"

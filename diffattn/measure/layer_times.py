@@ -1,4 +1,4 @@
-"""Where the time and the products of one model call go: in which layers, and in their projections or between them."""
+"""Times and operations of one model call by layer, in the projections and between them."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from diffattn.measure.clock import mark, seconds_between, synchronize
 
 @dataclass(frozen=True)
 class LayerSeconds:
-    """Of one layer in one call of the model."""
+    """The times of one layer in one call of the model."""
 
     whole: float  # from its first operation to its last
     projections: float  # of that, in its `nn.Linear` modules
@@ -29,9 +29,10 @@ class LayerSeconds:
 
 
 class LayerTimer:
-    """Times modules, and the linear layers inside each, with hooks that are there within a `with` block only.
+    """Times modules, and the linear layers inside each, with hooks that exist only within a `with` block.
 
-    On CUDA with events on the current stream, so that nothing waits; elsewhere the device is synchronised at both ends.
+    On CUDA, events on the current stream are used, so that nothing waits; elsewhere the device is synchronised at both
+    ends.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -76,7 +77,7 @@ class LayerTimer:
 
 @dataclass(frozen=True)
 class Gflops:
-    """A multiply-add counts two, see `flops`."""
+    """GFLOPs of a call; a multiply-add counts as two, see `flops`."""
 
     total: float
     layers: Mapping[str, float]
@@ -85,7 +86,7 @@ class Gflops:
 def count_layer_gflops(model: nn.Module, names: Sequence[str], args: Any, kwargs: Any) -> Gflops | None:
     """GFLOPs of one call and of the named modules in it, counted on a weightless copy; the model is not run.
 
-    None where that copy cannot run: its code does something that needs values.
+    None where that copy cannot run because its code needs values.
     """
     twin, on_meta = weightless(model), _to_meta()
     counter = FlopCounterMode(display=False)
@@ -100,7 +101,7 @@ def count_layer_gflops(model: nn.Module, names: Sequence[str], args: Any, kwargs
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """A copy on the meta device. The weights are not copied on the way."""
+    """A copy on the meta device, made without copying the weights."""
     memo: dict[int, Any] = {}
     for weight in model.parameters():
         memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)

@@ -1,4 +1,4 @@
-"""The peak memory of a call, and the memory there is."""
+"""The peak memory of a call, and the memory of a device."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ import torch
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
     """Peak memory of a call in MiB, beyond what was allocated before it. Runs the call once.
 
-    On CUDA by the allocator's own count. On the CPU by every allocation and release of torch's allocator during
-    the call, which leaves out what libraries below it take (packed weights of matrix products). None elsewhere.
+    On CUDA this is the allocator's own count. On the CPU it follows every allocation and release of torch's allocator
+    during the call, which omits memory of the libraries below it (packed weights of matrix products). None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

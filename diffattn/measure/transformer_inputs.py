@@ -1,4 +1,4 @@
-"""Made-up arguments of one call of a transformer of diffusers, as its pipeline gives them.
+"""Synthetic arguments of one call of a transformer of diffusers, as its pipeline would pass them.
 
 Shapes: B batch, c channels, f frames, h rows and w columns of the latents.
 """
@@ -14,7 +14,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 TIMESTEP = 900  # of a scheduler with 1000 of them
 NOISE_LEVEL = 0.9
-"""Where on the way from noise (1) to data (0) the call is: every preset accelerates there."""
+"""The noise level of the call, from 1 (noise) to 0 (data): every preset accelerates there."""
 
 PIXART_TEXT_TOKENS = 300  # of PixArt-Sigma; PixArt-alpha has 120
 SD3_TEXT_TOKENS = 77 + 256  # of CLIP and T5
@@ -112,7 +112,7 @@ def _wan(model: Any, latents: tuple[int, ...], batch: int) -> dict[str, Any]:
 
 
 def _cogvideox(model: Any, latents: tuple[int, ...], batch: int) -> dict[str, Any]:
-    """Frames stand before channels, [B, f, c, h, w]. Versions with rotary embeddings are given none."""
+    """Frames precede channels, [B, f, c, h, w]. Versions with rotary embeddings are given none."""
     config = model.config
     frames, height, width = latents
     return {
@@ -145,7 +145,7 @@ def times(model: nn.Module, batch: int) -> Tensor:
 
 
 def noise(model: nn.Module, *shape: int) -> Tensor:
-    """The same every time; drawn apart from torch's own random numbers, which stay as they are."""
+    """The same noise every time, without touching torch's global random numbers."""
     place = like(model)
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(place.device, place.dtype)
 

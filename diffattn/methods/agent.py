@@ -18,7 +18,6 @@ from diffattn.functional import agent_attention, match_tokens, merge_tokens, poo
 from diffattn.functional.landmark import MAX_DAMPING
 from diffattn.methods.base import (
     AttentionFn,
-    AttentionMethod,
     LayerCall,
     LayerSpec,
     Preset,
@@ -27,7 +26,8 @@ from diffattn.methods.base import (
     join_exact,
 )
 from diffattn.methods.landmarks import Landmarks
-from diffattn.methods.options import check, check_limits, is_int, is_number
+from diffattn.methods.limited import LimitedMethod
+from diffattn.methods.options import check, is_int, is_number
 from diffattn.methods.thresholds import Thresholds, below_smallest, load_thresholds, min_tokens_for
 from diffattn.schedules import EXACT
 
@@ -43,11 +43,11 @@ TUNED_POOLED = ((1 / 16, 1.0, 0.0), (1 / 16, 0.3, 0.075), (1 / 64, 1.0, 0.0), (1
 
 
 @dataclass(frozen=True)
-class AgentAttention(AttentionMethod):
+class AgentAttention(LimitedMethod):
     """Options of agent attention.
 
     The number of agents of a layer with N tokens is the larger of `num_agents` and (1 - `agent_ratio`)·N, whichever
-    are given; the larger of 64 and N/32 if neither is. A layer runs exact where agents cannot pay: if 2·n >= N, or
+    are given; the larger of 64 and N/32 if neither is. A layer runs exact where agents cannot pay off: if 2·n >= N, or
     below `min_tokens`.
     """
 
@@ -63,8 +63,8 @@ class AgentAttention(AttentionMethod):
     the report counts them. Above 0. None: 0.5 on a CPU; elsewhere no check, since it would synchronise the device. Not
     checked in a compiled denoiser."""
     calibrate_every: int = 8
-    """"landmarks": how many calls of a layer, in one phase of a run, use the damping, trust and exact heads that the
-    first of them found. 1: every call finds its own, as with gradients and in a compiled denoiser."""
+    """"landmarks": how many calls of a layer, in one phase of a run, share the damping, trust and exact heads that the
+    first of them determines. 1: every call determines its own, as with gradients and in a compiled denoiser."""
     merge_ratio: float = 0.4  # "merge": share of tokens merged away before attention, in [0, 1)
     merge_stride: int = 2  # "merge": one destination token per stride x stride cell
     scale_exponent: float | None = None  # κ: exponent on the scale of the broadcast softmax, in [0, 1]; None: 0.3
@@ -75,7 +75,6 @@ class AgentAttention(AttentionMethod):
 
     name: ClassVar[str] = "agent"
     size_name: ClassVar[str | None] = "agents"
-    timed: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         # Corrected agents, at every noise level.
         "balanced": Preset(),
@@ -123,12 +122,12 @@ class AgentAttention(AttentionMethod):
         check(error is None or (is_number(error) and error > 0), "max_head_error", error, "a number above 0, or None")
         every = self.calibrate_every
         check(is_int(every, 1), "calibrate_every", every, "a whole number, 1 or more")
-        check_limits(self)
+        self.check_limits()
         check(self.upcast is None or isinstance(self.upcast, bool), "upcast", self.upcast, "True, False or None")
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
-        # min_tokens is 0 because tuning itself measures where agents pay.
+        # min_tokens is 0 because tuning itself measures where agents pay off.
         landmarks = [{"agents": "landmarks"} | cls._share(share) for share in TUNED_SHARES]
         pooled = [
             cls._share(share) | {"scale_exponent": kappa, "shortcut": shortcut}
@@ -174,10 +173,7 @@ class AgentAttention(AttentionMethod):
         by_ratio = 0 if ratio is None else num_tokens - int(num_tokens * ratio)
         return max(least or 1, by_ratio)
 
-    def supports(self, layer: LayerSpec) -> bool:
-        return not layer.is_cross_attention and (self.max_level is None or layer.level <= self.max_level)
-
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+    def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         n = self.count(num_tokens)
         if self.source == "merge":
             if mask_rows:
@@ -185,13 +181,11 @@ class AgentAttention(AttentionMethod):
             if num_tokens < self.merge_stride**2:
                 return f"{num_tokens} tokens: less than one cell of {self.merge_stride}x{self.merge_stride}"
             return f"{n} agents for {num_tokens} tokens" if n >= num_tokens else None
-        if mask_rows > 1:
-            return "masked: the mask differs between queries"
-        if 2 * n >= num_tokens:
-            return f"{n} agents for {num_tokens} tokens: agents pay below half the tokens"
-        return None
+        if reason := super().reason_call(layer, num_tokens, device, mask_rows):
+            return reason
+        return f"{n} agents for {num_tokens} tokens: agents pay below half the tokens" if 2 * n >= num_tokens else None
 
-    def slower(self, num_tokens: int, device: str) -> str | None:
+    def reason_slower(self, num_tokens: int, device: str) -> str | None:
         smallest = self.min_tokens
         if smallest is None:
             n = None if self.source == "merge" else self.count(num_tokens)
@@ -206,7 +200,7 @@ class AgentAttention(AttentionMethod):
         n, context = self.count(layout.num_tokens), layout.num_context
         if guard_or_true(2 * (n + context) < layout.num_tokens + context):
             return None
-        return f"{n} agents and {context} tokens of context for {layout.num_tokens} of the picture: too many to pay"
+        return f"{n} agents and {context} tokens of context for {layout.num_tokens} of the picture: too many to pay off"
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         _ = self._thresholds  # report a damaged table when patching, not in the middle of a run

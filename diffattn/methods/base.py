@@ -32,12 +32,12 @@ class LayerSpec:
     is_cross_attention: bool = False
     upcast: bool = False  # the layer asks for fp32 logits (Stable Diffusion 2.x)
     context: Literal["none", "first", "last"] = (
-        "none"  # where tokens without a place on the grid stand: text, registers
+        "none"  # where tokens without a position on the grid are: text, registers
     )
     keys_only: bool = False  # whether those tokens have keys and values, but no queries
-    rotated: bool = False  # whether queries and keys carry their place as a rotation, and must not be averaged
-    references_first: bool = False  # whether the tokens of reference pictures stand before the picture's
-    copies: int = 1  # how often the picture's tokens stand in the sequence, each time with other contents
+    rotated: bool = False  # whether queries and keys carry their position as a rotation, and must not be averaged
+    references_first: bool = False  # whether the tokens of reference pictures precede the picture's
+    copies: int = 1  # how often the sequence holds the picture's tokens, each time with other contents
     exact: str | None = None  # why it must run exact whatever its processor
     kind: str = SOFTMAX  # what the unpatched layer computes: exact attention, or what it was trained with
     mediators: tuple[int, ...] = ()  # the numbers of mediators it learned, ascending
@@ -45,8 +45,8 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens of a layer lie: those of the picture and of any reference pictures, and before or after all of
-    these the context: text, registers, whatever has no place on a grid."""
+    """Where the tokens of a layer are: those of the picture and of any reference pictures, and before or after all of
+    these the context: text, registers, and whatever else has no position on a grid."""
 
     grids: tuple[Grid, ...]  # of the picture or video and its references, in the order of the tokens
     num_context: int = 0
@@ -56,23 +56,23 @@ class TokenLayout:
 
     @property
     def grid(self) -> Grid:
-        """Of the picture or video."""
+        """The grid of the picture or video."""
         return self.grids[self.picture]
 
     @property
     def references(self) -> tuple[Grid, ...]:
-        """Of reference pictures, or of earlier frames."""
+        """The grids of reference pictures, or of earlier frames."""
         return self.grids[: self.picture] + self.grids[self.picture + 1 :]
 
     @property
     def rows_and_columns(self) -> tuple[int, int]:
-        """`grid` of a picture: methods that follow plain layouts only never see another."""
+        """`grid` of a picture: methods that support only plain layouts never get another."""
         rows, columns = self.grid
         return rows, columns
 
     @property
     def num_tokens(self) -> int:
-        """Tokens with a place on a grid."""
+        """Tokens with a position on a grid."""
         return sum(prod(grid) for grid in self.grids)
 
     @property
@@ -81,15 +81,15 @@ class TokenLayout:
         return len(self.grids) == 1 and len(self.grid) == 2 and not self.rotated and not self.num_context
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """The tokens with a place, of all: [..., N + c, D] -> [..., N, D], a view."""
+        """The tokens with a position: [..., N + c, D] -> [..., N, D], a view."""
         return x.narrow(-2, self.num_context if self.context_first else 0, self.num_tokens)
 
     def context(self, x: Tensor) -> Tensor:
-        """The tokens without a place: [..., N + c, D] -> [..., c, D], a view."""
+        """The tokens without a position: [..., N + c, D] -> [..., c, D], a view."""
         return x.narrow(-2, 0 if self.context_first else self.num_tokens, self.num_context)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens with a place, and those without."""
+        """The tokens with a position, and those without."""
         return self.on_grid(x), self.context(x)
 
     def join(self, on_grid: Tensor, context: Tensor) -> Tensor:
@@ -106,15 +106,15 @@ class LayerCall:
     x: Tensor | None  # the layer's input [B, N, C], already normalised by the block; None where it is another's
     grid: Grid  # of the image tokens
     mask: Tensor | None = None  # boolean (True: attended to) or additive, [B or 1, H or 1, 1 or N, M]
-    context_mask: Tensor | None = None  # of the queries without a place, [B or 1, H or 1, c, M], where theirs differs
+    context_mask: Tensor | None = None  # of the queries off the grid, [B or 1, H or 1, c, M], where theirs differs
     phase: int = 0  # which entry of the schedule applies
     exact_heads: int = 0  # set by the function: heads, over all samples, that it ran exact
     mediate: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
     """The layer's own learned mediators, if any: (q, k, v, number of mediators) -> [B, H, N, D]."""
     layout: TokenLayout = None  # type: ignore[assignment]  # None: the grid, and nothing else
     memory: dict[str, Any] | None = None
-    """What the method keeps for later calls: of this layer, phase and run, and of the same one of the calls that a step
-    makes. None where nothing can be kept: in compiled code, and with gradients."""
+    """What the method keeps for later calls of this layer in the same phase and run; if a step makes several calls, for
+    the same one of them. None where nothing can be kept: in compiled code, and with gradients."""
 
     def __post_init__(self) -> None:
         if self.layout is None:
@@ -139,7 +139,7 @@ class AttentionMethod(ABC):
     """Base of every method: subclass it as a frozen dataclass whose fields are the method's options.
 
     This is everything that the rest of the package asks of a method; members with a default below only need to be
-    overridden where a method differs.
+    overridden where a method differs. Each `reason_...` says why attention runs exact; None: it need not.
     """
 
     name: ClassVar[str]
@@ -147,9 +147,9 @@ class AttentionMethod(ABC):
     replaces: ClassVar[str] = SOFTMAX  # the kind of layer it replaces, see `LayerSpec.kind`
     size_name: ClassVar[str | None] = None  # what `size` counts, in the plural; None: the method has no size
     timed: ClassVar[bool] = False
-    """Whether speed decides, besides `declines`, which calls it takes: guessed by `slower`, then measured."""
+    """Whether speed also decides which calls are accelerated: as `reason_slower` guesses, until both were timed."""
     tuned_by_change: ClassVar[bool] = False
-    """Whether tuning searches for thresholds of the latents' change (`tuning.mediators`), rather than for one of
+    """Whether tuning searches for thresholds of the latents' change (`tuning.mediators`) instead of choosing among
     `candidates` per layer and noise level."""
 
     @classmethod
@@ -203,7 +203,7 @@ class AttentionMethod(ABC):
         """
         return self
 
-    def why_not(self, layer: LayerSpec) -> str | None:
+    def reason_layer(self, layer: LayerSpec) -> str | None:
         """Why the method cannot accelerate a layer at any picture size, or None."""
         if layer.kind != self.replaces:
             return f"{layer.kind} attention, which method {self.name!r} does not replace"
@@ -214,8 +214,8 @@ class AttentionMethod(ABC):
         """Whether this method can accelerate the layer at some picture size."""
 
     @abstractmethod
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
-        """Why a call must run exact however fast either is, or None.
+    def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+        """Why a call must run exact, whichever is faster, or None.
 
         Args:
             layer: the layer.
@@ -224,9 +224,9 @@ class AttentionMethod(ABC):
             mask_rows: 0 without a mask, 1 for one mask over the keys, N for a separate mask per query.
         """
 
-    def slower(self, num_tokens: int, device: str) -> str | None:
-        """Why exact attention is presumably faster for a call of `num_tokens` on a type of device, or None: what
-        `min_tokens` says if the user gave it, else a guess, which holds until both have been timed."""
+    def reason_slower(self, num_tokens: int, device: str) -> str | None:
+        """Why exact attention is presumably faster for a call of `num_tokens` on a type of device, or None. An option
+        `min_tokens` decides if the user gave it; otherwise this is a guess, which holds until both have been timed."""
         return None
 
     @property
@@ -235,8 +235,8 @@ class AttentionMethod(ABC):
         return getattr(self, "min_tokens", None) is not None
 
     def reason_layout(self, layout: TokenLayout) -> str | None:
-        """Why the method cannot follow where the tokens lie, or None: by default anything but one grid of rows and
-        columns. A method that overrides this gets all tokens in q, k and v, and their places in `LayerCall.layout`."""
+        """Why the method does not support this layout of tokens, or None. By default only one grid of rows and columns
+        is supported; a method that overrides this gets all tokens in q, k and v, and their layout in `LayerCall`."""
         if layout.is_plain:
             return None
         if layout.num_context:
@@ -270,10 +270,10 @@ def upcast_where_half_overflows(layer: LayerSpec, attend: AttentionFn) -> Attent
 
 
 def join_exact(out: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-    """The output of all tokens of a call: exact attention for those without a place on a grid.
+    """The output of all tokens of a call, with exact attention for those without a position on a grid.
 
     Args:
-        out: of the tokens with a place [B, H, N, D].
+        out: of the tokens with a position [B, H, N, D].
         q, k, v: of all tokens [B, H, N + c, D].
         call: the call.
     """

@@ -15,31 +15,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from diffattn.functional import inline_attention
 from diffattn.functional.inline import inline_attention_and_error
 from diffattn.functional.landmark import exact_where_missed
-from diffattn.methods.base import (
-    AttentionFn,
-    AttentionMethod,
-    LayerCall,
-    LayerSpec,
-    Preset,
-    upcast_where_half_overflows,
-)
-from diffattn.methods.options import check_limits
-from diffattn.methods.thresholds import below_smallest
+from diffattn.methods.base import AttentionFn, LayerCall, LayerSpec, Preset, upcast_where_half_overflows
+from diffattn.methods.limited import LimitedMethod
 
 FLAT = 0.1
 """The error of a first-order expansion where logits have a standard deviation of about 1."""
 
-MIN_TOKENS = 1024
-
 
 @dataclass(frozen=True)
-class InLineAttention(AttentionMethod):
+class InLineAttention(LimitedMethod):
     """Options of InLine attention without its learned residual.
 
     The first-order expansion is accurate where the logits of a head are flat: the error is 0.02 at a standard
-    deviation of 0.25, 0.11 at 1, and useless at 2. Which heads are flat changes with the layer, the noise level and
-    the picture, so every call measures it: eight queries are also computed exactly, and a head whose error on them is
-    too large falls back to exact attention. The report counts these heads.
+    deviation of 0.25 and 0.11 at 1; at 2 the expansion is useless. Which heads are flat depends on the layer, the noise
+    level and the picture, so every call measures it: eight queries are also computed exactly, and a head whose error on
+    them is too large falls back to exact attention. The report counts these heads.
     """
 
     max_head_error: float = FLAT
@@ -50,7 +40,6 @@ class InLineAttention(AttentionMethod):
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
 
     name: ClassVar[str] = "inline"
-    timed: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "balanced": Preset(),
         # Heads with logits up to a standard deviation of about 1.7.
@@ -62,21 +51,15 @@ class InLineAttention(AttentionMethod):
         is_number = isinstance(error, int | float) and not isinstance(error, bool)
         if not is_number or not error > 0:
             raise ValueError(f"max_head_error must be a number above 0, inf included, got {error!r}")
-        check_limits(self)
+        self.check_limits()
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
-        """Options for tuning, which itself measures the number of tokens from which this pays."""
+        """Options for tuning, which itself measures the number of tokens from which this pays off."""
         return [{"max_head_error": error, "min_tokens": 0} for error in (FLAT / 2, FLAT, 3 * FLAT)]
 
-    def supports(self, layer: LayerSpec) -> bool:
-        return not layer.is_cross_attention and (self.max_level is None or layer.level <= self.max_level)
-
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+    def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         return "masked: the means of all keys cannot follow a mask" if mask_rows else None
-
-    def slower(self, num_tokens: int, device: str) -> str | None:
-        return below_smallest(MIN_TOKENS if self.min_tokens is None else self.min_tokens, num_tokens)
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         return upcast_where_half_overflows(layer, self._attend)

@@ -1,7 +1,7 @@
 """Agents that are landmarks: sampled from queries and keys, and corrected (Xiong et al., "Nyströmformer", AAAI 2021,
-arXiv 2102.03902). The part of `methods.agent` that remembers what earlier calls of a layer found.
+arXiv 2102.03902). The part of `methods.agent` that reuses what earlier calls of a layer determined.
 
-Shapes: B batch, H heads, N tokens, n landmarks, c tokens without a place on the grid, D channels per head.
+Shapes: B batch, H heads, N tokens, n landmarks, c tokens without a position on the grid, D channels per head.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional import sample_tokens
-from diffattn.functional.coasting import LEAST_DAMPING, Calibration, Tokens, calibrate, coast
-from diffattn.functional.landmark import Heads, exact_heads, exact_where_missed, landmark_attention_with_context
+from diffattn.functional.coasting import LEAST_DAMPING, Calibration, calibrate, coast
+from diffattn.functional.landmark import Heads, Tokens, exact_heads, exact_where_missed, landmark_attention_with_context
 from diffattn.functional.tokens import pick_tokens
 from diffattn.methods.base import LayerCall, TokenLayout
 
@@ -35,15 +35,13 @@ class Landmarks:
         layout, mask = call.layout, call.mask
         image, asked, answering = layout.on_grid(q), self._sampled(q, layout), self._sampled(k, layout)
         masked = None if mask is None else self._sampled(_additive(mask).mT, layout).mT.to(q.dtype)
+        tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
         if self.damping >= LEAST_DAMPING and not torch.is_grad_enabled():
-            tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
             out, text, missed = self._coasting(tokens, call.memory)
             if missed is not None:
                 out, call.exact_heads = exact_heads(out, missed, image, k, v, mask), len(missed[0])
             return _joined(out, text, q, k, v, call)
-        out, text, error = landmark_attention_with_context(
-            image, k, v, asked, answering, self.damping, layout.num_context, mask, masked
-        )
+        out, text, error = landmark_attention_with_context(tokens, self.damping)
         most = self._most(q)
         if most is not None and not torch.compiler.is_compiling():
             out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
@@ -54,9 +52,9 @@ class Landmarks:
         return DEFAULT_HEAD_ERROR if self.max_head_error is None and q.device.type == "cpu" else self.max_head_error
 
     def _coasting(self, tokens: Tokens, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Heads | None]:
-        """The image tokens' output, the others', and the heads that must run exact: all but the first come from the
+        """The output of the image tokens and of the others, and the heads that must run exact. The heads come from the
         last calibration, which is renewed after `calibrate_every` calls."""
-        # Products of less than fp32's precision cannot be told in compiled code, which is guarded in any case.
+        # Compiled code cannot detect products of less than fp32's precision, but is guarded in any case.
         guarded = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
         known: Coasting | None = None if memory is None or guarded else memory.get("landmarks")
         kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
@@ -71,7 +69,7 @@ class Landmarks:
         return out, text, missed
 
     def _sampled(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all that have no place on it."""
+        """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all those of the context."""
         if layout.is_plain:
             return sample_tokens(x, layout.rows_and_columns, self.count(x.shape[2]))
         on_grid, start, parts = layout.on_grid(x), 0, []
@@ -105,7 +103,7 @@ def _joined(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, call: La
 
 
 def _additive(mask: Tensor) -> Tensor:
-    """A mask as what is added to logits, so that a mean of several keys is masked if one of them is."""
+    """A mask as what is added to logits, so that the mean of several keys is masked if any of them is."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)

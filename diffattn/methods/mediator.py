@@ -1,4 +1,4 @@
-"""Mediator attention: how many of the mediators that a model learned run at which noise level (Pu et al., "Efficient
+"""Mediator attention: how many of a model's learned mediators run at each noise level (Pu et al., "Efficient
 Diffusion Transformer with Step-wise Dynamic Attention Mediators", ECCV 2024, arXiv 2408.05710).
 
 Shapes: B batch, H heads, N tokens, D channels per head.
@@ -76,7 +76,7 @@ class MediatorAttention(AttentionMethod):
             )
         return n
 
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+    def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         return "num_mediators is not given: as the model is set" if self.num_mediators is None else None
 
     def build(self, layer: LayerSpec) -> AttentionFn:

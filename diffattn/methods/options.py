@@ -9,18 +9,11 @@ def check(holds: bool, option: str, value: object, allowed: str) -> None:
         raise ValueError(f"{option} must be {allowed}, got {value!r}")
 
 
-def check_limits(method: object) -> None:
-    """Check `min_tokens` and `max_level`, which all methods for softmax attention have."""
-    for name in ("min_tokens", "max_level"):
-        value = getattr(method, name)
-        check(value is None or is_int(value, 0), name, value, "a whole number, 0 or more, or None")
-
-
 def is_int(value: object, least: int) -> bool:
-    """Whether a value is a whole number of at least `least`; True and False are none."""
+    """Whether a value is a whole number of at least `least`; True and False are not numbers."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number; True and False are none."""
+    """Whether a value is a finite number; True and False are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

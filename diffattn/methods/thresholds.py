@@ -47,7 +47,7 @@ def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
         return {device: {_key(n): int(tokens) for n, tokens in _row(row).items()} for device, row in table.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{str(path)!r} does not hold thresholds ({type(error).__name__}: {error}); "
+            f"{str(path)!r} does not contain thresholds ({type(error).__name__}: {error}); "
             "delete it, then measure again with `diffattn bench thresholds`"
         ) from None
 
@@ -86,5 +86,5 @@ def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> in
 
 
 def below_smallest(smallest: int, num_tokens: int) -> str | None:
-    """That exact attention is faster, where there are fewer tokens than the smallest number at which a method is."""
+    """The reason that exact attention is faster, if there are fewer than `smallest` tokens; otherwise None."""
     return f"{num_tokens} tokens: exact attention is faster below {smallest}" if num_tokens < smallest else None

@@ -12,7 +12,6 @@ from torch import Tensor
 from diffattn.functional.tiled import attend_in_tiles
 from diffattn.methods.base import (
     AttentionFn,
-    AttentionMethod,
     Grid,
     LayerCall,
     LayerSpec,
@@ -21,10 +20,9 @@ from diffattn.methods.base import (
     join_exact,
     upcast_where_half_overflows,
 )
-from diffattn.methods.options import check, check_limits, is_int
-from diffattn.methods.thresholds import below_smallest
+from diffattn.methods.limited import LimitedMethod
+from diffattn.methods.options import check, is_int
 
-MIN_TOKENS = 1024
 DEFAULT_TILES = 2
 
 TUNED = (2, 4, 8)
@@ -32,14 +30,14 @@ TUNED = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class TiledAttention(AttentionMethod):
+class TiledAttention(LimitedMethod):
     """Options of tiles.
 
-    A token attends to its own tile alone, at a cost of one tile in place of the picture. Tiles do not overlap; where
-    they do not divide rows or columns, some have one more. The number along an axis is the larger of `tiles` and what
-    `tile_size` asks for, whichever are given; 2 if neither is. In a video a tile reaches through all frames. Tokens
-    without a place on the grid (text, registers) are seen by every tile and are answered exactly. Nothing is averaged,
-    so rotated tokens are followed; tokens of reference pictures are not, since no tile is their counterpart.
+    A token attends only to its own tile instead of the whole picture. Tiles do not overlap; where they do not divide
+    rows or columns evenly, some have one more. The number along an axis is the larger of `tiles` and what `tile_size`
+    requires, whichever are given; 2 if neither is. In a video a tile reaches through all frames. Tokens without a
+    position on the grid (text, registers) are seen by every tile and are answered exactly. Nothing is averaged, so
+    rotated tokens are supported; reference pictures are not, since no tile is their counterpart.
     """
 
     tiles: int | None = None  # number along the rows and along the columns, 2 or more
@@ -48,7 +46,6 @@ class TiledAttention(AttentionMethod):
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
 
     name: ClassVar[str] = "tiles"
-    timed: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         # 2 x 2 tiles.
         "balanced": Preset(),
@@ -62,25 +59,16 @@ class TiledAttention(AttentionMethod):
         tiles, size = self.tiles, self.tile_size
         check(tiles is None or is_int(tiles, 2), "tiles", tiles, "a whole number, 2 or more, or None")
         check(size is None or is_int(size, 1), "tile_size", size, "a whole number, 1 or more, or None")
-        check_limits(self)
+        self.check_limits()
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
-        """Options for tuning, which itself measures the number of tokens from which this pays."""
+        """Options for tuning, which itself measures the number of tokens from which this pays off."""
         return [{"tiles": tiles, "min_tokens": 0} for tiles in TUNED]
-
-    def supports(self, layer: LayerSpec) -> bool:
-        return not layer.is_cross_attention and (self.max_level is None or layer.level <= self.max_level)
-
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
-        return "masked: the mask differs between queries" if mask_rows > 1 else None
-
-    def slower(self, num_tokens: int, device: str) -> str | None:
-        return below_smallest(MIN_TOKENS if self.min_tokens is None else self.min_tokens, num_tokens)
 
     def reason_layout(self, layout: TokenLayout) -> str | None:
         if layout.references:
-            return f"tokens of {len(layout.grids)} pictures: tiles are those of one"
+            return f"tokens of {len(layout.grids)} pictures: tiles cover only one"
         if self.on(layout.grid) == (1, 1):
             return f"a grid of {'x'.join(map(str, layout.grid))} is a single tile"
         return None

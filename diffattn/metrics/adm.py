@@ -27,8 +27,8 @@ def read_statistics(
 
     Args:
         path: an `.npz` file.
-        extractor, extractor_hash, resize, count: the file does not record what it was made with, nor from how many
-            pictures.
+        extractor, extractor_hash, resize, count: what the file was made with and from how many pictures, which it does
+            not record.
 
     Raises:
         ValueError: a file of another kind; the message names it and what it holds.
@@ -92,7 +92,7 @@ def _read(path: str | Path, *names: str) -> list[np.ndarray]:
         raise ValueError(f"{str(path)!r} is of another layout: {error.args[0]}") from None
     except Exception as error:  # damaged zips and arrays make numpy raise nearly anything
         reason = str(error) or type(error).__name__
-        if "pickle" in reason:  # numpy's message says how to load it all the same
+        if "pickle" in reason:  # numpy's message explains how to load it anyway
             reason = "Object arrays and other pickled content are never loaded, since that can run code"
         raise ValueError(f"{str(path)!r} is not a readable .npz file: {reason}") from error
 

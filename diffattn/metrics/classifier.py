@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Classifier(ModelMixin, ConfigMixin):
-    """`model(x)`: logits, `model.features(x)`: what they are read from.
+    """`model(x)` gives logits, `model.features(x)` the features that they are computed from.
 
     A fixed stem of whitening filters halves the resolution (Coates & Ng 2012; Jordan 2024, arXiv 2404.00498), three
     stages of 3×3 convolutions with batch norm follow, each stage at half the resolution of the one before it.

@@ -28,7 +28,7 @@ from diffattn.metrics.classifier import Classifier
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-DINOV2_SIDE = 224  # what DINOv2 is evaluated at; its configuration names the side of its position embedding
+DINOV2_SIDE = 224  # at which DINOv2 is evaluated; its configuration has the side of its position embedding
 
 
 class FeatureExtractor(nn.Module):
@@ -57,7 +57,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
@@ -136,7 +136,7 @@ def load_extractor(name: str, source: str | Path | None = None, device: str | to
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 of names, shapes and values of all weights and buffers that are saved."""
+    """The sha256 of names, shapes and values of all weights and buffers that are saved."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -171,7 +171,9 @@ def _inception(name: str, source: str | Path | None) -> FeatureExtractor:
             f"of {', '.join(other for other in EXTRACTORS if other != name)}"
         ) from None
     weights = _inception_weights(source)
-    with tempfile.TemporaryDirectory() as folder:  # torch-fidelity unpickles whatever file it is given: give it ours
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # torch-fidelity unpickles any file that it is given, so give it a safe one
         file = Path(folder) / "weights.pth"
         torch.save(weights, file)
         try:
@@ -206,10 +208,10 @@ def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        why = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        why = "it contains more than tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
         raise ValueError(f"{str(path)!r}: {why}") from error
     if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):
-        raise ValueError(f"{str(path)!r} does not hold named tensors")
+        raise ValueError(f"{str(path)!r} does not contain named tensors")
     return found
 
 

@@ -60,7 +60,7 @@ def as_uint8(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"pictures must be uint8 or floating point in 0..1, got {images.dtype}")
     if not torch.isfinite(images).all():
-        raise ValueError("pictures hold values that are NaN or infinite")
+        raise ValueError("pictures contain values that are NaN or infinite")
     if images.numel() and (images.min() < 0 or images.max() > 1):
         raise ValueError(f"pictures must be in 0..1, got {images.min().item():.3g} to {images.max().item():.3g}")
     return (images.float() * 255).round().to(torch.uint8)

@@ -1,6 +1,6 @@
 """Fréchet distance between the features of two sets of pictures, and its limit for many pictures.
 
-torchmetrics has the distance between pictures it sees itself; here it is between features and stored statistics.
+torchmetrics computes the distance between pictures that it sees itself; here it is between features and statistics.
 Shapes: N generated pictures, d features.
 """
 
@@ -33,7 +33,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) in float64.
 
     Raises:
-        ValueError: unequal d; a covariance with negative eigenvalues, which is none: the distance would come out as 0.
+        ValueError: unequal d; a covariance with negative eigenvalues, which is invalid: the distance would be 0.
     """
     _check_eigenvalues(torch.linalg.eigvalsh(a.cov))
     return _distance(a, b, _root(b.cov))
@@ -45,7 +45,7 @@ def fid_infinity(
     """FID for infinitely many generated pictures (Chong & Forsyth 2020): the intercept of FID against 1/N.
 
     The line is fitted over evenly spaced sizes up to N, each a random draw without replacement. The smallest is N/10,
-    but at least d + 1: below that covariances are singular and FID is no line in 1/N.
+    but at least d + 1: below that covariances are singular and FID is not linear in 1/N.
 
     Args:
         features: of the generated pictures [N, d], more than d + `num_sizes` of them.
@@ -112,7 +112,7 @@ def _distance(a: Statistics, b: Statistics, root_b: Tensor) -> float:
 
 
 def _singular_values(x: Tensor) -> Tensor:
-    """Of x [n, d], from the smaller of its two products with itself."""
+    """Singular values of x [n, d], from the smaller of its two products with itself."""
     return torch.linalg.eigvalsh(x @ x.T if len(x) <= x.shape[1] else x.T @ x).clamp(min=0).sqrt()
 
 
@@ -132,6 +132,6 @@ def _check_eigenvalues(values: Tensor) -> None:
     least, most = values.min().item(), values.abs().max().item()
     if least < -ROUNDING * most:
         raise ValueError(
-            f"the covariance has eigenvalues from {least:.3g} to {values.max().item():.3g}: that of any pictures has "
-            "none below 0, so these statistics are damaged"
+            f"the covariance has eigenvalues from {least:.3g} to {values.max().item():.3g}: no covariance of "
+            "pictures has any below 0, so these statistics are damaged"
         )

@@ -1,4 +1,4 @@
-"""Whether two sets of scores differ: intervals of a difference at the level of 95 %, and the sign test.
+"""Whether two sets of scores differ: 95 % intervals of a difference, and the sign test.
 
 Shapes: n pictures (or pairs of pictures), G groups of them, R resamples.
 """
@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class SignTest:
-    """Signs of the differences of pairs, and the two-sided p of so uneven a split if both signs were equally likely."""
+    """Signs of the differences of pairs, and the two-sided p of so uneven a split if both are equally likely."""
 
     positive: int
     negative: int
@@ -30,8 +30,8 @@ class SignTest:
 def paired_interval(differences: Tensor, seed: int = 0) -> Interval:
     """Bootstrap interval of the mean of differences [n] of pairs (Efron & Tibshirani 1993, chapter 13).
 
-    Pairs are drawn n at a time with replacement. For small n such intervals are too narrow; they are widened by what
-    Student's t has over the normal distribution, as Hesterberg (2015, section 3.4) expands them.
+    Pairs are drawn n at a time with replacement. For small n such intervals are too narrow; they are widened by the
+    ratio of Student's t to the normal distribution, as Hesterberg (2015, section 3.4) expands them.
 
     Args:
         differences: finite, `LEAST` or more.
@@ -107,7 +107,7 @@ def _normal_quantile() -> float:
 
 
 def _t_quantile(degrees: int) -> float:
-    """Of Student's t (Abramowitz & Stegun 26.7.5), within 0.2 % from 5 degrees of freedom on."""
+    """Quantile of Student's t (Abramowitz & Stegun 26.7.5), within 0.2 % from 5 degrees of freedom on."""
     z, v = _normal_quantile(), degrees
     terms = (
         (z**3 + z) / 4,

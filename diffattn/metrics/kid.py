@@ -1,4 +1,4 @@
-"""Kernel distance between the features of two sets of pictures: unbiased, so it serves where pictures are few.
+"""Kernel distance between the features of two sets of pictures: unbiased, so it also suits small sets.
 
 Shapes: N generated pictures, M of the reference, d features.
 """
@@ -11,7 +11,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from diffattn.metrics.reference import Reference, check_features
 
-ROWS = 1024  # pictures whose kernels with all others are held at a time
+ROWS = 1024  # pictures whose kernels with all others are held at once
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def reference_features(reference: Reference | Tensor) -> Tensor:
     if isinstance(reference, Tensor):
         return reference
     if reference.features is None:
-        raise ValueError(f"reference {reference.name!r} holds mean and covariance only; this metric needs its features")
+        raise ValueError(
+            f"reference {reference.name!r} contains mean and covariance only; this metric needs its features"
+        )
     return reference.features
 
 

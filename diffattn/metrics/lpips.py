@@ -1,7 +1,7 @@
 """Learned perceptual distance of picture pairs (Zhang et al. 2018, version 0.1, AlexNet).
 
 torchmetrics has it with backbones that torchvision downloads; here the backbone's weights come from a file. The linear
-heads are those that torchmetrics carries. Shapes: B pairs of pictures, H, W pixels.
+heads are those that torchmetrics includes. Shapes: B pairs of pictures, H, W pixels.
 """
 
 from pathlib import Path

@@ -52,7 +52,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def foreground(reference: Tensor, tolerance: float = WHITE_TOLERANCE, margin: int = MARGIN) -> Tensor:
-    """The pixels of a picture on white that hold something.
+    """The pixels of a picture on white that are not background.
 
     A pixel is foreground if any channel is below 1 - `tolerance`, or if such a pixel lies within `margin` rows and
     `margin` columns of it (dilation with a square of 2·margin + 1).
@@ -85,7 +85,7 @@ def foreground_psnr(a: Tensor, reference: Tensor, tolerance: float = WHITE_TOLER
 
     Args:
         a: pictures to judge [B, 3, H, W] in 0..1.
-        reference: the unaccelerated pictures; they alone say what is foreground.
+        reference: the unaccelerated pictures; only these determine the foreground.
         tolerance, margin: see `foreground`.
 
     Returns:
@@ -150,7 +150,9 @@ class LatentTrace:
             ValueError: runs of different length (with other numbers of steps only the last latents compare).
         """
         if len(self.steps) != len(exact.steps) or not self.steps:
-            raise ValueError(f"both runs need as many steps, one or more; got {len(self.steps)} and {len(exact.steps)}")
+            raise ValueError(
+                f"both runs need the same number of steps, one or more; got {len(self.steps)} and {len(exact.steps)}"
+            )
         by_step = [latent_relative_error(x, true) for x, true in zip(self.steps, exact.steps, strict=True)]
         return torch.stack(by_step, dim=1).tolist()
 
@@ -165,7 +167,7 @@ def _checked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if not x.is_floating_point():
             raise ValueError(f"pictures must be floating point in 0..1, got {x.dtype}")
         if not torch.isfinite(x).all():
-            raise ValueError("pictures hold values that are NaN or infinite")
+            raise ValueError("pictures contain values that are NaN or infinite")
         if x.min() < 0 or x.max() > 1:
             raise ValueError(f"pictures must be in 0..1, got {x.min().item():.3g} to {x.max().item():.3g}")
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)

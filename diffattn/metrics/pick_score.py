@@ -1,4 +1,4 @@
-"""PickScore: which of two pictures people would pick (Kirstain et al. 2023), by a CLIP model trained on their picks."""
+"""PickScore: which of two pictures people prefer (Kirstain et al. 2023), by a CLIP model trained on such choices."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ EXAMPLE = "yuvalkirstain/PickScore_v1"
 class PickScore:
     """The model's temperature times the cosine of picture and prompt.
 
-    Of two pictures of one prompt the first is picked with the probability σ(s₁ - s₂) of their scores.
+    Of two pictures of one prompt the first is preferred with probability σ(s₁ - s₂) of their scores.
 
     Attributes:
         hash: sha256 of the weights.

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffattn.metrics.kid import reference_features
 from diffattn.metrics.reference import Reference, check_features
 
-ROWS = 2048  # distances of this many pictures to all others at a time
+ROWS = 2048  # pictures whose distances to all others are held at once
 
 
 def precision_recall(features: Tensor, reference: Reference | Tensor, neighbours: int = 3) -> tuple[float, float]:

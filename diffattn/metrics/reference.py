@@ -17,7 +17,7 @@ from diffattn.files import write_whole
 from diffattn.metrics.extractors import FeatureExtractor
 from diffattn.metrics.features import as_uint8, features_of
 
-ASYMMETRY = 1e-5  # of the largest entry: what rounding to float32 leaves between opposite entries of a covariance
+ASYMMETRY = 1e-5  # of the largest entry: rounding to float32 may make opposite entries of a covariance differ by this
 LABELS = ("name", "hash", "extractor", "extractor_hash", "resize")
 
 
@@ -32,7 +32,7 @@ def check_features(features: Tensor, least: int = 2) -> Tensor:
     if len(features) < least:
         raise ValueError(f"at least {least} pictures are needed, got {len(features)}")
     if not torch.isfinite(features).all():
-        raise ValueError("features hold values that are NaN or infinite")
+        raise ValueError("features contain values that are NaN or infinite")
     return features.double()
 
 
@@ -56,14 +56,14 @@ class Statistics:
                              f"{list(cov.shape)}")  # fmt: skip
         for name, values in (("mean", mean), ("covariance", cov)):
             if not torch.isfinite(values).all():
-                raise ValueError(f"the {name} holds values that are NaN or infinite")
+                raise ValueError(f"the {name} contains values that are NaN or infinite")
         off = (cov - cov.T).abs().max().item()
         if off > ASYMMETRY * cov.abs().max().item():
             raise ValueError(f"the covariance is not symmetric: opposite entries differ by up to {off:.3g}")
 
     @classmethod
     def of(cls, features: Tensor) -> "Statistics":
-        """From features [N, d].
+        """The statistics of features [N, d].
 
         Raises:
             ValueError: fewer than 2 pictures, or values that are NaN or infinite.
@@ -74,7 +74,7 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A set of pictures as one extractor sees it."""
+    """A set of pictures, as features of one extractor."""
 
     name: str  # human-readable, e.g. "CIFAR-10 train"
     hash: str  # sha256 of the pictures, or of the file the statistics came from
@@ -94,7 +94,7 @@ class Reference:
         batch_size: int = 128,
         on_batch: Callable[[int], None] | None = None,
     ) -> "Reference":
-        """From pictures; arguments and errors as `features_of`."""
+        """The reference made of pictures; arguments and errors as `features_of`."""
         hashed = _Hashed(images)
         features = features_of(hashed, extractor, batch_size, on_batch)
         statistics = Statistics.of(features)

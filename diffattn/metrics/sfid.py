@@ -1,4 +1,4 @@
-"""Spatial features, for sFID (Nash et al. 2021): where things are in a picture, which pooled features forget.
+"""Spatial features, for sFID (Nash et al. 2021): the arrangement of a picture, which pooled features discard.
 
 Shapes: B pictures of height h and width w, d pooled features, s spatial ones.
 """
@@ -28,7 +28,7 @@ def spatial_layer(extractor: FeatureExtractor) -> tuple[nn.Module, int | None] |
 
 
 def spatial_layer_name(extractor: FeatureExtractor) -> str:
-    """How a protocol names the layer."""
+    """The name of the layer in a protocol."""
     inception = isinstance(extractor, InceptionExtractor)
     return "mixed_6/conv, 7 channels" if inception else f"second stage, {CHANNELS} channels of {GRID}x{GRID}"
 

@@ -1,4 +1,4 @@
-"""CLIP-I and DINO-I: how alike a network finds two pictures, whatever their pixels (Ruiz et al. 2023, section 4.2)."""
+"""CLIP-I and DINO-I: similarity of two pictures to a network, whatever their pixels (Ruiz et al. 2023, section 4.2)."""
 
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,10 @@ def dino_similarity(source: str | Path, device: str | torch.device = "cpu") -> I
         kind = AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"no DINO could be loaded from {str(source)!r}: {why}; give a folder or a hub id such as "
-                         f"{DINO_EXAMPLES}") from error  # fmt: skip
+        raise ValueError(
+            f"no DINO model could be loaded from {str(source)!r}: {why}; "
+            f"give a folder or a hub id such as {DINO_EXAMPLES}"
+        ) from error
     if kind == "dinov2":
         return ImageSimilarity(load_extractor("dinov2", source, device))
     if kind == "vit":

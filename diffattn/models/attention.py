@@ -24,5 +24,5 @@ ATTENTION: Mapping[str, type[Attention]] = {
 
 
 def name_of(layer: object) -> str:
-    """What a layer's attention is called in the configuration; the name of its class if it is none of them."""
+    """The name of a layer's attention in the configuration; its class name if it is not one of them."""
     return next((name for name, kind in ATTENTION.items() if type(layer) is kind), type(layer).__name__)

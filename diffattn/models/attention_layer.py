@@ -37,14 +37,14 @@ class AttentionOptions:
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm in the dtype of its weight, which stays fp32 under autocast; the input's dtype comes back."""
+    """RMS norm in the dtype of its weight, which stays fp32 under autocast; returns the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class TokenConv(nn.Conv2d):
-    """Depth-wise convolution of tokens [B, N, C] laid out on their grid, with zeros around it."""
+    """Depth-wise convolution of tokens [B, N, C] on their grid, with zero padding."""
 
     def __init__(self, dim: int, kernel_size: int = 3) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
@@ -67,11 +67,11 @@ class Attention(nn.Module, ABC):
         """x [B, N, C] -> [B, N, C]; `num_mediators` is for the layers that have any."""
 
     def own_names(self) -> set[str]:
-        """Its weights that a softmax layer does not have."""
+        """Names of its weights that a softmax layer does not have."""
         return {name for name in self.state_dict() if name.split(".")[0] not in SOFTMAX_PARTS}
 
     def softmax_weights(self) -> dict[str, Tensor]:
-        """Its weights that a softmax layer also has."""
+        """Those of its weights that a softmax layer also has."""
         return {name: weight for name, weight in self.state_dict().items() if name not in self.own_names()}
 
     def take(self, other: "Attention") -> dict[str, Tensor]:
@@ -84,19 +84,19 @@ class Attention(nn.Module, ABC):
         return self.take_softmax(other.softmax_weights())
 
     def take_softmax(self, weights: Weights) -> dict[str, Tensor]:
-        """`take`, of a softmax layer with these weights."""
+        """Like `take`, from a softmax layer with these weights."""
         return dict(weights)
 
     def official_weights(self, num_mediators: int) -> dict[str, Tensor]:
-        """Its weights by their official names; only for those that are official."""
+        """The weights by their official names; only for attention that is official."""
         return self.state_dict()
 
 
 class LayerProcessor(Protocol):
     """A replacement for a layer's `attend`: a plain object, not saved with the model.
 
-    It gets the layer, its input x [B, N, C], the projected and normed q, k, v [B, H, N, D], and what `attend` gets
-    besides; it returns [B, H, N, D].
+    It gets the layer, its input x [B, N, C], the projected and normed q, k, v [B, H, N, D], and the other arguments of
+    `attend`; it returns [B, H, N, D].
     """
 
     def __call__(
@@ -167,7 +167,7 @@ def split(x: Tensor, num_heads: int) -> Tensor:
 
 
 def on_grid(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, int]:
-    """The tokens [B, H, N, D] of a grid, and the number of preceding tokens without a place on it.
+    """The tokens [B, H, N, D] of a grid, and the number of preceding tokens off the grid.
 
     Raises:
         ValueError: the grid has more tokens than there are.

@@ -26,7 +26,7 @@ class CirculantAttention(AttentionLayer):
 
     Projections of queries, keys and values have no bias. Its block adds a depth-wise convolution of the tokens first.
     Logits grow with the square root of the number of tokens: on another grid than that of the sample size, queries are
-    scaled by √(N_train / N). Tokens without a place on the grid are refused.
+    scaled by √(N_train / N). Tokens off the grid are refused.
     """
 
     convolves_before = ("attention",)
@@ -48,7 +48,7 @@ class CirculantAttention(AttentionLayer):
         return out * self.gate(x)
 
     def take_softmax(self, weights: Weights) -> dict[str, Tensor]:
-        """The biases of queries, keys and values have no place here; the gate begins open."""
+        """The biases of queries, keys and values are dropped; the gate starts open."""
         nn.init.zeros_(self.gate[0].weight)  # type: ignore[arg-type]
         nn.init.constant_(self.gate[0].bias, OPEN)  # type: ignore[arg-type]
         return {name: weight for name, weight in weights.items() if name != "qkv.bias"}

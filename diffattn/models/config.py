@@ -70,8 +70,7 @@ def options_by_attention(
     """Options of single kinds of attention: named arguments of their layers.
 
     Raises:
-        ValueError: an attention that no layer has, or an option that it does not have. What a value may be, its layer
-            checks.
+        ValueError: an attention that no layer has, or an option that it does not have. Layers check the values.
     """
     checked = {}
     for name, given in (options or {}).items():

@@ -111,7 +111,7 @@ def check_names(expected: Iterable[str], given: Iterable[str]) -> None:
     missing, unexpected = set(expected) - set(given), set(given) - set(expected)
     if unexpected and not missing:
         raise ValueError(
-            f"this checkpoint has all weights of the model, and others that it has no place for: {listed(unexpected)}; "
+            f"this checkpoint has all weights of the model, and others that it does not use: {listed(unexpected)}; "
             "remove those to load the rest"
         )
     if missing:
@@ -133,7 +133,7 @@ def check_official(attention: Sequence[str], allowed: Sequence[str], steps: Sequ
     if refused:
         raise ValueError(
             f"the official layout has no place for {' and '.join(refused)}, only for layers of "
-            f"{', '.join(allowed)} at one width; the diffattn layout (save_pretrained) holds every model"
+            f"{', '.join(allowed)} at one width; the diffattn layout (save_pretrained) supports every model"
         )
 
 
@@ -190,7 +190,7 @@ def check_shapes(expected: Weights, given: Weights) -> None:
 
 
 def _mediators(weights: Weights, attention: Sequence[str], num_heads: int) -> list[int]:
-    """The one number of mediators of a published checkpoint, as a list; empty without mediator layers."""
+    """The single number of mediators of a published checkpoint, as a list; empty without mediator layers."""
     shapes = {
         tuple(weights[f"blocks.{i}.attn.an_bias"].shape[:2]) for i, kind in enumerate(attention) if kind == "mediator"
     }

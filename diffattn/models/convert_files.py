@@ -62,8 +62,8 @@ def read_model(source: Path, options: ReadOptions | None = None) -> tuple[DiT, s
     """A model from a file or folder, and the layout it was in.
 
     Raises:
-        ValueError: nothing there, or nothing that can be read; options that do not belong to such a source; weights
-            that do not fit. The message names what and, where it is a choice, what is allowed.
+        ValueError: nothing there, or nothing that can be read; options that do not apply to such a source; weights that
+            do not fit. The message names the problem and, for a choice, what is allowed.
     """
     options = options or ReadOptions()
     if source.is_dir():
@@ -115,13 +115,13 @@ def _class_in(folder: Path) -> type[DiT] | type[DiTTransformer2DModel]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         hint = "; of a pipeline, give the folder of its transformer" if (folder / "model_index.json").is_file() else ""
-        raise ValueError(f"{str(folder)!r} is no model folder: it has no {CONFIG_FILE}{hint}")
+        raise ValueError(f"{str(folder)!r} is not a model folder: it has no {CONFIG_FILE}{hint}")
     try:
         name = json.loads(path.read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is not a readable configuration: {error}") from None
     if name not in CLASSES:
-        raise ValueError(f"{str(folder)!r} holds a {name}; what can be converted: {', '.join(CLASSES)}")
+        raise ValueError(f"{str(folder)!r} contains a {name}; what can be converted: {', '.join(CLASSES)}")
     return CLASSES[name]
 
 
@@ -146,7 +146,7 @@ def _read_weights(source: Path, key: str | None) -> dict[str, Tensor]:
         raise ValueError(f"a checkpoint file ends in {', '.join((*PICKLED, SAFE))}, got {source.name!r}")
     content = _read_pickle(source)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{source.name!r} holds a {type(content).__name__}, not weights by name")
+        raise ValueError(f"{source.name!r} contains a {type(content).__name__}, not weights by name")
     return find_weights(content, key, source.name)
 
 
@@ -154,7 +154,7 @@ def _read_pickle(source: Path) -> Any:
     """The content of a .pt file, tensors and plain values only (including a program's arguments)."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on old or foreign pickles
+            warnings.simplefilter("ignore")  # torch's warnings about old or foreign pickles
             return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: a damaged pickle fails wherever the reader happens to be
         raise ValueError(f"{str(source)!r} is not read: {_reason(error)}") from None
@@ -164,14 +164,16 @@ def _reason(error: Exception) -> str:
     """The problem in one sentence; torch's own messages advise switching the protection off."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
-        return f"it holds more than weights ({found[1].rstrip(',')}), which could run code; save a state_dict() alone"
+        return (
+            f"it contains more than weights ({found[1].rstrip(',')}), which could run code; save a state_dict() alone"
+        )
     if "TorchScript" in text:
         return "it is a TorchScript archive; save the model's state_dict() instead"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "zip archive" in text:
         return "it is cut off or damaged"
-    return "it is no checkpoint of tensors and plain values as torch.save writes one, or it is damaged"
+    return "it is not a checkpoint of tensors and plain values written by torch.save, or it is damaged"
 
 
 def _num_heads(weights: Mapping[str, Tensor]) -> int:
@@ -209,7 +211,7 @@ def write_model(
     """
     check_destination(dest, layout, force=True)
     if num_mediators is not None and layout != OFFICIAL:
-        raise ValueError(f"num_mediators={num_mediators} is for the official layout; a folder keeps every number")
+        raise ValueError(f"num_mediators={num_mediators} applies to the official layout; a folder keeps every number")
     nn.Module.to(model, dtype or model.x_embedder.proj.weight.dtype)  # with the position embedding
     official = model.to_official(num_mediators) if layout == OFFICIAL else {}
     written = model.to_diffusers() if layout == DIFFUSERS else model
@@ -230,7 +232,7 @@ def write_model(
 
 
 def check_destination(dest: Path, layout: str, force: bool) -> None:
-    """Raises `ValueError` if a model cannot be written there in this layout, or would replace what it must not.
+    """Raises `ValueError` if a model cannot be written there in this layout, or would replace something else.
 
     Args:
         dest: file or folder.
@@ -249,7 +251,7 @@ def check_destination(dest: Path, layout: str, force: bool) -> None:
         raise ValueError(f"{str(dest)!r} is a {'folder' if is_file else 'file'} already")
     others = [] if is_file else [x.name for x in dest.iterdir() if x.name != CONFIG_FILE and not _is_weights(x.name)]
     if others:
-        raise ValueError(f"{str(dest)!r} holds other things than a model ({', '.join(sorted(others)[:5])})")
+        raise ValueError(f"{str(dest)!r} contains other things than a model ({', '.join(sorted(others)[:5])})")
     if not force and (is_file or any(dest.iterdir())):
         raise ValueError(f"{str(dest)!r} exists; --force replaces it")
 

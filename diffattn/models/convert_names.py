@@ -19,7 +19,7 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 """Name parts inserted by torch.compile, data parallelism and similar wrappers."""
 
 PREFERRED = ("", "model", "state_dict")
-"""The first part of the path of a model that is taken before others, unless there are averaged weights."""
+"""First parts of a path whose model is preferred over others, unless there are averaged weights."""
 
 AVERAGED = re.compile(r"(^|[._])(ema|swa|shadow|averag)", re.IGNORECASE)
 OWN_NAME = re.compile(
@@ -32,7 +32,7 @@ TELLING = re.compile(r"(^|\.)([xty]_embedder|final_layer|adaLN_modulation)\.")
 """Names that a DiT has and other transformers do not."""
 
 COUNTER = re.compile(r"(^|\.)(decay|num_updates|n_averaged|initted|(global_)?step|epoch)$")
-"""What averages and trainings keep among the weights."""
+"""Entries that averaging and training store among the weights."""
 
 MAX_DEPTH = 4  # mappings within each other
 
@@ -66,8 +66,8 @@ class Place:
 def find_weights(content: Mapping[Any, Any], key: str | None, source: str) -> dict[str, Tensor]:
     """The weights of one model under their own names, out of everything a checkpoint holds.
 
-    Averaged weights are preferred. The names of wrappers are removed wherever they stand, and so is what precedes all
-    names of the model. What lies beside the model in the same table is left out, with a warning that names it.
+    Averaged weights are preferred. The names of wrappers are removed wherever they occur, and so is any prefix that all
+    names of the model share. Everything else in the same table is left out, with a warning that names it.
 
     Args:
         content: what the file holds.
@@ -91,7 +91,7 @@ def find_weights(content: Mapping[Any, Any], key: str | None, source: str) -> di
     others = [p for p in places if p.table == place.table and p != place]
     beside = [n for n in table if not place.has(n) and not any(p.has(n) for p in others) and not COUNTER.search(n)]
     if place.prefix and beside:
-        warn(f"{source!r} holds more than the model; left out: {_groups(beside)}", stacklevel=2)
+        warn(f"{source!r} contains more than the model; left out: {_groups(beside)}", stacklevel=2)
     names = [n for n in table if place.has(n) and not COUNTER.search(n)]
     names += [] if place.prefix else beside  # without a prefix they may be the model's
     return {n.removeprefix(place.prefix): table[n].detach() for n in names}
@@ -173,14 +173,14 @@ def _preferred(places: Sequence[Place], source: str) -> Place:
     """The model to use; `ValueError` if two are equally good."""
     first = min(places, key=lambda place: place.rank)
     if equal := [place.path for place in places if place.rank == first.rank and place != first]:
-        raise ValueError(f"{source!r} holds several models ({listed([first.path, *equal])}); name one with its key")
+        raise ValueError(f"{source!r} contains several models ({listed([first.path, *equal])}); name one with its key")
     return first
 
 
 def _named(
     lists: Mapping[str, Sequence[Tensor]], tables: Mapping[str, Table], places: Sequence[Place], source: str
 ) -> dict[str, Tensor]:
-    """Averaged weights without names, matched to the model beside them in its order."""
+    """Averaged weights without names, matched by order to the model stored beside them."""
     for place in sorted(places, key=lambda place: place.rank):
         model = {n.removeprefix(place.prefix): x for n, x in tables[place.table].items() if place.has(n)}
         for trained in (model, {n: x for n, x in model.items() if n != "pos_embed"}):  # which is fixed
@@ -198,5 +198,5 @@ def _named(
 def _other_weights(tables: Mapping[str, Table], source: str) -> dict[str, Tensor]:
     """The largest table if none is a DiT's; the check of the names will report that."""
     if not tables:
-        raise ValueError(f"{source!r} holds no weights by name")
+        raise ValueError(f"{source!r} contains no weights by name")
     return dict(max(tables.values(), key=len))

@@ -52,7 +52,7 @@ class DiT(ModelMixin, ConfigMixin):
         num_layers, num_heads: of the transformer.
         mlp_ratio: hidden width of the MLPs over C.
         num_classes: classes, with ids from 0.
-        null_class: the id `num_classes` stands for "no class", which guidance needs.
+        null_class: the id `num_classes` means "no class", which guidance needs.
         learn_sigma: twice the output channels, as official checkpoints have. A velocity model leaves the second half
             out of its output.
         prediction: "velocity" (SiT) or "epsilon" (DiT).
@@ -163,7 +163,8 @@ class DiT(ModelMixin, ConfigMixin):
             `.sample` [B, c, H, W], or [B, 2c, H, W] of an epsilon model that learns sigma.
 
         Raises:
-            ValueError: the size does not divide into patches or has too few for the mediators; a class id out of range.
+            ValueError: a size that does not divide into patches, or into too few for the mediators; a class id out of
+                range.
         """
         grid = token_grid(x.shape[-2:], self.patch_size)
         dtype = self.x_embedder.proj.weight.dtype  # under autocast the tokens stay in fp32
@@ -203,7 +204,7 @@ class DiT(ModelMixin, ConfigMixin):
                 their position biases are blended.
 
         Raises:
-            ValueError: there are no mediator layers, or n is no perfect square, or out of range.
+            ValueError: there are no mediator layers, or n is not a perfect square, or out of range.
         """
         check_num_mediators(num_mediators, self.mediators)
         self.num_mediators = num_mediators
@@ -287,7 +288,7 @@ class DiT(ModelMixin, ConfigMixin):
         return cls(**config, path=path)._load(weights)
 
     def to_diffusers(self) -> DiTTransformer2DModel:
-        """diffusers' DiT with these weights. It returns all channels, and does not record the direction of time.
+        """Convert to diffusers' DiT. It returns all channels, and does not record the direction of time.
 
         Warns:
             UserWarning: unless `frequency_shift` is 1, since diffusers divides the exponent of the time frequencies by
@@ -319,5 +320,5 @@ class DiT(ModelMixin, ConfigMixin):
 
 
 def _cast_like(model: nn.Module, weight: Tensor) -> None:
-    """To the device and dtype of a weight. `ModelMixin.to` warns of any dtype, modules to keep in fp32 or not."""
+    """Move to the device and dtype of a weight. `ModelMixin.to` would warn about any dtype."""
     nn.Module.to(model, device=weight.device, dtype=weight.dtype)

@@ -20,10 +20,10 @@ class FocusedLinearAttention(AttentionLayer):
         O = φ(Q) (φ(K + PE)ᵀ V) / (φ(Q)·Σ φ(K + PE)) + DWConv5×5(V)
 
     The convolution has the weights of one head, shared by all. The encoding is learned on the grid of the sample size
-    and resized to others. Tokens without a place on the grid come first; encoding and convolution skip them.
+    and resized to others. Tokens off the grid come first; encoding and convolution skip them.
 
     Args:
-        dim, options: as every layer has them.
+        dim, options: as for every layer.
         power: p of the feature map, a finite number of at least 1.
         kernel_size: of the convolution, odd.
     """
@@ -68,7 +68,7 @@ class FocusedLinearAttention(AttentionLayer):
         return taken
 
     def take_softmax(self, weights: Weights) -> dict[str, Tensor]:
-        """The convolution begins at zero."""
+        """The convolution starts at zero."""
         nn.init.zeros_(self.dwc.weight)
         nn.init.zeros_(self.dwc.bias)  # type: ignore[arg-type]
         return dict(weights)

@@ -4,8 +4,9 @@ from torch import nn
 
 
 def initialize(model: nn.Module) -> None:
-    """adaLN-Zero: every block begins as the identity, and the output as zero. Attention parameters
-    other than linear layers keep the values set in their own file."""
+    """Initialise as adaLN-Zero: every block starts as the identity, and the output as zero.
+
+    Attention parameters other than linear layers keep the values set in their own file."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -17,8 +17,8 @@ class InLineAttention(AttentionLayer):
 
         O = v̄ + s·Q Cov(K, V) + DWConv3×3(V; r),  r = MLP(mean of x over the tokens)
 
-    The MLP has a group per head, and its last layer begins at zero: a new layer is the core alone. Tokens without a
-    place on the grid come first; they take part in the core and in the mean, and the convolution skips them.
+    The MLP has a group per head, and its last layer starts at zero: a new layer is the core alone. Tokens off the grid
+    come first; they take part in the core and in the mean, and the convolution skips them.
     """
 
     def __init__(self, dim: int, options: AttentionOptions) -> None:

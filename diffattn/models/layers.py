@@ -63,7 +63,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class ids [B] to [B, C]. The last row, if there is a null class, stands for "no class"."""
+    """Class ids [B] to [B, C]. The last row, if there is a null class, means "no class"."""
 
     def __init__(self, num_classes: int, dim: int, null_class: bool) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class DiTBlock(nn.Module):
     """Attention and MLP, each between a norm that the condition shifts and scales and a gate that it opens (adaLN-Zero:
     Peebles & Xie, "Scalable Diffusion Models with Transformers", ICCV 2023).
 
-    If an attention asks for it, a depth-wise convolution of the tokens is added before it or before the MLP; it
-    begins at zero, so that a new block is the identity whatever its attention.
+    If an attention requires it, a depth-wise convolution of the tokens is added before it or before the MLP; it starts
+    at zero, so that a new block is the identity whatever its attention.
     """
 
     def __init__(self, dim: int, mlp_hidden: int, attention: str, options: AttentionOptions, norm_eps: float) -> None:

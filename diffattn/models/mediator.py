@@ -71,7 +71,7 @@ class MediatorAttention(AttentionLayer):
         gather = gather_bias(bias["an_bias"], bias["ah_bias"], bias["aw_bias"], grid)  # [H, n, N]
         spread = spread_bias(bias["na_bias"], bias["ha_bias"], bias["wa_bias"], grid)  # [H, N, n]
         mediators = pool_mediators(q, grid, num_mediators)  # [B, H, n, D]
-        # The convolved values come first: their sum has their layout in memory, the one that the projection takes.
+        # The convolved values come first: the sum inherits their memory layout, which the projection needs.
         return self._convolve(v, grid) + mediator_attention(q, k, v, mediators, gather, spread)
 
     def _convolve(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -107,20 +107,20 @@ class MediatorAttention(AttentionLayer):
         return bias
 
     def take(self, other: Attention) -> dict[str, Tensor]:
-        """Biases are resized to the grid, and to the number of mediators where the other layer has another."""
+        """Biases are resized to the grid, and to the number of mediators where the other layer's differs."""
         if not isinstance(other, MediatorAttention):
             return super().take(other)
         kept = {name: weight for name, weight in other.state_dict().items() if not name.startswith("biases.")}
         return kept | self._fitted_biases(other)
 
     def take_softmax(self, weights: Weights) -> dict[str, Tensor]:
-        """Biases keep their small random values, the convolution begins at zero: plain attention through mediators."""
+        """Biases keep their small random values, the convolution starts at zero: plain attention through mediators."""
         nn.init.zeros_(self.dwc.weight)
         nn.init.zeros_(self.dwc.bias)  # type: ignore[arg-type]
         return dict(weights)
 
     def _fitted_biases(self, other: "MediatorAttention") -> dict[str, Tensor]:
-        """Their biases at our numbers of mediators and on our grid; the nearest number where there is no other."""
+        """The other layer's biases at our numbers of mediators and on our grid, from the nearest of its numbers."""
         fitted = {}
         for n in self.mediators:
             inside = min(other.mediators) <= n <= max(other.mediators)
@@ -134,6 +134,6 @@ class MediatorAttention(AttentionLayer):
         return fitted
 
     def official_weights(self, num_mediators: int) -> dict[str, Tensor]:
-        """With the biases of one number of mediators, which stand beside the other weights there."""
+        """The official layout has the biases of one number of mediators, stored beside the other weights."""
         kept = {name: weight for name, weight in self.state_dict().items() if not name.startswith("biases.")}
         return kept | self.biases_at(num_mediators)

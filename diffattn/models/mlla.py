@@ -39,7 +39,7 @@ class MambaLikeMixer(Attention):
     output are modulated by the condition as in every other block.
 
     Raises:
-        ValueError: `qk_norm`, which these layers do not have; channels that are no multiple of 4.
+        ValueError: `qk_norm`, which these layers do not have; channels that are not a multiple of 4.
     """
 
     convolves_before = ("attention", "mlp")
@@ -62,11 +62,11 @@ class MambaLikeMixer(Attention):
         return self.out_proj(mixed * silu(self.act_proj(x)))
 
     def softmax_weights(self) -> dict[str, Tensor]:
-        """None: another layer's values are not made of a gate and a convolution."""
+        """Return None, since the values of other layers do not come from a gate and a convolution."""
         return {}
 
     def take_softmax(self, weights: Weights) -> dict[str, Tensor]:
-        """Queries, keys, values and output are the softmax layer's; gate and convolutions begin neutral."""
+        """Queries, keys, values and output are the softmax layer's; gate and convolutions start neutral."""
         with torch.no_grad():
             for parameter in (*self.dwc.parameters(), *self.attn.lepe.parameters(), *self.act_proj.parameters()):
                 parameter.zero_()

@@ -3,8 +3,8 @@
     x = [x₁ … x_n],  C_i = d_1 + … + d_i
     y₁ = F₁(x₁),  y_i = F_i([y_{i-1}, x_i])        F_i: blocks of width C_i
 
-Patch embedding, conditioning and final layer keep the full width C. A step narrower than that gets the conditioning
-projected to its width. One step is the plain backbone.
+Patch embedding, conditioning and final layer keep the full width C. For a narrower step the conditioning is projected
+to its width. A single step is the plain backbone.
 
 Shapes: B batch, N tokens, C channels, C_i channels of a step.
 """
@@ -58,9 +58,9 @@ def steps_of(
 
 
 def projections(steps: Sequence[Step], hidden_size: int) -> nn.ModuleDict:
-    """The conditioning to the width of each narrow step, by the number of the step.
+    """Projections of the conditioning to the width of each narrow step, by the number of the step.
 
-    Not a `ModuleList`: block caches (cache-dit) take every list of modules for a list of blocks.
+    Not a `ModuleList`: block caches (cache-dit) mistake every list of modules for a list of blocks.
     """
     narrow = {str(i): step.width for i, step in enumerate(steps) if step.width < hidden_size}
     return nn.ModuleDict({number: nn.Linear(hidden_size, width) for number, width in narrow.items()})

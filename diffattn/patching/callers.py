@@ -32,7 +32,7 @@ def stacklevel() -> int:
 
 
 def schedulers_in(frame: FrameType) -> Iterator[Any]:
-    """Schedulers among the variables of a frame, the attributes of one, or in a pipeline among those attributes."""
+    """Schedulers among a frame's variables, among their attributes, and inside pipelines among those attributes."""
     names = [name for name in frame.f_code.co_names if name in frame.f_globals]
     for value in [*frame.f_locals.values(), *(frame.f_globals[name] for name in names)]:
         if issubclass(type(value), SchedulerMixin):
@@ -44,7 +44,7 @@ def schedulers_in(frame: FrameType) -> Iterator[Any]:
 
 
 def _attributes(value: Any) -> list[Any]:
-    """Of an instance, without running any code of its class."""
+    """The attributes of an instance, read without running any code of its class."""
     try:
         return list(object.__getattribute__(value, "__dict__").values())
     except AttributeError:
@@ -52,6 +52,6 @@ def _attributes(value: Any) -> list[Any]:
 
 
 def is_kept_by_caller(value: Any) -> bool:
-    """Whether a caller holds an object in a local dictionary, as pipelines do that will restore a processor."""
+    """Whether a caller holds an object in a local dictionary, as pipelines do that restore a processor later."""
     dicts = (found for frame in callers() for found in frame.f_locals.values() if type(found) is dict)
     return any(part is value for found in dicts for part in list(found.values()))

@@ -1,4 +1,4 @@
-"""A file of decisions, by machine: what was faster there for which kind of call."""
+"""A file of decisions by machine: for every kind of call, what was faster there."""
 
 import os
 import platform
@@ -14,10 +14,10 @@ from diffattn.files import read_json, write_json
 from diffattn.machine import cpu_name, versions
 
 SWITCH = "DIFFATTN_CALIBRATE"
-"""Environment variable: "0" keeps `diffattn.patch` from timing anything unless told to; a path names the cache."""
+"""Environment variable: "0" keeps `diffattn.patch` from timing, unless `calibrate` is given; a path names the cache."""
 
 MAX_MACHINES = 64
-"""Machines in one file; the oldest ones give way."""
+"""Machines in one file; the oldest are dropped."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class DecisionCache:
             entries = _machines(self.path).get(machine_key(device), {})
             return {kind: decision_from(entry) for kind, entry in entries.items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(self.path)!r} does not hold decisions of diffattn ({error}); delete it") from None
+            raise ValueError(
+                f"{str(self.path)!r} does not contain decisions of diffattn ({error}); delete it"
+            ) from None
 
     def add(self, device: torch.device, decisions: Mapping[str, Decision]) -> None:
-        """Put a device's decisions into the file, beside those there, which other processes may have added since.
+        """Add a device's decisions to those in the file, which other processes may have changed since.
 
         Raises:
             OSError: the file cannot be written.
@@ -52,7 +54,7 @@ class DecisionCache:
 
 
 def cache_for(calibrate: bool | str | Path | None) -> DecisionCache | None:
-    """The cache that `diffattn.patch(calibrate=...)` asks for; None: nothing is to be timed.
+    """The cache for the argument `calibrate` of `diffattn.patch`; None: nothing is timed.
 
     Raises:
         ValueError: not true, false or a path.
@@ -75,7 +77,7 @@ def user_cache() -> Path:
 
 
 def machine_key(device: torch.device) -> str:
-    """Everything that another machine, driver or library may differ in so that other calls are faster."""
+    """Everything about machine, driver and libraries that may change which calls are faster."""
     found = versions()
     parts = [f"torch {found['torch']}", f"diffattn {found['diffattn']}"]
     if device.type == "cuda":
@@ -90,7 +92,7 @@ def machine_key(device: torch.device) -> str:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's kernel driver, as far as the system tells."""
+    """The version of NVIDIA's kernel driver, if the system reveals it."""
     path = Path("/proc/driver/nvidia/version")
     text = path.read_text() if path.is_file() else ""
     return next((word for word in text.split() if word.count(".") and word[0].isdigit()), platform.release())

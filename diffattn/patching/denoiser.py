@@ -26,9 +26,9 @@ class PatchedLayer:
     module: Any  # has processor
     runs: MethodProcessor | None = None  # runs the method
     processor: Any = None  # the one that the layer was given for it
-    left_alone: str | None = None  # why it has no processor of ours
+    reason: str | None = None  # why it has no processor of ours
     displaced_by: str | None = None  # class of the processor that replaced ours
-    is_told: bool = False  # whether the user was warned of that
+    is_reported: bool = False  # whether the user was warned of that
     earlier: WeakSet[MethodProcessor] = field(default_factory=WeakSet)  # those before `runs` that a caller may put back
 
     @property
@@ -37,11 +37,11 @@ class PatchedLayer:
         return [*self.earlier, *([] if self.runs is None else [self.runs])]
 
     def renew(self, replaced: Replaced) -> None:
-        """Take a new processor, in place of the one that displaced ours."""
+        """Install a new processor in place of the one that displaced ours."""
         if self.runs is not None:
             self.earlier.add(self.runs)
         self.runs, self.processor = replaced
-        self.displaced_by, self.is_told = None, False
+        self.displaced_by, self.is_reported = None, False
         install(self.module, self.processor)
 
     def look(self) -> str | None:
@@ -50,7 +50,7 @@ class PatchedLayer:
         if self.processor is not None and self.is_ours(there):
             self.processor = there  # perhaps an earlier one, which a caller kept and put back
         if self.processor is None or any(part is self.processor for part in (there, *_attributes(there))):
-            self.displaced_by, self.is_told = None, False
+            self.displaced_by, self.is_reported = None, False
         else:
             self.displaced_by = "the layer's own attention" if there is None else type(there).__name__
         return self.displaced_by
@@ -62,7 +62,7 @@ class PatchedLayer:
 
 
 def runs_of(processor: Any) -> MethodProcessor | None:
-    """What runs a method in a processor of ours; None for any other."""
+    """The part of a processor of ours that runs the method; None for any other processor."""
     return processor if isinstance(processor, MethodProcessor) else plug_of(processor)
 
 
@@ -71,10 +71,10 @@ def _attributes(processor: Any) -> list[Any]:
 
 
 class Expected(NamedTuple):
-    """What is known of a layer's call before it is made."""
+    """What is known about a layer's call before it is made."""
 
     device: str  # torch device type
-    mask_rows: int  # see `AttentionMethod.declines`
+    mask_rows: int  # see `AttentionMethod.reason_call`
     batch: int | None  # samples; None: unknown
     dtype: torch.dtype
 
@@ -146,7 +146,7 @@ class PatchedDenoiser:
         Args:
             size: of the latents.
             num_phases: of the schedule.
-            batch: samples in a call; None: which way is faster is guessed, whatever was timed.
+            batch: samples in a call; None: guess what is faster, whatever was timed.
         """
         weight = next(self.model.parameters())
         grids, expected = self.grids_for(size), Expected(weight.device.type, 0, batch, weight.dtype)
@@ -155,7 +155,7 @@ class PatchedDenoiser:
             if layer.spec.is_cross_attention:
                 continue
             if layer.runs is None:
-                found[layer.spec.name] = [layer.left_alone] * num_phases
+                found[layer.spec.name] = [layer.reason] * num_phases
                 continue
             reasons = [self._reason(layer, grids, size, phase, expected) for phase in range(num_phases)]
             found[layer.spec.name] = [None if reason == ACCELERATED else reason for reason in reasons]

@@ -57,7 +57,7 @@ class Patch(NotPickled):
             self._runs.denoisers.append(PatchedDenoiser(model, architectures[prefix], layers[prefix]))
         self._hooks = [RunHook(self, self._runs, denoiser) for denoiser in self._runs.denoisers]
         if not any(layer.runs for layer in self._layers):
-            why = Counter(layer.left_alone for layer in self._layers if not layer.spec.is_cross_attention)
+            why = Counter(layer.reason for layer in self._layers if not layer.spec.is_cross_attention)
             reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no self-attention layer"
             raise ValueError(f"nothing to patch in {self._model_name}: {reasons}")
         self._runs.look_up(next(self._runs.denoisers[0].model.parameters()).device)
@@ -75,14 +75,10 @@ class Patch(NotPickled):
         """Build everything that one layer needs, without changing the layer."""
         spec = layer.spec
         if spec.is_cross_attention:
-            layer.left_alone = "cross-attention"
-        elif reason := spec.exact or architecture.reason_exact(layer.module):
-            layer.left_alone = reason
-        elif not self.plan.chooses(spec):
-            layer.left_alone = "not among the chosen layers"
-        elif reason := self.plan.why_not(spec):
-            layer.left_alone = reason
+            layer.reason = "cross-attention"
         else:
+            layer.reason = spec.exact or architecture.reason_exact(layer.module) or self.plan.reason_exact(spec)
+        if layer.reason is None:
             layer.runs, layer.processor = architecture.replaced(
                 layer=spec,
                 original=layer.module.processor,
@@ -149,7 +145,7 @@ class Patch(NotPickled):
         Args:
             height, width: of the latents.
             frames: of a video's latents.
-            batch: samples in a call, for what is known to be faster at that size; None: the package's guess.
+            batch: samples in a call, to use what was timed at that size; None: use the package's guess.
 
         Returns:
             Every self-attention layer -> why it runs exact in each phase of the schedule, None where it is
@@ -161,7 +157,7 @@ class Patch(NotPickled):
         return found
 
     def out_of_range(self, height: int, width: int) -> str | None:
-        """What an option should be that leaves nothing to accelerate on latents of this size, or None."""
+        """What is wrong with an option that leaves nothing to accelerate on latents of this size, or None."""
         size = Size(height, width)
         grids = [d.grids_for(size)[layer.spec.level] for d in self._runs.denoisers for layer in d.patched]
         return self.plan.out_of_range(max(map(prod, grids)))
@@ -185,14 +181,14 @@ class Patch(NotPickled):
         return self._runs.tally.of(layer).get(ACCELERATED, 0)
 
     def decisions(self) -> dict[str, bool]:
-        """Kind of call -> whether the method was used, for every kind of call that was met and that speed decides.
+        """Kind of call -> whether the method was used, for every kind of call so far that speed decides.
 
-        With these as `decisions`, `diffattn.patch` does the same again, whatever is faster then.
+        Passed as `decisions`, they make `diffattn.patch` do the same again, whatever is faster then.
         """
         return {kind: found.faster for kind, found in self._runs.decisions.used().items()}
 
     def follow(self, decisions: Mapping[str, bool]) -> None:
-        """From the next run on, decide these kinds of calls as given; see `decisions`.
+        """From the next run on, follow these decisions; see `decisions`.
 
         Raises:
             ValueError: not a mapping from kinds of calls to true or false.
@@ -225,12 +221,12 @@ class Patch(NotPickled):
         return LayerReport(
             name=layer.spec.name,
             level=layer.spec.level,
-            method="-" if layer.left_alone else self.plan.method_name(layer.spec),
+            method="-" if layer.reason else self.plan.method_name(layer.spec),
             tokens=tokens,
             accelerated=counts.pop(ACCELERATED, 0),
             exact_heads=counts.pop(EXACT_HEADS, 0),
             timed={kind: str(found) for kind, found in self._runs.decisions.used_by(layer.spec.name).items()},
             passed_through=counts,
-            left_alone=layer.left_alone,
+            left_alone=layer.reason,
             displaced_by=layer.displaced_by,
         )

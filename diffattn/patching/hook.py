@@ -15,7 +15,7 @@ _outside_compiled: Any = torch.compiler.disable
 
 
 class DiffAttnWarning(UserWarning):
-    """A patched model does something that its user may not expect."""
+    """A patched model does something that the user may not expect."""
 
 
 class Listener(Protocol):

@@ -44,12 +44,12 @@ def patch(
         layers: names of layers (as in the report), or a predicate on `LayerSpec`; default: all supported ones.
         schedule: options by noise level (1 noise ... 0 data) or by the latents' change: a `Schedule`, the mapping of
             `NoiseSchedule`, or that of `LatentChangeSchedule.to_dict`.
-        calibrate: whether to time both ways the first time a kind of call is met (device, dtype, sizes), and to use
-            what is faster from then on. The answers are kept in the user's cache (`~/.cache/diffattn`), or in the file
-            whose path is given. False: follow the package's own table and `decisions`. None: True, unless the
-            environment variable `DIFFATTN_CALIBRATE` is "0" or a path. The option `min_tokens` decides instead of
-            either; in compiled code, with gradients and in several processes nothing is timed.
-        decisions: what `Patch.decisions` returned, to do the same again.
+        calibrate: whether to time the method and exact attention at the first call of each kind (device, dtype, sizes),
+            and to use the faster one from then on. The answers are kept in the user's cache (`~/.cache/diffattn`), or
+            in the file whose path is given. False: follow the package's own table and `decisions`. None: True, unless
+            the environment variable `DIFFATTN_CALIBRATE` is "0" or a path. The option `min_tokens` overrides both; in
+            compiled code, with gradients and in several processes nothing is timed.
+        decisions: what `Patch.decisions` returned, to repeat them.
         **options: fields of the method's configuration; they override the preset's.
 
     Returns:

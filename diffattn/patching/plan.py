@@ -27,7 +27,7 @@ class Plan:
     layers: LayerFilter | None
     options: Mapping[str, Any]  # as given by the user
     by_layer: LayerRecipe | None = None  # a tuned recipe, which has its own methods for every layer
-    decisions: Mapping[str, Decision] = field(default_factory=dict)  # that are not to be made again
+    decisions: Mapping[str, Decision] = field(default_factory=dict)  # given, so that they are not made again
 
     @classmethod
     def read(
@@ -61,7 +61,7 @@ class Plan:
         elif preset is None and schedule is None:
             preset = DEFAULT_PRESET
         if method is None:
-            method = method_for([layer for layer in of_model if _chooses(layers, layer)] or of_model)
+            method = method_for([layer for layer in of_model if _is_chosen(layer, layers)] or of_model)
         kind = _lookup("method", method, METHODS)
         base: Mapping[str, Any] = {}
         if preset is not None:
@@ -94,7 +94,7 @@ class Plan:
         methods = self.methods
         if self.by_layer is not None:
             methods = self.by_layer.methods.get(layer.name, (None,) * len(methods))
-        return tuple(m if m is not None and not m.why_not(layer) else None for m in methods)
+        return tuple(m if m is not None and not m.reason_layer(layer) else None for m in methods)
 
     def method_name(self, layer: LayerSpec) -> str:
         """The name of the method that covers a layer; several names are joined by "+"."""
@@ -115,10 +115,12 @@ class Plan:
         }
         return replace(fitted, by_layer=replace(self.by_layer, methods=methods))
 
-    def why_not(self, layer: LayerSpec) -> str | None:
-        """Why the method cannot accelerate the layer in any phase, or None."""
+    def reason_exact(self, layer: LayerSpec) -> str | None:
+        """Why the layer runs exact in every phase, or None."""
+        if not _is_chosen(layer, self.layers):
+            return "not among the chosen layers"
         methods = self.methods if self.by_layer is None else self.by_layer.methods.get(layer.name, ())
-        reasons = [m.why_not(layer) for m in methods if m is not None]
+        reasons = [m.reason_layer(layer) for m in methods if m is not None]
         if not reasons:
             return "exact by recipe"
         return reasons[0] if all(reasons) else None
@@ -132,12 +134,8 @@ class Plan:
             return {name: _non_defaults(methods[phase]) for name, methods in self.by_layer.methods.items()}
         return _non_defaults(self.methods[phase])
 
-    def chooses(self, layer: LayerSpec) -> bool:
-        """Whether the layer is among those the user chose."""
-        return _chooses(self.layers, layer)
-
     def out_of_range(self, num_tokens: int) -> str | None:
-        """What an option given by the user that leaves nothing to accelerate should be, or None.
+        """What is wrong with an option of the user that leaves nothing to accelerate, or None.
 
         Args:
             num_tokens: tokens of the largest layer at this picture size.
@@ -156,7 +154,7 @@ class Plan:
             raise ValueError(f"layers names {', '.join(wrong)}; the self-attention layers are: {', '.join(names)}")
 
 
-def _chooses(layers: LayerFilter | None, layer: LayerSpec) -> bool:
+def _is_chosen(layer: LayerSpec, layers: LayerFilter | None) -> bool:
     """Whether a filter selects a layer; None selects all."""
     if layers is None:
         return True

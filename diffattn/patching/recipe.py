@@ -26,7 +26,7 @@ VERSION_KEY, VERSION = "diffattn_recipe", 1
 """The key that marks a tuned recipe, and the version written and read here."""
 
 KEYS = ("method", "preset", "options", "layers", "schedule", "decisions")
-"""Keys of a handwritten recipe; "protocol" says how it was found."""
+"""Keys of a handwritten recipe; "protocol" says how it was made."""
 
 TUNED_KEYS = (VERSION_KEY, "settings", "layers", "promised", "verified", "protocol")
 

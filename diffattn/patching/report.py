@@ -18,7 +18,7 @@ class LayerReport:
     accelerated: int = 0  # calls
     exact_heads: int = 0  # over all samples: heads that ran exact in accelerated calls
     passed_through: Mapping[str, int] = field(default_factory=dict)  # reason -> calls
-    timed: Mapping[str, str] = field(default_factory=dict)  # kind of call -> times of both ways, and where from
+    timed: Mapping[str, str] = field(default_factory=dict)  # kind of call -> both times, and their origin
     left_alone: str | None = None  # why the layer was not patched
     displaced_by: str | None = None  # class of the processor that replaced ours
 

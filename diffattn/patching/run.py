@@ -38,14 +38,14 @@ class Runs(NotPickled):
 
     Attributes:
         plan: which options apply in which phase.
-        state: the run under way, one per thread.
+        state: the current run, one per thread.
         tally: calls of all runs by layer and reason.
         denoisers: the main one first.
         num_runs, num_calls: started so far, of the main denoiser.
     """
 
     def __init__(self, plan: Plan, target: Target, cache: DecisionCache | None = None) -> None:
-        """`cache`: where to look up and keep what is faster; None: nothing is timed."""
+        """`cache`: where to look up and store what is faster; None: nothing is timed."""
         self.plan = plan
         self.cache = cache
         self.decisions = Decisions(plan.decisions, measures=cache is not None)
@@ -103,7 +103,7 @@ class Runs(NotPickled):
                 self._keep(self.cache, device)
 
     def look_up(self, device: torch.device) -> None:
-        """Take over what is known about a device.
+        """Load what is known about a device.
 
         Raises:
             ValueError: the cache is damaged.
@@ -116,7 +116,7 @@ class Runs(NotPickled):
         try:
             cache.add(device, self.decisions.measured(device.type))
         except (OSError, ValueError) as error:
-            self._warn_once("cache", f"what is faster here could not be kept for later runs: {error}")
+            self._warn_once("cache", f"what is faster here could not be stored for later runs: {error}")
 
     def enter_forward(self, denoiser: PatchedDenoiser) -> None:
         """See `hook.Listener`."""
@@ -166,7 +166,7 @@ class Runs(NotPickled):
                 self._check_reachable()
 
     def _check_reachable(self) -> None:
-        """Warn about a run without any acceleration; it is drawn exactly, also where a user's option causes it."""
+        """Warn about a run without any acceleration; it is drawn exactly, even if an option of the user causes it."""
         assert self.state.unchecked is not None
         (phases, expected), self.state.unchecked = self.state.unchecked, None
         reasons = [r for d in self.denoisers for p in phases for _, r in d.reasons(p, expected)]
@@ -177,7 +177,7 @@ class Runs(NotPickled):
         self._warn_once("nothing", f"diffattn accelerates no layer in this run: {why}")
 
     def _renew_displaced(self) -> None:
-        """Plug the method into processors that diffusers or the user put in place of ours."""
+        """Install the method in processors that diffusers or the user put in place of ours."""
         for denoiser in self.denoisers:
             for layer in denoiser.patched:
                 before, there = layer.runs, layer.module.processor
@@ -191,11 +191,11 @@ class Runs(NotPickled):
     def _look_for_displaced(self) -> None:
         """Warn about layers that run without diffattn, with advice where possible."""
         layers = self.displaced()
-        news = [layer for layer in layers if not layer.is_told]
+        news = [layer for layer in layers if not layer.is_reported]
         if not news:
             return
         for layer in news:
-            layer.is_told = True
+            layer.is_reported = True
         by = ", ".join(sorted({layer.displaced_by for layer in layers if layer.displaced_by}))
         many = f"{len(news)} patched layers run" if len(news) > 1 else "1 patched layer runs"
         if all(is_kept_by_caller(layer.processor) for layer in layers):

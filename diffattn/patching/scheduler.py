@@ -39,7 +39,7 @@ class SchedulerInUse:
         return reading._replace(known=reading.known and last.covers(values_of(timestep)))
 
     def _find(self, timestep: Tensor | float) -> tuple[Any, bool]:
-        """The scheduler (None if there is none), and whether it certainly made the time step."""
+        """The scheduler (None if none is found), and whether it certainly made the time step."""
         if self._own is not None and NoiseLevels(self._own).made(timestep):
             return self._own, True
         seen = list({id(s): s for frame in callers() for s in schedulers_in(frame)}.values())  # nearest first

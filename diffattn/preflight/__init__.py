@@ -1,4 +1,4 @@
-"""Measures what self-attention costs a pipeline on this machine, and whether patching pays."""
+"""Measures what self-attention costs a pipeline on this machine, and whether patching pays off."""
 
 from diffattn.preflight.result import Preflight
 from diffattn.preflight.run import preflight

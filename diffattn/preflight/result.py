@@ -1,4 +1,4 @@
-"""The result of a preflight: shares of time, bounds, and the rule that decides whether patching pays."""
+"""The result of a preflight: shares of time, bounds, and the rule that decides whether patching pays off."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -110,13 +110,13 @@ class Preflight:
 
     @property
     def worth_it(self) -> bool:
-        """By `RULE`."""
+        """Whether patching is worth it according to `RULE`."""
         ratio = self.time_ratio
         return bool(self.covered) and self.covered_share.median >= MIN_SHARE and ratio is not None and ratio.q75 < 1
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether patching pays on this machine, and which part of `RULE` decided."""
+        """One sentence: whether patching pays off on this machine, and which part of `RULE` decided."""
         name, at_most = f"{self.method} ({self.preset})", _times(self.covered_bound)
         if not self.covered or self.time_ratio is None:
             why = max(self.layers, key=lambda layer: layer.tokens).why_exact
@@ -137,7 +137,7 @@ class Preflight:
         return f"Worth patching here: {measured} the speed of an unpatched call; {share}."
 
     def summary(self) -> dict[str, str]:
-        """The figures of the whole call, with labels, for people."""
+        """The figures of the whole call, with labels, to be printed."""
         ms, machine = _scaled(self.seconds, 1e3), where(dict(self.machine))
         kept = f"{_percent(self.core_share)} without the projections: at most {_times(self.core_bound)} as fast"
         figures = {

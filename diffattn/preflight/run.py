@@ -1,4 +1,4 @@
-"""The preflight: what self-attention costs a pipeline on this machine, layer by layer, and whether patching pays.
+"""The preflight: what self-attention costs a pipeline on this machine, layer by layer, and whether patching pays off.
 
 Nothing is left behind: hooks and patch exist only during the calls that need them.
 """
@@ -118,9 +118,9 @@ class PreflightRun:
         self.tokens = {spec.name: grids[spec.level] for spec, _ in found}
         with patch(pipe_or_model, self.method, preset=self.preset) as handle:  # raises if there is nothing to patch
             plan, explained = handle.plan, handle.explain(*latents)
-        reasons = {name: explained[name] for name in self.specs}
-        self.why_exact = {name: of_phases[_phase_at_start(plan)] for name, of_phases in reasons.items()}
-        self.phases = _phases(plan, reasons.values())
+        by_phase = {name: explained[name] for name in self.specs}
+        self.reasons = {name: of_phases[_phase_at_start(plan)] for name, of_phases in by_phase.items()}
+        self.phases = _phases(plan, by_phase.values())
         self.inputs = inputs or make_denoiser_inputs(self.model, *latents, batch)
 
     def __call__(self, *, time_budget: float | None = None, on_round: Callable[[], None] = lambda: None) -> Preflight:
@@ -132,7 +132,7 @@ class PreflightRun:
         call = partial(self.model, *args, **kwargs)
         with torch.no_grad():
             self._decide(call)
-            kinds = [PLAIN, TIMED, *([PATCHED] if None in self.why_exact.values() else [])]
+            kinds = [PLAIN, TIMED, *([PATCHED] if None in self.reasons.values() else [])]
             peak = peak_mib(call, self.device)
             timings = interleave(
                 dict.fromkeys(kinds, call), self.rounds, WARMUP, self.device,
@@ -160,19 +160,19 @@ class PreflightRun:
             yield handle
 
     def _decide(self, call: Callable[[], Any]) -> None:
-        """Let a patched call find out what is faster, and explain the layers by that."""
+        """Let a patched call determine what is faster, and explain the layers accordingly."""
         with self._patched() as handle:
             call()
             self.decisions = handle.decisions()
             plan, explained = handle.plan, handle.explain(*self.latents, batch=self.batch)
-        self.why_exact = {name: explained[name][_phase_at_start(plan)] for name in self.specs}
+        self.reasons = {name: explained[name][_phase_at_start(plan)] for name in self.specs}
 
     def _result(
         self, timings: Timings, calls: Sequence[OneCall], peak: float | None, gflops: Gflops | None
     ) -> Preflight:
         """The result, from the rounds and the layers' seconds in each round."""
         totals = [r[TIMED] for r in timings.rounds]
-        every, covered = list(self.specs), [name for name, why in self.why_exact.items() if why is None]
+        every, covered = list(self.specs), [name for name, why in self.reasons.items() if why is None]
         weights = list(self.model.parameters())
         return Preflight(
             model=type(self.model).__name__,
@@ -206,7 +206,7 @@ class PreflightRun:
             share=shares(_whole(calls, [name]), totals),
             core_share=shares(_core(calls, [name]), totals),
             gflops=None if gflops is None else gflops.layers[name],
-            why_exact=self.why_exact[name],
+            why_exact=self.reasons[name],
         )
 
 

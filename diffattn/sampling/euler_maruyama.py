@@ -120,7 +120,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         *,
         noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """From one time step to the next. Does not synchronise the device if `set_begin_index` was called.
+        """Step from one time step to the next. Does not synchronise the device if `set_begin_index` was called.
 
         Args:
             model_output: -v [B, ...].
@@ -151,7 +151,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def _last_step(self, x: Tensor, v: Tensor, t: Tensor, D: Tensor) -> Tensor:
-        """To t = 1, without noise."""
+        """The step to t = 1, without noise."""
         dt = self.config["last_step_size"]
         match self.config["last_step"]:
             case "mean":
@@ -162,7 +162,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
                 return self.path.data_estimate(v, x, t)  # = (x + σ²s)/α, Tweedie's formula
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """x_t = α·data + σ·noise [B, ...] of clean samples [B, ...] at time steps, scalar or [B]."""
+        """Noise clean samples [B, ...] to time steps, scalar or [B]: x_t = α·data + σ·noise [B, ...]."""
         t = 1 - torch.as_tensor(timestep, device=sample.device, dtype=sample.dtype) / self.config["num_train_timesteps"]
         return self.path.interpolate(sample, noise, t)
 

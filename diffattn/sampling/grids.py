@@ -24,7 +24,7 @@ def set_uniform_timesteps(scheduler: Any, num_steps: int, device: str | torch.de
 
 
 def _set_heun(scheduler: FlowMatchHeunDiscreteScheduler, num_steps: int, device: str | torch.device | None) -> None:
-    """Its grid runs from sigma_max to sigma_min, by default 1/num_train_timesteps, and then jumps to 0."""
+    """Heun's grid runs from sigma_max to sigma_min, by default 1/num_train_timesteps, and then jumps to 0."""
     bounds = scheduler.sigma_max, scheduler.sigma_min
     try:
         scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / num_steps

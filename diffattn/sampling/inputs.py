@@ -102,11 +102,11 @@ def latent_shape(
         config: the transformer's configuration.
         scale_factor: pixels along the side of a latent.
         batch: B.
-        height, width: in pixels; None: as the latents if there are any, else as the transformer was trained.
+        height, width: in pixels; None: those of the latents if given, otherwise as the transformer was trained.
         latents: the user's own, whose shape is checked; None: there are none.
 
     Raises:
-        ValueError: a size that is no multiple of what the transformer draws, or latents of another shape.
+        ValueError: a size that is not a multiple of what the transformer draws, or latents of another shape.
     """
     own = config.sample_size
     rows, columns = (own, own) if isinstance(own, int) else own

@@ -46,13 +46,13 @@ class ClassNames:
         """Class ids of an id, a name, or a list of both.
 
         Args:
-            labels: an int is an id. Text is a name, or several names of one class with commas between them; digits that
-                are no name are an id. A name wins: where the classes are called "0", "1", "10", "2", the text "2" is
+            labels: an int is an id. Text is a name, or several names of one class separated by commas; digits that are
+                not a name are an id. A name wins: where the classes are called "0", "1", "10", "2", the text "2" is
                 the last of them, with the id 3, and the int 2 is the class "10".
 
         Raises:
-            ValueError: no label at all; an unknown or ambiguous name; an id out of range; digits that are no name where
-                all names are digits.
+            ValueError: no label at all; an unknown or ambiguous name; an id out of range; digits that are not a name
+                where all names are digits.
             TypeError: something that is neither id nor name.
         """
         found = [self._id(label) for label in (labels if _is_list(labels) else [labels])]
@@ -78,7 +78,7 @@ class ClassNames:
         if len(ids) == 1:
             return ids[0]
         if len(ids) > 1:
-            raise ValueError(f"the class name {name!r} stands for several ids: {ids}; give the id, or another name")
+            raise ValueError(f"the class name {name!r} has several ids: {ids}; give the id, or another name")
         if _is_number(text):
             return self._id_of_digits(text)
         raise ValueError(f"unknown class name {name!r}; {self._known(name)}, or an id from {self._range}")
@@ -91,7 +91,7 @@ class ClassNames:
         return sorted(set.intersection(*(set(self._ids.get(part, ())) for part in parts)))
 
     def _id_of_digits(self, digits: str) -> int:
-        """The id in digits that are no name."""
+        """The id given by digits that are not a name."""
         bare = digits.lstrip("0") or "0"
         if len(bare) > MAX_DIGITS or int(bare) >= self.num_classes:
             raise ValueError(f"class ids are from {self._range}, got {digits[: 2 * MAX_DIGITS]}; {self._known(digits)}")

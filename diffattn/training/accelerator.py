@@ -33,7 +33,7 @@ def make_accelerator(config: TrainConfig, device: str = "auto") -> Accelerator:
 
     Args:
         config: its precision, trackers, folder and timeout.
-        device: "cpu", or "auto" for what accelerate finds.
+        device: "cpu", or "auto" for accelerate's choice.
 
     Raises:
         ValueError: the launcher asks for something that training does not support; the message names it.
@@ -96,7 +96,7 @@ def _precision(config: TrainConfig, device: str) -> str:
 
 
 def _shard(accelerator: Accelerator) -> None:
-    """Also shard on CPUs, where accelerate itself replicates despite its launcher's request."""
+    """Shard on CPUs too, where accelerate itself replicates despite its launcher's request."""
     state: Any = accelerator.state
     sharded = state.distributed_type == DistributedType.FSDP and getattr(state, "fsdp_plugin", None) is not None
     if accelerator.num_processes == 1 or sharded:

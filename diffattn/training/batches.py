@@ -15,7 +15,7 @@ from diffattn.training.random import FLIP, LATENT_NOISE, SHUFFLE, step_generator
 
 
 class Batches:
-    """What each process sees in each step.
+    """The batches of each process in each step.
 
     Every epoch is a new shuffle of all samples; batches may span two epochs, so no sample is dropped.
     Step k depends on (seed, k) only: a resumed run continues with the very same batches, and P processes together see,
@@ -74,7 +74,7 @@ class Batches:
         self._shuffles: dict[int, Tensor] = {}  # of the last two epochs
 
     def epoch(self, step: int) -> float:
-        """How often all samples have been seen before this step."""
+        """The number of times that all samples have been seen before this step."""
         return step * self.batch_size / len(self.dataset)
 
     def indices(self, step: int) -> Tensor:
@@ -140,7 +140,7 @@ class Batches:
 
 
 class _Count:
-    """start, start + 1, …; every iteration starts over."""
+    """Counts start, start + 1, …; every iteration starts over."""
 
     def __init__(self, start: int) -> None:
         self.start = start

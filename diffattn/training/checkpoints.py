@@ -114,7 +114,7 @@ def _file(name: str) -> str:
 def random_states() -> dict[str, Tensor]:
     """The state of every global random number generator.
 
-    Training itself uses its own generators, by seed and step; these are for code that users add.
+    Training itself uses its own generators, seeded by step; these are for code that users add.
     """
     version, python, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()

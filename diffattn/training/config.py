@@ -192,7 +192,7 @@ class TrainConfig:
         return cls(**sections)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """As JSON types."""
+        """All sections as JSON types."""
         return json.loads(json.dumps(asdict(self)))
 
     def fingerprint(self) -> str:
@@ -248,7 +248,7 @@ def _read_file(file: str | Path) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{str(file)!r} is not a readable JSON or YAML file: {error}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{str(file)!r} must hold sections such as data and model, got {content!r}")
+        raise ValueError(f"{str(file)!r} must contain sections such as data and model, got {content!r}")
     return content
 
 

@@ -57,8 +57,8 @@ def check_frozen(model: DiT, new: Sequence[str]) -> None:
 
 
 class Distillation:
-    """Relative output error of each layer that learns another attention, against the teacher's softmax on the same
-    input.
+    """Relative output error of each layer that learns another attention, compared with the teacher's softmax layer on
+    the same input.
 
     The teacher's attention layer i gets the student's input, so every layer learns on its own and errors do not
     accumulate: ‖o - o*‖² / ‖o*‖², mean over layers. The cost is one more pass through the teacher's attention layers;

@@ -37,7 +37,7 @@ _IDENTITY = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are encoded, and where to.
+    """How pictures are encoded, and where the latents are stored.
 
     Args:
         dataset: the pictures.
@@ -102,7 +102,9 @@ def _begin(folder: Path, dataset: LabelledDataset, vae: Any, shard_size: int) ->
     if (folder / INDEX).exists():
         index = _checked(folder, index)
     elif any(folder.glob("shard-*.safetensors")):
-        raise ValueError(f"{str(folder)!r} holds shards without an {INDEX}; choose another folder, or delete this one")
+        raise ValueError(
+            f"{str(folder)!r} contains shards without an {INDEX}; choose another folder, or delete this one"
+        )
     else:
         index["shape"] = list(_latent_shape(vae, dataset.shape))
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +202,7 @@ def _checked(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if differing:
         raise ValueError(
-            f"the latents in {str(folder)!r} are of another {', another '.join(differing)}; "
+            f"the latents in {str(folder)!r} were made with another {', another '.join(differing)}; "
             "choose another folder, or delete this one"
         )
     return found

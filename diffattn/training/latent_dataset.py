@@ -52,7 +52,7 @@ class LatentDataset(LabelledDataset):
         if missing:
             raise ValueError(
                 f"the cache {str(folder)!r} is incomplete: {len(missing)} of {len(self.shards)} shards are missing; "
-                "make it again with the same data and autoencoder, which encodes the rest"
+                "repeat the encoding with the same data and autoencoder, which adds the rest"
             )
         self.class_names = tuple(index["class_names"])
         self.labels = load_file(self.folder / LABELS)["labels"]

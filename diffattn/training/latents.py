@@ -1,4 +1,4 @@
-"""Latents of pictures, encoded once and kept on disk, by one process or by all of a run."""
+"""Latents of pictures, encoded once and cached on disk, by one process or by all of a run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +68,7 @@ def cache_together(
         encoding: what to do.
         accelerator: of the run; every process must call this.
         stop: a signal ends the work after the current batch; written shards are kept.
-        progress: called with the number of pictures done and the number of all.
+        progress: called with the number of pictures done and the total.
 
     Raises:
         ValueError, TypeError, OSError: as `cache_latents`, on every process.

@@ -84,7 +84,7 @@ class Trainer:
     def _prepared(self) -> tuple[Any, Any]:
         """Model and optimizer as accelerate wraps them; a sharded model stays this object and gets other parameters."""
         optim = self.config.optim
-        if self.accelerator.is_fsdp2:  # autocast chooses what is bf16; FSDP would also round t and gradients
+        if self.accelerator.is_fsdp2:  # autocast decides what is bf16; FSDP would also round t and gradients
             plugin: Any = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
         trained = [p for p in self.model.parameters() if p.requires_grad]

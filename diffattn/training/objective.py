@@ -37,7 +37,7 @@ def draw(
     """The random numbers of a whole global batch, on the CPU.
 
     They depend on (seed, step) alone: a resumed run draws the same as an uninterrupted one, and several processes that
-    each take their own rows draw together what one would.
+    each take their own rows together draw what a single one would.
 
     Args:
         config: of the objective.
@@ -104,7 +104,7 @@ class LossBins:
         self.bins = bins
 
     def add(self, t: Tensor, loss: Tensor) -> None:
-        """t, loss [B]"""
+        """Add times t [B] and their losses [B]."""
         index = (t.to(loss.device) * self.bins).long().clamp(0, self.bins - 1)
         self.sums[0].index_add_(0, index, loss.float())
         self.sums[1].index_add_(0, index, torch.ones_like(loss, dtype=torch.float32))

@@ -47,7 +47,7 @@ class TrainPlan:
     hardware: Hardware = Hardware()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; the hardware's fields are on the same level as the others."""
+        """All fields as JSON types; the hardware's are on the same level as the others."""
         figures = dict(vars(self))
         return figures | vars(figures.pop("hardware"))
 
@@ -117,7 +117,7 @@ def _saved_bytes(model: DiT) -> int:
 
 
 def _one_sample(model: DiT) -> tuple[Tensor, Tensor, Tensor]:
-    """x [1, c, H, W], t [1], y [1] on the meta device."""
+    """The inputs x [1, c, H, W], t [1], y [1] on the meta device."""
     h, w = (side * model.patch_size for side in model.grid)
     with torch.device("meta"):
         return torch.empty(1, model.in_channels, h, w), torch.empty(1), torch.empty(1, dtype=torch.long)

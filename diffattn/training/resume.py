@@ -1,4 +1,4 @@
-"""Where a run resumes: the main process decides, and every process must hold the same checkpoint.
+"""The checkpoint from which a run resumes: the main process decides, and every process must have the same.
 
 All machines of a run must share `run.out` (at least its `checkpoints` when a run is resumed), the same
 pictures, and the same files for `model.start`, `objective.distill` and `data.vae`, at whatever paths. Only the main
@@ -20,7 +20,7 @@ from diffattn.training.start import CLASS_TABLE
 
 HINT = (
     "run.out must be one folder that all machines share (or the same copy of its checkpoints on each), and no process "
-    "of an earlier launch may be left"
+    "of an earlier launch may still run"
 )
 
 

@@ -119,7 +119,7 @@ def _announce(setup: TrainSetup, trainer: Trainer) -> None:
 
 
 def _write_config(setup: TrainSetup) -> None:
-    """Write the configuration for people to read; a run does not depend on it, since checkpoints also hold it."""
+    """Write the configuration for users to read; a run does not depend on it, since checkpoints also contain it."""
     if setup.accelerator.is_main_process:
         try:
             write_json(Path(setup.config.run.out) / CONFIG_FILE, setup.config.to_dict())
@@ -135,10 +135,10 @@ def _start_trackers(setup: TrainSetup) -> None:
 
 
 def finish() -> None:
-    """Leave the process group; to be called last."""
+    """Leave the process group; call this last."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # a sharded model holds groups of its own, whose threads must end before the program does
-        torch.distributed.barrier()  # nobody leaves while another one still talks to it
+        gc.collect()  # a sharded model has its own groups, whose threads must end before the program does
+        torch.distributed.barrier()  # no process leaves while another one still communicates with it
         torch.distributed.destroy_process_group()
 
 
@@ -147,20 +147,20 @@ def prepared(setup: TrainSetup, stop: StopRequest) -> Any:
     data = setup.config.data
     if setup.vae is None:
         return (
-            in_memory(setup.dataset, _until(stop, telling(setup.say, "decoded"))) if data.in_memory else setup.dataset
+            in_memory(setup.dataset, _until(stop, reporting(setup.say, "decoded"))) if data.in_memory else setup.dataset
         )
     folder = Path(data.cache or Path(setup.config.run.out) / "latents")
     encoding = Encoding(
         setup.dataset, setup.vae, folder, device=setup.accelerator.device, num_workers=data.num_workers
     )  # fmt: skip
     try:
-        return cache_together(encoding, setup.accelerator, stop, telling(setup.say, "encoded"))
+        return cache_together(encoding, setup.accelerator, stop, reporting(setup.say, "encoded"))
     except Stopped as error:
         raise Stopped(error.signal, "while latents were encoded; run the same command to encode the rest") from None
 
 
 def _until(stop: StopRequest, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """The same progress callback, which raises `Stopped` once a signal has arrived."""
+    """Wrap a progress callback so that it raises `Stopped` once a signal has arrived."""
 
     def checked(done: int, total: int) -> None:
         if stop.signal:
@@ -170,7 +170,7 @@ def _until(stop: StopRequest, progress: Callable[[int, int], None]) -> Callable[
     return checked
 
 
-def telling(say: Say, what: str, seconds: float = 5.0) -> Callable[[int, int], None]:
+def reporting(say: Say, what: str, seconds: float = 5.0) -> Callable[[int, int], None]:
     """A progress callback that prints "decoded 2000 of 50000 pictures" every few seconds."""
     printed = time.monotonic()
 

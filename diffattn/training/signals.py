@@ -21,7 +21,7 @@ class Stopped(Exception):
         where: what the run was doing, for the message.
     """
 
-    def __init__(self, signal_number: int, where: str = "while work was under way") -> None:
+    def __init__(self, signal_number: int, where: str = "while work was in progress") -> None:
         self.signal = signal.Signals(signal_number)
         super().__init__(f"stopped by {self.signal.name} {where}")
 

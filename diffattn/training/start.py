@@ -14,7 +14,7 @@ from diffattn.models import DiT
 from diffattn.models.convert import check_names, check_shapes
 
 CLASS_TABLE = "y_embedder.embedding_table.weight"
-"""One row per class, and a last one for the null class where there is one."""
+"""The class table: one row per class, and a last one for the null class if there is one."""
 
 UNSEEN = ("num_heads", "norm_eps", "frequency_shift", "prediction", "time_direction")
 """Settings that change the meaning of weights but not their shapes: they must be equal in a model and its start."""
@@ -50,7 +50,7 @@ def _finite(model: DiT, source: str | Path) -> DiT:
 
 
 def weights_hash(source: str | Path | None) -> str | None:
-    """A short SHA-256 of the weights that `load_backbone` would read, wherever they lie; None for no source."""
+    """A short SHA-256 of the weights that `load_backbone` would read, wherever they are; None for no source."""
     if source is None:
         return None
     path, digest = Path(source), hashlib.sha256()
@@ -74,8 +74,8 @@ def start_from(model: DiT, source: DiT) -> list[str]:
     """Give `model` the weights of `source`, whose layers may have another attention, or another grid.
 
     Each layer decides what it takes from the other (see `models.attention_layer.Attention.take`): everything from its
-    own kind, with grid-dependent weights resized; from another kind, what a softmax layer also has. Its own weights
-    then keep their initial values, chosen so that the first step is close to plain attention.
+    own kind, with grid-dependent weights resized; from another kind, whatever a softmax layer also has. Its remaining
+    weights keep their initial values, chosen so that the first step is close to plain attention.
 
     Returns:
         The parameters not taken from `source`.
@@ -115,7 +115,7 @@ def _fit_null_class(model: DiT, source: DiT, own: dict[str, Tensor], given: dict
 
 
 def _taken(block: Any, theirs: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """What a block takes from another one, and the names of its remaining weights."""
+    """The weights that a block takes from another one, and the names of its remaining weights."""
     attention = block.attn.take(theirs.attn)
     left = [f"attn.{name}" for name in block.attn.state_dict() if name in block.attn.own_names() - set(attention)]
     kept = {name: weight for name, weight in theirs.state_dict().items() if not name.startswith(("attn.", "cpe"))}
@@ -139,7 +139,7 @@ def _check_unseen(model: DiT, source: DiT) -> None:
         hint = "training learns velocities; `diffattn convert --prediction velocity` converts an official DiT"
     else:
         hint = "set " + " ".join(f"model.{name}={value}" for name, value in there.items())
-    raise ValueError(f"the weights of the start mean something else in this model: {differing}; {hint}")
+    raise ValueError(f"the weights of the start have another meaning in this model: {differing}; {hint}")
 
 
 def make_model(arguments: dict, start: str | None, device: torch.device | str = "cpu") -> tuple[DiT, list[str]]:

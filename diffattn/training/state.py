@@ -79,7 +79,7 @@ def restore(
 
 
 def _state_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A piece of optimizer state on its parameter's device, sharded as it is; step counts are scalars."""
+    """A piece of optimizer state on its parameter's device, sharded like the parameter; step counts are scalars."""
     if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
     state = torch.empty_like(parameter)

@@ -31,7 +31,7 @@ BATCH = 64
 
 
 class Watcher:
-    """Called after every step on every process; acts every `run.sample_every` and `run.eval_every` steps.
+    """Acts every `run.sample_every` and `run.eval_every` steps; call it after every step on every process.
 
     A grid or a figure that cannot be written (e.g. on a full disk) is reported, and training continues; a signal aborts
     the evaluation, and the training loop then saves and stops.

@@ -4,9 +4,9 @@ The expected error of the final latents when setting c runs in layer l and band 
 
     ε(l, b, c) = a(b) · w(l, b) · e(l, b, c)
 
-with e the relative error of the layer's own output, measured for all settings on the exact trajectory; w how much
-of it reaches the denoiser's (guided) output, measured with one setting per layer; a what the sampler makes of that,
-measured by whole runs in which all layers run that setting in one band.
+with e the relative error of the layer's own output, measured for all settings on the exact trajectory; w the share
+of it that reaches the denoiser's (guided) output, measured with one setting per layer; and a how the sampler amplifies
+that, measured by whole runs in which all layers run that setting in one band.
 """
 
 import math
@@ -24,7 +24,7 @@ from diffattn.measure.interleave import interleave
 from diffattn.tuning.config import CannotTune
 from diffattn.tuning.ladder import Option, Rung, ladder
 from diffattn.tuning.probe import FLOPS, Costs, Log, measure_costs, probing
-from diffattn.tuning.runs import Call, Runs, band_at, bands_of, relative_error
+from diffattn.tuning.runs import Call, PipelineRuns, band_at, bands_of, relative_error
 from diffattn.tuning.settings import Setting, recipe_of
 
 LEAST_SAVING = 0.02  # share of a layer's exact cost, and
@@ -55,7 +55,7 @@ class Calibration:
         return found
 
 
-def self_attention_layers(runs: Runs) -> tuple[str, ...]:
+def self_attention_layers(runs: PipelineRuns) -> tuple[str, ...]:
     """Names of the self-attention layers of the denoiser."""
     return tuple(spec.name for spec, _ in denoisers.self_attention_layers(runs.denoiser))
 
@@ -68,12 +68,14 @@ def groups_of(layers: Sequence[str]) -> dict[str, list[str]]:
     return dict(groups)
 
 
-def calibrate(runs: Runs, settings: Sequence[Setting], bands: int, probed: int, unit: str, rounds: int) -> Calibration:
+def calibrate(
+    runs: PipelineRuns, settings: Sequence[Setting], bands: int, probed: int, unit: str, rounds: int
+) -> Calibration:
     """Measure everything.
 
     Args:
         runs: of the unpatched pipeline, watched.
-        settings: to choose from.
+        settings: the choices.
         bands: of noise levels.
         probed: prompts whose errors are analysed; the others only get their exact run.
         unit: of cost.
@@ -116,7 +118,7 @@ def calibrate(runs: Runs, settings: Sequence[Setting], bands: int, probed: int, 
     return Calibration(layers, bounds, shares, tuple(exact), tuple(taken), cost, rungs)
 
 
-def _exact_run(runs: Runs, index: int) -> tuple[Tensor, list[Call]]:
+def _exact_run(runs: PipelineRuns, index: int) -> tuple[Tensor, list[Call]]:
     """Final latents and all calls."""
     latents, calls = runs.latents_and_calls(index)
     if not bool(torch.isfinite(latents).all()):
@@ -124,15 +126,15 @@ def _exact_run(runs: Runs, index: int) -> tuple[Tensor, list[Call]]:
     return latents, calls
 
 
-def denoiser_cost(runs: Runs, calls: Sequence[Call], shares: Sequence[int], unit: str, rounds: int) -> float:
-    """The cost of all denoiser calls of a run of the pipeline in its present state, from one call per band."""
+def denoiser_cost(runs: PipelineRuns, calls: Sequence[Call], shares: Sequence[int], unit: str, rounds: int) -> float:
+    """The cost of all denoiser calls of a run of the pipeline in its current state, from one call per band."""
     if unit == FLOPS:
         return sum(n * count_gflops(lambda c=c: runs.replay(c)) for n, c in zip(shares, calls, strict=True))
     timings = interleave({str(b): lambda c=c: runs.replay(c) for b, c in enumerate(calls)}, rounds, device=runs.device)
     return sum(n * timings.seconds(str(b)).median for b, n in enumerate(shares))
 
 
-def _probe(runs: Runs, taken: Sequence[Sequence[Call]], settings: Sequence[Setting]) -> Log:
+def _probe(runs: PipelineRuns, taken: Sequence[Sequence[Call]], settings: Sequence[Setting]) -> Log:
     log = Log()
     with ExitStack() as stack:
         try:
@@ -158,13 +160,13 @@ def _useful(log: Log, costs: Costs, bands: int, least: float) -> dict[str, list[
 
 
 def _typical(log: Log, layer: str, settings: Sequence[int], bands: int) -> int:
-    """The setting in the middle, by the error of the layer's output."""
+    """The setting with the median error of the layer's output."""
     ranked = sorted(settings, key=lambda i: sum(log.error(layer, b, i) for b in range(bands)))
     return ranked[len(ranked) // 2]
 
 
 def _weights(
-    runs: Runs,
+    runs: PipelineRuns,
     taken: Sequence[Sequence[Call]],
     layers: Sequence[str],
     settings: Sequence[Setting],
@@ -187,7 +189,7 @@ def _weights(
 
 
 def _factors(
-    runs: Runs,
+    runs: PipelineRuns,
     exact: Sequence[Tensor],
     layers: Sequence[str],
     bounds: Sequence[float],

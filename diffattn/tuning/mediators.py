@@ -149,12 +149,12 @@ def best_within(candidates: Sequence[Candidate], budget: float) -> Candidate:
     if not affordable:
         cheapest = min(c.gflops for c in candidates)
         raise ValueError(
-            f"no schedule costs {budget:.4g} GFLOPs per picture or less; the cheapest costs {cheapest:.4g}"
+            f"no schedule costs at most {budget:.4g} GFLOPs per picture; the cheapest costs {cheapest:.4g}"
         )
     return min(affordable, key=lambda c: (c.error, c.gflops))
 
 
-def recipe_of(candidate: Candidate, search: ThresholdSearch, model: str, budget: float) -> dict[str, Any]:
+def thresholds_recipe(candidate: Candidate, search: ThresholdSearch, model: str, budget: float) -> dict[str, Any]:
     """A recipe for `diffattn.patch`, with the protocol of the search."""
     schedule: dict[str, Any] = {"0.0": {"num_mediators": candidate.num_mediators}}
     if candidate.thresholds:

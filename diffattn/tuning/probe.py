@@ -1,6 +1,6 @@
 """Measures errors and costs of settings on a model's real q, k, v, without changing what it draws.
 
-Shapes: B batch, H heads, N tokens of the picture, c without a place on it (text), D channels per head.
+Shapes: B batch, H heads, N tokens of the picture, c others (text), D channels per head.
 """
 
 import math
@@ -81,14 +81,14 @@ class Probe(AttentionMethod):
     name: ClassVar[str] = "probe"
     presets: ClassVar[Mapping[str, Preset]] = {}
 
-    def why_not(self, layer: LayerSpec) -> str | None:
-        reasons = [m.why_not(layer) for m in self.settings]
-        return reasons[0] if all(reasons) else super().why_not(layer)
+    def reason_layer(self, layer: LayerSpec) -> str | None:
+        reasons = [m.reason_layer(layer) for m in self.settings]
+        return reasons[0] if all(reasons) else super().reason_layer(layer)
 
     def supports(self, layer: LayerSpec) -> bool:
         return not layer.is_cross_attention
 
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+    def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         return None
 
     def reason_layout(self, layout: TokenLayout) -> str | None:
@@ -96,7 +96,7 @@ class Probe(AttentionMethod):
         return reasons[0] if all(reasons) else None
 
     def build(self, layer: LayerSpec) -> AttentionFn:
-        functions = [None if m.why_not(layer) else m.build(layer) for m in self.settings]
+        functions = [None if m.reason_layer(layer) else m.build(layer) for m in self.settings]
 
         def attention(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
             exact = _exact(q, k, v, call)
@@ -182,8 +182,8 @@ def _repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
 def _reason(method: AttentionMethod, layer: LayerSpec, device: str, call: LayerCall) -> str | None:
     """Why a method would run a call exact, or None."""
     mask_rows, tokens = 0 if call.mask is None else call.mask.shape[2], call.layout.num_tokens
-    reason = method.reason_layout(call.layout) or method.declines(layer, tokens, device, mask_rows)
-    return reason or method.slower(tokens, device)
+    reason = method.reason_layout(call.layout) or method.reason_call(layer, tokens, device, mask_rows)
+    return reason or method.reason_slower(tokens, device)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:

@@ -30,7 +30,7 @@ class Call:
     level: float  # noise level, 1 noise ... 0 data
 
 
-class Runs:
+class PipelineRuns:
     """Runs of a pipeline, one per prompt, with the same noise every time.
 
     Args:
@@ -67,7 +67,7 @@ class Runs:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser computes."""
+        """The device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @contextmanager
@@ -80,14 +80,14 @@ class Runs:
             handle.remove()
 
     def latents(self, index: int) -> Tensor:
-        """Final latents [B, c, h, w] of one prompt with the pipeline's present state, in fp32."""
+        """Final latents [B, c, h, w] of one prompt in the pipeline's current state, in fp32."""
         request = self.requests[index]
         generator = torch.Generator().manual_seed(request.seed)
         arguments = call_arguments(self.pipe, request)
         return self.pipe(**arguments, generator=generator, output_type="latent").images.float()
 
     def latents_and_calls(self, index: int) -> tuple[Tensor, list[Call]]:
-        """The same, with the inputs of all denoiser calls."""
+        """Like `latents`, with the inputs of all denoiser calls."""
         self._taken = []
         try:
             return self.latents(index), self._taken
@@ -103,7 +103,7 @@ class Runs:
 
     @torch.no_grad()
     def replay(self, call: Call) -> Tensor:
-        """The denoiser's present output for a call: [B, c, h, w], guided, in fp32."""
+        """The denoiser's current output for a call: [B, c, h, w], guided, in fp32."""
         output = self.denoiser(*call.args, **call.kwargs)
         output = (output[0] if isinstance(output, tuple) else output.sample).float()
         guidance = float(self.requests[0].guidance or 0)
@@ -145,7 +145,7 @@ def bands_of(levels: Sequence[float], count: int) -> tuple[float, ...]:
 
 
 def band_at(bounds: Sequence[float], level: float) -> int:
-    """The band of a noise level, as `NoiseSchedule` chooses it."""
+    """The band of a noise level, by the rule of `NoiseSchedule`."""
     return next((i for i, bound in enumerate(bounds) if level >= bound), len(bounds) - 1)
 
 

@@ -12,7 +12,7 @@ from diffattn.tuning.calibrate import calibrate, denoiser_cost
 from diffattn.tuning.config import CannotTune, TuneConfig
 from diffattn.tuning.ladder import climb
 from diffattn.tuning.probe import FLOPS
-from diffattn.tuning.runs import Runs, relative_error
+from diffattn.tuning.runs import PipelineRuns, relative_error
 from diffattn.tuning.settings import Setting, recipe_of
 
 ALONE = 1.5  # with a single prompt, the promise is its error times this
@@ -72,14 +72,14 @@ class Search:
 
     Args:
         runs: of the unpatched pipeline, watched.
-        settings: to choose from.
+        settings: the choices.
         config: how to tune.
 
     Raises:
         CannotTune: nothing can be saved.
     """
 
-    def __init__(self, runs: Runs, settings: Sequence[Setting], config: TuneConfig) -> None:
+    def __init__(self, runs: PipelineRuns, settings: Sequence[Setting], config: TuneConfig) -> None:
         self.runs, self.settings, self.config = runs, settings, config
         probed = min(len(runs.requests), config.probed)
         self.found = calibrate(runs, settings, config.bands, probed, config.cost, config.rounds)
@@ -146,7 +146,7 @@ class Search:
                 break
             middle = (low + high) // 2
             low, high = (low, middle) if self.speedup(self.recipe(middle)) >= speedup else (middle, high)
-        # The search stops where times happened to be good, so the promised one is measured once more.
+        # The search stops where times happened to be good, so the promised speed-up is measured once more.
         for rungs in range(high, min(high + self.config.checks, len(self.found.rungs) + 1)):
             self.speedups[rungs] = self.speedup(self.recipe(rungs))
             if self.speedups[rungs] >= speedup:
@@ -191,7 +191,7 @@ class Search:
 
     @contextmanager
     def _patched(self, recipe: Mapping[str, Any], name: str) -> Iterator[None]:
-        """Hold one run with the recipe open within the block, in the band that the name ends with."""
+        """Keep one run with the recipe open within the block, in the band that the name ends with."""
         call = self.found.calls[0][int(name.split()[1])]
         with self.runs.patched(recipe) as handle:
             handle.begin_run(*call.args, **call.kwargs)

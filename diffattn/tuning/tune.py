@@ -15,7 +15,7 @@ from diffattn.machine import describe_device, dtype_name, versions
 from diffattn.tuning.calibrate import Calibration, groups_of, self_attention_layers
 from diffattn.tuning.config import TuneConfig, Workload
 from diffattn.tuning.probe import FLOPS
-from diffattn.tuning.runs import Runs
+from diffattn.tuning.runs import PipelineRuns
 from diffattn.tuning.search import Rival, Search, Verified
 from diffattn.tuning.settings import Setting, settings_of
 
@@ -61,8 +61,8 @@ def tune(
         diffattn.patch(pipe, recipe="recipe.json")
 
     The error is ‖x - x*‖ / ‖x*‖ of the final latents against the unpatched run with the same noise, mean over
-    prompts. The promise covers pictures drawn as these were: same model, size, sampler, steps, guidance, prompts of
-    the same kind. The pipeline is left unchanged.
+    prompts. The promise covers pictures drawn under the same conditions: model, size, sampler, steps, guidance, and
+    prompts of the same kind. The pipeline is left unchanged.
 
     Args:
         pipe: a pipeline that draws from text alone, or a `SiTPipeline` with softmax attention; unpatched, not compiled.
@@ -137,15 +137,17 @@ def _presets(config: TuneConfig, settings: Sequence[Setting]) -> list[tuple[str,
 
 def _runs(
     pipe: Any, prompts: Sequence[str], model: str, config: TuneConfig, on_call: Callable[[], None] | None
-) -> Runs:
+) -> PipelineRuns:
     request = Request(
         model=model, prompt="", steps=config.steps, guidance=config.guidance, width=config.width, height=config.height,
         seed=config.seed,
     )  # fmt: skip
-    return Runs(pipe, prompts, request, on_call)
+    return PipelineRuns(pipe, prompts, request, on_call)
 
 
-def _protocol(runs: Runs, config: TuneConfig, found: Calibration, settings: Sequence[Setting]) -> dict[str, Any]:
+def _protocol(
+    runs: PipelineRuns, config: TuneConfig, found: Calibration, settings: Sequence[Setting]
+) -> dict[str, Any]:
     """Everything that the promise depends on, as JSON types."""
     first, pipe = runs.requests[0], runs.pipe
     prompts = "\n".join(request.prompt for request in runs.requests)

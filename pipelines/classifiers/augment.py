@@ -51,7 +51,7 @@ def drawing_batches(data: Labelled, batch: int, seed: int, size: int) -> BatchOf
 
 
 def _affine(batch: int, rng: torch.Generator) -> Tensor:
-    """Where the pixels of the result come from: ±20°, 1/1.25 to 1.25 times as large, ±12 % moved. [B, 2, 3]"""
+    """The origin of the result's pixels: turned by ±20°, scaled by 1/1.25 to 1.25, moved by ±12 %. [B, 2, 3]"""
     angle, scale, x, y, sign = 2 * torch.rand(5, batch, generator=rng) - 1
     angle, scale = angle * math.radians(20), 1.25**scale
     mirror = torch.where(sign < 0, -1.0, 1.0)

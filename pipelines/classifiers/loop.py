@@ -41,7 +41,7 @@ class Recipe:
 
 
 def train(model: Classifier, batch_of: BatchOf, recipe: Recipe, checkpoint: Path) -> Progress:
-    """Train in place until the budget is spent, going on from `checkpoint` if it exists."""
+    """Train in place until the budget is spent, resuming from `checkpoint` if it exists."""
     cfg = recipe.loop()
     optimizer = torch.optim.SGD(_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
     trainee = Trainee(model, optimizer, recipe.rate)

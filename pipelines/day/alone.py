@@ -109,8 +109,8 @@ def fastest_exact(timings: Timings) -> str:
 
 
 def tokens(setting: Setting, layer: LayerSpec, side: int) -> list[Tensor]:
-    """q, k and v [B, H, N, D] that are smooth over the grid, as those of pictures are: of noise, heads fall back to
-    exact attention where they are checked, since no landmark stands for its neighbours."""
+    """q, k and v [B, H, N, D] that are smooth over the grid, as those of pictures are. With noise, checked heads would
+    fall back to exact attention, since no landmark represents its neighbours."""
     generator = torch.Generator(setting.device).manual_seed(0)
     coarse = max(2, side // CELL)
     shape = (BATCH * layer.num_heads, layer.head_dim, coarse, coarse)
@@ -162,7 +162,7 @@ def _function(method: str, options: Mapping[str, Any], layer: LayerSpec, tokens:
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}")
     made = METHODS[method].from_options({**options, "min_tokens": 0})
-    if reason := made.declines(layer, tokens, device, 0):
+    if reason := made.reason_call(layer, tokens, device, 0):
         raise ValueError(reason)
     return made.build(layer)
 

@@ -11,7 +11,7 @@ from diffattn.machine import describe_machine, dtype_name
 
 Measure = Callable[[float], dict[str, Any]]
 """From the time (`time.monotonic`) after which no further round begins, to a result of JSON types. Its `complete` is
-false where that came too early; calling again goes on, or starts over."""
+false where that came too early; calling it again resumes, or starts over."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the day runs."""
+    """The device of the day, and its folder."""
 
     device: torch.device
     dtype: torch.dtype
@@ -40,9 +40,9 @@ class Setting:
 
     @property
     def backend(self) -> str:
-        """Of `torch.compile`."""
+        """The backend of `torch.compile`."""
         return "eager" if self.tiny else "inductor"
 
     def conditions(self) -> dict[str, Any]:
-        """What all results of a folder have in common, as JSON types."""
+        """The conditions that all results of a folder share, as JSON types."""
         return {"machine": describe_machine(self.device), "dtype": dtype_name(self.dtype), "tiny": self.tiny}

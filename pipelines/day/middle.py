@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional import sample_tokens
-from diffattn.functional.coasting import Tokens, calibrate, coast
+from diffattn.functional.coasting import calibrate, coast
+from diffattn.functional.landmark import Tokens
 from diffattn.measure.launches import count_launches
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerSpec

@@ -1,9 +1,9 @@
-"""The day for people: one Markdown file with a table for each kind of item."""
+"""The report of the day: one Markdown file with a table for each kind of item."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffattn.benchmarks.attention_report import cell, told
+from diffattn.benchmarks.attention_report import cell, title_of
 from diffattn.benchmarks.variants import FLOOR, SDPA
 from diffattn.machine import where
 from diffattn.tables import markdown_table
@@ -46,7 +46,7 @@ def _attention(result: Record) -> Rows:
 
 
 def _step(result: Record) -> Rows:
-    place = (told(result), str(result["batch"]), result["mode"])
+    place = (title_of(result), str(result["batch"]), result["mode"])
     rows = _timed(result, *place)
     more = [
         (

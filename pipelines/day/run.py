@@ -21,7 +21,7 @@ DONE, UNFINISHED, OUT_OF_MEMORY, FAILED, BEGUN = "done", "unfinished", "out of m
 """The status of an item that was begun; `BEGUN` remains where the process ended in the middle of it."""
 
 TO_DO = "to do"
-LEAST_PACE = 0.5  # items are too different for more than this to be told from others
+LEAST_PACE = 0.5  # items are too different for others to reveal more than this
 GIVEN_UP = (OUT_OF_MEMORY, FAILED, BEGUN)
 ENDED = "the process ended in the middle of it"
 
@@ -30,7 +30,7 @@ class Day:
     """The items of one folder."""
 
     def __init__(self, setting: Setting, items: Sequence[Item]) -> None:
-        """Go on with the results in the setting's folder, if there are any.
+        """Resume from the results in the setting's folder, if there are any.
 
         Raises:
             ValueError: they were made on another device, with other versions or in another precision.
@@ -60,7 +60,7 @@ class Day:
         return "\n".join([where(self.conditions["machine"]), text_table(head, rows), last])
 
     def status(self, item: Item) -> str:
-        """`TO_DO`, or what became of the item."""
+        """`TO_DO`, or the outcome of the item."""
         return self.records[item.name]["status"] if item.name in self.records else TO_DO
 
     def run(self, minutes: float, *, retry: bool = False, say: Callable[[str], None] = print) -> bool:
@@ -97,7 +97,7 @@ class Day:
         return [item for item in self.items if self.status(item) in wanted]
 
     def _measured(self, item: Item, deadline: float) -> dict[str, Any]:
-        """The record of one item, whatever becomes of it."""
+        """The record of one item, whatever its outcome."""
         began = time.monotonic()
         record: dict[str, Any] = {"name": item.name, "kind": item.kind, "title": item.title, "minutes": item.minutes}
         before = self.records.get(item.name)
@@ -136,7 +136,7 @@ class Day:
 
 
 def _comparable(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for results to stand in one table."""
+    """What must match for results to be in one table."""
     machine = conditions["machine"]
     versions = {f"{name} version": machine["versions"][name] for name in ("torch", "diffusers")}
     return {key: machine.get(key) for key in ("cpu", "gpu", "cuda")} | versions | {

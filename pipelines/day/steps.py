@@ -15,7 +15,7 @@ from .item import Item, Setting
 
 KIND = "step"
 MEASURED = tuple(name for name in (SDPA, FLOOR, "balanced", "keys") if name in VARIANTS)
-ROUNDS = 15  # steps are so long that fewer rounds than of attention alone tell as much
+ROUNDS = 15  # steps are so long that fewer rounds suffice than for attention alone
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def measure(setting: Setting, name: str, step: Step, mode: str, deadline: float) -> dict[str, Any]:
-    """The entry of the benchmark's result file, which stays beside the item's own and is gone on with."""
+    """The entry of the benchmark's result file, which stays beside the item's own and is resumed."""
     config = BenchmarkConfig(
         models=(step.model,), sizes=(step.size,), variants=MEASURED, batch=step.batch,
         rounds=min(ROUNDS, setting.rounds), device=str(setting.device), dtype=dtype_name(setting.dtype),

@@ -19,7 +19,7 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def measure(setting: Setting, deadline: float) -> dict[str, Any]:
-    """As `diffattn bench thresholds`, but in a file of the folder, which `DIFFATTN_THRESHOLDS` may name."""
+    """Measure like `diffattn bench thresholds`, but into a file of the folder, which `DIFFATTN_THRESHOLDS` may name."""
     sizes: dict[str, Any] = {"sides": (8, 12)} if setting.tiny else {}
     seconds = min(60 * MINUTES, deadline - time.monotonic())
     results = measure_thresholds(setting.device, setting.dtype, time_budget=seconds, say=lambda line: None, **sizes)

@@ -1,4 +1,4 @@
-"""Time of the cores alone: what happens between projections, without any.
+"""Time of the cores alone: what happens between the projections, without these.
 
 Shapes: B batch, H heads, N = h·w tokens on a grid (h, w), D channels per head, C = H·D channels.
 """
@@ -78,7 +78,7 @@ def cores(config: CoreConfig, tokens: int) -> dict[str, Callable[[], Tensor]]:
 
 
 def measure(config: CoreConfig, file: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Time all sizes, going on from what the file holds; it is whole after every round.
+    """Time all sizes, resuming from the results in the file, which is complete after every round.
 
     Raises:
         ValueError: the file holds times of other settings, or of another machine.
@@ -87,7 +87,7 @@ def measure(config: CoreConfig, file: Path, say: Callable[[str], None] = print) 
     settings = {k: v for k, v in settings.items() if k not in ("rounds", "tokens")}
     results = {"machine": describe_machine(torch.device(config.device)), "settings": settings, "results": {}}
     if file.is_file():
-        results["results"] = _to_go_on(read_json(file), results, file)
+        results["results"] = _to_resume(read_json(file), results, file)
     for tokens in config.tokens:
         before = results["results"].get(str(tokens), {"rounds": []})["rounds"]
 
@@ -103,7 +103,7 @@ def measure(config: CoreConfig, file: Path, say: Callable[[str], None] = print) 
     return results
 
 
-def _to_go_on(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _to_resume(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """The results of a file, if they belong to these settings and this machine."""
     changed = [key for key, value in now["settings"].items() if before.get("settings", {}).get(key) != value]
     changed += [key for key in ("cpu", "gpu", "threads") if before["machine"].get(key) != now["machine"].get(key)]
@@ -113,7 +113,7 @@ def _to_go_on(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> 
 
 
 def crossover(results: Mapping[str, Any], name: str) -> float | None:
-    """From how many tokens on a core is faster than exact attention; None if at no measured size.
+    """The number of tokens from which a core is faster than exact attention; None if at no measured size.
 
     Between two sizes the time ratio is taken as a power of the number of tokens. The smallest size measured if it is
     faster there already.
@@ -153,7 +153,7 @@ def _cell(entry: Mapping[str, Any], name: str) -> str:
 
 
 def bars(results: Mapping[str, Any]) -> list[str]:
-    """What was asked for, and whether it is met; nothing if that size was not measured."""
+    """The required speed-ups, and whether they are reached; nothing if that size was not measured."""
     entry = results.get(str(BAR_TOKENS))
     if entry is None:
         return []

@@ -58,7 +58,7 @@ class Comparison:
 
 
 def parameters(arguments: Mapping[str, Any]) -> int:
-    """Of a model, counted without making it."""
+    """The parameters of a model, counted without making it."""
     with torch.device("meta"):
         return sum(p.numel() for p in DiT(**arguments).parameters())
 
@@ -112,7 +112,7 @@ def run_config(c: Comparison, subject: str, seed: int, sample: Mapping[str, Any]
 
 
 def compare(c: Comparison, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train, score and time everything; what was done before is not done again.
+    """Train, score and time everything that has not been done yet.
 
     Raises:
         ValueError: results of other settings are in the folder.

@@ -1,4 +1,4 @@
-"""The ways to make a Stable Diffusion pipeline faster that `compare_peers.py` compares; one file per kind.
+"""The accelerations of a Stable Diffusion pipeline that `compare_peers.py` compares; one file per kind.
 
 A variant is named by its parts, joined by "+", such as "tome-0.5" or "agent+deepcache-3". `apply` changes a pipeline
 for the length of a `with` block.
@@ -48,7 +48,7 @@ VARIANTS = (
 
 @contextmanager
 def apply(name: str, pipe: Any, setting: Setting) -> Iterator[Draw]:
-    """The pipeline changed as the variant says, and how to call it: with `num_inference_steps` and what else it takes.
+    """Change the pipeline within the block; gives a function that calls it with `num_inference_steps` and more.
 
     Raises:
         LeftOut: the variant cannot run here; the message says why.
@@ -63,7 +63,7 @@ def apply(name: str, pipe: Any, setting: Setting) -> Iterator[Draw]:
 
 
 def check_names(names: list[str]) -> None:
-    """Raises `ValueError` for a name that is no variant."""
+    """Raises `ValueError` for a name that is not a variant."""
     for name in names:
         _peers(name)
 

@@ -1,4 +1,4 @@
-"""What every peer is made of."""
+"""The parts that peers share."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,7 +30,7 @@ Draw = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a peer needs to know of the comparison."""
+    """What a peer needs to know about the comparison."""
 
     levels: tuple[int, ...] = (0, 1)  # resolutions whose self-attention ToMe, downsampling and tiles change
     steps: int = 20  # sampling steps of a full run
@@ -45,7 +45,7 @@ Afterwards the pipeline is exactly as before, also after an exception. `LeftOut`
 
 
 class SelfAttentionProcessor:
-    """A processor for self-attention without a mask, around the one that was there. A subclass per peer."""
+    """A processor for self-attention without a mask, around the original one. A subclass per peer."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -100,12 +100,12 @@ def restored(unet: nn.Module, *attributes: str) -> Iterator[None]:
 
 
 def square_side(x: torch.Tensor) -> int:
-    """Rows and columns of the grid that the tokens x [B, N, C] stand on.
+    """Rows and columns of the grid of the tokens x [B, N, C].
 
     Raises:
-        ValueError: no square.
+        ValueError: not a square.
     """
     side = round(x.shape[1] ** 0.5)
     if side * side != x.shape[1]:
-        raise ValueError(f"square pictures only: {x.shape[1]} tokens are no square grid")
+        raise ValueError(f"square pictures only: {x.shape[1]} tokens are not a square grid")
     return side

@@ -38,7 +38,7 @@ class Comparison:
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        """Those that cannot run here go from `names` to the entry, with the reason; earlier runs' reasons stay."""
+        """Move variants that cannot run here from `names` to the entry, with the reason; earlier runs' reasons stay."""
         left_out = self.entry["left_out"]
         for name in self.names:
             left_out.pop(name, None)
@@ -81,7 +81,7 @@ class Comparison:
             seed_sets: exact attention is scored with so many sets of `count` seeds: the spread from seeds alone.
 
         Raises:
-            ValueError: scores of another protocol are there; nothing is written.
+            ValueError: there are scores of another protocol; nothing is written.
         """
         others = {other_seeds(i): i for i in range(1, seed_sets)}
         wanted = (*(name for name in self.names if name in names), *others)
@@ -102,7 +102,7 @@ class Comparison:
             self.say(f"{name}: KID {result.scores['kid']:.5f}, FID {result.scores['fid']:.3f}")
 
     def _check_protocol(self, result: QualityResult) -> None:
-        """Refuses a result that does not compare with the scores that are there."""
+        """Refuses a result that cannot be compared with the existing scores."""
         for stored in self.entry["scores"].values():
             before = QualityResult.from_dict({key: stored[key] for key in ("subject", "protocol", "scores")})
             compare(before, result, may_differ=("seeds",))

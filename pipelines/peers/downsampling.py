@@ -3,7 +3,7 @@
 Sampling is what Smith et al. do ("ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", 2024,
 arXiv 2402.13573); pooling is the older form. Queries are all kept, so every token gets its own output.
 
-As they do it, and as it was measured so far, only the tokens that stay are projected to keys and values.
+As in their work, and in the measurements so far, only the tokens that are kept are projected to keys and values.
 `diffattn.patch(pipe, "keys")` computes the same from keys and values of all tokens, since it leaves the projections to
 the layer: the pictures agree, its times do not.
 

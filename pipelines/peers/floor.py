@@ -1,4 +1,4 @@
-"""The floor under all that replaces self-attention: none at all in the setting's levels. Its pictures mean nothing."""
+"""The floor under everything that replaces self-attention: none in the setting's levels. Pictures are meaningless."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
 """T-GATE (Zhang et al., "Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models", 2024).
 
-After a gate step the cached cross-attention stands in for the text, and guidance ends; before it, self-attention is
-re-used between steps.
+After a gate step the cached cross-attention replaces the text, and guidance ends; before it, self-attention is re-used
+between steps.
 """
 
 from collections.abc import Iterator

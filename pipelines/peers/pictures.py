@@ -1,4 +1,4 @@
-"""What the variants draw: paired with the unaccelerated pictures, and scored against real ones.
+"""The variants' pictures: paired with the unaccelerated ones, and scored against real ones.
 
 Shapes: N pictures, H, W pixels, d features.
 """
@@ -41,7 +41,7 @@ class Drawing:
         return replace(self, seed=self.seed + count)
 
     def arguments(self, prompts: Sequence[str], first: int, last: int) -> dict[str, Any]:
-        """Of the call that draws pictures `first` to `last`, `num_inference_steps` excepted."""
+        """Arguments of the call that draws pictures `first` to `last`, except `num_inference_steps`."""
         indices = range(first, last)
         size = {} if self.side is None else {"height": self.side, "width": self.side}
         return {
@@ -139,7 +139,7 @@ def score(
 
 
 def all_values(pictures: Mapping[str, Mapping[str, Any]], metric: str, groups: Sequence[str] = GROUPS) -> list[float]:
-    """What is known of one metric, of all pictures of these groups."""
+    """The known values of one metric, over all pictures of these groups."""
     return [v for group in groups if group in pictures for v in pictures[group][metric] if v is not None]
 
 

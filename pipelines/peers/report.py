@@ -1,4 +1,4 @@
-"""The results for people: a Markdown table, and a plot of quality against time."""
+"""The report: a Markdown table, and a plot of quality against time."""
 
 from collections.abc import Mapping, Sequence
 from math import inf

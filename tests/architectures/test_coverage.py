@@ -1,4 +1,4 @@
-"""Every denoiser of diffusers is covered, or has nothing to accelerate: a new release says here what it brings."""
+"""Every denoiser of diffusers is covered or has nothing to accelerate, so a new release shows its additions here."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_other_methods_follow_the_tokens_or_say_why_not(case: Case, method: str)
     declined = {reason for layer in report.layers for reason in layer.passed_through}
     if method == "keys":
         assert declined == set()
-    assert all("pictures: tiles are those of one" in reason for reason in declined), declined
+    assert all("pictures: tiles cover only one" in reason for reason in declined), declined
     assert bool(calls) == bool(report.calls_accelerated)
     assert report.calls_accelerated <= len(calls)  # samples that are answered one by one are one call of their layer
     assert report.calls_accelerated + report.calls_passed_through == case.num_calls(2)
@@ -154,11 +154,13 @@ def test_a_deep_copy_is_patched_by_itself(case: Case) -> None:
     assert torch.equal(case.call(model, given), exact)
 
 
+@pytest.mark.slow
 @every_case
 def test_it_compiles_whole_where_the_unpatched_model_does(case: Case) -> None:
     compiles_whole(case, "agent", FEW, tolerance=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("case", [case for case in CASES if str(case) in COMPILED], ids=str)
 def test_other_methods_compile_whole_too(case: Case, method: str) -> None:

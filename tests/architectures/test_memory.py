@@ -14,7 +14,8 @@ from torch import Tensor
 
 import diffattn
 from diffattn.functional import sample_tokens
-from diffattn.functional.coasting import Tokens, calibrate, coast
+from diffattn.functional.coasting import calibrate, coast
+from diffattn.functional.landmark import Tokens
 from diffattn.measure.memory import peak_mib
 
 BALANCED: dict[str, Any] = {"num_agents": 1, "agent_ratio": 31 / 32, "min_tokens": 0, "max_head_error": float("1e9")}

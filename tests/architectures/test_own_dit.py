@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -504,21 +503,13 @@ def test_two_threads_on_one_patched_model_do_not_mix() -> None:
 # Compiled.
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 COMPILED = {
     "mediator": ("mediator", dict(method="mediator", schedule=BY_LEVEL)),
     "agent": ("softmax", AGENTS | dict(schedule={0.7: {"num_agents": 4}, 0.3: {}, 0.0: "exact"})),
 }
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("variant", "way"), [*(("mediator", way) for way in WAYS), ("agent", WAYS[0])])
 def test_compile_then_patch_is_one_graph_per_phase(variant: str, way: Any) -> None:
     attention, options = COMPILED[variant]

@@ -1,4 +1,4 @@
-"""What the rows of pictures say besides the contract: masks of the text's own, and calls that must run exact."""
+"""Pictures beyond the contract: masks of the text's own, and calls that must run exact."""
 
 from __future__ import annotations
 

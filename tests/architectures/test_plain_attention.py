@@ -28,7 +28,7 @@ class PlainAttention(AttentionMethod):
     def supports(self, layer: LayerSpec) -> bool:
         return True
 
-    def declines(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
+    def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         return None
 
     def build(self, layer: LayerSpec) -> AttentionFn:

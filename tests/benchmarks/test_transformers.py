@@ -1,4 +1,4 @@
-"""The attention benchmark on tiny transformers of every class: what a result holds, and the floor."""
+"""The attention benchmark on tiny transformers of every class: contents of a result, and the floor."""
 
 from pathlib import Path
 from typing import Any

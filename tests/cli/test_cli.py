@@ -15,12 +15,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from support import tiny
+from support.commands import call
 from support.tiny_dit import tiny_dit
-from typer.testing import CliRunner, Result
 
 import diffattn
 from diffattn.architectures.decisions import Decision
-from diffattn.cli import app
 from diffattn.drawing.request import record_of
 from diffattn.files import MAX_BYTES, stem_of
 from diffattn.patching.decision_cache import DecisionCache
@@ -30,10 +29,6 @@ COMMANDS = ("demo", "generate", "info")
 GROUPS = ("bench",)
 EVERYWHERE = ("--option", "min_tokens=0", "--option", "num_agents=4", "--option", "agent_ratio=none")
 ROOT = Path(diffattn.__file__).parent
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from support.commands import call
 
-from diffattn.cli import app
 from diffattn.drawing.request import record_of
 from diffattn.sampling import EulerMaruyamaScheduler, SiTPipeline
 from diffattn.training.config import TrainConfig
@@ -20,10 +19,6 @@ SMALL = [
     "data.size=8", "model.hidden_size=16", "model.num_layers=2", "model.num_heads=2", "model.mediators=[1,4]",
     "optim.batch=4", "run.steps=3", "run.trackers=[]", "run.sample_every=0",
 ]  # fmt: skip
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

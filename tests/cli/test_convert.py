@@ -1,4 +1,4 @@
-"""`diffattn convert`: every layout to every other with the same outputs, what weights do not tell, what is refused."""
+"""`diffattn convert`: every layout to every other with the same outputs, options that weights leave open, refusals."""
 
 import argparse
 import json
@@ -275,7 +275,7 @@ def test_force_does_not_replace_a_folder_with_other_things(official: Path, tmp_p
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     done = convert(official, tmp_path / "mine", "--force")
     assert done.exit_code == 2
-    assert "holds other things than a model (thesis.txt)" in done.stderr
+    assert "contains other things than a model (thesis.txt)" in done.stderr
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
 
@@ -328,7 +328,7 @@ BAD = {
     "another suffix": ("{0}/m.bin {1}/x", "ends in .pt, .pth, .safetensors, got 'm.bin'"),
     "broken pt": ("{0}/broken.pt {1}/x", "broken.pt"),
     "broken safetensors": ("{0}/broken.safetensors {1}/x", "not a readable safetensors file"),
-    "not by name": ("{0}/list.pt {1}/x", "holds a list"),
+    "not by name": ("{0}/list.pt {1}/x", "contains a list"),
     "other tensors": ("{0}/mixed.pt {1}/x", "unexpected: w"),
     "unknown key": ("{0}/two.pt {1}/x --key best", "no weights under 'best'; there are: ema, model"),
     "key of safetensors": (
@@ -347,11 +347,11 @@ BAD = {
     "size of another grid": ("{0}/m.safetensors {1}/x --sample-size 32", "16x16 grid"),
     "dtype": ("{0}/m.safetensors {1}/x --dtype float8", "float32, float16, bfloat16"),
     "layout": ("{0}/m.safetensors {1}/x --to onnx", "diffattn, official, diffusers, got 'onnx'"),
-    "mediators of a folder": ("{0}/ours {1}/x --num-mediators 4", "for the official layout"),
+    "mediators of a folder": ("{0}/ours {1}/x --num-mediators 4", "applies to the official layout"),
     "mediators out of range": ("{0}/ours {1}/x.safetensors --to official --num-mediators 81", "from 4 to 64, got 81"),
     "options of a folder": ("{0}/ours {1}/x --num-heads 3 --prediction epsilon", "num_heads, prediction"),
     "diffusers has no mediators": ("{0}/ours {1}/x --to diffusers", "mediator layers"),
-    "another class": ("{0}/unet {1}/x", "holds a UNet2DModel; what can be converted: DiT, DiTTransformer2DModel"),
+    "another class": ("{0}/unet {1}/x", "contains a UNet2DModel; what can be converted: DiT, DiTTransformer2DModel"),
     "garbled configuration": ("{0}/garbled {1}/x", "not a readable configuration"),
     "no weights": ("{0}/hollow {1}/x", "has no weights in .safetensors files"),
     "cut weights": ("{0}/cut {1}/x", "cut"),

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from support import tiny, web
-from torch import Tensor
-from typer.testing import CliRunner, Result
+from support.commands import call
+from support.tiny_metrics import random_pictures
 
-from diffattn.cli import app
 from diffattn.metrics.adm import read_pictures, write_pictures
 from diffattn.metrics.classifier import Classifier
 from diffattn.metrics.lpips import alexnet
@@ -22,12 +22,7 @@ from diffattn.sampling import SiTPipeline
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
 
 
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def pictures(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+pictures = partial(random_pictures, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +153,7 @@ def test_a_reference_is_made_once(place: Path, files: tuple[object, ...], tmp_pa
     ("words", "message"),
     [
         (("b.npz", "x.pt"), "saved as .safetensors or .npz, got"),
-        (("one.npz", "x.npz"), "2 pictures or more are needed"),
+        (("one.npz", "x.npz"), "at least 2 pictures are needed"),
         (("b.npz", "x.npz", "--num-pictures", "0"), "2 or more, got 0"),
         (("no.npz", "x.npz"), "no.npz' is not a readable .npz file"),
     ],
@@ -207,7 +202,7 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         (("--pictures", "a.npz", "--clip", "sit", "--prompts", "prompts.txt"), "no CLIP model could be loaded"),
         (("--pictures", "a.npz", "--clip", "sit"), "need the prompts"),
         (("--pictures", "a.npz", "--clip-i", "sit"), "there is nothing to measure"),
-        (("--pictures", "a.npz", "--paired-with", "a.npz", "--dino-i", "sit"), "no DINO could be loaded"),
+        (("--pictures", "a.npz", "--paired-with", "a.npz", "--dino-i", "sit"), "no DINO model could be loaded"),
         (("--pictures", "no.npz", "--paired-with", "b.npz"), "no.npz' is not a readable .npz file"),
         (("--pictures", "a.npz", "--paired-with", "a.npz", "--worst-pairs", -1), "0 or more, got -1"),
         (("--model", "sit", "--num-pictures", 1, "--reference", "b.npz"), "must be 2 or more, got 1"),
@@ -217,8 +212,8 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         (("--model", "sd", "--paired", "--option", "min_tokens=0"), "needs prompts (--prompts FILE)"),
         (("--model", "sd", "--paired", "--prompts", "no.txt"), "cannot be read"),
         (("--model", "emoji-sd", "--reference", "b.npz", "--extractor", "cifar-classifier"), "use its own, 'emoji"),
-        (("--pictures", "one.npz", "--reference", "b.npz", "--extractor", "cifar-classifier"), "2 pictures or more"),
-        (("--pictures", "a.npz", "--reference", "one.npz", "--extractor", "cifar-classifier"), "2 pictures or more"),
+        (("--pictures", "one.npz", "--reference", "b.npz", "--extractor", "cifar-classifier"), "at least 2 pictures"),
+        (("--pictures", "a.npz", "--reference", "one.npz", "--extractor", "cifar-classifier"), "at least 2 pictures"),
         (("--pictures", "a.npz", "--reference", "b.npz", "--extractor", "cifar-classifier", "--extractor-weights",
           "alexnet.safetensors"), "has no weights in"),
         (("--model", "sd", "--paired", "--prompts", "empty.txt"), "has no prompts"),
@@ -241,7 +236,7 @@ def test_nan_pictures_are_one_line(place: Path, tmp_path: Path) -> None:
                 "--out", tmp_path)  # fmt: skip
     assert done.exit_code == 2, done.output
     assert (
-        "all 2 pictures hold NaN or infinite values and are left out of the scores (seeds 0, 1)"
+        "all 2 pictures have NaN or infinite values and are left out of the scores (seeds 0, 1)"
         in done.stderr.strip().splitlines()[-1]
     )
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.commands import call
 from support.tiny_pictures import class_folders, folder, png
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from diffattn.app.jobs import Limits
 from diffattn.app.jobs.snippet import snippet
-from diffattn.cli import app
 from diffattn.drawing.request import Request
 from diffattn.evaluation import load_prompts
 from diffattn.sampling import SiTPipeline
@@ -22,10 +22,6 @@ from diffattn.training.config import TrainConfig
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
 SMALL = ("data.size=8", "model.patch_size=2", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2",
          "model.mediators=[1]", "optim.batch=12", "run.sample_every=0", "run.trackers=[]", "run.steps=1")  # fmt: skip
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def trained(*words: object) -> Result:
@@ -91,7 +87,7 @@ def test_a_prompts_file_that_is_no_text_names_the_line(tmp_path: Path) -> None:
     words = ("evaluate", "--pictures", tmp_path, "--prompts", tmp_path / "prompts.txt", "--clip", tmp_path)
     refused = call(*words, "--out", tmp_path / "run")
     assert refused.exit_code == 2
-    assert "prompts.txt' cannot be read: line 2 holds bytes that are not UTF-8" in refused.stderr
+    assert "prompts.txt' cannot be read: line 2 contains bytes that are not UTF-8" in refused.stderr
 
 
 def test_the_box_of_the_page_has_the_same_lines() -> None:
@@ -106,7 +102,7 @@ def test_settings_of_any_program_are_read(tmp_path: Path, coding: str) -> None:
     file.write_bytes("data:\r\n  source: café\r\n".encode(coding))
     assert TrainConfig.read(file=file).data.source == "café"
     file.write_bytes(b"data:\n  source: caf\xe9\n")
-    with pytest.raises(ValueError, match=r"settings.yaml' is not a readable JSON or YAML file: line 2 holds bytes"):
+    with pytest.raises(ValueError, match=r"settings.yaml' is not a readable JSON or YAML file: line 2 contains bytes"):
         TrainConfig.read(file=file)
 
 

@@ -5,17 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import call
 from support.tiny_training import TINY, make_pictures
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from diffattn.app.jobs.choices import Models
-from diffattn.cli import app
 from diffattn.drawing.loading import load_pipeline
 from diffattn.sampling import SiTPipeline
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def trained(folder: Path, *settings: str) -> tuple[Path, str]:

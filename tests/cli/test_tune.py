@@ -7,19 +7,14 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from typer.testing import CliRunner, Result
+from support.commands import call
 
 import diffattn
-from diffattn.cli import app
 from diffattn.drawing.draw import prepare
 from diffattn.drawing.request import record_of, request_of
 from diffattn.tuning.runs import relative_error
 
 QUICK = ("--steps", 3, "--bands", 1, "--cost", "flops", "--device", "cpu", "--dtype", "float32")
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Attention slicing, which puts processors of its own into every layer. More in tests/patching/test_others.py."""
+"""Attention slicing, which installs its own processors in every layer. More in tests/patching/test_others.py."""
 
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from support.coexistence import Subject, agree, assert_all_accelerated, check, coexists, processors

@@ -1,4 +1,4 @@
-"""cache-dit, which puts blocks of its own around those of the transformer."""
+"""cache-dit, which wraps the blocks of the transformer in its own."""
 
 from typing import Any
 

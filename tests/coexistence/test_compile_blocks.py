@@ -1,21 +1,12 @@
 """Regional compilation. More in tests/patching/test_compile.py and tests/architectures/test_denoisers.py."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
-import torch._dynamo
 from support.coexistence import Subject, agree, check, coexists, differ
 
 EVERY = {"calibrate_every": 1}
 """Compiled code finds damping and trust in every call."""
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @coexists(

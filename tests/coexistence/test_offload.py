@@ -1,4 +1,4 @@
-"""Weights that lie elsewhere until they are needed."""
+"""Weights that are elsewhere until they are needed."""
 
 import pytest
 import torch

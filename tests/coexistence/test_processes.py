@@ -1,4 +1,4 @@
-"""Two processes on CPUs (gloo): each with pictures of its own, or together at each picture."""
+"""Two processes on CPUs (gloo): each with its own pictures, or together on each picture."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Weights of less precision: the projections stay the denoiser's own, whatever holds their weights."""
+"""Weights of lower precision: the projections stay the denoiser's own, whatever stores their weights."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which folders are the classes: wrappers, splits, what lies beside them, and what can be read in two ways."""
+"""Which folders are the classes: wrappers, splits, their siblings, and ambiguities."""
 
 import zipfile
 from pathlib import Path
@@ -88,11 +88,11 @@ def test_the_other_splits(tmp_path: Path) -> None:
             class_folders({"photo/cat": 1, "photo/dog": 1, "art/cat": 1, "art/dog": 1}),
             "the classes may be 'art', 'photo', or in each of them 'cat', 'dog'; .* as the split",
         ),
-        (class_folders({"images/cat": 1, "images": 1}), "'images' in .* two ways: it holds pictures, and folders"),
+        (class_folders({"images/cat": 1, "images": 1}), "'images' in .* two ways: it contains pictures, and folders"),
         (class_folders({"images/cat": 1, "images/dog": 1}) | {"cover.png": png(9)}, "outside of the class folders"),
         (
             class_folders({"a": 1, "b": 1}) | {"a/dataset.json": as_json({"labels": [["0.png", 1]]})},
-            "two ways: its folders may be classes, or hold labels of their own in 'a/dataset.json'",
+            "two ways: its folders may be classes, or contain labels of their own in 'a/dataset.json'",
         ),
     ],
 )

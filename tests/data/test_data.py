@@ -150,7 +150,7 @@ def test_a_dataset_json_without_labels(store: Store) -> None:
     ("change", "message"),
     [
         ({"more.png": png(9)}, r"'dataset.json' in .*: it does not name the pictures 'more.png'"),
-        ({"dataset.json": as_json({"labels": [["a.png", 0], ["c.png", 1]]})}, "pictures that are not there: 'c.png'"),
+        ({"dataset.json": as_json({"labels": [["a.png", 0], ["c.png", 1]]})}, "pictures that do not exist: 'c.png'"),
         ({"dataset.json": as_json({"labels": [["a.png", 0], ["b.png", None]]})}, "it has no label for 'b.png'"),
         ({"dataset.json": as_json({"labels": [["a.png", 0], ["b.png", -1]]})}, "from 0 to 999999, got -1"),
         ({"dataset.json": as_json({"labels": [["a.png", 0], ["b.png", [0, 1]]]})}, r"whole numbers or .* got \[0, 1\]"),
@@ -443,7 +443,7 @@ def test_a_data_set_can_be_pickled(store: Store) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
 def test_a_name_without_the_library_says_how_to_get_it() -> None:
-    with pytest.raises(ValueError, match=r"'owner/name' is no folder or zip here; .* pip install datasets"):
+    with pytest.raises(ValueError, match=r"'owner/name' is not a folder or zip here; .* pip install datasets"):
         open_dataset("owner/name", 8)
 
 

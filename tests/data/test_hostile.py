@@ -72,7 +72,7 @@ def test_only_other_kinds(tmp_path: Path) -> None:
 def test_formats_that_run_programs_or_cannot_be_decoded_are_not_opened() -> None:
     assert not {".eps", ".ps", ".h5", ".hdf", ".mpg", ".wmf", ".grib", ".pdf"} & picture_endings()
     postscript = encoded(picture(), "EPS")
-    with pytest.raises(ValueError, match="its content is no picture of a format that can be opened here"):
+    with pytest.raises(ValueError, match="its content is not a picture in a format that can be opened here"):
         decode(postscript, 8)
 
 
@@ -80,7 +80,7 @@ def test_formats_that_run_programs_or_cannot_be_decoded_are_not_opened() -> None
     ("data", "message"),
     [
         (b"", "^the file is empty$"),
-        (b"no picture", "^its content is no picture of a format that can be opened here$"),
+        (b"no picture", "^its content is not a picture in a format that can be opened here$"),
         (png(0)[:60], "."),
         (encoded(Image.new("F", (2, 2)), "TIFF"), "pictures of 32-bit numbers have no known range"),
     ],
@@ -211,15 +211,19 @@ def test_captions_with_odd_characters(tmp_path: Path, coding: str, end: str, odd
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", b'{"file_name": "a.png"}\n{"file_name": "b\xe9.png"}\n', "line 2 holds bytes .* not UTF-8"),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png"}\n{"file_name": "b\xe9.png"}\n',
+            "line 2 contains bytes .* not UTF-8",
+        ),
         ("metadata.jsonl", b'{"file_name": "a.png"}\n\n{oops\n', "line 3 is not JSON"),
-        ("metadata.jsonl", '{"file_name": "a.png"}\n'.encode("utf-16-le"), "line 1 holds a NUL character"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n'.encode("utf-16-le"), "line 1 contains a NUL character"),
         ("metadata.jsonl", b"[" * 100_000, "line 1 is not JSON: .* nested"),
         ("dataset.json", b'{"labels": ' + b"[" * 100_000, "nested more than"),
         ("metadata.csv", b'file_name,label\na.png,"x\n', "it is not CSV"),
         ("metadata.csv", b"file_name;label\na.png;x\n", "file_name; entry 1 has none, its columns are file_name;label"),
         ("metadata.csv", b"file_name,label\na.png,x,y\nb.png,z\n", "a row has more values than the header has columns"),
-        ("metadata.csv", b"file_name,label,label\na.png,x,y\nb.png,z,z\n", "columns that are there twice: 'label'"),
+        ("metadata.csv", b"file_name,label,label\na.png,x,y\nb.png,z,z\n", "duplicate columns: 'label'"),
         ("metadata.csv", b"file_name,label\na.png," + b"x" * 200_000 + b"\n", "line 1 it is not CSV: field larger"),
     ],
 )

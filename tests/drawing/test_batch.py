@@ -1,4 +1,4 @@
-"""What is not given is not passed on; what is no picture is noticed: NaN, infinite values, blanked pictures."""
+"""Omitted arguments are not passed on; unusable pictures are noticed: NaN, infinite values, blanked pictures."""
 
 import json
 from dataclasses import replace

@@ -20,6 +20,7 @@ from diffusers import (
 )
 from PIL import Image
 from support import tiny
+from support.drawing import draw
 from support.tiny_dit import tiny_dit
 
 import diffattn
@@ -49,15 +50,6 @@ def pipe(folder: Path) -> DiffusionPipeline:
 
 def request(**changes: object) -> Request:
     return Request(**({"model": "tiny", "prompt": "a cat", "steps": 3, "options": EVERYWHERE} | changes))  # type: ignore[arg-type]
-
-
-def draw(pipe: DiffusionPipeline, asked: Request) -> list[np.ndarray]:
-    ready, patch = prepare(pipe, asked)
-    try:
-        return [np.asarray(picture.image) for picture in generate(pipe, ready)]
-    finally:
-        if patch:
-            patch.remove()
 
 
 # Loading

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, HeunDiscreteScheduler
 from support import tiny, tiny_transformers, web
+from support.drawing import draw
 
 from diffattn.app.jobs import Drawn, JobProgress
 from diffattn.app.jobs.preview import clean_estimate
@@ -58,15 +59,6 @@ def request(prompt: str = "goldfish", **changes: Any) -> Request:
     return Request(**({"model": "tiny", "prompt": prompt, "steps": 3, "options": EVERYWHERE} | changes))
 
 
-def draw(pipe: Any, asked: Request) -> list[np.ndarray]:
-    ready, patch = prepare(pipe, asked)
-    try:
-        return [np.asarray(picture.image) for picture in generate(pipe, ready)]
-    finally:
-        if patch:
-            patch.remove()
-
-
 def hooks(pipe: Any) -> tuple[int, int]:
     return len(pipe.transformer._forward_hooks), len(pipe.transformer._forward_pre_hooks)
 
@@ -102,7 +94,7 @@ def test_its_picture_is_what_the_pipeline_draws(dit: Any) -> None:
     [
         ({"prompt": "gold fish"}, "unknown class name 'gold fish'; names are .*goldfish.*, or an id from 0 to 999"),
         ({"prompt": ""}, "unknown class name ''"),
-        ({"prompt": "crane"}, r"the class name 'crane' stands for several ids: \[2, 3\]; give the id"),
+        ({"prompt": "crane"}, r"the class name 'crane' has several ids: \[2, 3\]; give the id"),
         ({"prompt": "goldfish, tench"}, "unknown class name 'goldfish, tench'"),
         ({"prompt": "1000"}, "class ids are from 0 to 999, got 1000"),
         ({"negative_prompt": "cat"}, "draws classes and takes no negative_prompt"),

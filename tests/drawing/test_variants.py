@@ -1,4 +1,4 @@
-"""Variants of a saved pipeline's weights: which there are, which is loaded, and what a refusal says is on disk."""
+"""Variants of a saved pipeline's weights: which exist, which is loaded, and what a refusal lists."""
 
 import re
 import shutil

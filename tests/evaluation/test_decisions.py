@@ -1,4 +1,4 @@
-"""What the clock decides in an evaluation is kept with it, and a resumed run follows it."""
+"""Decisions by timing are stored with an evaluation, and a resumed run follows them."""
 
 import json
 from pathlib import Path

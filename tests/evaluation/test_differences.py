@@ -1,13 +1,15 @@
-"""Whether two results differ: what is told from pairs, from samples, from whole sets, and from nothing."""
+"""Whether two results differ: judged from pairs, from samples, from whole sets, and from nothing."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_metrics import random_pictures
 from torch import Tensor
 
 from diffattn.evaluation import EvaluateConfig, evaluate
@@ -101,9 +103,9 @@ def test_too_few_pictures_show_nothing() -> None:
     few = result({"psnr": torch.arange(5.0)})
     found = only(differences(few, result({"psnr": 9 + torch.arange(5.0)})))
     assert (found.verdict, found.interval) == (UNKNOWN, None)
-    assert "5 pairs, 6 or more are needed" in difference_table([found])
+    assert "5 pairs, at least 6 are needed" in difference_table([found])
     apart = only(differences(few, replace(few, protocol=replace(few.protocol, seeds="5..9")), ["seeds"]))
-    assert "5 and 5 pictures, 6 or more" in apart.why
+    assert "5 and 5 pictures, at least 6" in apart.why
 
 
 def test_figures_of_sets_without_anything_to_tell_from() -> None:
@@ -128,8 +130,7 @@ def test_kid_by_its_deviation_over_subsets() -> None:
     assert found(1.0, 9.0, num_pictures=10).verdict == UNKNOWN  # all subsets are the same pictures
 
 
-def pictures(count: int, seed: int) -> Tensor:
-    return torch.randint(256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+pictures = partial(random_pictures, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +139,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, QualityResult]:
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("sets")
     config = EvaluateConfig(OfflineExtractor("cifar-classifier", Classifier(5, 16, (6, 8, 10), 8, "CIFAR-10").eval()))
-    write_pictures(place / "reference.npz", pictures(60, 1))
-    plain, nearly = pictures(40, 2), pictures(40, 2)
+    write_pictures(place / "reference.npz", pictures(60, seed=1))
+    plain, nearly = pictures(40, seed=2), pictures(40, seed=2)
     nearly[:, :, 0, 0] = 0
-    found = {"plain": plain, "nearly": nearly, "other": pictures(40, 3), "dark": plain // 2}
+    found = {"plain": plain, "nearly": nearly, "other": pictures(40, seed=3), "dark": plain // 2}
     for name, x in found.items():
         write_pictures(place / f"{name}.npz", x)
     return {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from support import web
+from support.tiny_metrics import random_pictures, tiny_extractor
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -37,8 +39,7 @@ DRAW = DrawConfig(num_pictures=7, steps=2, guidance=1.0, batch=2, seed=3)
 
 @pytest.fixture(scope="module")
 def extractor() -> OfflineExtractor:
-    torch.manual_seed(0)
-    return OfflineExtractor("cifar-classifier", Classifier(5, 16, (6, 8, 10), 8, "CIFAR-10").eval())
+    return tiny_extractor()
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,7 @@ def pipe(place: Path) -> SiTPipeline:
     return found
 
 
-def pictures(count: int, size: int = 16, seed: int = 0) -> Tensor:
-    return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+pictures = partial(random_pictures, size=16)
 
 
 def save(folder: Path, images: Tensor) -> Path:
@@ -299,6 +299,7 @@ def test_a_patched_pipeline_is_measured_as_it_is(
     assert compare(exact, four)["fid"] != 0
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_the_result_of_one(pipe: SiTPipeline, place: Path, tmp_path: Path) -> None:
     words = ["-m", "diffattn", "evaluate", "--model", place / "sit", "--reference", place / "reference", "--steps", 2,
              "--num-pictures", 40, "--batch", 3, "--guidance", 1, "--extractor", "cifar-classifier", "--paired",
@@ -365,9 +366,9 @@ def test_what_does_not_fit_is_refused_before_the_work(
         ("16x16 pixels, the reference 8x8; bring both to one size", mine, small, {}),
         ("16x16 pixels, the pairs 8x8", mine, None, {"paired": small}),
         ("as many pictures on both sides, got 9 and 12", mine, None, {"paired": reference}),
-        ("draws 16x16 pixels, and what its pictures are compared with has 8x8", pipe, small, {}),
-        ("2 pictures or more are needed, 'one' has 1", one, reference, {}),
-        ("2 pictures or more are needed, 'one' has 1", mine, one, {}),
+        ("draws 16x16 pixels, but the pictures to compare with have 8x8", pipe, small, {}),
+        ("at least 2 pictures are needed, 'one' has 1", one, reference, {}),
+        ("at least 2 pictures are needed, 'one' has 1", mine, one, {}),
         ("neither a folder nor a zip|does not exist", mine, tmp_path / "nothing", {}),
         ("nothing to measure", mine, None, {}),
         ("acceleration is for a pipeline", mine, reference, {"acceleration": FOUR}),
@@ -406,7 +407,7 @@ def test_what_cannot_be_drawn(changes: dict[str, Any], message: str) -> None:
 
 def test_nan_pictures_are_refused_with_their_seeds(pipe: SiTPipeline, place: Path, tmp_path: Path, config: Any) -> None:
     pipe.transformer.register_forward_hook(lambda _module, _inputs, output: type(output)(output.sample * torch.nan))
-    with pytest.raises(ValueError, match=r"all 7 pictures hold NaN .* \(seeds 3, 4, 5"):
+    with pytest.raises(ValueError, match=r"all 7 pictures have NaN .* \(seeds 3, 4, 5"):
         evaluate(pipe, place / "reference", folder=tmp_path, config=config, draw=DRAW)
 
 

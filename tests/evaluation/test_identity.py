@@ -1,4 +1,4 @@
-"""What a run must agree with to be gone on with, and what two results must agree with to be compared."""
+"""What must match for a run to be resumed, and for two results to be compared."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pictures that are none: blanked by a safety checker, NaN or infinite. They are counted, named and not scored."""
+"""Unusable pictures: blanked by a safety checker, NaN or infinite. They are counted, named and not scored."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_pictures_that_are_nan_are_counted_named_and_not_scored(
     pipe: Any, place: Path, tmp_path: Path, config: EvaluateConfig
 ) -> None:
     faulty.spoil_word(pipe)
-    with pytest.warns(UserWarning, match=r"^2 of 6 pictures hold NaN or infinite .* left out .* \(seeds 11, 14\)$"):
+    with pytest.warns(UserWarning, match=r"^2 of 6 pictures have NaN or infinite .* left out .* \(seeds 11, 14\)$"):
         found = evaluate(pipe, place / "real", folder=tmp_path / "run", config=config, draw=DRAW)
     assert found.details["not_finite"] == {"pictures": [11, 14]}
     assert found.protocol.num_pictures == 4
@@ -70,14 +70,14 @@ def test_pictures_that_are_nan_are_counted_named_and_not_scored(
 def test_a_pair_needs_both_of_its_pictures(pipe: Any, tmp_path: Path) -> None:
     plain = evaluate(pipe, folder=tmp_path / "plain", draw=DRAW, acceleration=AGENTS, paired=True)
     faulty.spoil_word(pipe)
-    with pytest.warns(UserWarning, match="2 of 6 unaccelerated pictures hold NaN"):
+    with pytest.warns(UserWarning, match="2 of 6 unaccelerated pictures have NaN"):
         found = evaluate(pipe, folder=tmp_path / "run", draw=DRAW, acceleration=AGENTS, paired=True)
     assert found.details["not_finite"] == {"pictures": [11, 14], "unaccelerated": [11, 14]}
     assert found.details["pairs"]["psnr"]["pairs"] == 4
     assert found.scores["psnr"] != pytest.approx(plain.scores["psnr"])
     assert np.isfinite(found.details["latent_error_by_step"]).all()
     folder = tmp_path / "plain" / "unaccelerated"
-    with pytest.warns(UserWarning, match="2 of 6 pictures hold NaN"):
+    with pytest.warns(UserWarning, match="2 of 6 pictures have NaN"):
         given = evaluate(pipe, folder=tmp_path / "given", draw=DRAW, acceleration=AGENTS, paired=folder)
     assert given.scores["psnr"] == pytest.approx(found.scores["psnr"])
 
@@ -86,7 +86,7 @@ def test_a_pair_needs_both_of_its_pictures(pipe: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nothing_but_nan_is_an_error(pipe: Any, tmp_path: Path, spoil: Any, value: float) -> None:
     spoil(pipe, value)
-    said = r"all 6 pictures hold NaN .*: 0 left to score, 2 or more are needed; check the weights"
+    said = r"all 6 pictures have NaN .*: 0 left to score, at least 2 are needed; check the weights"
     with pytest.raises(ValueError, match=said):
         evaluate(pipe, folder=tmp_path / "run", draw=DRAW, acceleration=AGENTS, paired=True)
     assert not (tmp_path / "run" / "result.json").exists()
@@ -143,7 +143,7 @@ def test_the_program_says_so_and_does_not_end_with_0(pipe: Any, place: Path, tmp
     given = ["--model", tmp_path / "model", "--prompts", tmp_path / "prompts.txt", "--num-pictures", 6, "--steps", 2,
              "--device", "cpu", "--paired", "--option", "min_tokens=0", "--out", tmp_path / "run",
              "--json", tmp_path / "result.json"]  # fmt: skip
-    with pytest.warns(UserWarning, match="2 of 6 pictures hold NaN"):
+    with pytest.warns(UserWarning, match="2 of 6 pictures have NaN"):
         found = CliRunner().invoke(app, ["evaluate", *map(str, given)])
     assert found.exit_code == 1
     assert re.search(r"DDIMScheduler, 2 steps, guidance 7.5, seeds 0\.\.5", found.output)

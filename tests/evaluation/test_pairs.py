@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import web
+from support.tiny_metrics import tiny_extractor
 from support.tiny_pictures import folder, packed, png
 
 from diffattn.evaluation import DrawConfig, EvaluateConfig, evaluate
@@ -15,7 +15,6 @@ from diffattn.evaluation.picture_set import open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import make_reference, open_reference
 from diffattn.metrics.adm import write_pictures
-from diffattn.metrics.classifier import Classifier
 from diffattn.metrics.extractors import OfflineExtractor
 from diffattn.metrics.reference import Reference
 from diffattn.sampling import SiTPipeline
@@ -25,8 +24,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def extractor() -> OfflineExtractor:
-    torch.manual_seed(0)
-    return OfflineExtractor("cifar-classifier", Classifier(5, 16, (6, 8, 10), 8, "CIFAR-10").eval())
+    return tiny_extractor()
 
 
 def save(path: Path, names: Sequence[str], size: int = 16) -> Path:

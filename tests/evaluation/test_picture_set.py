@@ -47,7 +47,7 @@ def test_the_first_so_many_that_can_be_read(tmp_path: Path) -> None:
         open_pictures(place)
     with (
         pytest.warns(UserWarning, match="left out"),
-        pytest.raises(ValueError, match="4 pictures or more are needed, 'f' has 3"),
+        pytest.raises(ValueError, match="at least 4 pictures are needed, 'f' has 3"),
     ):
         open_pictures(place, limit=4, skip_bad=True)
 
@@ -79,11 +79,11 @@ def npz(path: Path, **arrays: np.ndarray) -> Path:
     [
         (lambda p: p / "no", "does not exist"),
         (lambda p: folder(p / "f", {"a.txt": b"x"}), "no pictures in"),
-        (lambda p: folder(p / "f", {"a.png": png(0)}), "2 pictures or more are needed, 'f' has 1"),
+        (lambda p: folder(p / "f", {"a.png": png(0)}), "at least 2 pictures are needed, 'f' has 1"),
         (lambda p: packed(p / "z.zip", {"a.png": png(0), "b.png": png(1)[:60]}), "1 of 2 pictures in 'z.zip'"),
         (lambda p: npz(p / "a.npz", arr_0=np.full((3, 8, 8, 3), np.nan)), "must be uint8"),
         (lambda p: npz(p / "a.npz", mu=np.zeros(3)), "it has no arr_0, but mu"),
-        (lambda p: npz(p / "a.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "2 pictures or more are needed"),
+        (lambda p: npz(p / "a.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "at least 2 pictures are needed"),
     ],
 )
 def test_what_is_no_set_of_pictures(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:

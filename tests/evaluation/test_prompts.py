@@ -56,8 +56,8 @@ def test_drawbench_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_another_data_set_is_not_taken_for_drawbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"DrawBench could not be had from the hub \(sayakpaul/drawbench\): .*; give a"
+        ValueError, match=r"DrawBench could not be downloaded from the hub \(sayakpaul/drawbench\): .*; give a"
     ):
         load_prompts("drawbench", cached(tmp_path / "few", 3))
-    with pytest.raises(ValueError, match="DrawBench could not be had"):
+    with pytest.raises(ValueError, match="DrawBench could not be downloaded"):
         load_prompts("drawbench", tmp_path / "empty")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffattn.evaluation import DrawConfig, EvaluateConfig, evaluate
 from diffattn.evaluation.draw_set import drawn_titles
-from diffattn.evaluation.picture_set import PictureSet
+from diffattn.evaluation.picture_set import Listed, PictureSet
 from diffattn.evaluation.worst_pairs import SIDES, WorstPairs
 from diffattn.metrics.adm import write_pictures
 from diffattn.sampling import SiTPipeline
@@ -35,7 +35,7 @@ ORDER = [4, 7, 2, 0, 5, 3, 1, 8, 6]
 
 
 def set_of(x: Tensor, name: str = "x") -> PictureSet:
-    return PictureSet(name, [f"{i}.png" for i in range(len(x))], x.__getitem__)
+    return PictureSet(Listed(name, tuple(f"{i}.png" for i in range(len(x))), x.__getitem__))
 
 
 def test_the_worst_come_first_by_the_first_score_that_was_measured() -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.reference import Case, cases
+from support.tensors import join, random, split
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
@@ -22,20 +23,6 @@ from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerCall, LayerSpec
 
 LAYER = LayerSpec("layer", level=0, num_heads=2, head_dim=8)
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def split(x: Tensor, heads: int) -> Tensor:
-    """[B, N, C] -> [B, H, N, D]"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def join(x: Tensor) -> Tensor:
-    """[B, H, N, D] -> [B, N, C]"""
-    return x.transpose(1, 2).flatten(2)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, kappa: float, shortcut: float, mask: Tensor) -> Tensor:
@@ -76,9 +63,9 @@ def test_layers_with_half_as_many_agents_as_tokens_are_declined(case: Case) -> N
     tokens, agents = case.params["N"], case.params["A"]
     assert 2 * agents >= tokens
     method = AgentAttention(num_agents=agents, agent_ratio=None, min_tokens=0)
-    assert "32 agents for 64 tokens" in str(method.declines(LAYER, tokens, "cpu", 0))
+    assert "32 agents for 64 tokens" in str(method.reason_call(LAYER, tokens, "cpu", 0))
     fewer = AgentAttention(num_agents=agents - 1, agent_ratio=None, min_tokens=0)
-    assert fewer.declines(LAYER, tokens, "cpu", 0) is None
+    assert fewer.reason_call(LAYER, tokens, "cpu", 0) is None
 
 
 @pytest.mark.parametrize(
@@ -153,16 +140,18 @@ def test_a_transformer_block_matches_the_published_implementation(case: Case) ->
 def test_equals_the_formula_with_explicit_matrices(
     heads: int, queries: int, keys: int, num_agents: int, dim: int, kappa: float, shortcut: float, masked: bool
 ) -> None:
-    q, agents = (rand(2, heads, n, dim, seed=n, dtype=torch.float64) for n in (queries, num_agents))
-    k, v = (rand(2, heads, keys, dim, seed=s, dtype=torch.float64) for s in (91, 92))
+    q, agents = (random(2, heads, n, dim, seed=n, dtype=torch.float64) for n in (queries, num_agents))
+    k, v = (random(2, heads, keys, dim, seed=s, dtype=torch.float64) for s in (91, 92))
     shortcut = shortcut if queries == keys else 0.0
-    mask = torch.where(rand(2, 1, 1, keys, seed=5) > 0.3, -10000.0, 0.0).double() if masked else torch.zeros(1).double()
+    mask = (
+        torch.where(random(2, 1, 1, keys, seed=5) > 0.3, -10000.0, 0.0).double() if masked else torch.zeros(1).double()
+    )
     out = agent_attention(q, k, v, agents, scale_exponent=kappa, shortcut=shortcut, key_mask=mask if masked else None)
     torch.testing.assert_close(out, formula(q, k, v, agents, kappa, shortcut, mask), rtol=1e-9, atol=1e-9)
 
 
 def test_a_masked_key_has_no_say() -> None:
-    q, k, v, agents = (rand(1, 2, n, 8, seed=n) for n in (5, 7, 8, 3))
+    q, k, v, agents = (random(1, 2, n, 8, seed=n) for n in (5, 7, 8, 3))
     v = v[:, :, :7]
     mask = torch.zeros(1, 1, 1, 7)
     mask[..., 4] = -torch.inf
@@ -172,7 +161,7 @@ def test_a_masked_key_has_no_say() -> None:
 
 
 def test_output_lies_between_the_values() -> None:
-    q, k, v, agents = (rand(2, 2, 30, 8, seed=s) for s in range(4))
+    q, k, v, agents = (random(2, 2, 30, 8, seed=s) for s in range(4))
     out = agent_attention(q, k, v, agents, shortcut=0)
     assert (out <= v.amax(2, keepdim=True) + 1e-5).all()
     assert (out >= v.amin(2, keepdim=True) - 1e-5).all()
@@ -182,17 +171,17 @@ def test_output_lies_between_the_values() -> None:
 
 def test_sharp_agents_that_are_all_the_queries_hand_back_each_key_its_own_value() -> None:
     basis = 100 * torch.eye(16)[None, None]  # [1, 1, N, D]: every query finds its own agent, every agent its own key
-    v = rand(1, 1, 16, 16)
+    v = random(1, 1, 16, 16)
     torch.testing.assert_close(agent_attention(basis, basis, v, basis, scale_exponent=1, shortcut=0), v)
 
 
 def test_order_of_the_agents_does_not_matter() -> None:
-    q, k, v, agents = (rand(1, 2, n, 8, seed=s) for s, n in enumerate((20, 20, 20, 6)))
+    q, k, v, agents = (random(1, 2, n, 8, seed=s) for s, n in enumerate((20, 20, 20, 6)))
     torch.testing.assert_close(agent_attention(q, k, v, agents), agent_attention(q, k, v, agents.flip(2)))
 
 
 def test_a_smaller_exponent_sharpens_the_broadcast() -> None:
-    q, agents = rand(1, 1, 12, 64), rand(1, 1, 6, 64, seed=1)
+    q, agents = random(1, 1, 12, 64), random(1, 1, 6, 64, seed=1)
     k, v = agents * 50, torch.eye(6, 64)[None, None]  # every agent gathers its own key, so the output is the broadcast
     soft, sharp = (agent_attention(q, k, v, agents, scale_exponent=e, shortcut=0).amax(-1) for e in (1.0, 0.3))
     assert (sharp > soft).all()
@@ -202,14 +191,14 @@ def test_a_smaller_exponent_sharpens_the_broadcast() -> None:
 
 
 def test_a_shortcut_between_different_numbers_of_queries_and_values_is_refused() -> None:
-    q, k, v, agents = (rand(1, 1, n, 4) for n in (6, 8, 8, 2))
+    q, k, v, agents = (random(1, 1, n, 4) for n in (6, 8, 8, 2))
     with pytest.raises(ValueError, match=r"shortcut=0.075.*6 and 8"):
         agent_attention(q, k, v, agents)
     assert agent_attention(q, k, v, agents, shortcut=0).shape == (1, 1, 6, 4)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    q, k, v = (rand(1, 2, 12, 4, seed=s, dtype=torch.float64).requires_grad_() for s in range(3))
+    q, k, v = (random(1, 2, 12, 4, seed=s, dtype=torch.float64).requires_grad_() for s in range(3))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return agent_attention(q, k, v, pool_tokens(q, (4, 3), 4))
@@ -225,10 +214,10 @@ METHODS = {
 
 @pytest.mark.parametrize(("kind", "dtype"), list(product(METHODS, [torch.float16, torch.bfloat16])))
 def test_upcast_keeps_large_logits_finite_and_right_in_half_precision(kind: str, dtype: torch.dtype) -> None:
-    q, k, v = (rand(2, 2, 64, 64, seed=s) * f for s, f in enumerate((60, 60, 1)))
+    q, k, v = (random(2, 2, 64, 64, seed=s) * f for s, f in enumerate((60, 60, 1)))
     q, k, v = (x.to(dtype) for x in (q + 60, k + 60, v))  # logits before scaling reach hundreds of thousands
     assert (q.double() @ k.double().mT).amax() > torch.finfo(torch.float16).max
-    call = LayerCall(x=rand(2, 64, 128, seed=9), grid=(8, 8))
+    call = LayerCall(x=random(2, 64, 128, seed=9), grid=(8, 8))
     attention = METHODS[kind].build(LAYER)
     out, exact = attention(q, k, v, call), attention(q.double(), k.double(), v.double(), call)
     assert out.dtype == dtype
@@ -246,8 +235,8 @@ def test_fp32_logits_where_the_layer_asks_for_them_in_fp16(
     asks: bool, dtype: torch.dtype, works_in: torch.dtype
 ) -> None:
     layer = LayerSpec("layer", level=0, num_heads=2, head_dim=8, upcast=asks)
-    q, k, v = (rand(1, 2, 64, 8, seed=s).to(dtype) for s in range(3))
-    call = LayerCall(x=rand(1, 64, 16), grid=(8, 8))
+    q, k, v = (random(1, 2, 64, 8, seed=s).to(dtype) for s in range(3))
+    call = LayerCall(x=random(1, 64, 16), grid=(8, 8))
     out = AgentAttention(agents="pool", num_agents=4, agent_ratio=None, min_tokens=0).build(layer)(q, k, v, call)
     q, k, v = (x.to(works_in) for x in (q, k, v))
     assert torch.equal(out, agent_attention(q, k, v, pool_tokens(q, (8, 8), 4)).to(dtype))

@@ -1,4 +1,4 @@
-"""Calibrating is landmark attention, coasting reuses what it found, and both are few operations."""
+"""Calibrating is landmark attention, coasting reuses its result, and both take few operations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffattn
 from diffattn.functional import sample_tokens
 from diffattn.functional import tokens as functional_tokens
-from diffattn.functional.coasting import Tokens, calibrate, coast
-from diffattn.functional.landmark import exact_heads, landmark_attention_and_error
+from diffattn.functional.coasting import calibrate, coast
+from diffattn.functional.landmark import Tokens, exact_heads, landmark_attention_and_error
 
 GRID, N = (32, 32), 64
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linear_family import join, random, split
 from support.reference import Case, cases
+from support.tensors import join, random, split
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -135,6 +135,7 @@ def test_gradients_are_those_of_finite_differences(pooled: bool) -> None:
     assert torch.autograd.gradcheck(attention, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled", [False, True])
 def test_compiles_without_a_break_and_not_for_every_size(pooled: bool) -> None:
     compiled: Any = torch.compile(downsampled_attention, fullgraph=True, backend="eager")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linear_family import FamilyCase, as_image, as_tokens, family_cases, join, random, split
+from support.linear_family import FamilyCase, family_cases
+from support.tensors import as_image, as_tokens, join, random, split
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, layer_norm, linear, softplus
 

@@ -1,10 +1,11 @@
-"""InLine attention as a function of tensors: the published numbers, its formula, what it is of a softmax, precision."""
+"""InLine attention as a function of tensors: the published numbers, its formula, its relation to softmax, precision."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linear_family import FamilyCase, as_image, as_tokens, family_cases, join, random, split
+from support.linear_family import FamilyCase, family_cases
+from support.tensors import as_image, as_tokens, join, random, relative_error, split
 from torch import Tensor
 from torch.nn.functional import conv1d, conv2d, gelu, linear, scaled_dot_product_attention
 
@@ -15,10 +16,6 @@ def published(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Weights 1/M + (s·q·k - mean of s·q·k over the keys)/M, one by one."""
     logits = q @ k.mT * q.shape[-1] ** -0.5
     return (1 + logits - logits.mean(dim=-1, keepdim=True)) / k.shape[-2] @ v
-
-
-def error(found: Tensor, true: Tensor) -> float:
-    return ((found.double() - true.double()).norm() / true.double().norm()).item()
 
 
 @family_cases("inline_")
@@ -66,7 +63,7 @@ def test_close_to_softmax_where_the_logits_are_flat(spread: float, bound: float)
     q, k, v = (random(1, 2, 1024, 64, seed=s, dtype=torch.float64) for s in range(3))
     v = v + 1  # as in pictures, values have a mean
     exact = scaled_dot_product_attention(q * spread, k, v)
-    assert error(inline_attention(q * spread, k, v), exact) < bound
+    assert relative_error(inline_attention(q * spread, k, v), exact) < bound
 
 
 @given(offset=st.floats(-100, 100), seed=st.integers(0, 9))
@@ -95,7 +92,7 @@ def test_half_precision_keeps_the_covariance_of_keys_with_a_large_offset(dtype: 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = inline_attention(q, k, v)
     assert out.dtype == dtype
-    assert error(out, exact) < 4e-3
+    assert relative_error(out, exact) < 4e-3
 
 
 def test_under_autocast_fp32_stays_fp32() -> None:
@@ -110,7 +107,7 @@ def test_large_inputs_stay_finite_and_right_in_fp32(factor: float, offset: float
     q, k, v = (random(1, 2, 64, 16, seed=s) * factor for s in range(3))
     k, v = k + offset, v + offset
     exact = published(q.double(), k.double(), v.double())
-    assert error(inline_attention(q, k, v), exact) < 1e-3
+    assert relative_error(inline_attention(q, k, v), exact) < 1e-3
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

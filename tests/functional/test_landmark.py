@@ -1,15 +1,17 @@
-"""Attention through landmarks: its formula, where it is exact, how close it comes, and what keeps it sane."""
+"""Attention through landmarks: its formula, where it is exact, how close it comes, and how it stays stable."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tensors import random, relative_error
 from torch import Tensor
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from diffattn.functional import agent_attention, landmark_attention, pool_tokens, sample_tokens
 from diffattn.functional.landmark import (
     MAX_DAMPING,
+    Tokens,
     correct,
     exact_where_missed,
     landmark_attention_and_error,
@@ -20,26 +22,18 @@ from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerCall, LayerSpec
 
 
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def smooth(side: int, dim: int, seed: int, scale: float = 1.0, coarse: int = 6) -> Tensor:
     """Tokens of two heads that vary slowly over the grid, as in pictures, with some noise of their own."""
-    image = interpolate(rand(2, dim, coarse, coarse, seed=seed), size=(side, side), mode="bicubic")
-    image = image + 0.1 * rand(2, dim, side, side, seed=seed + 1)
+    image = interpolate(random(2, dim, coarse, coarse, seed=seed), size=(side, side), mode="bicubic")
+    image = image + 0.1 * random(2, dim, side, side, seed=seed + 1)
     return scale * image.flatten(2).transpose(1, 2)[None]  # [1, 2, N, D]
-
-
-def error(found: Tensor, true: Tensor) -> float:
-    return ((found.double() - true.double()).norm() / true.double().norm()).item()
 
 
 @given(h=st.integers(1, 12), w=st.integers(1, 12), wanted=st.integers(1, 144), seed=st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
 def test_samples_are_the_middle_of_their_cells(h: int, w: int, wanted: int, seed: int) -> None:
     wanted = min(wanted, h * w)
-    x = rand(1, 2, h * w, 3, seed=seed, dtype=torch.float64)
+    x = random(1, 2, h * w, 3, seed=seed, dtype=torch.float64)
     image = x.unflatten(2, (h, w))
     rows = min(max(round((wanted * h / w) ** 0.5), 1), h)
     columns = min(max(wanted // rows, 1), w)
@@ -67,9 +61,9 @@ def test_samples_of_cells_of_four_are_their_inner_two() -> None:
 @pytest.mark.parametrize("wanted", [0, 17])
 def test_samples_out_of_range_are_refused(wanted: int) -> None:
     with pytest.raises(ValueError, match=rf"between 1 and 16 .*got {wanted}"):
-        sample_tokens(rand(1, 1, 16, 2), (4, 4), wanted)
+        sample_tokens(random(1, 1, 16, 2), (4, 4), wanted)
     with pytest.raises(ValueError, match="a grid of 4x5 has 20 tokens, the tensor has 16"):
-        sample_tokens(rand(1, 1, 16, 2), (4, 5), 4)
+        sample_tokens(random(1, 1, 16, 2), (4, 5), 4)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0, 30.0])
@@ -90,13 +84,13 @@ def test_is_the_damped_least_squares_of_the_formula(scale: float) -> None:
     y = scaled_dot_product_attention(probes, k.double(), v.double()) - mean
     gamma = ((x * y).sum((2, 3)) / (x * x).sum((2, 3)) / 0.8).clamp(0, 1)[..., None, None]
     expected = mean + gamma * scaled_dot_product_attention(q.double(), kl, z)
-    assert error(landmark_attention(q, k, v, ql.float(), kl.float(), damping=1e-4), expected) < 1e-3
+    assert relative_error(landmark_attention(q, k, v, ql.float(), kl.float(), damping=1e-4), expected) < 1e-3
 
 
 def test_landmarks_everywhere_are_exact_attention() -> None:
-    q, k, v = (rand(2, 3, 20, 8, seed=s) for s in range(3))
+    q, k, v = (random(2, 3, 20, 8, seed=s) for s in range(3))
     exact = scaled_dot_product_attention(q, k, v)
-    assert error(landmark_attention(q, k, v, q, k, damping=1e-9), exact) < 2e-3
+    assert relative_error(landmark_attention(q, k, v, q, k, damping=1e-9), exact) < 2e-3
 
 
 def test_a_query_at_a_landmark_gets_its_exact_attention() -> None:
@@ -106,12 +100,12 @@ def test_a_query_at_a_landmark_gets_its_exact_attention() -> None:
     gathered = scaled_dot_product_attention(landmarks[0], k, v)
     out = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered, damping=1e-7)[0])
     exact = scaled_dot_product_attention(q, k, v)
-    assert error(out[:, :, picked], exact[:, :, picked]) < 0.1 * error(out, exact)
+    assert relative_error(out[:, :, picked], exact[:, :, picked]) < 0.1 * relative_error(out, exact)
 
 
 def test_values_that_are_all_alike_come_back() -> None:
-    q, k = rand(1, 2, 36, 4), rand(1, 2, 36, 4, seed=1)
-    v = rand(1, 2, 1, 4, seed=2).expand(1, 2, 36, 4)
+    q, k = random(1, 2, 36, 4), random(1, 2, 36, 4, seed=1)
+    v = random(1, 2, 1, 4, seed=2).expand(1, 2, 36, 4)
     out = landmark_attention(q, k, v, sample_tokens(q, (6, 6), 9), sample_tokens(k, (6, 6), 9))
     torch.testing.assert_close(out, v, atol=1e-5, rtol=1e-5)
 
@@ -123,12 +117,12 @@ def test_is_far_closer_than_agents_at_the_same_number(scale: float) -> None:
     exact = scaled_dot_product_attention(q, k, v)
     landmarks = landmark_attention(q, k, v, sample_tokens(q, grid, 36), sample_tokens(k, grid, 36))
     agents = agent_attention(q, k, v, pool_tokens(q, grid, 36))
-    assert error(landmarks, exact) < 0.5 * error(agents, exact)
+    assert relative_error(landmarks, exact) < 0.5 * relative_error(agents, exact)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0, 16.0, 100.0])
 def test_sharp_heads_stay_finite_and_bounded(scale: float) -> None:
-    q, k, v = (rand(1, 2, 256, 8, seed=s) for s in range(3))
+    q, k, v = (random(1, 2, 256, 8, seed=s) for s in range(3))
     q = q * scale
     out = landmark_attention(q, k, v, sample_tokens(q, (16, 16), 16), sample_tokens(k, (16, 16), 16))
     assert out.isfinite().all()
@@ -137,7 +131,7 @@ def test_sharp_heads_stay_finite_and_bounded(scale: float) -> None:
 
 def test_the_result_does_not_depend_on_padding() -> None:
     q, k, v = (smooth(12, 8, seed) for seed in range(3))
-    text, padding = rand(1, 2, 3, 8, seed=7), rand(1, 2, 4, 8, seed=8)
+    text, padding = random(1, 2, 3, 8, seed=7), random(1, 2, 4, 8, seed=8)
 
     def attend(*others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (torch.cat((x, *others), dim=2) for x in (k, v))
@@ -146,7 +140,7 @@ def test_the_result_does_not_depend_on_padding() -> None:
         masks = [torch.zeros(1, 1, 1, n + number) for n in (144, 16)]
         for mask, n in zip(masks, (144, 16), strict=True):
             mask[..., n + 3 :] = -torch.inf
-        return landmark_attention_with_context(q, keys, values, asked, answering, 1e-5, number, *masks)
+        return landmark_attention_with_context(Tokens(q, keys, values, asked, answering, number, *masks), 1e-5)
 
     padded, alone = attend(text, padding), attend(text)
     for found, wanted in zip((padded[0], padded[1][:, :, :3], padded[2]), alone, strict=True):
@@ -162,7 +156,7 @@ def test_half_precision_is_close_to_single(dtype: torch.dtype) -> None:
         a, b, c = (x.to(kind) for x in (q, k, v))
         outs.append(landmark_attention(a, b, c, sample_tokens(a, (16, 16), 16), sample_tokens(b, (16, 16), 16)))
     assert outs[1].dtype == dtype
-    assert error(outs[1], exact) < error(outs[0], exact) + 0.03
+    assert relative_error(outs[1], exact) < relative_error(outs[0], exact) + 0.03
 
 
 def test_autocast_leaves_the_core_in_single_precision() -> None:
@@ -170,7 +164,7 @@ def test_autocast_leaves_the_core_in_single_precision() -> None:
     landmarks = sample_tokens(q, (12, 12), 9), sample_tokens(k, (12, 12), 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = landmark_attention(q, k, v, *landmarks)
-    assert error(out, landmark_attention(q, k, v, *landmarks)) < 0.05
+    assert relative_error(out, landmark_attention(q, k, v, *landmarks)) < 0.05
 
 
 @pytest.mark.parametrize("noise", [1.0, 3.0])
@@ -178,21 +172,21 @@ def test_autocast_leaves_the_core_in_single_precision() -> None:
 def test_sharp_heads_of_noisy_tokens_are_not_amplified(noise: float, scale: float) -> None:
     """Logits with a standard deviation of 2 to 6: the correction alone would be off by twice to four times the norm."""
     grid = (32, 32)
-    q, k, v = (smooth(32, 32, seed=s, coarse=8) + noise * rand(1, 2, 1024, 32, seed=s + 7) for s in (1, 3, 5))
+    q, k, v = (smooth(32, 32, seed=s, coarse=8) + noise * random(1, 2, 1024, 32, seed=s + 7) for s in (1, 3, 5))
     size = scale / (q.std() * k.std()).sqrt()
     q, k = q * size, k * size
     landmarks = sample_tokens(q, grid, 64), sample_tokens(k, grid, 64)
     exact, gathered = (scaled_dot_product_attention(x, k, v) for x in (q, landmarks[0]))
     bare = scaled_dot_product_attention(q, landmarks[1], correct(*landmarks, gathered)[0])
-    assert error(bare, exact) > 1.3
-    assert error(landmark_attention(q, k, v, *landmarks), exact) < 1.1
+    assert relative_error(bare, exact) > 1.3
+    assert relative_error(landmark_attention(q, k, v, *landmarks), exact) < 1.1
 
 
 def mixed() -> tuple[Tensor, Tensor, Tensor]:
     """Two samples of two heads of 1,024 tokens; the first head of the second is sharp, and its tokens are noise."""
     q, k, v = (torch.cat([smooth(32, 16, seed=s + i, scale=0.7) for i in (0, 10)]) for s in (1, 3, 5))
     for x, seed in ((q, 21), (k, 22)):
-        x[1, 0] = 2.5 * rand(1024, 16, seed=seed)
+        x[1, 0] = 2.5 * random(1024, 16, seed=seed)
     return q, k, v
 
 
@@ -204,7 +198,7 @@ def test_heads_that_landmarks_miss_run_exact_on_demand() -> None:
     assert torch.equal(plain, landmark_attention(q, k, v, *landmarks))
     out, misses = exact_where_missed(plain, told, q, k, v, 0.5)
     assert misses == 1
-    assert error(plain[1, 0], exact[1, 0]) > 0.5 > 0.1 > error(plain[0], exact[0])
+    assert relative_error(plain[1, 0], exact[1, 0]) > 0.5 > 0.1 > relative_error(plain[0], exact[0])
     torch.testing.assert_close(out[1, 0], exact[1, 0])
     assert all(torch.equal(out[place], plain[place]) for place in [(0, 0), (0, 1), (1, 1)])
     assert exact_where_missed(plain, told, q, k, v, 1e-6)[1] == 4
@@ -262,7 +256,7 @@ def test_probes_are_spread_over_the_picture() -> None:
     places = torch.cat(probe_tokens(torch.arange(1024.0)[None, None, :, None])).flatten().long()
     assert len(set((places // 128).tolist())) == 8  # in every eighth of the rows,
     assert len(set((places % 32 // 4).tolist())) >= 5  # and all over the columns
-    assert torch.cat(probe_tokens(rand(1, 1, 5, 2)), dim=2).shape == (1, 1, 5, 2)
+    assert torch.cat(probe_tokens(random(1, 1, 5, 2)), dim=2).shape == (1, 1, 5, 2)
 
 
 def test_a_head_that_cannot_be_factorised_keeps_its_agents() -> None:
@@ -278,7 +272,7 @@ def test_a_head_that_cannot_be_factorised_keeps_its_agents() -> None:
 
 def test_both_softmaxes_run_fused() -> None:
     """Tokens whose channels do not lie side by side would have PyTorch build [N, n] matrices, at twice the time."""
-    q, k, v = (rand(2, 64, 2, 8, seed=s).transpose(1, 2) for s in range(3))  # as projections leave them
+    q, k, v = (random(2, 64, 2, 8, seed=s).transpose(1, 2) for s in range(3))  # as projections leave them
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         landmark_attention(q, k, v, sample_tokens(q, (8, 8), 16), sample_tokens(k, (8, 8), 16))
     calls = [event.name for event in profile.events() or () if "_scaled_dot_product" in event.name]
@@ -286,7 +280,7 @@ def test_both_softmaxes_run_fused() -> None:
 
 
 def test_can_be_trained_through() -> None:
-    q, k, v = (rand(1, 1, 16, 4, seed=s, dtype=torch.float32).requires_grad_() for s in range(3))
+    q, k, v = (random(1, 1, 16, 4, seed=s, dtype=torch.float32).requires_grad_() for s in range(3))
     out = landmark_attention(q, k, v, sample_tokens(q, (4, 4), 4), sample_tokens(k, (4, 4), 4), damping=1e-3)
     out.square().sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() and x.grad.norm() > 0 for x in (q, k, v))
@@ -294,7 +288,7 @@ def test_can_be_trained_through() -> None:
 
 @pytest.mark.parametrize("damping", [0, -1.0, 2 * MAX_DAMPING, float("nan")])
 def test_damping_out_of_range_is_refused(damping: float) -> None:
-    q = rand(1, 1, 4, 2)
+    q = random(1, 1, 4, 2)
     with pytest.raises(ValueError, match=r"damping must be above 0 and at most 0\.001"):
         landmark_attention(q, q, q, q, q, damping=damping)
     with pytest.raises(ValueError, match="damping must be"):
@@ -302,7 +296,7 @@ def test_damping_out_of_range_is_refused(damping: float) -> None:
 
 
 def test_different_landmarks_are_refused() -> None:
-    q = rand(1, 1, 4, 2)
+    q = random(1, 1, 4, 2)
     with pytest.raises(ValueError, match="same shape"):
         landmark_attention(q, q, q, q, q[:, :, :2])
 

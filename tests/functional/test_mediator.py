@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.reference import Case
+from support.tensors import random
 from support.tiny_dit import dit_cases
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, linear
@@ -24,10 +25,6 @@ from diffattn.functional import (
 sides = st.integers(1, 12)
 
 
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def biases(heads: int, n: int, h: int, w: int, seed: int = 0) -> dict[str, Tensor]:
     """Random biases with the shapes of a published checkpoint."""
     shapes = {
@@ -38,7 +35,7 @@ def biases(heads: int, n: int, h: int, w: int, seed: int = 0) -> dict[str, Tenso
         "ha": (1, heads, h, 1, n),
         "wa": (1, heads, 1, w, n),
     }
-    return {name: rand(*shape, seed=seed + i, dtype=torch.float64) for i, (name, shape) in enumerate(shapes.items())}
+    return {name: random(*shape, seed=seed + i, dtype=torch.float64) for i, (name, shape) in enumerate(shapes.items())}
 
 
 # The published numbers.
@@ -83,7 +80,7 @@ def test_equals_the_formula_with_explicit_matrices(
     heads: int, h: int, w: int, side: int, dim: int, with_bias: bool
 ) -> None:
     n, grid = min(side, h, w) ** 2, (h, w)
-    q, k, v = (rand(2, heads, h * w, dim, seed=s, dtype=torch.float64) for s in range(3))
+    q, k, v = (random(2, heads, h * w, dim, seed=s, dtype=torch.float64) for s in range(3))
     b = biases(heads, n, h, w)
     gather, spread = gather_bias(b["an"], b["ah"], b["aw"], grid), spread_bias(b["na"], b["ha"], b["wa"], grid)
     mediators = pool_mediators(q, grid, n)
@@ -96,14 +93,14 @@ def test_equals_the_formula_with_explicit_matrices(
 
 
 def test_output_lies_between_the_values() -> None:
-    q, k, v = (rand(2, 2, 16, 8, seed=s) for s in range(3))
+    q, k, v = (random(2, 2, 16, 8, seed=s) for s in range(3))
     out = mediator_attention(q, k, v, pool_mediators(q, (4, 4), 4))
     assert (out <= v.amax(2, keepdim=True) + 1e-5).all()
     assert (out >= v.amin(2, keepdim=True) - 1e-5).all()
 
 
 def test_a_bias_decides_alone_when_it_is_large() -> None:
-    q, k, v = (rand(1, 1, 16, 4, seed=s) for s in range(3))
+    q, k, v = (random(1, 1, 16, 4, seed=s) for s in range(3))
     gather = torch.zeros(1, 4, 16)
     gather[0, torch.arange(4), [3, 7, 11, 15]] = 1e4  # mediator i sees token 4·i + 3 only
     spread = torch.zeros(1, 16, 4)
@@ -113,7 +110,7 @@ def test_a_bias_decides_alone_when_it_is_large() -> None:
 
 
 def test_gradients_are_those_of_finite_differences_also_of_the_biases() -> None:
-    q, k, v = (rand(1, 2, 9, 4, seed=s, dtype=torch.float64).requires_grad_() for s in range(3))
+    q, k, v = (random(1, 2, 9, 4, seed=s, dtype=torch.float64).requires_grad_() for s in range(3))
     b = [x.requires_grad_() for x in biases(2, 4, 2, 4).values()]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *b: Tensor) -> Tensor:
@@ -125,11 +122,11 @@ def test_gradients_are_those_of_finite_differences_also_of_the_biases() -> None:
 
 @pytest.mark.parametrize(("dtype", "learns"), list(product([torch.float16, torch.bfloat16], [False, True])))
 def test_large_logits_stay_finite_and_right_in_half_precision(dtype: torch.dtype, learns: bool) -> None:
-    q, k, v = (rand(2, 2, 64, 64, seed=s) * f for s, f in enumerate((60, 60, 1)))
+    q, k, v = (random(2, 2, 64, 64, seed=s) * f for s, f in enumerate((60, 60, 1)))
     q, k, v = (x.to(dtype) for x in (q + 60, k + 60, v))  # logits before scaling reach hundreds of thousands
     mediators = pool_mediators(q, (8, 8), 16)
     assert (mediators.double() @ k.double().mT).amax() > torch.finfo(torch.float16).max
-    gather, spread = rand(2, 16, 64, seed=7).to(dtype), rand(2, 64, 16, seed=8).to(dtype)
+    gather, spread = random(2, 16, 64, seed=7).to(dtype), random(2, 64, 16, seed=8).to(dtype)
     wide = [x.double() for x in (q, k, v, mediators, gather, spread)]
     out = mediator_attention(q, k, v, mediators, gather.requires_grad_(learns), spread.requires_grad_(learns))
     assert out.dtype == dtype
@@ -144,14 +141,14 @@ def test_large_logits_stay_finite_and_right_in_half_precision(dtype: torch.dtype
 @settings(deadline=None, max_examples=40)
 def test_mediators_are_adaptive_averages_on_any_grid(h: int, w: int, side: int) -> None:
     side = min(side, h, w)
-    q = rand(2, 3, h * w, 4, dtype=torch.float64)
+    q = random(2, 3, h * w, 4, dtype=torch.float64)
     image = q.transpose(2, 3).reshape(6, 4, h, w)
     expected = adaptive_avg_pool2d(image, side).flatten(2).transpose(1, 2).reshape(2, 3, side**2, 4)
     torch.testing.assert_close(pool_mediators(q, (h, w), side**2), expected)
 
 
 def test_as_many_mediators_as_tokens_are_the_queries() -> None:
-    q = rand(1, 2, 25, 4)
+    q = random(1, 2, 25, 4)
     torch.testing.assert_close(pool_mediators(q, (5, 5), 25), q)
 
 
@@ -182,7 +179,7 @@ def test_biases_are_the_sum_of_their_parts(h: int, w: int) -> None:
 
 
 def test_a_grid_of_the_window_s_own_size_takes_it_as_it_is() -> None:
-    an, zero = rand(2, 4, 7, 7), torch.zeros(1, 2, 4, 1, 1)
+    an, zero = random(2, 4, 7, 7), torch.zeros(1, 2, 4, 1, 1)
     torch.testing.assert_close(gather_bias(an, zero, zero, (7, 7)), an.flatten(2))
 
 
@@ -208,7 +205,7 @@ def test_resizing_mediators_keeps_constants_and_commutes_with_turning_the_grid(
     flat = torch.full((2, side**2, 3), constant, dtype=torch.float64)
     resized = resize_mediators(flat, 1, new**2)
     torch.testing.assert_close(resized, torch.full((2, new**2, 3), constant, dtype=torch.float64))
-    bias = rand(2, side, side, 3, dtype=torch.float64)
+    bias = random(2, side, side, 3, dtype=torch.float64)
     straight = resize_mediators(bias.flatten(1, 2), 1, new**2).unflatten(1, (new, new))
     turned = resize_mediators(bias.transpose(1, 2).flatten(1, 2), 1, new**2).unflatten(1, (new, new))
     torch.testing.assert_close(turned.transpose(1, 2), straight)
@@ -246,7 +243,7 @@ def test_mediators_that_are_no_square_are_refused(n: int, message: str) -> None:
 
 
 def test_more_mediators_than_the_grid_holds_are_refused() -> None:
-    q = rand(1, 1, 32, 4)
+    q = random(1, 1, 32, 4)
     with pytest.raises(ValueError, match=r"num_mediators=25 is 5x5 and larger than the grid of 4x8.*up to 16"):
         pool_mediators(q, (4, 8), 25)
     assert pool_mediators(q, (4, 8), 16).shape == (1, 1, 16, 4)
@@ -255,11 +252,11 @@ def test_more_mediators_than_the_grid_holds_are_refused() -> None:
 @pytest.mark.parametrize("grid", [(4, 4), (3, 8)])
 def test_a_grid_that_does_not_match_the_tokens_is_refused(grid: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"a grid of {grid[0]}x{grid[1]} has"):
-        pool_mediators(rand(1, 1, 20, 4), grid, 4)
+        pool_mediators(random(1, 1, 20, 4), grid, 4)
 
 
 @pytest.mark.parametrize("name", ["gather_bias", "spread_bias"])
 def test_a_bias_of_another_shape_is_refused(name: str) -> None:
-    q = rand(1, 2, 16, 4)
+    q = random(1, 2, 16, 4)
     with pytest.raises(ValueError, match=rf"{name} must have the shape .*got \[2, 3, 3\]"):
         mediator_attention(q, q, q, pool_mediators(q, (4, 4), 4), **{name: torch.zeros(2, 3, 3)})

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from support.tensors import random
 from torch import Tensor
 
 from diffattn.functional.sdpa import biased_attention
@@ -12,13 +13,9 @@ BIAS = ("none", "fixed", "learned")
 SHAPES = ((4, 30), (30, 4), (9, 9))  # few queries, few keys, as many
 
 
-def rand(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def tensors(queries: int, keys: int, bias: str, dtype: torch.dtype) -> list[Tensor | None]:
     q, k, v, b = (
-        rand(*shape, seed=i, dtype=dtype).requires_grad_(i < 3 or bias == "learned")
+        random(*shape, seed=i, dtype=dtype).requires_grad_(i < 3 or bias == "learned")
         for i, shape in enumerate([(2, 3, queries, 8), (2, 3, keys, 8), (2, 3, keys, 8), (3, queries, keys)])
     )
     return [q, k, v, None if bias == "none" else b]
@@ -32,7 +29,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 @pytest.mark.parametrize(("shape", "bias"), list(product(SHAPES, BIAS)))
 def test_values_and_gradients_are_those_of_the_formula(shape: tuple[int, int], bias: str) -> None:
     ours, wide = tensors(*shape, bias, torch.float32), tensors(*shape, bias, torch.float64)
-    weight = rand(2, 3, shape[0], 8, seed=9)
+    weight = random(2, 3, shape[0], 8, seed=9, dtype=torch.float64)
     out, expected = biased_attention(*ours), formula(*wide)  # type: ignore[arg-type]
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     (out * weight.float()).sum().backward()

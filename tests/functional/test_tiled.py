@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.linear_family import random
+from support.tensors import random
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -106,6 +106,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(attention, inputs)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break() -> None:
     compiled: Any = torch.compile(tiled_attention, fullgraph=True, backend="eager")
     for grid in ((4, 6), (5, 7), (2, 5, 7)):

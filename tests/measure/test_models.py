@@ -1,4 +1,4 @@
-"""The models of the benchmarks: published configurations, weights made in place, and inputs that fit."""
+"""The models of the benchmarks: published configurations, weights initialised in place, and inputs that fit."""
 
 import pytest
 import torch
@@ -123,9 +123,9 @@ def test_shapes_of_pictures_and_videos() -> None:
 
 
 def test_the_depth_is_told() -> None:
-    assert MODELS["flux"].told_depth(shortened=False) == "57 layers"
-    assert MODELS["flux"].told_depth(shortened=True) == "3 of 57 layers"
-    assert MODELS["sd15"].told_depth(shortened=False) is None
+    assert MODELS["flux"].depth_text(shortened=False) == "57 layers"
+    assert MODELS["flux"].depth_text(shortened=True) == "3 of 57 layers"
+    assert MODELS["sd15"].depth_text(shortened=False) is None
 
 
 def test_a_cpu_is_given_fewer_layers_where_the_row_has_them() -> None:

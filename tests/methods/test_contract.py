@@ -1,4 +1,4 @@
-"""What every method must keep to on every kind of pipeline. A new method adds an entry to `VARIANTS`."""
+"""What every method must fulfil on every kind of pipeline. A new method adds an entry to `VARIANTS`."""
 
 import copy
 import inspect

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from support.linear_family import random
+from support.tensors import random
 from support.tiny_dit import tiny_dit
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,7 +16,6 @@ from diffattn.functional import inline_attention
 from diffattn.functional.inline import inline_attention_and_error
 from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.methods.inline import InLineAttention
-from diffattn.tuning.settings import settings_of
 
 SPREADS = (0.1, 0.25, 0.5, 2.0)
 LAYER = LayerSpec("layer", level=0, num_heads=4, head_dim=64)
@@ -91,33 +90,20 @@ def test_compiled_code_gives_the_same_heads() -> None:
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
 
 
-def test_what_it_declines() -> None:
+def test_masked_calls_run_exact() -> None:
     method = InLineAttention()
-    assert method.declines(LAYER, 1024, "cpu", 0) is None
-    assert method.slower(1024, "cpu") is None
-    assert "256 tokens: exact attention is faster below 1024" in str(method.slower(256, "cpu"))
-    assert "masked" in str(method.declines(LAYER, 1024, "cpu", 1))
-    assert InLineAttention(min_tokens=0).slower(4, "cpu") is None
-    assert not method.supports(LayerSpec("cross", 0, 4, 64, is_cross_attention=True))
-    assert not InLineAttention(max_level=0).supports(LayerSpec("deep", 1, 4, 64))
+    assert method.reason_call(LAYER, 1024, "cpu", 0) is None
+    assert "masked" in str(method.reason_call(LAYER, 1024, "cpu", 1))
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"max_head_error": 0}, "max_head_error must be a number above 0, inf included, got 0"),
     ({"max_head_error": math.nan}, "max_head_error must be a number above 0"),
     ({"max_head_error": True}, "got True"),
-    ({"min_tokens": -1}, "min_tokens must be a whole number, 0 or more, or None, got -1"),
-    ({"max_level": 0.5}, "max_level must be a whole number"),
-    ({"agents": 3}, "unknown option agents of method 'inline'; allowed: max_head_error, min_tokens, max_level"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InLineAttention.from_options(options)
-
-
-def test_the_tuner_may_choose_it() -> None:
-    names = [s.method.name for s in settings_of()]
-    assert names.count("inline") == len(InLineAttention.candidates()) == 3
 
 
 def test_layers_of_another_kind_are_left_alone_by_name() -> None:

@@ -1,30 +1,20 @@
-"""Downsampled keys as a method: which tokens it reduces where they lie, what it counts and refuses."""
+"""Downsampled keys as a method: which tokens are reduced in which layouts, and what is refused."""
 
 from typing import Any
 
 import pytest
 import torch
 from support import tiny
-from support.linear_family import random
-from torch import Tensor
+from support.methods import LAYER, layer_call, qkv
+from support.tensors import random
 from torch.nn.functional import scaled_dot_product_attention
 
 import diffattn
 from diffattn.functional import downsampled_attention
-from diffattn.methods.base import LayerCall, LayerSpec, TokenLayout
+from diffattn.methods.base import LayerCall, TokenLayout
 from diffattn.methods.keys import DownsampledKeys
-from diffattn.tuning.settings import settings_of
 
-LAYER = LayerSpec("layer", level=0, num_heads=2, head_dim=8)
 KEYS = DownsampledKeys(min_tokens=0)
-
-
-def qkv(tokens: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    return tuple(random(batch, 2, tokens, 8, seed=s, dtype=dtype) for s in range(3))
-
-
-def call(layout: TokenLayout, **more: Any) -> LayerCall:
-    return LayerCall(x=None, grid=layout.grid, layout=layout, **more)
 
 
 @pytest.mark.parametrize("factor", [2, 3])
@@ -46,7 +36,7 @@ def test_text_keeps_its_keys_and_its_exact_answers(first: bool, mask: str | None
         given["mask"] = torch.where(random(2, 1, 1, 39, seed=5) > 0.5, -torch.inf, 0.0)
     if mask == "of context":
         given["context_mask"] = torch.where(random(2, 1, 4, 39, seed=6) > 0.5, -torch.inf, 0.0)
-    out = KEYS.build(LAYER)(q, k, v, call(layout, **given))
+    out = KEYS.build(LAYER)(q, k, v, layer_call(layout, **given))
     exact = scaled_dot_product_attention(
         layout.context(q), k, v, attn_mask=given.get("context_mask", given.get("mask"))
     )
@@ -62,7 +52,7 @@ def test_text_keeps_its_keys_and_its_exact_answers(first: bool, mask: str | None
 def test_pictures_beside_the_picture_are_downsampled_one_by_one(grids: tuple[tuple[int, ...], ...]) -> None:
     layout = TokenLayout(grids, num_context=3)
     q, k, v = qkv(layout.num_tokens + 3)
-    out = KEYS.build(LAYER)(q, k, v, call(layout))
+    out = KEYS.build(LAYER)(q, k, v, layer_call(layout))
     kept, sizes, start = [], [], 0
     for grid in grids:  # token by token
         h, w = grid[-2:]
@@ -79,39 +69,10 @@ def test_pictures_beside_the_picture_are_downsampled_one_by_one(grids: tuple[tup
     torch.testing.assert_close(layout.on_grid(out), expected)
 
 
-def test_a_batch_is_its_samples() -> None:
-    q, k, v = qkv(39, batch=3)
-    layout = TokenLayout(((5, 7),), num_context=4)
-    mask = torch.where(random(3, 1, 1, 39, seed=5) > 0.5, -10_000.0, 0.0)
-    attend = KEYS.build(LAYER)
-    together = attend(q, k, v, call(layout, mask=mask))
-    for i in range(3):
-        alone = attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], call(layout, mask=mask[i : i + 1]))
-        torch.testing.assert_close(together[i : i + 1], alone)
-
-
-def test_half_precision_where_logits_overflow() -> None:
-    layer = LayerSpec("layer", level=0, num_heads=2, head_dim=8, upcast=True)
-    q, k, v = (x * f for x, f in zip(qkv(36), (400, 400, 1), strict=True))
-    q, k, v = (x.half() for x in (q, k, v))
-    assert (q.float() @ k.float().mT).amax() > torch.finfo(torch.float16).max
-    out = KEYS.build(layer)(q, k, v, LayerCall(x=None, grid=(6, 6)))
-    assert out.dtype == torch.float16
-    exact = downsampled_attention(q.double(), k.double(), v.double(), (6, 6), 2)
-    torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=2e-3)
-
-
-def test_what_it_declines() -> None:
-    method = DownsampledKeys()
-    assert method.declines(LAYER, 1024, "cpu", 1) is None
-    assert "256 tokens: exact attention is faster below 1024" in str(method.slower(256, "cpu"))
-    assert "the mask differs between queries" in str(method.declines(LAYER, 1024, "cpu", 1024))
-    assert KEYS.slower(4, "cpu") is None
+def test_rotated_tokens_are_never_averaged() -> None:
     rotated = TokenLayout(((8, 8),), rotated=True)
-    assert method.reason_layout(rotated) is None
+    assert DownsampledKeys().reason_layout(rotated) is None
     assert "rotated tokens cannot be averaged" in str(DownsampledKeys(pooled=True).reason_layout(rotated))
-    assert not method.supports(LayerSpec("cross", 0, 4, 64, is_cross_attention=True))
-    assert not DownsampledKeys(max_level=0).supports(LayerSpec("deep", 1, 4, 64))
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -119,18 +80,10 @@ def test_what_it_declines() -> None:
     ({"factor": 2.0}, "factor must be a whole number, 2 or more, got 2.0"),
     ({"factor": True}, "got True"),
     ({"pooled": 1}, "pooled must be True or False, got 1"),
-    ({"min_tokens": -1}, "min_tokens must be a whole number, 0 or more, or None, got -1"),
-    ({"max_level": 0.5}, "max_level must be a whole number"),
-    ({"agents": 3}, "unknown option agents of method 'keys'; allowed: factor, pooled, min_tokens, max_level"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DownsampledKeys.from_options(options)
-
-
-def test_the_tuner_may_choose_it() -> None:
-    names = [s.method.name for s in settings_of()]
-    assert names.count("keys") == len(DownsampledKeys.candidates()) == 4
 
 
 def test_the_published_preset_changes_the_highest_resolution_only(make_pipeline: Any) -> None:
@@ -140,17 +93,3 @@ def test_the_published_preset_changes_the_highest_resolution_only(make_pipeline:
     levels = {layer.level for layer in handle.report().layers if layer.accelerated}
     assert levels == {0}
     assert "level 1 is not covered" in str(handle.report())
-
-
-def test_a_patched_model_compiles_whole_and_gives_the_same(make_pipeline: Any) -> None:
-    unet = make_pipeline("sd").unet
-    x, context = random(1, 4, 16, 14), random(1, 7, tiny.WIDTH)
-    with torch.no_grad():
-        with diffattn.patch(unet, "keys", min_tokens=0):
-            expected = unet(x, 500, context).sample
-        compiled: Any = torch.compile(unet, backend="eager", fullgraph=True)
-        with diffattn.patch(compiled, "keys", min_tokens=0) as handle:
-            out = compiled(x, 500, context).sample
-            assert handle.report().calls_accelerated == 7
-    torch.testing.assert_close(out, expected)
-    torch._dynamo.reset()

@@ -77,16 +77,18 @@ def test_what_is_no_number_of_mediators_is_refused(n: Any, message: str) -> None
 
 def test_only_layers_with_mediators_are_covered() -> None:
     method = MediatorAttention(4)
-    assert method.why_not(layer(4, 16)) is None
-    assert method.why_not(SOFTMAX) == "softmax attention, which method 'mediator' does not replace"
+    assert method.reason_layer(layer(4, 16)) is None
+    assert method.reason_layer(SOFTMAX) == "softmax attention, which method 'mediator' does not replace"
     agents = diffattn.METHODS["agent"].from_options({})
-    assert agents.why_not(SOFTMAX) is None
-    assert agents.why_not(layer(4, 16)) == "mediator attention, which method 'agent' does not replace"
+    assert agents.reason_layer(SOFTMAX) is None
+    assert agents.reason_layer(layer(4, 16)) == "mediator attention, which method 'agent' does not replace"
 
 
 def test_without_a_number_the_layer_runs_as_the_model_is_set() -> None:
-    assert MediatorAttention().declines(layer(4, 16), 64, "cpu", 0) == "num_mediators is not given: as the model is set"
-    assert MediatorAttention(4).declines(layer(4, 16), 64, "cpu", 0) is None
+    assert (
+        MediatorAttention().reason_call(layer(4, 16), 64, "cpu", 0) == "num_mediators is not given: as the model is set"
+    )
+    assert MediatorAttention(4).reason_call(layer(4, 16), 64, "cpu", 0) is None
 
 
 @pytest.mark.parametrize("preset", MediatorAttention.presets.values(), ids=MediatorAttention.presets)

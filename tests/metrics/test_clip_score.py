@@ -1,6 +1,7 @@
 """CLIP score with a tiny random CLIP from a folder."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import tiny
-from torch import Tensor
+from support.tiny_metrics import random_pictures
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModelWithProjection,
@@ -28,8 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.clip(tmp_path_factory.mktemp("clip"))
 
 
-def pictures(count: int) -> Tensor:
-    return torch.randint(256, (count, 3, 20, 20), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+pictures = partial(random_pictures, size=20)
 
 
 def test_equals_the_formula_with_both_towers_apart(folder: Path) -> None:

@@ -1,12 +1,14 @@
 """`diffattn.metrics.extractors` and `features`, with tiny networks of the real classes."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.tiny_metrics import fresh_inception, random_pictures
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
@@ -41,8 +43,7 @@ def extractor(folders: dict[str, Path]) -> FeatureExtractor:
     return load_extractor("cifar-classifier", folders["cifar-classifier"])
 
 
-def pictures(count: int, size: int = 20, seed: int = 0) -> torch.Tensor:
-    return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+pictures = partial(random_pictures, size=20)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_every_extractor_says_what_it_is(
 
 
 def test_dinov2_gives_the_class_token_of_normalised_pictures(folders: dict[str, Path]) -> None:
-    x = pictures(2, 16)
+    x = pictures(2, size=16)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = (x / 255 - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
@@ -88,7 +89,7 @@ def test_the_hash_follows_the_weights(folders: dict[str, Path]) -> None:
 
 
 def test_torchmetrics_takes_an_extractor(extractor: FeatureExtractor) -> None:
-    real, fake = pictures(30, 16), pictures(40, 16, seed=1) // 2
+    real, fake = pictures(30, size=16), pictures(40, size=16, seed=1) // 2
     metric = FrechetInceptionDistance(feature=extractor)
     metric.update(real, real=True)
     metric.update(fake, real=False)
@@ -106,7 +107,7 @@ def test_features_do_not_depend_on_how_pictures_are_cut(extractor: FeatureExtrac
     single = features_of(x.split(1), extractor, batch_size=3)
     torch.testing.assert_close(single, whole)
     torch.testing.assert_close(features_of([x[:3], x[:0], x[3:]], extractor, 100), whole)
-    mixed = features_of([x[:3], pictures(2, 31), x[3:]], extractor)
+    mixed = features_of([x[:3], pictures(2, size=31), x[3:]], extractor)
     torch.testing.assert_close(torch.cat((mixed[:3], mixed[5:])), whole)
 
 
@@ -178,15 +179,8 @@ def test_inception_without_torch_fidelity() -> None:
 
 @pytest.mark.skipif(not HAS_FIDELITY, reason="needs torch-fidelity")
 def test_inception_from_a_file(tmp_path: Path) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # type: ignore[import-not-found]
-
-    class Fresh(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args: object, **kwargs: object) -> None:
-            """Stays at random weights."""
-
     file = tmp_path / "inception.pth"
-    torch.save({"fc.weight": torch.zeros(1)}, file)
-    fresh = Fresh("inception", ["2048"], str(file))
+    fresh = fresh_inception(file)
     with pytest.raises(ValueError, match="not the weights of torch-fidelity's Inception"):
         load_extractor("inception", file)
     torch.save(fresh.state_dict(), file)
@@ -197,7 +191,7 @@ def test_inception_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(found(x), fresh(x)[0])
     assert found(x).shape == (2, 2048)
     torch.save({"code": print}, file)
-    with pytest.raises(ValueError, match=r"inception.pth': it holds more than tensors; get https://github.com"):
+    with pytest.raises(ValueError, match=r"inception.pth': it contains more than tensors; get https://github.com"):
         load_extractor("inception", file)
 
 

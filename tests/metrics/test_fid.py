@@ -3,12 +3,14 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.tiny_metrics import random_pictures
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -123,8 +125,8 @@ DAMAGED = {
     "negative definite": (-EYE, "eigenvalues from -1 to -1"),
     "indefinite": (torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1])).double(), "eigenvalues from -0.1 to 1"),
     "asymmetric": (EYE + torch.tensor([[0.0, 0.5, 0, 0]] + [[0.0] * 4] * 3).double(), "not symmetric.*up to 0.5"),
-    "NaN": (EYE * torch.nan, "covariance holds values that are NaN"),
-    "infinite": (EYE * torch.inf, "covariance holds values that are NaN or infinite"),
+    "NaN": (EYE * torch.nan, "covariance contains values that are NaN"),
+    "infinite": (EYE * torch.inf, "covariance contains values that are NaN or infinite"),
     "not square": (EYE[:3], r"\[d, d\], got \[4\] and \[3, 4\]"),
 }
 
@@ -209,7 +211,7 @@ def test_kid_refuses_sizes_and_references_it_cannot_draw_from() -> None:
         kid(ONE, TWO, subset_size=1)
     with pytest.raises(ValueError, match="subsets must be 1 or more, got 0"):
         kid(ONE, TWO, subsets=0)
-    with pytest.raises(ValueError, match="reference 'set' holds mean and covariance only"):
+    with pytest.raises(ValueError, match="reference 'set' contains mean and covariance only"):
         kid(ONE, replace(reference_of(TWO), features=None))
 
 
@@ -249,8 +251,7 @@ def extractor() -> OfflineExtractor:
     return OfflineExtractor("cifar-classifier", Classifier(3, 8, (4, 6, 8), 5, "CIFAR-10"))
 
 
-def pictures(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+pictures = partial(random_pictures, size=8)
 
 
 def test_a_reference_knows_its_pictures_however_they_are_cut(extractor: OfflineExtractor) -> None:

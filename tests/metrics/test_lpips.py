@@ -75,7 +75,7 @@ def test_bad_files_say_where_to_get_the_weights(tmp_path: Path) -> None:
     torch.save({"features.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     for name, why in {"no.pth": "No such file", "code.pth": "more than tensors", "other.pth": "Error", "list.pth":
-                      "does not hold named tensors"}.items():  # fmt: skip
+                      "does not contain named tensors"}.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"AlexNet: .*{why}.*get https://download.pytorch.org"):
             Lpips(tmp_path / name)
 

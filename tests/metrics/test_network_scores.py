@@ -1,6 +1,7 @@
 """PickScore, CLIP-I and DINO-I with tiny random models from folders, against numbers computed by hand."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.tiny_metrics import random_pictures
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -40,9 +42,7 @@ IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, No
 CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])[:, :, None, None]
 
 
-def pictures(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, 3, SIDE, SIDE), generator=generator).to(torch.uint8)
+pictures = partial(random_pictures, size=SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,14 @@ def cosines(x: Tensor, y: Tensor) -> list[float]:
 
 
 def test_clip_i_is_the_cosine_of_the_embeddings(clip: Path) -> None:
-    a, b = pictures(3), pictures(3, 1)
+    a, b = pictures(3), pictures(3, seed=1)
     model: Any = CLIPVisionModelWithProjection.from_pretrained(clip)
     x, y = (features(model, pictures_, CLIP).image_embeds for pictures_ in (a, b))  # type: ignore[attr-defined]
     assert clip_similarity(clip)(a, b).tolist() == pytest.approx(cosines(x, y), abs=1e-5)
 
 
 def test_dino_i_is_the_cosine_of_the_class_tokens(dino: Path, dinov2: Path) -> None:
-    a, b = pictures(3), pictures(3, 1)
+    a, b = pictures(3), pictures(3, seed=1)
     models: list[tuple[Path, Any]] = [
         (dino, ViTModel.from_pretrained(dino, add_pooling_layer=False)), (dinov2, Dinov2Model.from_pretrained(dinov2))
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def test_dino_i_is_the_cosine_of_the_class_tokens(dino: Path, dinov2: Path) -> N
 
 
 def test_identical_pictures_are_alike_and_near_ones_more_than_far_ones(clip: Path, dino: Path) -> None:
-    a, other = pictures(3), pictures(3, 1)
+    a, other = pictures(3), pictures(3, seed=1)
     near = (a.float() * 0.98 + other.float() * 0.02).to(torch.uint8)
     for make, place in ((clip_similarity, clip), (dino_similarity, dino)):
         similarity = make(place)
@@ -142,7 +142,7 @@ def test_a_network_that_gives_nan_is_named(dinov2: Path) -> None:
 
 
 def test_all_of_them_in_one_evaluation(clip: Path, dino: Path, tmp_path: Path) -> None:
-    a, b = pictures(7), pictures(7, 1)
+    a, b = pictures(7), pictures(7, seed=1)
     write_pictures(tmp_path / "a.npz", a)
     write_pictures(tmp_path / "b.npz", b)
     config = EvaluateConfig(pickscore=clip, clip_i=clip, dino_i=dino, prompts=PROMPTS)
@@ -168,7 +168,7 @@ def test_what_does_not_fit_says_what_to_give(clip: Path, dino: Path, tmp_path: P
         PickScore(dino)
     with pytest.raises(ValueError, match=r"type vit or dinov2, and '.*' is 'clip'; give .*facebook/dinov2-base"):
         dino_similarity(clip)
-    with pytest.raises(ValueError, match=r"no DINO could be loaded from .*such as facebook/dinov2-base"):
+    with pytest.raises(ValueError, match=r"no DINO model could be loaded from .*such as facebook/dinov2-base"):
         dino_similarity(tmp_path)
     weights = load_file(dino / "model.safetensors")
     del weights["layernorm.weight"]

@@ -1,12 +1,14 @@
 """Spatial features and sFID: which layer, in which order, and the Fréchet distance between them."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.tiny_metrics import fresh_inception, random_pictures, tiny_extractor
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import Dinov2Config, Dinov2Model
@@ -20,12 +22,10 @@ from diffattn.metrics.sfid import both_features, read_spatial_statistics, spatia
 
 @pytest.fixture(scope="module")
 def extractor() -> OfflineExtractor:
-    torch.manual_seed(0)
-    return OfflineExtractor("cifar-classifier", Classifier(5, 32, (6, 8, 10), 8, "CIFAR-10").eval())
+    return tiny_extractor(32)
 
 
-def pictures(count: int, size: int = 32, seed: int = 0) -> Tensor:
-    return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+pictures = partial(random_pictures, size=32)
 
 
 def by_hand(extractor: FeatureExtractor, images: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_extractors_without_a_map_have_none(tmp_path: Path) -> None:
     Dinov2Model(config).save_pretrained(tmp_path)
     extractor = load_extractor("dinov2", tmp_path)
     assert spatial_layer(extractor) is None
-    pooled, spatial = both_features(extractor, pictures(2, 16))
+    pooled, spatial = both_features(extractor, pictures(2, size=16))
     assert pooled.shape == (2, 16)
     assert spatial is None
 
@@ -110,15 +110,8 @@ def test_statistics_of_adm(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is None, reason="needs torch-fidelity")
 def test_inception_gives_what_adm_takes(tmp_path: Path) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # type: ignore[import-not-found]
-
-    class Fresh(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args: object, **kwargs: object) -> None:
-            """Stays at random weights."""
-
     file = tmp_path / "inception.pth"
-    torch.save({"fc.weight": torch.zeros(1)}, file)
-    torch.save(Fresh("inception", ["2048"], str(file)).state_dict(), file)
+    torch.save(fresh_inception(file).state_dict(), file)
     pooled, spatial = both_features(load_extractor("inception", file), pictures(2))
     assert pooled.shape == (2, 2048)
     assert spatial is not None

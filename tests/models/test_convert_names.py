@@ -1,4 +1,4 @@
-"""Where weights lie in a checkpoint and what precedes their names: every program's habit, in any order and nesting."""
+"""Locating weights in a checkpoint: every prefix that programs add, in any order and nesting."""
 
 import warnings
 from collections import OrderedDict
@@ -105,7 +105,7 @@ def test_a_key_names_table_or_prefix(key: str, ours: Weights, other: Weights) ->
 
 def test_a_key_names_one_of_several_in_one_table(ours: Weights, other: Weights) -> None:
     content = put(ours, "student.") | put(other, "teacher.")
-    with pytest.raises(ValueError, match=r"'x' holds several models \(student, teacher\); name one with its key"):
+    with pytest.raises(ValueError, match=r"'x' contains several models \(student, teacher\); name one with its key"):
         find_weights(content, None, "x")
     same(find_weights(content, "student", "x"), ours)
 
@@ -125,7 +125,7 @@ def test_what_lies_beside_the_model_is_left_out_and_named(ours: Weights) -> None
     vision = {name: x for name, x in put(ours, "encoder.").items() if "embedder" not in name and "ada" not in name}
     vision = {name: x for name, x in vision.items() if "final" not in name}  # as a vision transformer calls its own
     content = {"state_dict": put(ours, "model.") | vision | {"loss.logvar": torch.zeros(3)}}
-    with pytest.warns(UserWarning, match=r"'x' holds more than the model; left out: encoder \(\d+\), loss \(1\)$"):
+    with pytest.warns(UserWarning, match=r"'x' contains more than the model; left out: encoder \(\d+\), loss \(1\)$"):
         same(find_weights(content, None, "x"), ours)
 
 
@@ -133,9 +133,7 @@ def test_what_lies_beside_the_model_is_left_out_and_named(ours: Weights) -> None
 def test_extra_heads_of_the_model_are_named_as_such(prefix: str, ours: Weights) -> None:
     heads = {"projectors.0.0.weight": torch.zeros(8, 24), "projectors.0.2.bias": torch.zeros(8)}
     found = find_weights({"ema": put(ours | heads, prefix)}, None, "x")
-    message = (
-        "all weights of the model, and others that it has no place for: projectors.0.0.weight, projectors.0.2.bias"
-    )
+    message = "all weights of the model, and others that it does not use: projectors.0.0.weight, projectors.0.2.bias"
     with pytest.raises(ValueError, match=message):
         DiT.from_official(found, num_heads=3)
 
@@ -153,7 +151,7 @@ def test_two_models_under_one_name_are_refused(ours: Weights) -> None:
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"a": {"b": [1]}}])
 def test_no_weights_at_all(content: Any) -> None:
-    with pytest.raises(ValueError, match="'x' holds no weights by name"):
+    with pytest.raises(ValueError, match="'x' contains no weights by name"):
         find_weights(content, None, "x")
 
 

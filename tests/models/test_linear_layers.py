@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.linear_family import FamilyCase, family_cases, random
+from support.linear_family import FamilyCase, family_cases
+from support.tensors import random
 from support.tiny_dit import inputs, run, tiny_dit
 from torch import Tensor, nn
 

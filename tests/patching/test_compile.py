@@ -1,6 +1,6 @@
 """torch.compile: no graph break added, one graph per phase, nothing recompiled per step, counts stay right."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,13 +20,7 @@ OPTIONS: dict[str, Any] = dict(min_tokens=0, num_agents=8, max_head_error=1e9, s
 TIMESTEPS = (900, 700, 500, 300, 100, 20)
 LAYERS = 7  # self-attention layers of the tiny UNet
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @torch.no_grad()

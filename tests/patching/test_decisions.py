@@ -1,4 +1,4 @@
-"""What is faster is measured once, kept, reported and repeated; the clock decides nothing behind the user's back."""
+"""What is faster is measured once, stored, reported and repeated; nothing is decided behind the user's back."""
 
 import json
 import warnings
@@ -32,11 +32,6 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def pipe(make_pipeline: Make) -> DiffusionPipeline:
     return make_pipeline("sd")
-
-
-@pytest.fixture(autouse=True)
-def _no_thresholds_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(tmp_path / "none.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +183,7 @@ def test_another_machine_does_not_read_these(
 def test_a_damaged_cache_is_named(pipe: DiffusionPipeline, cache: Path, text: str) -> None:
     cache.parent.mkdir()
     cache.write_text(text.replace("HERE", decision_cache.machine_key(torch.device("cpu"))))
-    with pytest.raises(ValueError, match=r"decisions\.json.*does not hold decisions of diffattn.*delete it"):
+    with pytest.raises(ValueError, match=r"decisions\.json.*does not contain decisions of diffattn.*delete it"):
         diffattn.patch(pipe, **OPTIONS, calibrate=cache)
     assert find_patch(pipe) is None
 
@@ -198,7 +193,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("")
     with diffattn.patch(pipe, **OPTIONS, calibrate=tmp_path / "file" / "decisions.json") as handle:
-        with pytest.warns(diffattn.DiffAttnWarning, match="could not be kept"):
+        with pytest.warns(diffattn.DiffAttnWarning, match="could not be stored"):
             tiny.run(pipe)
         assert handle.report().calls_accelerated > 0
 
@@ -219,6 +214,7 @@ def test_bad_input(pipe: DiffusionPipeline, given: dict[str, Any], message: str)
     assert find_patch(pipe) is None
 
 
+@pytest.mark.slow
 def test_compiled_code_uses_what_is_known(pipe: DiffusionPipeline, clock: Clock, cache: Path) -> None:
     options = OPTIONS | {"calibrate_every": 1, "max_head_error": 1e9}  # which compiled code cannot follow
     with diffattn.patch(pipe, **options, calibrate=cache) as handle:

@@ -20,11 +20,6 @@ def pipe(make_pipeline: Make) -> DiffusionPipeline:
     return make_pipeline("sd")
 
 
-@pytest.fixture(autouse=True)
-def _no_thresholds_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(tmp_path / "none.json"))
-
-
 # Masks and layers of other shapes: our output by hand.
 
 

@@ -1,8 +1,7 @@
-"""Processors that others put there, before and after patching."""
+"""Processors that others install, before and after patching."""
 
 import copy
 import gc
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -29,11 +28,6 @@ from diffattn.patching.patch import find_patch
 @pytest.fixture
 def pipe(make_pipeline: Make) -> DiffusionPipeline:
     return make_pipeline("sd")
-
-
-@pytest.fixture(autouse=True)
-def _no_thresholds_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(tmp_path / "none.json"))
 
 
 # Processors that others put there.

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -24,11 +23,6 @@ from diffattn.architectures.base import Size
 @pytest.fixture
 def pipe(make_pipeline: Make) -> DiffusionPipeline:
     return make_pipeline("sd")
-
-
-@pytest.fixture(autouse=True)
-def _no_thresholds_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(tmp_path / "none.json"))
 
 
 # Schedulers in whole runs.

@@ -1,4 +1,4 @@
-"""The scheduler that is read is the one that draws, whoever holds the denoiser; what nobody knows is said."""
+"""The scheduler that is read is the one that draws, whoever owns the denoiser; unknown ones are reported."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Situations in which a patched layer, or the hooks, are not called as usual: what runs, and what is said of it."""
+"""Situations in which a patched layer, or the hooks, are not called as usual: what runs, and what is reported."""
 
 import copy
 import io

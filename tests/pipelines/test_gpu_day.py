@@ -1,4 +1,4 @@
-"""The day with a GPU, rehearsed on a CPU: everything once, resumed, and what becomes of items that fail."""
+"""The day with a GPU, rehearsed on a CPU: everything once, resumed, and items that fail."""
 
 import json
 from collections.abc import Callable

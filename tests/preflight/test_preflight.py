@@ -8,10 +8,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from support import tiny, tiny_dit
-from typer.testing import CliRunner
+from support.commands import call
 
 import diffattn
-from diffattn.cli import app
 from diffattn.measure.denoiser_inputs import make_denoiser_inputs
 from diffattn.measure.flops import forward_gflops
 from diffattn.measure.interleave import Spread
@@ -179,10 +178,10 @@ def test_the_timer_adds_up_projections_and_calls():
     with timer:
         layer(layer(x))
     assert len(timer.calls) == 2
-    for call in timer.calls:
-        assert 0 < call["a"].projections < call["a"].whole
-        assert call["a"].core == call["a"].whole - call["a"].projections
-        assert call["never called"].whole == 0
+    for timed in timer.calls:
+        assert 0 < timed["a"].projections < timed["a"].whole
+        assert timed["a"].core == timed["a"].whole - timed["a"].projections
+        assert timed["never called"].whole == 0
 
 
 def test_gflops_of_a_layer_are_those_of_its_formula():
@@ -401,10 +400,6 @@ def test_class_labels_of_a_unet():
 
 
 # The command.
-
-
-def call(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_the_command(tmp_path):

@@ -47,7 +47,7 @@ def test_names_that_stand_for_one_class() -> None:
         (4, "class ids are from 0 to 3, got 4"),
         (-1, "class ids are from 0 to 3, got -1"),
         ([], "class_labels is empty"),
-        ("crane", r"'crane' stands for several ids: \[2, 3\]; give the id"),
+        ("crane", r"'crane' has several ids: \[2, 3\]; give the id"),
         ("cow", "unknown class name 'cow'; names are bird, cat, .*, tabby, or an id from 0 to 3"),
         ("", "unknown class name ''"),
         ("4", "class ids are from 0 to 3, got 4; names are bird"),
@@ -55,7 +55,7 @@ def test_names_that_stand_for_one_class() -> None:
         ("-1", "unknown class name '-1'"),
         ("٣", "unknown class name"),  # a digit of another script
         ("cat, dog", "unknown class name 'cat, dog'"),
-        ("crane, crane", r"'crane, crane' stands for several ids: \[2, 3\]"),
+        ("crane, crane", r"'crane, crane' has several ids: \[2, 3\]"),
     ],
 )
 def test_bad_labels(labels: Any, message: str) -> None:
@@ -120,5 +120,5 @@ def test_digits_that_are_no_name_are_an_id_where_names_are_words() -> None:
 
 
 def test_a_number_that_several_classes_are_called_is_no_id() -> None:
-    with pytest.raises(ValueError, match=r"'1' stands for several ids: \[0, 2\]; give the id"):
+    with pytest.raises(ValueError, match=r"'1' has several ids: \[0, 2\]; give the id"):
         ClassNames({0: "1, one", 1: "two", 2: "1, uno"}, 3).ids("1")

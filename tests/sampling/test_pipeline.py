@@ -492,7 +492,7 @@ def test_the_progress_bar_counts_evaluations(capsys: Any) -> None:
     [
         (dict(class_labels=5), "class ids are from 0 to 4, got 5"),
         (dict(class_labels="cow"), "unknown class name 'cow'; names are bird, cat"),
-        (dict(class_labels="crane"), "'crane' stands for several ids"),
+        (dict(class_labels="crane"), "'crane' has several ids"),
         (dict(class_labels=[]), "class_labels is empty"),
         (dict(num_inference_steps=0), "num_inference_steps must be 1 or more, got 0"),
         (dict(num_images_per_label=0), "num_images_per_label must be 1 or more, got 0"),

@@ -1,4 +1,4 @@
-"""Pipelines that go wrong as real ones do: weights that are NaN, a VAE that overflows, a safety checker that blanks."""
+"""Pipelines that fail like real ones: weights that are NaN, a VAE that overflows, a safety checker that blanks."""
 
 from typing import Any
 

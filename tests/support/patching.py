@@ -1,4 +1,4 @@
-"""What the tests of patching share: options that always accelerate tiny models, and calls of them."""
+"""Shared by the tests of patching: options that always accelerate tiny models, and calls of them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the tests of the peers share."""
+"""Shared by the tests of the peers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tiny real diffusers pipelines with random weights, made in a moment, for the tests."""
+"""Tiny real diffusers pipelines with random weights, created in a moment."""
 
 import json
 from pathlib import Path

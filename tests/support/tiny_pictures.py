@@ -1,4 +1,4 @@
-"""Tiny data sets in every layout, made in a moment, for the tests."""
+"""Tiny data sets in every layout, created in a moment."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A schedule that tells what it saw: a public way to watch the runs of a patched model."""
+"""A schedule that records what it observes: a public way to follow the runs of a patched model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,11 @@ def served(worker: Worker) -> Iterator[str]:
         yield address
     finally:
         page.close()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Wait until the condition holds; fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)

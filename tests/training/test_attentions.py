@@ -1,9 +1,9 @@
-"""Training with every attention: two steps, going on, what the plan says, and what is refused beforehand."""
+"""Training with every attention: two steps, resuming, the plan, and what is refused beforehand."""
 
 from pathlib import Path
 
 import pytest
-from support.tiny_training import last, make_pictures, run
+from support.tiny_training import last, run
 from typer.testing import CliRunner
 
 from diffattn.cli import app
@@ -12,11 +12,6 @@ from diffattn.models.attention import ATTENTION
 from diffattn.sampling import SiTPipeline
 
 ONE_STEP = ["run.steps=2", "run.save_every=1", "run.log_every=1"]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

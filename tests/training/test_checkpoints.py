@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, whatever happens while they are written."""
+"""Checkpoints: complete or absent, whatever happens while they are written."""
 
 import random
 import signal
@@ -81,6 +81,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_latest_is_whole(tmp_path) -> None:
     for delay in (0.013, 0.05, 0.11):
         process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path)])
@@ -124,6 +125,7 @@ for kill_at in range(1, 8):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4], ids=["the same step again", "a new step, the oldest goes"])
 def test_killed_while_a_checkpoint_is_removed_what_looks_complete_is(tmp_path, step) -> None:
     """The kill comes with the removal of the first, second, ... file, in whatever order the system lists them."""

@@ -1,4 +1,4 @@
-"""Training configuration: what wins over what, and what is refused."""
+"""Training configuration: precedence, and what is refused."""
 
 import json
 import re
@@ -105,7 +105,7 @@ def test_unreadable_and_senseless_files(tmp_path) -> None:
     with pytest.raises(ValueError, match="not a readable JSON or YAML file"):
         TrainConfig.read(file=tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ValueError, match="must hold sections"):
+    with pytest.raises(ValueError, match="must contain sections"):
         TrainConfig.read(file=tmp_path / "list.yaml")
     (tmp_path / "flat.yaml").write_text("optim: 3\n")
     with pytest.raises(ValueError, match="'optim' must be a section"):

@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from support.tiny_training import TINY, assert_same, last, make_pictures, run
+from support.tiny_training import TINY, assert_same, last, run
 
 from diffattn.training.accelerator import make_accelerator
 from diffattn.training.config import TrainConfig
@@ -75,11 +75,6 @@ run("bf16", "run.precision=bf16", "run.steps=2")
 Path(out, f"seen-{os.environ['RANK']}").write_text(" ".join(seen))
 finish()
 """
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def launched(script: str, pictures: Path, out: Path, environment: dict[str, str] | None = None) -> str:

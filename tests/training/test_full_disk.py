@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 from diffusers import AutoencoderKL
-from support.tiny_training import TINY, make_pictures, run
+from support.tiny_training import TINY, run
 
 from diffattn.training import checkpoints
 
 resource = pytest.importorskip("resource")
 PROGRAM = Path(__file__).parents[2] / "pipelines/train.py"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def limited() -> None:

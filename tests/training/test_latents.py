@@ -1,4 +1,4 @@
-"""Cached latents: what they hold, how batches draw from them, kills, refusals."""
+"""Cached latents: contents, batches drawn from them, kills, refusals."""
 
 import pickle
 import sys
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         cache_latents(dataset, vae, tmp_path, batch_size=2, shard_size=3, progress=stop_after(5))
     assert [path.name for path in sorted(tmp_path.glob("shard-*"))] == ["shard-00000.safetensors"]
-    with pytest.raises(ValueError, match=r"is incomplete: 2 of 3 shards are missing; make it again"):
+    with pytest.raises(ValueError, match=r"is incomplete: 2 of 3 shards are missing; repeat the encoding"):
         LatentDataset(tmp_path)
 
     stale = tmp_path / ".shard-00001.safetensors.123.part"
@@ -207,7 +207,7 @@ def test_a_folder_that_is_no_cache_is_refused(
         LatentDataset(tmp_path)
     (tmp_path / "index.json").unlink()
     (tmp_path / "shard-00000.safetensors").write_bytes((latents.folder / "shard-00000.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"holds shards without an index.json"):
+    with pytest.raises(ValueError, match=r"contains shards without an index.json"):
         cache_latents(dataset, vae, tmp_path)
 
 

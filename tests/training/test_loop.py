@@ -1,14 +1,13 @@
 """The training loop: what it learns, what survives a stop, what it refuses."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from support.tiny_training import TINY, assert_same, last, make_pictures, run
+from support.tiny_training import TINY, assert_same, last, run
 
 from diffattn.metrics.classifier import Classifier
 from diffattn.metrics.extractors import OfflineExtractor
@@ -17,11 +16,6 @@ from diffattn.training import checkpoints
 from diffattn.training.config import OptimConfig, TrainConfig
 from diffattn.training.loop import NonFiniteLoss, Trainer, learning_rate
 from diffattn.training.setup import set_up
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 class Interrupted(Exception):

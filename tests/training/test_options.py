@@ -1,30 +1,16 @@
-"""Options of a run that change what is computed: compilation, precision, path, weights. And what is written of it."""
+"""Options of a run that change what is computed (compilation, precision, path, weights), and the logs of it."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from support.tiny_training import last, make_pictures, run
+from support.tiny_training import last, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
 from diffattn.training import checkpoints
 from diffattn.training.loop import Trainer
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

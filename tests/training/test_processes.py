@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from support.tiny_training import TINY, last, make_pictures, run
+from support.tiny_training import TINY, last, run
 
 from diffattn.training import checkpoints
 from diffattn.training.latents import LatentDataset
@@ -40,11 +40,6 @@ encode.Encoding.__init__.__defaults__ = (2, "cpu", 4, 0)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def command(folder: Path, pictures: Path, out: str, *settings: str, wrapper: str = LOCAL_DISKS) -> list[str]:

@@ -125,7 +125,7 @@ def test_missing_and_unexpected_weights_of_a_start_are_named(tmp_path) -> None:
 
 
 def test_another_architecture_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"no place for: blocks\.2\."):
+    with pytest.raises(ValueError, match=r"does not use: blocks\.2\."):
         start_from(DiT(**SMALL), lively(DiT(**{**SMALL, "num_layers": 3})))
     with pytest.raises(ValueError, match=r"wrong shape: .*\[16, 16\]|wrong shape"):
         start_from(DiT(**{**SMALL, "hidden_size": 32}), lively(DiT(**SMALL)))

@@ -1,4 +1,4 @@
-"""The state of a run goes back to where its parameters are."""
+"""The state of a run returns to the devices of its parameters."""
 
 import torch
 from diffusers.training_utils import EMAModel

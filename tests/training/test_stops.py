@@ -1,4 +1,4 @@
-"""A training that is told to stop, a folder that is in use, and checkpoints that a disk has damaged."""
+"""A training that is asked to stop, a folder that is in use, and checkpoints that a disk has damaged."""
 
 import json
 import os
@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_training import TINY, assert_same, last, make_pictures, run
+from support.tiny_training import TINY, assert_same, last, run
 
 from diffattn.data import ImageDataset
 from diffattn.training import checkpoints
 from diffattn.training.signals import Stopped, StopRequest, listening
 
 PROGRAM = Path(__file__).parents[2] / "pipelines/train.py"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def started(pictures: Path, out: Path, *settings: str, until: str = "step 4/") -> subprocess.Popen[str]:

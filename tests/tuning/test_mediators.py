@@ -10,7 +10,7 @@ from support.tiny_dit import tiny_dit
 from diffattn import patch
 from diffattn.measure.flops import forward_gflops
 from diffattn.sampling import SiTPipeline
-from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, recipe_of
+from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, thresholds_recipe
 
 CONFIG = SearchConfig(samples=3, batch=2, steps=8, ratios=(1.1, 0.8), first=2)
 
@@ -69,7 +69,7 @@ def test_the_best_is_the_nearest_within_the_budget(candidates) -> None:
 
 def test_recipes_survive_json_and_patch(pipe, search, candidates) -> None:
     for candidate in (candidates[0], candidates[4]):
-        recipe = json.loads(json.dumps(recipe_of(candidate, search, "tiny", 0.9)))
+        recipe = json.loads(json.dumps(thresholds_recipe(candidate, search, "tiny", 0.9)))
         with patch(pipe, recipe=recipe):
             pipe([0], num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0))
 

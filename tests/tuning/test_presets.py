@@ -11,7 +11,7 @@ import diffattn
 from diffattn.cli.tune import _rival_line
 from diffattn.drawing.request import Request
 from diffattn.tuning.config import TuneConfig
-from diffattn.tuning.runs import Runs, relative_error
+from diffattn.tuning.runs import PipelineRuns, relative_error
 from diffattn.tuning.search import Search
 from diffattn.tuning.settings import settings_of
 
@@ -29,12 +29,13 @@ def pipe() -> Any:
     return found
 
 
-def runs_of(pipe: Any, prompts: tuple[str, ...], seed: int) -> Runs:
+def runs_of(pipe: Any, prompts: tuple[str, ...], seed: int) -> PipelineRuns:
     drawing = {"steps": CONFIG.steps, "guidance": CONFIG.guidance, "width": SIDE, "height": SIDE}
-    return Runs(pipe, prompts, Request(model="emoji-sd", prompt="", seed=seed, **drawing))  # type: ignore[arg-type]
+    request = Request(model="emoji-sd", prompt="", seed=seed, **drawing)  # type: ignore[arg-type]
+    return PipelineRuns(pipe, prompts, request)
 
 
-def mean_error(runs: Runs, exact: list[torch.Tensor], patched: Mapping[str, Any]) -> float:
+def mean_error(runs: PipelineRuns, exact: list[torch.Tensor], patched: Mapping[str, Any]) -> float:
     with runs.patched(patched):
         return sum(relative_error(runs.latents(i), x) for i, x in enumerate(exact)) / len(exact)
 

@@ -12,7 +12,7 @@ from diffattn.methods import METHODS
 from diffattn.metrics.extractors import EXTRACTORS
 
 AUTOMATIC = "automatic"
-"""The acceleration that stands for the model's default method with preset "balanced"."""
+"""The acceleration that selects the model's default method with preset "balanced"."""
 
 RECIPE = "recipe"
 """Name of the variant in a comparison that comes from a recipe file."""
@@ -140,7 +140,7 @@ class Models:
 
 
 def _size(folder: Path) -> tuple[int, int] | None:
-    """Pixels a saved pipeline was trained for: its denoiser's size times its VAE's factor; None if it is not told."""
+    """Pixels a saved pipeline was trained for: its denoiser's size times its VAE's factor; None if unknown."""
     denoiser = _json(folder / "unet" / "config.json") or _json(folder / "transformer" / "config.json")
     size, stages = denoiser.get("sample_size"), _json(folder / "vae" / "config.json").get("block_out_channels", [0])
     sides = [size, size] if isinstance(size, int) else size
@@ -155,7 +155,7 @@ def _number(value: object) -> float | None:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty for anything else: loading the model says what is wrong with it."""
+    """A JSON object; empty for anything else, since loading the model will report what is wrong with it."""
     try:
         return read_json(path)
     except ValueError:

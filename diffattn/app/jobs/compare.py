@@ -1,4 +1,4 @@
-"""The same seeds unpatched and patched: times, work, memory, and how alike the pictures are."""
+"""The same seeds unpatched and patched: times, work, memory, and how similar the pictures are."""
 
 import math
 import statistics
@@ -62,7 +62,7 @@ class Comparison:
     unread: str = ""  # the end of the prompt, beyond what the model's text encoder takes
 
     def speedup(self, variant: Variant) -> SpeedUp | None:
-        """Of a variant over the unpatched one, picture by picture; None for too few pictures."""
+        """The speed-up of a variant over the unpatched one, picture by picture; None for too few pictures."""
         exact, own = ([picture.seconds for picture in v.pictures] for v in (self.variants[0], variant))
         return SpeedUp.of(exact, own)
 

@@ -1,4 +1,4 @@
-"""How long jobs will take, judged by the pictures that were drawn before."""
+"""Estimates of how long jobs will take, from the pictures drawn so far."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from diffattn.patching.default_method import default_method
 
 @dataclass(frozen=True)
 class _Own:
-    """What the files of a model on the hub do not tell before it is loaded."""
+    """What is only known of a model on the hub once it has been loaded."""
 
     method: str | None = None  # its default one
     size: tuple[int, int] | None = None  # width, height in pixels that it was trained for
@@ -33,11 +33,11 @@ class _Own:
 
 
 class Estimates:
-    """Seconds that jobs will take, of one machine.
+    """Seconds that jobs will take on this machine.
 
     Args:
         models: the available ones.
-        limits: of one job; what is above them has no time.
+        limits: of one job; jobs above them get no estimate.
     """
 
     def __init__(self, models: Models, limits: Limits) -> None:
@@ -47,7 +47,7 @@ class Estimates:
         self.learn = self._pace.learn
 
     def loaded(self, name: str, pipe: Any) -> None:
-        """Note what a model says of itself once it is loaded."""
+        """Remember what a model declares about itself once it is loaded."""
         self._own[name] = _Own.of(pipe)
 
     def seconds_for(self, request: Request, pictures: int | None = None) -> float | None:
@@ -80,7 +80,7 @@ class Estimates:
         return _sum(self._with_warm_up(way, request.num_images) for way in ways)
 
     def _with_warm_up(self, way: Request, pictures: int) -> float | None:
-        """Estimated seconds for some pictures of one way, and for the steps that warm it up."""
+        """Estimated seconds for some pictures drawn with one acceleration, including its warm-up."""
         warm = self.seconds_for(replace(way, steps=min(WARM_STEPS, way.steps)), 1)
         return _sum([warm, self.seconds_for(way, pictures)])
 
@@ -101,6 +101,6 @@ class Estimates:
 
 
 def _sum(seconds: Iterable[float | None]) -> float | None:
-    """None if one of them is."""
+    """The sum; None if any of them is None."""
     found = list(seconds)
     return None if None in found else sum(one for one in found if one is not None)

@@ -8,7 +8,7 @@ from diffattn.app.jobs.watch import JobProgress
 
 
 def latest(found: "queue.Queue[Any]", due: float) -> Any:
-    """The next event. Progress is held back until `due` (by `time.monotonic`), and newer progress replaces it."""
+    """The next event. Progress is withheld until `due` (by `time.monotonic`), and newer progress replaces it."""
     event = found.get()
     while isinstance(event, JobProgress):
         try:

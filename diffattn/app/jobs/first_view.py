@@ -1,4 +1,4 @@
-"""A comparison stored beside a model, for the page to show before anybody has clicked."""
+"""A comparison stored beside a model, which the page shows before the first click."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from diffattn.files import read_json, write_json
 from diffattn.machine import describe_machine, where
 
 FILE = "first_view.json"
-EXACT, ACCELERATED = "first_view_exact.png", "first_view_accelerated.png"
+EXACT_FILE, ACCELERATED_FILE = "first_view_exact.png", "first_view_accelerated.png"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FirstView:
             return None
         with naming(folder, folder.name):
             found = read_json(path)
-            pictures = folder / EXACT, folder / ACCELERATED
+            pictures = folder / EXACT_FILE, folder / ACCELERATED_FILE
             try:
                 width, height = found["size"]
                 figures = found["speedup"]
@@ -72,14 +72,16 @@ def write_first_view(found: Comparison, variant: Variant, device: Any, folder: P
     """
     faster = found.speedup(variant)
     if faster is None or variant.psnr is None or math.isinf(variant.psnr):
-        raise ValueError("a first view needs an interval and pictures that differ: draw more, or another acceleration")
+        raise ValueError(
+            "a first view needs an interval and pictures that differ: draw more, or use another acceleration"
+        )
     exact, accelerated = found.variants[0].pictures[0], variant.pictures[0]
     data: Mapping[str, Any] = {
         "model": found.request.model, "prompt": found.request.prompt, "acceleration": variant.name,
         "size": list(exact.image.size), "steps": found.request.steps, "speedup": asdict(faster), "psnr": variant.psnr,
         "machine": where(describe_machine(device)),
     }  # fmt: skip
-    for picture, name in ((exact, EXACT), (accelerated, ACCELERATED)):
+    for picture, name in ((exact, EXACT_FILE), (accelerated, ACCELERATED_FILE)):
         _save(picture, folder / name)
     write_json(folder / FILE, dict(data))
     view = FirstView.read(folder)

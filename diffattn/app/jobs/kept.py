@@ -27,12 +27,12 @@ def runs_to_show(stored: Sequence[QualityRun], kept: Sequence[Mapping[str, Any]]
 
 
 def without(kept: Sequence[Mapping[str, Any]], titles: Collection[str]) -> list[dict[str, Any]]:
-    """A visitor's runs but for those with these titles."""
+    """A visitor's runs except those with these titles."""
     return [dict(run) for run in kept if run["title"] not in titles]
 
 
 def renamed(kept: Sequence[Mapping[str, Any]], titles: Collection[str], name: object) -> list[dict[str, Any]]:
-    """A visitor's runs, the one with one of these titles under another.
+    """A visitor's runs, with the one that has one of these titles renamed.
 
     Raises:
         ValueError: not exactly one of their own runs has one of the titles; a name that is empty, too long or taken.
@@ -43,7 +43,7 @@ def renamed(kept: Sequence[Mapping[str, Any]], titles: Collection[str], name: ob
     if not isinstance(name, str) or not 0 < len(name.strip()) <= MAX_TITLE:
         raise ValueError(f"a name has 1 to {MAX_TITLE} characters, got {str(name)[:40]!r}")
     if name.strip() in {run["title"] for run in kept}:
-        raise ValueError(f"you have a run of the name {name.strip()!r}; choose another")
+        raise ValueError(f"you already have a run named {name.strip()!r}; choose another")
     return [dict(run) | ({"title": name.strip()} if run["title"] == found[0] else {}) for run in kept]
 
 

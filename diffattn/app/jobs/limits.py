@@ -96,7 +96,7 @@ class Limits:
             method_and_preset(name)
         names = [name for name in dict.fromkeys(chosen) if name != "none"] + [RECIPE] * with_recipe
         if not 1 <= len(names) <= self.variants:
-            raise ValueError(f"choose 1 to {self.variants} accelerations beside none, got {len(names)}")
+            raise ValueError(f"choose 1 to {self.variants} accelerations besides none, got {len(names)}")
         return names
 
     def measurement(
@@ -127,7 +127,7 @@ class Limits:
         counts = list(dict.fromkeys(_numbers(numbers)))
         most, chosen = self.measured_variants, len(ways) + len(counts)
         if not 1 <= chosen <= most:
-            raise ValueError(f"choose 1 to {most} accelerations and numbers beside none, got {chosen}")
+            raise ValueError(f"choose 1 to {most} accelerations and numbers besides none, got {chosen}")
         _one_of("extractor", extractor, (AUTOMATIC, *EXTRACTORS))
         _one_of("against", against, AGAINST)
         count = _whole("number of pictures", samples, MIN_SAMPLES, self.samples)

@@ -1,4 +1,4 @@
-"""Memory that a job or a model no longer needs, given back to the system."""
+"""Returns memory that a job or a model no longer needs to the system."""
 
 import ctypes
 import gc
@@ -8,14 +8,14 @@ import torch
 
 
 def give_back(device: torch.device, collect: bool = False) -> None:
-    """Return freed memory to the system, which the allocators keep otherwise.
+    """Return freed memory to the system, which the allocators would keep otherwise.
 
     glibc keeps what was freed below a block still in use; after many models of different sizes that is more than the
-    models themselves. Elsewhere than with glibc only the device's memory is returned.
+    models themselves. Without glibc, only the device's memory is returned.
 
     Args:
         device: where models run.
-        collect: collect garbage before, as after a model was let go.
+        collect: collect garbage first, as after a model has been dropped.
     """
     if collect:
         gc.collect()

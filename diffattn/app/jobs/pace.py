@@ -9,25 +9,25 @@ from typing import Any
 
 from diffattn.drawing.request import UNPATCHED, Request
 
-RUNS = 3  # of the same kind, whose middle counts; of two the faster, since the first of all is cold
-REACH = 4.0  # times as many or as few pixels as were drawn, up to which their growth is believed
+RUNS = 3  # of the same kind, whose median counts; of two the faster, since the very first is cold
+REACH = 4.0  # factor in pixels from the sizes drawn, up to which times are extrapolated
 STEEPEST = 2.0  # power of the pixels that attention grows with; nothing else grows faster
 
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of one picture: what it takes whatever the number of steps, and each step."""
+    """Seconds of one picture: a fixed part, and a part per step."""
 
     fixed: float
     step: float
 
 
 class Pace:
-    """Seconds of pictures, per model, size and way of drawing.
+    """Seconds of pictures, per model, size and acceleration.
 
-    Of a size that was not drawn yet, something is known from two others on: how the time grew from one to the other.
-    From one alone it does not follow, since attention grows faster than the number of pixels, other layers do not. A
-    way that has not been used yet should not take longer than exact attention.
+    A size that has not been drawn yet is extrapolated from two others, by how the time grew from one to the other. One
+    size is not enough, since attention grows faster than the number of pixels and other layers do not. An acceleration
+    that has not been used yet is assumed to take no longer than exact attention.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Pace:
 
 
 def _at(sizes: Mapping[int, Sequence[_Times]], pixels: int) -> _Times | None:
-    """The times of a picture of so many pixels, scaled from the two nearest sizes if it was not drawn itself."""
+    """The times of a picture of so many pixels, scaled from the two nearest sizes if none of its own was drawn."""
     if pixels in sizes:
         return _middle(sizes[pixels])
     nearest = sorted(sizes, key=lambda known: abs(math.log(known / pixels)))[:2]

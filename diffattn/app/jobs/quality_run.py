@@ -63,7 +63,7 @@ class Line:
     span: tuple[float, float] | None = None  # 95 % interval of the speed-up; None: not known, or exact attention
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         return asdict(self) | {"seconds": self.seconds.to_dict(), "quality": self.quality.to_dict()}
 
     @classmethod
@@ -103,7 +103,7 @@ class QualityRun:
         return str(where(dict(self.machine)))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """All fields as JSON types."""
         found = {"title": self.title, "model": self.model, "prompts": list(self.prompts)}
         return found | {"machine": dict(self.machine), "lines": [line.to_dict() for line in self.lines]}
 
@@ -142,7 +142,7 @@ def read_runs(path: Path) -> list[QualityRun]:
     if data.get("format") != FORMAT or not isinstance(data.get("runs"), list):
         raise ValueError(f"{path.name!r} is not a file of results saved by this page (format {FORMAT!r})")
     if len(data["runs"]) > MAX_RUNS:
-        raise ValueError(f"{path.name!r} holds {len(data['runs'])} runs; the limit is {MAX_RUNS}")
+        raise ValueError(f"{path.name!r} contains {len(data['runs'])} runs; the limit is {MAX_RUNS}")
     return [QualityRun.from_dict(run) for run in data["runs"]]
 
 

@@ -34,7 +34,7 @@ class RunTrace:
         return [call for call, (before, now) in pairs if before != now]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types, with the switches."""
+        """All fields as JSON types, and the switches."""
         return asdict(self) | {"switches": self.switches}
 
     @classmethod
@@ -79,7 +79,7 @@ class Recorder:
         self._numbers: dict[int, int | None] = {}  # of the phases so far
 
     def finished(self) -> RunTrace:
-        """The trace with all changes of the latents so far; synchronises their device."""
+        """The trace with all changes of the latents so far; synchronises with their device."""
         known = len(self.trace.changes)
         fresh = [x for x in self._changes[known:] if x is not None]
         values = iter(torch.stack(fresh).tolist() if fresh else ())
@@ -119,7 +119,7 @@ class Recorder:
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """Names of layers in the order in which the network runs them: a UNet lists its middle behind its end."""
+    """Names of layers in the order in which the network runs them; a UNet lists its middle block last."""
     keys = dict[str, tuple[str, int]]()
     for name in names:
         parts = name.split(".")

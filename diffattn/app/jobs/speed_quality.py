@@ -32,11 +32,11 @@ EXTRACTOR_OF = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
 OTHERWISE = "dinov2"
 LEAST = 4  # pictures, for precision and recall of 3 neighbours
 CHUNK = 16  # pictures of the reference that are drawn before their features are taken
-GROUPS = 20  # at most, of pictures that are left out in turn to see how much FID is chance
+GROUPS = 20  # at most, of pictures that the jackknife leaves out in turn
 
 
 @dataclass
-class _Job:
+class _Measuring:
     """The measurement of one model, in progress."""
 
     pipe: Any
@@ -59,7 +59,7 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
     """Measure one model: N pictures of every variant, each timed, and their scores.
 
     Without a stored reference the pictures are measured against N exact ones with other seeds (seed + N and up): FID
-    and KID then show how far acceleration moves the model's output, and exact attention how far chance does.
+    and KID then show how far acceleration moves the model's output, and those of exact attention how far chance does.
 
     Args:
         pipe: on its target device; it is left unpatched.
@@ -76,7 +76,7 @@ def measure(pipe: Any, name: str, asked: Measurement, models: Models, watch: Mak
     extractor = load_extractor(extractor_for(name, asked.extractor, models), device=pipe.device)
     reference = stored_reference(folder, extractor, asked.against)
     total = asked.samples * (asked.num_variants + (reference is None))
-    job = _Job(pipe, asked, request, prompts, watch, total)
+    job = _Measuring(pipe, asked, request, prompts, watch, total)
     variants = {label: Collected(one) for label, one in variants_of(default_method(pipe), request, asked).items()}
     for one in variants.values():
         warm_up(pipe, one.request, watch)
@@ -113,7 +113,7 @@ def _first_request(name: str, prompts: Sequence[str], asked: Measurement) -> Req
 
 
 def own_prompts(pipe: Any, folder: Path | None) -> tuple[str, ...]:
-    """The classes of a class-conditional model, else the prompts of its stored runs; `ValueError` if there are none."""
+    """The classes of a class-conditional model, or the prompts of its stored runs; `ValueError` if it has none."""
     if draws_classes(pipe):
         return tuple(map(str, range(num_classes(pipe))))
     found = stored_runs(folder)
@@ -129,13 +129,13 @@ def stored_runs(folder: Path | None) -> list[QualityRun]:
 
 
 def stored_reference(folder: Path | None, extractor: FeatureExtractor, against: str) -> Reference | None:
-    """The reference stored beside a model; None if there is none for this extractor, or exact pictures are wanted."""
+    """The reference stored beside a model; None if there is none for this extractor or exact pictures are requested."""
     found = _reference_of(folder) if against == AUTOMATIC else None
     return found if found and found.extractor_hash == extractor.hash else None
 
 
 def extractor_for(name: str, chosen: str, models: Models) -> str:
-    """The name of the extractor: the one chosen, else that of the model's reference, else the one for its pictures.
+    """The extractor's name: the one chosen, or that of the model's reference, or the one for its pictures.
 
     Raises:
         ValueError: it would have to be downloaded, which is not allowed.
@@ -153,7 +153,7 @@ def extractor_for(name: str, chosen: str, models: Models) -> str:
 
 
 def has_reference(name: str, asked: Measurement, models: Models) -> bool:
-    """Whether a stored reference exists, judged by names, so that none has to be drawn; raises like `extractor_for`."""
+    """Whether a stored reference exists, so that none has to be drawn, judged by names; raises like `extractor_for`."""
     extractor = extractor_for(name, asked.extractor, models)
     reference = _reference_of(models.place(name)) if asked.against == AUTOMATIC else None
     return reference is not None and reference.extractor == extractor
@@ -186,7 +186,7 @@ def variants_of(method: str, request: Request, asked: Measurement) -> dict[str, 
     return found
 
 
-def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -> Reference:
+def _exact_reference(job: _Measuring, exact: Collected, extractor: FeatureExtractor) -> Reference:
     begin, count = job.asked.samples, job.asked.samples
     seeds = f"seeds {job.asked.seed + begin}..{job.asked.seed + begin + count - 1}"
 
@@ -203,7 +203,7 @@ def _exact_reference(job: _Job, exact: Collected, extractor: FeatureExtractor) -
 
 
 def _draw_all(
-    job: _Job, variants: dict[str, Collected], extractor: FeatureExtractor
+    job: _Measuring, variants: dict[str, Collected], extractor: FeatureExtractor
 ) -> tuple[dict[str, Tensor], Timings]:
     """Features [N, d] of every variant without its blanked pictures, and the seconds of every picture, in turns."""
     order, rounds = list(variants), list[dict[str, float]]()
@@ -231,7 +231,7 @@ def _check_enough(kept: int, drawn: int, what: str) -> None:
 
 
 def _line(
-    job: _Job, label: str, one: Collected, features: Tensor, timings: Timings, reference: Reference,
+    job: _Measuring, label: str, one: Collected, features: Tensor, timings: Timings, reference: Reference,
     extractor: FeatureExtractor,
 ) -> Line:  # fmt: skip
     scores, options = quality(features, reference)
@@ -254,7 +254,7 @@ def _line(
 
 def _std_of_fid(features: Tensor, reference: Reference) -> float:
     """How far other seeds may move FID: its standard deviation by the jackknife (Efron & Tibshirani 1993, eq. 11.5),
-    which leaves out one group of pictures at a time; they are mixed, since every so many have the same prompt."""
+    which leaves out one group of pictures at a time. Groups are mixed, since prompts repeat at regular intervals."""
     count = len(features)
     groups = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % min(GROUPS, count)
     without = fid_without(features, reference, groups)

@@ -1,4 +1,4 @@
-"""Speed-ups with what chance may have added: the pictures of a comparison are few, and their times vary."""
+"""Speed-ups with their uncertainty: the pictures of a comparison are few, and their times vary."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Ratio of two ways' times, unaccelerated over accelerated, with its 95 % interval."""
+    """Ratio of times, unaccelerated over accelerated, with its 95 % interval."""
 
     value: float  # geometric mean over the pairs
     low: float
@@ -28,7 +28,7 @@ class SpeedUp:
 
     @classmethod
     def of(cls, exact: Sequence[float], other: Sequence[float]) -> "SpeedUp | None":
-        """Of the times (in seconds) of the same pictures drawn in turns; None for fewer than `LEAST`.
+        """The speed-up for the times (in seconds) of the same pictures drawn in turns; None for fewer than `LEAST`.
 
         Student's t interval of the mean of the ratios' logarithms.
         """

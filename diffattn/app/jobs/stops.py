@@ -1,4 +1,4 @@
-"""The jobs of every visitor, waiting or running, how many there may be, and how each is stopped."""
+"""The waiting and running jobs of all visitors: how many there may be, and how each is stopped."""
 
 import threading
 import time
@@ -17,18 +17,18 @@ class TooLong(ValueError):
 
 
 class Stop(threading.Event):
-    """Ends one job once it is set, or once its time is over."""
+    """Ends one job once it is set, or once its time is up."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ends = self._seconds = float("inf")
 
     def start_clock(self, seconds: float) -> None:
-        """The job begins, and has so many seconds."""
+        """Start the job's clock; it may run for so many seconds."""
         self._seconds, self._ends = seconds, time.monotonic() + seconds
 
     def check(self) -> None:
-        """Raise `Stopped` if the job was stopped, `TooLong` if its time is over."""
+        """Raise `Stopped` if the job was stopped, `TooLong` if its time is up."""
         if self.is_set():
             raise Stopped
         if time.monotonic() > self._ends:
@@ -43,8 +43,8 @@ class Stops:
 
     Args:
         most: jobs that one visitor may have at a time.
-        of_owner: jobs of one user or network address, whatever its visitors call themselves.
-        in_all: jobs of everybody.
+        of_owner: jobs of one user or network address, under any number of visitor names.
+        in_all: jobs of all visitors together.
     """
 
     def __init__(self, most: int, of_owner: int | None = None, in_all: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Stops:
             )
         if owners[visitor.owner] >= self.of_owner:
             raise ValueError(
-                f"{owners[visitor.owner]} jobs from your address or of your user are running or queued (limit "
+                f"{owners[visitor.owner]} jobs of your user or address are running or queued (limit "
                 f"{self.of_owner}): {wait}"
             )
         if len(self._jobs) >= self.in_all:

@@ -24,7 +24,7 @@ def read_steps(folder: Path | None) -> RunTrace | None:
         try:
             return RunTrace.from_dict(found)
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} holds no steps: {error}") from None
+            raise ValueError(f"{str(path)!r} contains no steps: {error}") from None
 
 
 def write_steps(trace: RunTrace, title: str, folder: Path) -> None:

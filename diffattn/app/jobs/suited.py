@@ -25,7 +25,7 @@ REMEMBERED = 32  # models
 def suited_accelerations(folder: Path | None) -> list[str]:
     """The values of `accelerations` that can accelerate some layer of the model in a folder.
 
-    All of them if the folder is None, or if its denoiser cannot be told from the files; `patch` checks again.
+    All of them if the folder is None, or if its files do not identify the denoiser; `patch` checks again.
     """
     layers = _layers(folder) if folder is not None else None
     if layers is None:
@@ -36,8 +36,8 @@ def suited_accelerations(folder: Path | None) -> list[str]:
 
 
 def suited_to_all(folders: Iterable[Path | None]) -> list[str]:
-    """The values of `accelerations` that work for every one of some models: perhaps only "automatic", which is another
-    method in each."""
+    """The values of `accelerations` that work for all of these models: perhaps only "automatic", which may be another
+    method for each."""
     found = [suited_accelerations(folder) for folder in folders]
     return [name for name in accelerations() if all(name in working for working in found)]
 
@@ -52,14 +52,14 @@ def check_suited(models: Models, name: str, chosen: Collection[str]) -> None:
 
 
 def own_method(folder: Path | None) -> str | None:
-    """The default method of the model in a folder; None if it cannot be told from the files."""
+    """The default method of the model in a folder; None if its files do not identify the denoiser."""
     layers = _layers(folder) if folder is not None else None
     return None if layers is None else method_for(layers)
 
 
 def compared_at_first(folder: Path | None) -> list[str]:
-    """What a comparison begins with: balanced and fast of the model's default method; what suits it, if that is not
-    known; nothing if no acceleration works for it."""
+    """The accelerations preselected in a comparison: balanced and fast of the model's default method; if that is not
+    known, whatever suits it; none if no acceleration works for it."""
     method, working = own_method(folder), suited_accelerations(folder)
     if method is None:
         return [AUTOMATIC]
@@ -71,7 +71,7 @@ def plain_name(acceleration: str, own: str | None = None) -> str:
 
     Args:
         acceleration: one of `accelerations`, or another name, which stays as it is.
-        own: the model's default method, whose name goes without saying.
+        own: the model's default method, whose name is omitted.
     """
     if acceleration == UNPATCHED:
         return "Exact (no acceleration)"
@@ -89,7 +89,7 @@ def _works(name: str, layers: tuple[LayerSpec, ...]) -> bool:
 
 
 def _layers(folder: Path) -> tuple[LayerSpec, ...] | None:
-    """The self-attention layers of a model's denoiser; None if its files do not tell."""
+    """The self-attention layers of a model's denoiser; None if its files do not identify it."""
     for part in DENOISERS:
         path = folder / part / "config.json"
         if path.is_file():

@@ -21,7 +21,7 @@ class _Ticket:
 
 @dataclass
 class _Served:
-    """When everybody had their last turn, in turns."""
+    """When each visitor had their last turn, counted in turns."""
 
     turn: Iterator[int] = field(default_factory=itertools.count)
     last: "OrderedDict[Hashable, int]" = field(default_factory=OrderedDict)
@@ -45,8 +45,8 @@ class _Served:
 class Turns:
     """Runs one job at a time.
 
-    The next is that of the user or address whose last turn is longest ago, of theirs that of the visitor whose last
-    turn is longest ago, and of theirs the one that came first: twenty jobs of one do not hold up the one of another.
+    Next is the user or address whose last turn is longest ago; of theirs, the visitor whose last turn is longest ago;
+    and of theirs, the oldest job. Twenty jobs of one visitor thus do not hold up another's single job.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Turns:
                 self._changed.notify_all()
 
     def _ahead(self, ticket: _Ticket) -> int:
-        """How many jobs come before this one, as things stand."""
+        """How many jobs currently come before this one."""
         return (self._running is not None) + self._order().index(ticket)
 
     def _order(self) -> Sequence[_Ticket]:

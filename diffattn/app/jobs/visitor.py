@@ -8,12 +8,12 @@ from dataclasses import dataclass
 class Visitor:
     """One open page, the browser it is open in, and where that browser is.
 
-    A client can make up sessions, and get any number of names, but has no second address.
+    A client can invent sessions and obtain any number of names, but has only one address.
     """
 
     session: Hashable  # of one open page, named by the client: what Stop applies to
     name: Hashable | None  # of the browser, signed by the server; None: it has shown none
-    owner: Hashable  # the user who has logged in, else the network address
+    owner: Hashable  # the user who has logged in, otherwise the network address
     tab: str = ""  # of the open page, each with a Stop of its own
 
     @classmethod

@@ -120,7 +120,7 @@ class Worker:
     def measure(self, session: Hashable | Visitor, asked: Measurement) -> Iterator[JobProgress | QualityRun]:
         """Measure speed and quality; a `QualityRun` per completed model. Raises like `generate` and `measure`.
 
-        Nothing is measured before every model was found to be able to draw all that is asked.
+        Every model is first checked to be able to draw what is requested.
         """
         for name in asked.models:
             extractor_for(name, asked.extractor, self.models)  # before anything is loaded or measured
@@ -189,7 +189,7 @@ class Worker:
         return next((trace for trace in found if trace.switches), found[0] if found else None)
 
     def warm_up(self, name: str) -> None:
-        """Load a model and run two steps, so that the first job starts immediately; two are no measure of its time."""
+        """Load a model and run two steps, so that the first job starts immediately; they are not used for estimates."""
         nobody = object()  # no visitor can name it to stop it
         try:
             request = self.limits.request(name, "0", steps=min(2, self.limits.steps), acceleration="none")
@@ -226,13 +226,13 @@ class Worker:
         return Drawn(request, tuple(pictures), report, trace, code, _unread(pipe, request.prompt))
 
     def _check_measurable(self, name: str, asked: Measurement, emit: Emit) -> None:
-        """Load a model, and raise for what it cannot draw of all that is asked."""
+        """Load a model, and raise if it cannot draw everything that is requested."""
         pipe, _ = self._model(name, emit)
         for ready in check_measurable(pipe, name, asked, self.models):
             self._check_size(ready)
 
     def _measure(self, name: str, asked: Measurement, emit: Emit, stop: Stop) -> QualityRun:
-        """Measure one model; no reference to it is kept, so that it is freed before the next one is loaded."""
+        """Measure one model; no reference to it is kept, so that it is freed before the next is loaded."""
         pipe, _ = self._model(name, emit)
 
         def watch(ready: Request, patch: Patch | None, done: int, pictures: int | None, what: str) -> Watch:

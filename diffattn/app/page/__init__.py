@@ -111,8 +111,8 @@ def launch(
         wait: block until interrupted, by Ctrl+C or SIGTERM; then delete the visitors' files and end the process.
         warm_up: a model to load right away.
         open_browser: open the page in a browser.
-        host_names: names under which the page is called, besides those of this machine.
-        proxy: address of the proxy whose forwarded headers are believed; None: nobody's are.
+        host_names: names under which the page is reached, besides those of this machine.
+        proxy: address of the proxy whose forwarded headers are trusted; None: none are.
 
     Raises:
         ValueError: the page would be open to others without a password.

@@ -64,7 +64,7 @@ def asked(worker: Worker, ask: gr.Column, rest: gr.Column, has_prompts: bool) ->
             [(plain_name(name), name) for name in accelerations() if name != UNPATCHED],
             value=compared_at_first(worker.models.place(names[0])) if names else [AUTOMATIC], multiselect=True,
             label="Accelerations", max_choices=limits.measured_variants,
-            info="Beside exact attention, which is always measured.",
+            info="In addition to exact attention, which is always measured.",
         )  # fmt: skip
     with rest, gr.Accordion("Settings", open=True, elem_classes="diffattn-settings"):
         numbers = gr.Textbox(
@@ -98,11 +98,11 @@ def _more(worker: Worker) -> tuple[gr.Number, gr.Dropdown, gr.Radio]:
     with gr.Accordion("More settings", open=False):
         extractor = gr.Dropdown(
             [AUTOMATIC, *worker.models.extractors()], value=AUTOMATIC, label="Features",
-            info="The network that looks at the pictures; automatic: the one made for the model's pictures.",
+            info="The network that extracts features; automatic: the one made for the model's pictures.",
         )  # fmt: skip
         against = gr.Radio(
             [("real pictures where stored", AGAINST[0]), ("its own exact pictures", AGAINST[1])], value=AGAINST[0],
-            label="Measured against", info="Exact pictures use other seeds: exact attention shows what chance does.",
+            label="Measured against", info="Exact pictures use other seeds; exact attention thus shows chance.",
         )  # fmt: skip
         guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=120)
     return guidance, extractor, against

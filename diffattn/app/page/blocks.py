@@ -1,4 +1,4 @@
-"""Gradio's blocks, but for what they do with errors."""
+"""Gradio's blocks, with errors handled differently."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from diffattn.app.page.shared import toast
 
 
 class Page(gr.Blocks):
-    """Blocks whose errors are all toasts.
+    """Blocks that show every error as a toast.
 
-    Gradio prints others to the log with their tracebacks, and with the values that a component refused: what a visitor
-    typed, or what a program sent.
+    Gradio itself logs other errors with their tracebacks, which contain the values that a component refused: what a
+    visitor typed, or what a program sent.
     """
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Gradio's; see there."""
+        """As in Gradio; see there."""
         try:
             return await super().process_api(*args, **kwargs)
         except gr.Error as error:

@@ -29,7 +29,7 @@ class RunsShown:
 
 
 def stored_in_browser() -> gr.BrowserState:
-    """Runs as JSON types. The key to their encryption need not be secret: they are the visitor's own."""
+    """Runs as JSON types. The encryption key need not be secret, since the runs are the visitor's own."""
     return gr.BrowserState([], storage_key=KEY, secret=KEY)
 
 

@@ -1,4 +1,4 @@
-"""The words and figures of a comparison."""
+"""The verdict and the figures of a comparison."""
 
 import math
 from html import escape
@@ -22,13 +22,13 @@ HEAD = (
 
 BLANKED = "{} pictures were blanked by the model's safety checker; their pairs count for neither PSNR nor SSIM."
 UNMEASURED = "Peak memory is measured on CUDA devices only."
-TOO_FEW = f"draw {LEAST} or more"
+TOO_FEW = f"draw at least {LEAST}"
 
 Size = tuple[int, int] | None
 
 
 def headline(found: Comparison, own: str | None, size: Size) -> str:
-    """What the comparison shows, in large type: one figure for every acceleration."""
+    """The result of the comparison in large type: one figure per acceleration."""
     cards = "".join(_card(found, variant, own, size) for variant in found.variants[1:])
     return f'<div class="diffattn-verdict">{cards}</div>'
 
@@ -38,7 +38,7 @@ def _card(found: Comparison, v: Variant, own: str | None, size: Size) -> str:
 
 
 def card(name: str, faster: SpeedUp | None, psnr: float | None) -> str:
-    """Name, speed-up and likeness of one acceleration."""
+    """Name, speed-up and similarity of one acceleration."""
     if faster is None:
         large, small = "–", f"no firm figure from so few pictures: {TOO_FEW}"
     elif not faster.shown:
@@ -55,7 +55,7 @@ def card(name: str, faster: SpeedUp | None, psnr: float | None) -> str:
 
 
 def figures(found: Comparison, own: str | None, size: Size) -> str:
-    """The table, and below it what its figures mean."""
+    """The table, and below it an explanation of its figures."""
     rows, at_own = [], _at_own_size(found, size)
     for v in found.variants:
         faster = None if v is found.variants[0] else found.speedup(v)

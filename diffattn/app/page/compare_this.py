@@ -17,8 +17,8 @@ PRESS = "() => { document.querySelector('#compare').click(); }"
 
 
 def compare_this(worker: Worker, files: Files, drawn: Generated, compared: Compared, tabs: gr.Tabs) -> None:
-    """Wire the button: fill in the settings of the picture that is shown (of several, the one that was opened last), go
-    to Compare, and begin."""
+    """Wire the button: fill in the settings of the picture that is shown (of several, the one that was opened last),
+    switch to Compare, and start."""
     opened = gr.State(0)  # its place among them
 
     def note_opened(event: gr.SelectData) -> int:

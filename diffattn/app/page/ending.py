@@ -1,4 +1,4 @@
-"""How a served page ends: within seconds, whatever is under way, and without leaving its visitors' files behind."""
+"""How a served page shuts down: within seconds, whatever is running, and without leaving its visitors' files behind."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ STEP_SECONDS = 1.0  # that the step under way is given
 
 @contextmanager
 def terminated_like_interrupted(wanted: bool) -> Iterator[None]:
-    """Within the block, if wanted, SIGTERM raises `KeyboardInterrupt` as Ctrl+C does; in the main thread only."""
+    """Within the block, if requested, SIGTERM raises `KeyboardInterrupt` as Ctrl+C does; in the main thread only."""
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,7 +45,7 @@ def end(page: gr.Blocks, worker: Worker, files: Files) -> None:
 
 
 def leave() -> NoReturn:
-    """End the process at once: Python's own end takes seconds, and aborts or hangs while PyTorch computes."""
+    """End the process at once: Python's own shutdown takes seconds, and aborts or hangs while PyTorch computes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

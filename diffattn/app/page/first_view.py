@@ -34,7 +34,7 @@ def shown(view: FirstView, name: str, own: tuple[int, int] | None) -> str:
 
     Args:
         name: of the acceleration, in plain words.
-        own: size that the model was trained at, where alone the PSNR is told; None: not known.
+        own: size that the model was trained at, the only one at which the PSNR is shown; None: not known.
     """
     both = slider(_inline(view.exact), _inline(view.accelerated), view.prompt, ("Exact", name))
     psnr = view.psnr if own in (None, view.size) else None
@@ -43,7 +43,7 @@ def shown(view: FirstView, name: str, own: tuple[int, int] | None) -> str:
         f"“{view.prompt}”, {view.model} at {own_sizes(view.size)} pixels, {view.steps} steps; {view.speedup.pairs} "
         f"pictures of each, drawn in turns, with the 95 % interval; {view.machine}."
     )
-    small = " Small picture, small gain: attention takes more of the time in larger ones." * (max(view.size) < LARGE)
+    small = " Small picture, small gain: in larger ones attention takes more of the time." * (max(view.size) < LARGE)
     return f'{figures}{both}<p class="diffattn-small">{escape(what + small)}</p>'
 
 

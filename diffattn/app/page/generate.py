@@ -20,7 +20,7 @@ from diffattn.app.page.time_line import wire_time
 
 EMPTY = "The picture appears here."
 MEASURED = (
-    "Measured before: the same picture with exact and with accelerated attention. Move the line; yours comes here."
+    "Measured earlier: one picture with exact and with accelerated attention. Move the line; yours will appear here."
 )
 
 TAB = "generate"
@@ -132,19 +132,19 @@ def _shown(worker: Worker, drawn: Drawn, paths: Sequence[Any], before: Sequence[
 
 
 def stopper(worker: Worker, tab: str) -> Any:
-    """Handle a tab's Stop for the jobs that the visitor who pressed it began there; their own last message stays."""
+    """Handle a tab's Stop button, for the jobs that the visitor started in that tab; their last message stays."""
 
     def halt(request: gr.Request) -> Any:
         session = _session(request)
         if not worker.stop(session, tab):
             return note("Nothing is running.")
-        return gr.skip() if worker.ended(session, SOON, tab) else busy("Stopping after the step under way …")
+        return gr.skip() if worker.ended(session, SOON, tab) else busy("Stopping after the current step …")
 
     return halt
 
 
 def stopping(worker: Worker) -> Any:
-    """Stop for programs, whatever of theirs runs: reports whether anything did, and does not wait."""
+    """The Stop endpoint for programs: stops all their jobs without waiting, and reports whether there were any."""
 
     def stop(request: gr.Request) -> str:
         return note("Stopped." if worker.stop(_session(request)) else "Nothing is running.")

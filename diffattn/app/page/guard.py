@@ -1,6 +1,6 @@
-"""What stands between the network and the page: sizes of requests, where they come from, and who sent them.
+"""Middleware between the network and the page: limits on the size of requests, their origin, and their sender.
 
-Sizes are Starlette's middleware. Its check of `Host` knows names, but not "any address", and it has none of `Origin`.
+Starlette's middleware limits sizes. Its check of `Host` takes names but not "any address", and it has none of `Origin`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from diffattn.app.jobs import Visitor
 
 BODY_BYTES = 9 * 2**20
-"""The largest request: an upload of `UPLOAD_BYTES` with what surrounds it."""
+"""The largest request: an upload of `UPLOAD_BYTES` with its overhead."""
 
 UPLOAD_BYTES = "8mb"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -36,11 +36,11 @@ REMEMBERED = 4096  # addresses
 
 
 def middleware(hosts: Collection[str], listens_to_all: bool, make_room: Callable[[], None]) -> list[Middleware]:
-    """All of it, the outermost first.
+    """The whole middleware, outermost first.
 
     Args:
-        hosts: names by which the page may be called, in lower case; names may be added later.
-        listens_to_all: any network address is as good a name.
+        hosts: names under which the page may be reached, in lower case; names may be added later.
+        listens_to_all: also accept any network address.
         make_room: called before an upload.
     """
     return [
@@ -54,9 +54,9 @@ def middleware(hosts: Collection[str], listens_to_all: bool, make_room: Callable
 
 @contextmanager
 def believing(proxy: str | None) -> Iterator[None]:
-    """Within the block, a server of uvicorn that is made believes the forwarded headers of this address, or nobody's.
+    """Within the block, a uvicorn server that is created trusts forwarded headers from this address, or from nobody.
 
-    Gradio makes the server and passes no setting on, so that uvicorn's environment variable is the only way.
+    Gradio creates the server and passes no such setting on, so uvicorn's environment variable is the only option.
     """
     key = "FORWARDED_ALLOW_IPS"
     before = os.environ.get(key)
@@ -71,7 +71,7 @@ def believing(proxy: str | None) -> Iterator[None]:
 
 
 class SameSite:
-    """Refuses a `Host` that is none of the page's (DNS rebinding), and an `Origin` that is not its host (other sites).
+    """Refuses a `Host` that is not one of the page's (DNS rebinding), and a foreign `Origin` (other sites).
 
     Programs that send no `Origin`, such as `gradio_client`, are served.
     """
@@ -132,7 +132,7 @@ class LoginThrottle:
 
 
 class Signed:
-    """Gives every browser a name in a signed cookie, and puts the name of one that shows it into the ASGI scope."""
+    """Gives every browser a name in a signed cookie, and puts the name that a request carries into the ASGI scope."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app, self._secret = app, secrets.token_bytes(32)
@@ -177,7 +177,7 @@ class Uploads:
 
 
 def visitor_of(request: gr.Request, tab: str) -> Visitor:
-    """Who sent a request from a tab: nothing in it but the session is taken from what a client may make up."""
+    """Who sent a request from a tab; only the session is taken from what a client can forge."""
     scope = request.request.scope if request.request is not None else {}
     owner = ("user", request.username) if request.username else ("address", _address(scope))
     return Visitor(str(request.session_hash), scope.get(NAME), owner, tab)

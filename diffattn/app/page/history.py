@@ -21,7 +21,7 @@ Entry = Mapping[str, Any]  # path, record, code, caption
 
 
 def entries(drawn: Drawn, paths: Sequence[Path]) -> list[Entry]:
-    """What is remembered of the pictures of a job, in the order in which they were drawn."""
+    """The history entries of a job's pictures, in the order in which they were drawn."""
     return [
         {"path": str(path), "record": dict(picture.record), "code": drawn.code, "caption": caption(picture.record)}
         for path, picture in zip(paths, drawn.pictures, strict=True)
@@ -29,7 +29,7 @@ def entries(drawn: Drawn, paths: Sequence[Path]) -> list[Entry]:
 
 
 def caption(record: Mapping[str, Any]) -> str:
-    """The words below a picture, which also describe it to those who do not see it."""
+    """The caption of a picture, which screen readers read out too."""
     name = "/".join(str(part) for part in (record["method"], record["preset"]) if part)
     return f"{record['prompt']}, seed {record['seed']}, {'exact' if name in ('', UNPATCHED) else plain_name(name)}"
 

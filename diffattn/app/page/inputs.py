@@ -15,7 +15,7 @@ from diffattn.app.page.shared import OWN, PROMPTS, QUICK, TOLD, given_or_own, li
 from diffattn.app.page.sizes import OWN_SIZE, SIZE_OF, own_sizes, size_value, sizes
 
 SWITCH = "diffattnSwitch"
-"""Name of the page's script that takes values from one tab to the other."""
+"""Name of the page's script that carries values from one tab to another."""
 
 RANDOM = "Math.floor(Math.random() * 2 ** 31)"
 SHOWN_CLASSES = 20  # as examples
@@ -113,7 +113,7 @@ def _seed(several: bool) -> tuple[gr.Number, gr.Checkbox | None]:
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
         if not several:
-            keep = gr.Checkbox(True, label="Keep the seed", info="Else a new one after every run", min_width=120)
+            keep = gr.Checkbox(True, label="Keep the seed", info="Otherwise a new one after every run", min_width=120)
             dice = gr.Button("New seed", size="sm", min_width=80)
             dice.click(None, None, seed, js=f"() => {RANDOM}", api_visibility="private")
     return seed, keep
@@ -186,7 +186,7 @@ def following(worker: Worker, model: str, chosen: Any, size: str | None, several
 
 
 def share(tabs: Mapping[str, Any], drawing: Inputs, comparing: Inputs, measuring: Asked) -> None:
-    """Let the tabs have one prompt, one model and one seed: those of the tab that is left.
+    """Let the tabs share one prompt, one model and one seed: those of the tab that is being left.
 
     Args:
         tabs: id -> every tab of the page, with the ids "generate", "compare" and "quality" of those that share.
@@ -205,7 +205,7 @@ def share(tabs: Mapping[str, Any], drawing: Inputs, comparing: Inputs, measuring
 
 
 def _defaults(worker: Worker, model: str) -> list[str]:
-    """The accelerations that a comparison begins with: those of the model's own method."""
+    """The accelerations preselected in a comparison: those of the model's own method."""
     return compared_at_first(worker.models.place(model) if model else None)
 
 

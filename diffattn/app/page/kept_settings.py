@@ -1,4 +1,4 @@
-"""Settings that come back: after a reload from the browser, and from the record in a picture's file."""
+"""Restoring settings: after a reload, from the browser; from a picture's file, by its record."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -41,20 +41,20 @@ def _as_file(recipe: Mapping[str, Any] | None, files: Files) -> str | None:
 
 
 def kept_in_browser(name: str) -> gr.BrowserState:
-    """The settings of a tab, to be made outside of it: in a tab that has not been shown nothing is read. The key to
-    their encryption need not be secret: they are the visitor's own."""
+    """The settings of a tab. Create this outside the tab: Gradio reads nothing in a tab that has not been shown. The
+    encryption key need not be secret, since the settings are the visitor's own."""
     return gr.BrowserState(None, storage_key=KEY + name, secret=KEY)
 
 
 def wire_reload(
     page: gr.Blocks, worker: Worker, found: Inputs, files: Files, stored: gr.BrowserState, several: bool
 ) -> None:
-    """Keep the settings of Generate or Compare over a reload, see `keep_over_reload`.
+    """Keep the settings of Generate or Compare across reloads, see `keep_over_reload`.
 
     Args:
         page, worker, found, files: of the page; the recipe, which is a file, is not kept.
         stored: of the tab.
-        several: it has a list of accelerations.
+        several: the tab has a list of accelerations.
     """
     names: list[Any] = [setting for setting in SETTINGS if setting != "recipe"]
 

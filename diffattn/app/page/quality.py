@@ -35,8 +35,8 @@ from diffattn.app.page.shared import (
 from diffattn.app.page.time_line import Estimate, keep_estimated
 
 INTRO = (
-    "N pictures of every acceleration, of the same prompts and seeds and drawn in turns, give the time of one picture "
-    "and its distance (FID, KID) to a reference. FID grows as N falls: only compare figures with the same N."
+    "Draws N pictures with every acceleration, in turns and with the same prompts and seeds, and measures the time per "
+    "picture and the distance (FID, KID) to a reference. FID grows as N falls: only compare figures with the same N."
 )
 TAB = "quality"
 
@@ -135,7 +135,7 @@ def tab(
 
 
 def _wire_reload(page: gr.Blocks, worker: Worker, found: Asked, stored: gr.BrowserState) -> Any:
-    """Keep the settings over a reload, see `keep_over_reload`."""
+    """Keep the settings across reloads, see `keep_over_reload`."""
 
     def shown(values: list[Any]) -> list[Any]:
         *sent, which = values
@@ -156,7 +156,9 @@ def _lay_out(worker: Worker, stored: Sequence[QualityRun]) -> _Parts:
             go = gr.Button("Measure (Ctrl+Enter)", variant="primary", elem_classes="diffattn-go", elem_id="measure")
             time = gr.HTML("", elem_id="measure-time")
         with result:
-            stage = gr.HTML(note("Earlier runs are below; yours appear beside them."), elem_id="measure-stage")
+            stage = gr.HTML(
+                note("Earlier runs are shown below; yours will appear beside them."), elem_id="measure-stage"
+            )
             halt = gr.Button("Stop", variant="stop", elem_id="stop-measure", elem_classes="diffattn-stop")
             shown = gr.CheckboxGroup(labels, value=labels, label="Runs shown", elem_id="runs")
             horizontal = gr.Radio([TIME, WORK], value=TIME, label="Horizontal axis")
@@ -191,7 +193,7 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
                 elif isinstance(event, QualityRun):
                     yield note(_summary(event)), *shelf.added(visitor, [event])
         except Stopped:
-            yield note("Stopped: the run under way is dropped."), *blank
+            yield note("Stopped: the current run is discarded."), *blank
 
     given, outputs = [*parts.found.all(), *parts.now], [parts.stage, *parts.outputs]
     done = parts.go.click(run, given, outputs, api_name="measure", **JOB)

@@ -67,7 +67,7 @@ def results(runs: Sequence[QualityRun], horizontal: str) -> str:
 
 
 def _in_words(run: QualityRun, above: QualityRun) -> str:
-    """What keeps two runs from being compared, the important differences alone if there are any."""
+    """Why two runs cannot be compared: only the important differences, if there are any."""
     names = why_apart(run, above).split(", ")
     words = {"num pictures": "other N", "reference": "other reference", "extractor": "other features",
              "steps": "other number of steps", "guidance": "other guidance", "machine": "other machine"}  # fmt: skip
@@ -132,7 +132,7 @@ def _panel(group: Sequence[QualityRun], horizontal: str, vertical: str, value: C
 
 
 def _noise(points: Sequence[_Point], upward: Scale) -> str:
-    """A band over what chance may do to exact attention: figures within it do not differ from it."""
+    """A band over the spread of exact attention by chance: figures within it do not differ from it."""
     bands = [point.y for point in points if point.line is point.run.lines[0] and point.y[1] < point.y[2]]
     return "".join(
         f'<rect x="{LEFT}" y="{upward(high):.1f}" width="{WIDTH - RIGHT - LEFT}" '
@@ -174,14 +174,14 @@ def _free_levels(y: float, taken: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def names_of(run: QualityRun) -> list[str]:
-    """The ways to draw of a run in plain words; the method goes without saying if all have the same."""
+    """The variants of a run in plain words; the method is omitted if all have the same."""
     methods = {line.acceleration.partition("/")[0] for line in run.lines if "/" in line.acceleration}
     own = next(iter(methods)) if len(methods) == 1 else None
     return ["Exact" if x.acceleration == UNPATCHED else plain_name(x.acceleration, own) for x in run.lines]
 
 
 def verdict(run: QualityRun) -> str:
-    """One sentence about a run: how much faster, and whether quality moved by more than chance."""
+    """One sentence about a run: how much faster, and whether quality changed by more than chance."""
     exact = run.lines[0].quality.scores
     speeds = [f"{name} {_faster(line)}" for name, line in zip(names_of(run), run.lines, strict=True)][1:]
     moved = [_moved(line, exact) for line in run.lines[1:]]
@@ -199,7 +199,7 @@ def _faster(line: Line) -> str:
 
 
 def _moved(line: Line, exact: Mapping[str, float]) -> str:
-    """What became of FID and KID; differences within a standard deviation of exact attention are chance."""
+    """How FID and KID changed; differences within a standard deviation of exact attention count as chance."""
     within, beyond = [], []
     for score in ("fid", "kid"):
         if f"{score}_std" not in exact:

@@ -8,7 +8,7 @@ class Scale:
     """Maps values to positions on an axis, with ticks at round values.
 
     Args:
-        values: all that are shown; with 0 among them the axis begins there, so that no noise is magnified.
+        values: all that are shown; with 0 among them the axis begins there, so that noise is not magnified.
         begin, end: positions of the ends.
         most: ticks.
     """

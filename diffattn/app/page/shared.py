@@ -127,7 +127,7 @@ def progress_html(progress: JobProgress) -> str:
 
 
 def busy(text: str, below: str = "") -> str:
-    """A line where progress is shown while something runs: Stop is there as long as it is; `below` is HTML."""
+    """A line where progress is shown while something runs; the Stop button is visible meanwhile. `below` is HTML."""
     return f'<div class="diffattn-stage diffattn-busy"><p role="status">{escape(text)}</p>{below}</div>'
 
 
@@ -143,9 +143,9 @@ def line(text: str) -> str:
 
 @contextmanager
 def columns() -> Iterator[tuple[gr.Column, gr.Column, gr.Column]]:
-    """Three columns: what is asked, what comes of it, and everything else.
+    """Three columns: the main inputs, the result, and everything else.
 
-    On a wide window the second stands beside the two others; on a narrow one they follow each other in this order.
+    In a wide window the second is beside the two others; in a narrow one they follow each other in this order.
     """
     with gr.Row(elem_classes="diffattn-split"):
         with gr.Column(min_width=280, elem_classes="diffattn-ask") as ask:
@@ -172,10 +172,10 @@ def cut(text: str, most: int) -> str:
 
 
 def left_out(unread: str) -> str:
-    """What is said about the end of a prompt that the model does not read; empty if it reads all."""
+    """A note on the end of a prompt that the model does not read; empty if it reads all."""
     if not unread:
         return ""
-    return f" The prompt was cut, since the model reads no more tokens; left out: “{cut(unread, WORD)}”."
+    return f" The prompt was cut, since the model reads no further; left out: “{cut(unread, WORD)}”."
 
 
 def duration(seconds: float) -> str:

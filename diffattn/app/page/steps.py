@@ -26,7 +26,7 @@ def tab(worker: Worker, latest: gr.State, traces: gr.State, drawn: Any, compared
     """
     gr.Markdown(
         "How many agents or mediators every step ran with, how much the latents still changed, and which layers ran "
-        "accelerated, in the last picture of your latest run. Point at a box for its step and layer."
+        "accelerated, in the last picture of your latest run. Hover over a box to see its step and layer."
     )
     nothing_yet = _nothing_yet(worker.stored_steps())
     # Custom values are allowed because API clients trigger no chained events, so the server knows no choices for them.
@@ -59,7 +59,7 @@ def _nothing_yet(stored: RunTrace | None) -> str:
     """What is shown before a visitor has drawn: the stored run, if there is one."""
     if stored is None:
         return note(EMPTY)
-    return note(f"Measured before: {stored.title}. {EMPTY}") + _scrolling(steps_chart(stored))
+    return note(f"Measured earlier: {stored.title}. {EMPTY}") + _scrolling(steps_chart(stored))
 
 
 def _scrolling(chart: str) -> str:

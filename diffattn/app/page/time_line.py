@@ -72,7 +72,7 @@ def time_of_drawing(
 
     Args:
         worker, model, steps, width, height, pictures, acceleration: as the page's inputs give them.
-        beside: accelerations that exact attention is compared with; None: no comparison.
+        beside: accelerations that are compared with exact attention; None: no comparison.
     """
     try:
         worker.models.source(model)

@@ -18,7 +18,7 @@ MEMORY_SHARE = 0.4  # of a device's memory that the weights may take: variants c
 
 
 class Shape(NamedTuple):
-    """Of a picture or video, in pixels or latents."""
+    """The size of a picture or video, in pixels or latents."""
 
     height: int
     width: int
@@ -86,7 +86,7 @@ class BenchmarkModel:
         weights = sum(p.numel() for p in self.build("meta", dtype).parameters()) * dtype.itemsize
         return weights > MEMORY_SHARE * total_memory(device)
 
-    def told_depth(self, shortened: bool) -> str | None:
+    def depth_text(self, shortened: bool) -> str | None:
         """ "4 of 24 layers", or "24 layers"; None for a UNet."""
         if not self.depth:
             return None
@@ -94,7 +94,7 @@ class BenchmarkModel:
         return f"{self.num_layers({**self.config, **self.fewer})} of {every} layers" if shortened else f"{every} layers"
 
     def build(self, device: torch.device | str, dtype: torch.dtype, shortened: bool = False) -> Any:
-        """The denoiser in eval mode, with the same weights every time; made in place, without a copy in another dtype.
+        """The denoiser in eval mode, with the same weights every time, made without a copy in another dtype.
 
         Args:
             device: where; on "meta" it has no weights.

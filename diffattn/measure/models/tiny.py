@@ -1,6 +1,6 @@
 """A tiny model of every class, for tests and rehearsals: the same code, in a fraction of a second.
 
-Sizes are those from which landmarks have fewer tokens to work on, since texts are as long as those of large models.
+Sizes are large enough for landmarks to pay off, since texts are as long as those of large models.
 """
 
 from diffattn.measure.models.base import PIXELS_PER_LATENT, BenchmarkModel

@@ -1,4 +1,4 @@
-"""What a job may ask for when only the model says how much it is, what may be downloaded, and how long it takes."""
+"""Limits of a job that depend on the model, what may be downloaded, and estimates of durations."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Jobs whose pictures are none: NaN stops them with one sentence, blanked pictures are counted and not scored."""
+"""Jobs without usable pictures: NaN stops them with one sentence, blanked pictures are counted and not scored."""
 
 from pathlib import Path
 from typing import Any

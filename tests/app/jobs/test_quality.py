@@ -1,4 +1,4 @@
-"""Runs that measure speed and quality: limits, what they hold, their files, what compares, damaged files."""
+"""Runs that measure speed and quality: limits, contents, files, which can be compared, damaged files."""
 
 import csv
 import io

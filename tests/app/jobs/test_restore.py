@@ -1,4 +1,4 @@
-"""Settings that come back from a picture's file, and what a hostile file gets."""
+"""Settings restored from a picture's file, and the refusal of hostile files."""
 
 import json
 from pathlib import Path
@@ -111,9 +111,9 @@ DEEP = "[" * 5000 + "]" * 5000
         ("model_index.json", '{"_class_name": 7}', "names no pipeline class"),
         ("model_index.json", '{"_class_name": "SiTPipeline", "id2label": ["a"]}', "id2label .* is not an object"),
         ("model_index.json", f'{{"_class_name": "SiTPipeline", "x": {DEEP}}}', "nested more than 32 deep"),
-        ("unet/config.json", "[1]", "does not hold a JSON object"),
+        ("unet/config.json", "[1]", "does not contain a JSON object"),
         ("unet/config.json", f'{{"x": {DEEP}}}', "nested more than 32 deep"),
-        ("vae/config.json", '"x"', "does not hold a JSON object"),
+        ("vae/config.json", '"x"', "does not contain a JSON object"),
         ("tokenizer/tokenizer_config.json", "[]", "could not be loaded"),
     ],
     ids=lambda value: value[:40],

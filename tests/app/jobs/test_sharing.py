@@ -1,4 +1,4 @@
-"""One worker for many visitors: what a client may make up gives it neither more jobs nor earlier turns."""
+"""One worker for many visitors: what a client can forge gives it neither more jobs nor earlier turns."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ def test_made_up_sessions_and_fresh_names_give_no_more_jobs() -> None:
     stops = Stops(2, of_owner=3, in_all=50)
     jobs = [stops.add(Visitor(f"made up {i}", None, "10.0.0.1")) for i in range(3)]
     for name in (None, "fresh", "fresher"):
-        with pytest.raises(ValueError, match="3 jobs from your address"):
+        with pytest.raises(ValueError, match="3 jobs of your user or address"):
             stops.add(Visitor("another", name, "10.0.0.1"))
     other = Visitor("s", "browser", "10.0.0.2")
     stops.add(other)

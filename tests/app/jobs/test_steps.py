@@ -75,7 +75,7 @@ def test_damaged_steps_are_refused_in_words_and_skipped(
     data = json.loads((folder / FILE).read_text())
     change(data)
     (folder / FILE).write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=f"'sit/{FILE}' holds no steps") as refused:
+    with pytest.raises(ValueError, match=f"'sit/{FILE}' contains no steps") as refused:
         read_steps(folder)
     assert str(tmp_path) not in str(refused.value)
     web.tiny_worker(tmp_path / "models").stored_steps()

@@ -1,4 +1,4 @@
-"""Stop ends a job within one step whatever it draws with, and one job runs at a time, whoever asks."""
+"""Stop ends a job within one step whatever it draws with, and only one job runs at a time."""
 
 import inspect
 import sys

@@ -64,7 +64,7 @@ def test_two_visitors_see_their_own(visit: Any) -> None:
     one.get_by_label("Prompt").first.fill("only for one")
     one.click("#generate")
     expect(one.locator("#stage")).to_contain_text("Done", timeout=PATIENCE)
-    expect(two.locator("#stage")).to_contain_text("Measured before")
+    expect(two.locator("#stage")).to_contain_text("Measured earlier")
     assert two.locator("#gallery img").count() == 0
     assert "only for one" not in two.content()
     assert two.get_by_label("Prompt").first.input_value() == "T-Rex"

@@ -1,4 +1,4 @@
-"""The page for everybody: readable in both themes, by keyboard, on a phone; and whatever its texts hold."""
+"""Accessibility in a real browser: both themes, keyboard, phone; and texts of any content."""
 
 # ruff: noqa: E402, the page needs Gradio, the browser Playwright
 

@@ -1,4 +1,4 @@
-"""Pictures and settings that a visitor has are kept, in a real browser: through errors, Stop and a reload."""
+"""A visitor's pictures and settings survive errors, Stop and a reload, in a real browser."""
 
 # ruff: noqa: E402, the page needs Gradio, the browser Playwright
 

@@ -1,4 +1,4 @@
-"""Speed and FID in a real browser: measured, stopped, kept over a reload, and seen by their visitor alone."""
+"""Speed and FID in a real browser: measured, stopped, kept across a reload, and visible only to their visitor."""
 
 # ruff: noqa: E402, the page needs Gradio, the browser Playwright
 
@@ -128,7 +128,7 @@ def test_stop_ends_a_measurement(visit: Visit) -> None:
     page.click("#measure")
     says(page, "#measure-stage", "step ")
     page.click("#stop-measure")
-    says(page, "#measure-stage", "Stopped: the run under way is dropped")
+    says(page, "#measure-stage", "Stopped: the current run is discarded")
     set_steps(page, 2)
     set_number(page, "N: pictures of each", 8)
     measured(page)

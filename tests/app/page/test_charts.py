@@ -1,4 +1,4 @@
-"""Charts and the words about them."""
+"""Charts and their verdicts."""
 
 # ruff: noqa: E402, the page needs Gradio
 

@@ -48,6 +48,6 @@ def test_likeness_is_told_at_the_size_that_the_model_was_trained_at(view: FirstV
 def test_a_damaged_view_is_refused_in_words(view: FirstView, tmp_path: Path) -> None:
     for text in ("[]", "{}", '{"size": 3}'):
         (tmp_path / "first_view.json").write_text(text)
-        with pytest.raises(ValueError, match=r"is not a first view|does not hold a JSON object") as refused:
+        with pytest.raises(ValueError, match=r"is not a first view|does not contain a JSON object") as refused:
             FirstView.read(tmp_path)
         assert str(tmp_path.parent) not in str(refused.value)

@@ -5,7 +5,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,12 +30,6 @@ FAILS = (AppError, ValueError)
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     return web.tiny_worker(web.save_models(tmp_path_factory.mktemp("web") / "models"))
-
-
-@pytest.fixture(scope="module")
-def address(worker: Worker) -> Iterator[str]:
-    with web.served(worker) as found:
-        yield found
 
 
 @pytest.fixture
@@ -164,13 +157,13 @@ def test_a_failed_job_says_so_where_its_progress_was(client: Client) -> None:
 
 def test_the_page_answers_while_a_job_runs(client: Client, address: str) -> None:
     running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
-    wait_for(lambda: any("step " in str(out) for out in running.outputs()))
+    web.wait_for(lambda: any("step " in str(out) for out in running.outputs()))
     other = Client(address, verbose=False)
     assert "32×32" in other.predict("one", api_name="/describe_model")
     assert "Time:" in other.predict("one", 2, None, None, 1, api_name="/estimate")
     assert not running.done()
     client.predict(api_name="/stop")
-    wait_for(running.done)
+    web.wait_for(running.done)
 
 
 def test_about_a_model_and_its_time(client: Client) -> None:
@@ -199,7 +192,7 @@ def test_downloads_are_deleted_when_they_are_old_and_when_the_page_ends(
         client.predict(**compare_settings(), api_name="/compare")
         assert not set(old) & set(pictures())
         assert len(pictures()) == 4  # the second, and of the comparison those of each variant
-    wait_for(lambda: not pictures())
+    web.wait_for(lambda: not pictures())
 
 
 @pytest.mark.parametrize(
@@ -272,11 +265,11 @@ def test_eight_clients_at_once_each_get_their_own(address: str) -> None:
 
 def test_stop_ends_a_running_job_of_its_visitor_alone(client: Client, address: str) -> None:
     job = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
-    wait_for(lambda: any("step " in str(out) for out in job.outputs()))
+    web.wait_for(lambda: any("step " in str(out) for out in job.outputs()))
     assert "Nothing is running" in Client(address, verbose=False).predict(api_name="/stop")
     begin = time.monotonic()
     assert "Stopped" in client.predict(api_name="/stop")
-    wait_for(job.done)
+    web.wait_for(job.done)
     assert time.monotonic() - begin < 30
     assert "Stopped" in str(job.outputs()[-1])
 
@@ -284,19 +277,19 @@ def test_stop_ends_a_running_job_of_its_visitor_alone(client: Client, address: s
 @pytest.mark.parametrize("how", ["stop", "cancel"])
 def test_a_waiting_job_says_its_place_and_can_leave_the_line(client: Client, address: str, how: str) -> None:
     running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
-    wait_for(lambda: any("step " in str(out) for out in running.outputs()))
+    web.wait_for(lambda: any("step " in str(out) for out in running.outputs()))
     other = Client(address, verbose=False)
     waiting = other.submit(**settings(), api_name="/generate")
-    wait_for(lambda: any("Waiting: 1 job runs before yours" in str(out) for out in waiting.outputs()))
+    web.wait_for(lambda: any("Waiting: 1 job runs before yours" in str(out) for out in waiting.outputs()))
     if how == "stop":
         assert "Stopped" in other.predict(api_name="/stop")
-        wait_for(waiting.done)
+        web.wait_for(waiting.done)
         assert "Stopped" in str(waiting.outputs()[-1])
     else:
         assert waiting.cancel()
     assert not running.done()
     client.predict(api_name="/stop")
-    wait_for(running.done)
+    web.wait_for(running.done)
     assert "Done" in draw(client)[0]
     assert not any("step " in str(out) for out in waiting.outputs())
 
@@ -317,10 +310,3 @@ def test_with_a_password_nothing_is_served_without_it(worker: Worker) -> None:
         assert "32×32" in inside.predict("one", api_name="/describe_model")
     finally:
         page.close()
-
-
-def wait_for(condition: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)

@@ -4,7 +4,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,6 @@ AXIS = "GFLOPs per picture"
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     return web.tiny_worker(web.save_sits(tmp_path_factory.mktemp("web") / "models", "sit"))
-
-
-@pytest.fixture(scope="module")
-def address(worker: Worker) -> Iterator[str]:
-    with web.served(worker) as found:
-        yield found
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A page that strangers can reach: what raw requests get, and how it ends."""
+"""A page that others can reach: responses to raw requests, and how it shuts down."""
 
 # ruff: noqa: E402, the page needs Gradio
 
@@ -35,12 +35,6 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     return web.tiny_worker(folder, jobs_of_address=3)
 
 
-@pytest.fixture(scope="module")
-def address(worker: Worker) -> Iterator[str]:
-    with web.served(worker) as found:
-        yield found
-
-
 def join(address: str, session: str, **headers: str) -> httpx.Response:
     """Ask for a long job as a raw request; 0 is not its number, so it is looked up."""
     config = httpx.get(f"{address}config", headers=headers).json()
@@ -63,12 +57,12 @@ def test_made_up_sessions_have_one_limit_together(address: str, worker: Worker) 
     sessions = [f"made-up-{i}" for i in range(12)]
     for session in sessions:
         assert join(address, session).status_code == 200
-    wait_for(lambda: len(worker._stops._jobs) == 3)
+    web.wait_for(lambda: len(worker._stops._jobs) == 3)
     refused = [session for session in sessions[3:] if "limit" in last_word(address, session)]
     assert len(refused) >= 8  # whichever three came first
     for session in sessions:
         worker.stop(session)
-    wait_for(lambda: not worker._stops._jobs)
+    web.wait_for(lambda: not worker._stops._jobs)
 
 
 def test_a_cookie_that_was_made_up_is_no_name(address: str, worker: Worker) -> None:
@@ -78,12 +72,12 @@ def test_a_cookie_that_was_made_up_is_no_name(address: str, worker: Worker) -> N
         session = f"cookie-{known}-{len(cookie)}"
         headers = {"cookie": f"diffattn-visitor={cookie}".encode()}
         assert join(address, session, **headers).status_code == 200  # type: ignore[arg-type]
-        wait_for(lambda session=session: any(v.session == session for v in worker._stops._jobs.values()))
+        web.wait_for(lambda session=session: any(v.session == session for v in worker._stops._jobs.values()))
         (visitor,) = worker._stops._jobs.values()
         assert visitor.name == (name if known else None)
         assert visitor.owner == ("address", "127.0.0.1")
         worker.stop(session)
-        wait_for(lambda: not worker._stops._jobs)
+        web.wait_for(lambda: not worker._stops._jobs)
 
 
 def test_a_forwarded_address_is_believed_from_a_named_proxy_alone(worker: Worker) -> None:
@@ -91,12 +85,12 @@ def test_a_forwarded_address_is_believed_from_a_named_proxy_alone(worker: Worker
         page, address = launch(worker, wait=False, warm_up=None, proxy=proxy)
         try:
             join(address, "forwarded", **{"x-forwarded-for": "10.1.2.3"})
-            wait_for(lambda: worker._stops._jobs)
+            web.wait_for(lambda: worker._stops._jobs)
             (visitor,) = worker._stops._jobs.values()
             assert visitor.owner == ("address", owner)
         finally:
             worker.stop("forwarded")
-            wait_for(lambda: not worker._stops._jobs)
+            web.wait_for(lambda: not worker._stops._jobs)
             page.close()
 
 
@@ -165,7 +159,7 @@ def test_under_a_password_the_limit_is_the_users(worker: Worker) -> None:
     try:
         client = Client(address, auth=("me", "secret"), verbose=False)
         job = client.submit("x", "one", "none", 400, api_name="/generate")
-        wait_for(lambda: worker._stops._jobs)
+        web.wait_for(lambda: worker._stops._jobs)
         (visitor,) = worker._stops._jobs.values()
         worker.stop(visitor.session)
         assert visitor.owner == ("user", "me")
@@ -239,12 +233,12 @@ def test_a_signal_ends_the_page_soon_with_a_visitor_there_and_removes_pictures(t
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}/"
-        wait_for(lambda: answers(address))
+        web.wait_for(lambda: answers(address))
         client = Client(address, verbose=False, download_files=False)
         client.predict(prompt="tent", steps=2, api_name="/generate")
         assert list(tmp_path.rglob("*.png"))
         job = client.submit(prompt="tent", steps=100, num_images=8, api_name="/generate")
-        wait_for(lambda: any("step " in str(out) for out in job.outputs()))
+        web.wait_for(lambda: any("step " in str(out) for out in job.outputs()))
         with httpx.stream("GET", f"{address}gradio_api/heartbeat/abc", timeout=60):  # as an open page does
             server.send_signal(how)
             server.wait(timeout=20)
@@ -258,10 +252,3 @@ def answers(address: str) -> bool:
         return httpx.get(address).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def wait_for(condition: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What a run of the tests says where the page cannot be tested."""
+"""What the summary of a test run says if the page cannot be tested."""
 
 import os
 import subprocess
