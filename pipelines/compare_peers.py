@@ -8,7 +8,8 @@
 one, and times whole runs, variants in turns. `speed` times whole sampling runs of UNets of real sizes with random
 weights. Results go to quality.json, quality.md and pareto.png, or to speed.json and speed.md; with `--resume` what is
 there is kept and only what is missing is done. `together` plots the pictures of the first over the times of the
-second. The peers are in `pipelines/peers/`; tomesd, DeepCache and tgate come without their dependencies:
+second. The peers are in `pipelines/peers/`; "sada" is SADA without its token-wise part. tomesd, DeepCache and tgate
+come without their dependencies:
 
     pip install --no-deps tomesd==0.1.3 DeepCache==0.1.1 tgate==1.0.0
 """
@@ -157,6 +158,8 @@ def speed(
     Runs are short because exact attention at 1024 pixels takes long on a CPU. How six steps stand for 20: DeepCache
     with interval 3 has 2 full steps (7 of 20); T-GATE has guidance in 2 (8 of 20) and does not get to re-use
     self-attention (3 of 20), so it comes out a little slow. What they cannot stand for is left out with the reason.
+    SADA skips steps where the trajectory is stable, and random weights have a trajectory of their own: only its times
+    in `quality` mean anything.
     Agents accelerate every layer above their thresholds, at 1024 pixels some of level 2 too.
     """
     names = _names(variants)
