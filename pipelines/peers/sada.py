@@ -181,12 +181,12 @@ def sada(pipe: Any, draw: Draw, setting: Setting, stable: Criterion = is_stable)
 def _check(scheduler: Any, steps: int) -> None:
     if steps < SHORTEST:
         raise LeftOut(f"SADA skips steps of runs of {SHORTEST} steps or more, not of {steps}")
-    config = scheduler.config
-    stochastic = str(config.get("algorithm_type")).startswith("sde")
-    if stochastic or not isinstance(scheduler, SAMPLERS) or config.prediction_type not in PREDICTIONS:
+    prediction, algorithm = (scheduler.config.get(key) for key in ("prediction_type", "algorithm_type"))
+    stochastic = str(algorithm).startswith("sde")
+    if stochastic or not isinstance(scheduler, SAMPLERS) or prediction not in PREDICTIONS:
         names = ", ".join(sampler.__name__ for sampler in SAMPLERS)
         raise LeftOut(f"SADA knows the deterministic {names} with {', '.join(PREDICTIONS)}, "
-                      f"not {type(scheduler).__name__} with {config.prediction_type}")  # fmt: skip
+                      f"not {type(scheduler).__name__} with {prediction}")  # fmt: skip
 
 
 @contextmanager

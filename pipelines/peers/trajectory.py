@@ -40,10 +40,11 @@ class Path:
             alpha = torch.ones_like(ratio) if isinstance(scheduler, EulerDiscreteScheduler) else (1 + ratio**2).rsqrt()
             sigma = alpha * ratio
         first = int((scheduler.timesteps == timestep).nonzero()[0])
-        return cls(alpha[first:].tolist(), sigma[first:].tolist(), scheduler.config.prediction_type)
+        return cls(alpha[first:].tolist(), sigma[first:].tolist(), scheduler.config["prediction_type"])
 
     @property
     def steps(self) -> int:
+        """N."""
         return len(self.alpha) - 1
 
     def clean(self, i: int, output: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -286,7 +287,7 @@ def test_a_batch_of_another_size_is_computed(pipe, asked):
     [("sdxl", {}), ("img2img", {"image": tiny.picture(), "strength": 0.6, "height": None, "width": None})],
 )
 def test_other_pipelines(kind, changed, tmp_path):
-    pipe = tiny.pipeline(kind, tmp_path)
+    pipe: Any = tiny.pipeline(kind, tmp_path)
     exact = latents(pipe, **changed)
     with sada(pipe, pipe, SETTING, never) as draw:
         assert torch.equal(latents(draw, **changed), exact)
@@ -300,6 +301,7 @@ def test_other_pipelines(kind, changed, tmp_path):
     [
         (DDIMScheduler(), 6, "runs of 10 steps or more, not of 6"),
         (PNDMScheduler(), 20, "not PNDMScheduler with epsilon"),
+        (FlowMatchEulerDiscreteScheduler(), 20, "not FlowMatchEulerDiscreteScheduler"),
         (EulerAncestralDiscreteScheduler(), 20, "not EulerAncestralDiscreteScheduler"),
         (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), 20, "deterministic"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), 20, "flow_prediction"),
