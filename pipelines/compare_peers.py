@@ -8,7 +8,8 @@
 one, and times whole runs, variants in turns. `speed` times whole sampling runs of UNets of real sizes with random
 weights. Results go to quality.json, quality.md and pareto.png, or to speed.json and speed.md; `--resume` keeps existing
 ones and only adds what is missing. `together` plots the pictures of the first over the times of the
-second. The peers are in `pipelines/peers/`; tomesd, DeepCache and tgate come without their dependencies:
+second. The peers are in `pipelines/peers/`; "sada" is SADA without its token-wise part. tomesd, DeepCache and tgate
+come without their dependencies:
 
     pip install --no-deps tomesd==0.1.3 DeepCache==0.1.1 tgate==1.0.0
 """
@@ -156,7 +157,8 @@ def speed(
 
     Runs are short because exact attention at 1024 pixels takes long on a CPU. How six steps represent 20: DeepCache
     with interval 3 has 2 full steps (7 of 20); T-GATE has guidance in 2 (8 of 20) and never re-uses self-attention (3
-    of 20), so it appears a little slow. Variants that six steps cannot represent are left out, with the reason.
+    of 20), so it appears a little slow. Variants that six steps cannot represent are left out, with the reason. SADA
+    skips steps where the trajectory is stable, which random weights say nothing about: only its times in `quality` count.
     Agents accelerate every layer above their thresholds, at 1024 pixels some of level 2 too.
     """
     names = _names(variants)

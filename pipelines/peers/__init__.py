@@ -17,6 +17,7 @@ from .deepcache import deepcache
 from .downsampling import SHRINK, downsampling
 from .floor import floor
 from .gating import tgate
+from .sada import sada
 from .steps import fewer_steps
 from .tiles import tiled
 from .tome import tome
@@ -35,13 +36,15 @@ KINDS: Mapping[str, Callable[[str], Peer]] = {
     "tiles": lambda number: partial(tiled, int(number)),
     "deepcache": lambda interval: partial(deepcache, int(interval)),
     "tgate": lambda _: tgate,
+    "sada": lambda _: sada,
 }
 """First part of a name -> from the rest of it to the peer."""
 
 VARIANTS = (
     SDPA, "steps-17", "steps-14", "steps-10", "agent", "agent-fast", "agent-pooled", "agent-paper",
     "tome-0.25", "tome-0.5", "tome-0.75", "keys-sampled", "keys-pooled", "tiles-2",
-    "deepcache-2", "deepcache-3", "deepcache-5", "tgate", "agent+deepcache-3", "agent+tgate", "agent+steps-14",
+    "deepcache-2", "deepcache-3", "deepcache-5", "tgate", "sada",
+    "agent+deepcache-3", "agent+tgate", "agent+sada", "agent+steps-14",
 )  # fmt: skip
 """What is compared by default. "agent" is the shipped preset "balanced"; "tiles-2" are 2×2 tiles."""
 

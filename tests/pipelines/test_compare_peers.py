@@ -105,6 +105,17 @@ def test_quality_is_told_as_a_table_and_drawn(measured):
         assert picture.width > picture.height > 500
 
 
+def test_sada_alone_and_with_agents(model, tmp_path):
+    program("quality", "--variants", "sada,agent+sada", "--steps", 10, "--pictures", 1, "--rounds", 1, "--model", model,
+            "--min-tokens", 0, "--device", "cpu", "--threads", 1, "--out", tmp_path)  # fmt: skip
+    entry = json.loads((tmp_path / "quality.json").read_text())["entries"][str(model)]
+    assert not entry["left_out"]
+    assert [set(r) for r in entry["rounds"]] == [{"sdpa", "sada", "agent+sada"}]
+    assert entry["layers"] == {"agent+sada": 3}
+    errors = {name: entry["pictures"][name]["trained"]["latent_error"][0] for name in ("sada", "agent+sada")}
+    assert 0 < errors["sada"] < errors["agent+sada"]
+
+
 def test_resume_does_only_what_is_missing(measured, model):
     out, before, words = measured
     entry = before["entries"][str(model)]

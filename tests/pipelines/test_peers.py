@@ -22,7 +22,8 @@ from peers.downsampling import SHRINK, DownsampledKeys, shrink
 from peers.pictures import builtin_prompts
 
 SETTING = Setting(levels=(0, 1), steps=20, min_tokens=0)
-ALL = (*(name for name in VARIANTS if name != "steps-17"), "floor", "steps-14+deepcache-2", "tgate+agent-fast")
+OTHERS = ("floor", "steps-14+deepcache-2", "tgate+agent-fast", "sada+tgate", "deepcache-3+sada")
+ALL = (*(name for name in VARIANTS if name != "steps-17"), *OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def state(pipe) -> list:
 def test_a_variant_changes_the_latents_and_leaves_everything_as_it_was(pipe, exact, name):
     needs(name)
     before = state(pipe)
-    steps = 10 if "steps" in name else 4
+    steps = 10 if "steps" in name or "sada" in name else 4
     with apply(name, pipe, SETTING) as draw:
         found, again = latents(draw, steps), latents(draw, steps)
     assert found.isfinite().all()
@@ -69,7 +70,9 @@ def test_a_variant_changes_the_latents_and_leaves_everything_as_it_was(pipe, exa
     assert state(pipe) == before
 
 
-@pytest.mark.parametrize("name", ["agent+deepcache-3", "agent+tgate", "tome-0.5", "keys-sampled", "tiles-2"])
+@pytest.mark.parametrize(
+    "name", ["agent+deepcache-3", "agent+tgate", "agent+sada", "tome-0.5", "keys-sampled", "tiles-2"]
+)
 def test_a_variant_is_undone_after_an_exception(pipe, name):
     needs(name)
     before = state(pipe)
