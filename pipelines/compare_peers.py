@@ -157,8 +157,8 @@ def speed(
 
     Runs are short because exact attention at 1024 pixels takes long on a CPU. How six steps represent 20: DeepCache
     with interval 3 has 2 full steps (7 of 20); T-GATE has guidance in 2 (8 of 20) and never re-uses self-attention (3
-    of 20), so it appears a little slow. Variants that six steps cannot represent are left out, with the reason. SADA
-    skips steps where the trajectory is stable, which random weights say nothing about: only its times in `quality` count.
+    of 20), so it appears a little slow. Variants that six steps cannot represent are left out, with the reason. Of SADA
+    only the times in `quality` count: it skips where the trajectory is stable, and that of random weights need not be.
     Agents accelerate every layer above their thresholds, at 1024 pixels some of level 2 too.
     """
     names = _names(variants)
