@@ -27,8 +27,7 @@ SLOW = {
     "training/test_options.py", "training/test_processes.py", "training/test_stops.py", "tuning/test_presets.py",
     "tuning/test_tune.py",
 }  # fmt: skip
-"""Files that take longest: compiling, several processes, a server, whole programs, peaks of memory, every method on every
-pipeline."""
+"""Files that take longest: compilation, processes, a server, programs, memory, every method on every pipeline."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
