@@ -138,7 +138,7 @@ def test_compare_and_its_pairs(client: Client) -> None:
     assert [v["acceleration"] for v in data["variants"]] == ["none", "agent/fast", "agent/balanced"]
     assert all(v["speedup"] is None for v in data["variants"])  # one picture is no measurement
     assert "×" not in verdict
-    assert "draw 3 or more" in figures
+    assert "draw at least 3" in figures
     other = client.predict("Balanced", api_name="/show_pair")
     assert record_of(Path(other[1]))["preset"] == "balanced"
     assert "Peak memory is measured on CUDA devices only" in figures
