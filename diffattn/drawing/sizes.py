@@ -31,9 +31,18 @@ def check_size(pipe: Pipeline, width: int, height: int) -> None:
         if (width, height) != own:
             raise ValueError(f"{type(pipe).__name__} draws {own[0]}x{own[1]} pixels only, got {width}x{height}")
         return
-    unit = math.lcm(MIN_MULTIPLE, pixels_per_latent(pipe))
+    check_multiple(size_unit(pipe), width, height)
+
+
+def size_unit(pipe: Any) -> int:
+    """Pixels that the width and height of a pipeline's pictures must be multiples of."""
     if isinstance(pipe, SiTPipeline):
-        unit = pipe.transformer.patch_size * pipe.vae_scale_factor
+        return pipe.transformer.patch_size * pipe.vae_scale_factor
+    return math.lcm(MIN_MULTIPLE, pixels_per_latent(pipe))
+
+
+def check_multiple(unit: int, width: int, height: int) -> None:
+    """Raise `ValueError` for a size that is no multiple of `size_unit`, naming the nearest valid ones."""
     for name, size in (("width", width), ("height", height)):
         if size < 1 or size % unit:
             below, above = size // unit * unit, (size // unit + 1) * unit

@@ -46,7 +46,7 @@ def test_a_picture_drawn_again_follows_the_decisions_in_its_record(worker: Worke
     record = dict(first.pictures[0].record)
     assert record["decisions"]
     record["decisions"] = dict.fromkeys(record["decisions"], faster)  # as on another machine
-    settings = settings_of_record(record, worker.models, worker.limits)
+    settings: Any = settings_of_record(record, worker.models, worker.limits)
     same = as_recorded(worker.limits.request(**settings | {"num_images": 2}), record, worker.models, worker.limits)
     again: Any = list(worker.generate("a", same))[-1]
     assert again.pictures[0].record["decisions"] == record["decisions"]
