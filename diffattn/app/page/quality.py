@@ -35,8 +35,9 @@ from diffattn.app.page.shared import (
 from diffattn.app.page.time_line import Estimate, keep_estimated
 
 INTRO = (
-    "N pictures of every acceleration, of the same prompts and seeds and drawn in turns, give the time of one picture "
-    "and its distance (FID, KID) to a reference. FID grows as N falls: only compare figures with the same N."
+    "With every acceleration N pictures are drawn, of the same prompts and seeds and in turns. They give the time of a "
+    "picture, and how far the pictures are from a reference (FID and KID, lower is better). FID grows as N falls: only "
+    "compare figures with the same N."
 )
 TAB = "quality"
 
@@ -124,6 +125,7 @@ def tab(
         guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
         seed: float = 0,
     ) -> Estimate:  # fmt: skip
+        """How long a measurement would take (HTML), once that is known."""
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         return _estimate(worker, given)
 
@@ -179,6 +181,8 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
         guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
         seed: float = 0, visitor: RunsShown | None = None, labels: Sequence[str] = (), axis: str = TIME,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        """Measure speed and quality. Returns a line about the run (HTML), the titles of the runs shown, their charts
+        and tables (HTML), and the files of all their figures (JSON and CSV)."""
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         wanted, blank = measurement_of(worker, given), [gr.skip()] * 4
         assert visitor is not None
@@ -191,7 +195,7 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
                 elif isinstance(event, QualityRun):
                     yield note(_summary(event)), *shelf.added(visitor, [event])
         except Stopped:
-            yield note("Stopped: the run under way is dropped."), *blank
+            yield note("Stopped: the run under way was dropped."), *blank
 
     given, outputs = [*parts.found.all(), *parts.now], [parts.stage, *parts.outputs]
     done = parts.go.click(run, given, outputs, api_name="measure", **JOB)
@@ -203,6 +207,7 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
     """Lay out the run selection and the loading of runs from a file; returns the event that ends the loading."""
 
     def show_runs(labels: list[str], axis: str, visitor: RunsShown) -> tuple[Any, ...]:
+        """Charts and tables (HTML) of the runs of these titles, and the files of all their figures (JSON and CSV)."""
         visitor.choose(labels, axis)
         return shelf.shown_now(visitor)
 
@@ -212,6 +217,8 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
     )  # fmt: skip
 
     def load_runs(path: str | None, visitor: RunsShown, labels: list[str], axis: str) -> tuple[Any, ...]:
+        """Add the runs of a JSON file. Returns the titles of the runs shown, their charts and tables (HTML), and the
+        files of all their figures (JSON and CSV)."""
         visitor.choose(labels, axis)
         if path is None:
             return (gr.skip(),) * 4

@@ -128,7 +128,7 @@ def test_stop_ends_a_measurement(visit: Visit) -> None:
     page.click("#measure")
     says(page, "#measure-stage", "step ")
     page.click("#stop-measure")
-    says(page, "#measure-stage", "Stopped: the run under way is dropped")
+    says(page, "#measure-stage", "Stopped: the run under way was dropped")
     set_steps(page, 2)
     set_number(page, "N: pictures of each", 8)
     measured(page)
