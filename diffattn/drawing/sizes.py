@@ -61,11 +61,14 @@ def default_size(pipe: Any) -> tuple[int, int]:
     """Width and height in pixels that the denoiser was trained for, which a pipeline draws if it is given no size.
 
     Raises:
-        ValueError: neither the denoiser nor the pipeline names a size.
+        ValueError: neither the denoiser nor the pipeline names a size, or it is none.
     """
     size = getattr(getattr(denoiser_of(pipe), "config", None), "sample_size", None)
     size = getattr(pipe, "default_sample_size", None) if size is None else size
     if size is None:
         raise ValueError(f"{type(pipe).__name__} has no size of its own; give width and height")
-    rows, columns = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"the sample_size of a denoiser is one number or two, got {str(size)[:40]!r}")
+    rows, columns = sides
     return columns * pixels_per_latent(pipe), rows * pixels_per_latent(pipe)

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 from support import web
 
-from diffattn.app.jobs import Drawn, Worker
+from diffattn.app.jobs import Drawn, Limits, Models, Worker
 from diffattn.app.jobs.restore import as_recorded, record_of_file, settings_of_record
 from diffattn.app.jobs.suited import check_suited, plain_name, suited_accelerations
 from diffattn.app.jobs.worker import save_pictures
@@ -120,6 +121,28 @@ def test_accelerations_are_told_from_a_models_files() -> None:
     assert plain_name("none") == "Exact (no acceleration)"
     with pytest.raises(ValueError, match="does not work for model 'cifar-sit'"):
         check_suited(web.Worker(device="cpu").models, "cifar-sit", ["agent/fast"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"block_out_channels": [7, 7]}, "'group/two' could not be loaded: num_channels"),
+        ({"attention_head_dim": 0}, "'group/two' could not be loaded: integer division"),
+        ({"sample_size": "big"}, "sample_size of a denoiser is one number or two, got 'big'"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_be_loaded_leaves_the_next_one_alone(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    folder = web.save_models(tmp_path / "models")
+    config = folder / "group" / "two" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    worker = Worker(Models(folder), Limits(side=64, steps=4), "cpu", "bfloat16")
+    with pytest.raises(ValueError, match=says):
+        list(worker.generate("a", web.ask(worker, model="group/two")))
+    assert torch.get_default_dtype() == torch.float32
+    assert isinstance(list(worker.generate("a", web.ask(worker)))[-1], Drawn)
 
 
 DEEP = "[" * 5000 + "]" * 5000
