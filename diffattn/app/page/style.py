@@ -95,7 +95,7 @@ attention.">
 .gradio-container { width: 100% !important; }
 @media (max-width: 768px) {
   .gradio-container > .main { padding: 1rem .75rem !important; }
-  .gradio-container .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
+  .gradio-container .tab-container button { padding: 0 .3rem !important; font-size: .8rem !important; }
 }
 </style>
 <script>
