@@ -73,6 +73,7 @@ def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
         "/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate",
         "/measure", "/show_runs", "/load_runs", "/estimate_measure",
     }  # fmt: skip
+    assert [name for name, endpoint in found.items() if not endpoint["description"]] == []
     assert [p["parameter_name"] for p in found["/generate"]["parameters"]] == list(settings())
     assert all(p["parameter_has_default"] for p in found["/generate"]["parameters"][1:])
     assert all(p["parameter_has_default"] for p in found["/compare"]["parameters"][1:])
