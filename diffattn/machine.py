@@ -133,7 +133,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def where(machine: dict[str, Any]) -> str:
     """The entry of `describe_machine` that names the device."""
-    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    count = machine["threads"]
+    return machine.get("gpu") or f"{machine['cpu']}, {count} {'thread' if count == 1 else 'threads'}"
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

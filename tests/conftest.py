@@ -17,17 +17,17 @@ os.environ["DIFFATTN_CALIBRATE"] = "0"  # pictures of tests must not depend on t
 SLOW = {
     "app/jobs/test_jobs.py", "app/jobs/test_limits.py", "app/jobs/test_no_picture.py", "app/jobs/test_quality.py",
     "app/jobs/test_stop.py", "app/page/test_page.py", "app/page/test_quality.py", "app/page/test_shared_use.py",
-    "app/page/test_skipped.py", "architectures/test_own_dit.py", "cli/test_app.py", "cli/test_tune.py",
-    "coexistence/test_caches.py", "coexistence/test_compile_blocks.py", "coexistence/test_processes.py",
-    "methods/test_contract.py", "patching/test_compile.py", "pipelines/test_compare_linear.py",
-    "pipelines/test_compare_mediators.py", "pipelines/test_compare_peers.py", "pipelines/test_gpu_day.py",
-    "pipelines/test_page_programs.py", "pipelines/test_peers.py", "pipelines/test_precompute_page.py",
-    "pipelines/test_train_emoji_sd.py", "test_docs.py", "training/test_distributed.py", "training/test_full_disk.py",
-    "training/test_killed.py", "training/test_loop.py", "training/test_options.py", "training/test_processes.py",
-    "training/test_stops.py",
-    "tuning/test_presets.py",
+    "app/page/test_skipped.py", "architectures/test_memory.py", "architectures/test_own_dit.py",
+    "benchmarks/test_mediators.py", "cli/test_app.py", "cli/test_tune.py", "coexistence/test_caches.py",
+    "coexistence/test_compile_blocks.py", "coexistence/test_processes.py", "methods/test_contract.py",
+    "patching/test_compile.py", "pipelines/test_compare_linear.py", "pipelines/test_compare_mediators.py",
+    "pipelines/test_compare_peers.py", "pipelines/test_gpu_day.py", "pipelines/test_page_programs.py",
+    "pipelines/test_peers.py", "pipelines/test_precompute_page.py", "pipelines/test_train_emoji_sd.py", "test_docs.py",
+    "training/test_distributed.py", "training/test_full_disk.py", "training/test_killed.py", "training/test_loop.py",
+    "training/test_options.py", "training/test_processes.py", "training/test_stops.py", "tuning/test_presets.py",
+    "tuning/test_tune.py",
 }  # fmt: skip
-"""Files that take longest: compiling, several processes, a server, whole programs, every method on every pipeline."""
+"""Files that take longest: compilation, processes, a server, programs, memory, every method on every pipeline."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

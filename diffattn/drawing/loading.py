@@ -1,6 +1,8 @@
 """Diffusers pipelines by name: embedded in the package, in a local folder, or on the hub. Safetensors only."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -103,9 +105,21 @@ def _from_pretrained(model: str | Path, dtype: torch.dtype, variant: str | None 
     own = {kind.__name__: kind for kind in (SiTPipeline,)}
     index: Any = DiffusionPipeline.load_config(model)
     name = index["_class_name"]
-    pipe = own.get(name, DiffusionPipeline).from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant)
+    kind = own.get(name, DiffusionPipeline)
+    with _default_dtype_kept():
+        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant)
     _check_complete(model, pipe)
     return pipe
+
+
+@contextmanager
+def _default_dtype_kept() -> Iterator[None]:
+    """Within the block torch's default dtype may change: diffusers leaves its own behind if a part cannot be loaded."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _check_complete(model: str | Path, pipe: DiffusionPipeline) -> None:
@@ -136,7 +150,7 @@ def _from_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Diffu
         raise ValueError(f"variants cannot be read beside {bare[0]!r}, a name without a dot; remove it from {folder}")
     try:
         return _from_pretrained(folder, dtype, variant)
-    except (*BROKEN, TypeError, LookupError, RecursionError) as error:
+    except (*BROKEN, TypeError, LookupError, RecursionError, ArithmeticError) as error:
         raise ValueError(f"{str(folder)!r} could not be loaded: {_first_line(error)}") from error
 
 

@@ -31,9 +31,18 @@ def check_size(pipe: Pipeline, width: int, height: int) -> None:
         if (width, height) != own:
             raise ValueError(f"{type(pipe).__name__} draws {own[0]}x{own[1]} pixels only, got {width}x{height}")
         return
-    unit = math.lcm(MIN_MULTIPLE, pixels_per_latent(pipe))
+    check_multiple(size_unit(pipe), width, height)
+
+
+def size_unit(pipe: Any) -> int:
+    """Pixels that the width and height of a pipeline's pictures must be multiples of."""
     if isinstance(pipe, SiTPipeline):
-        unit = pipe.transformer.patch_size * pipe.vae_scale_factor
+        return pipe.transformer.patch_size * pipe.vae_scale_factor
+    return math.lcm(MIN_MULTIPLE, pixels_per_latent(pipe))
+
+
+def check_multiple(unit: int, width: int, height: int) -> None:
+    """Raise `ValueError` for a size that is no multiple of `size_unit`, naming the nearest valid ones."""
     for name, size in (("width", width), ("height", height)):
         if size < 1 or size % unit:
             below, above = size // unit * unit, (size // unit + 1) * unit
@@ -52,11 +61,14 @@ def default_size(pipe: Any) -> tuple[int, int]:
     """Width and height in pixels that the denoiser was trained for, which a pipeline draws if it is given no size.
 
     Raises:
-        ValueError: neither the denoiser nor the pipeline names a size.
+        ValueError: neither the denoiser nor the pipeline names a size, or it is none.
     """
     size = getattr(getattr(denoiser_of(pipe), "config", None), "sample_size", None)
     size = getattr(pipe, "default_sample_size", None) if size is None else size
     if size is None:
         raise ValueError(f"{type(pipe).__name__} has no size of its own; give width and height")
-    rows, columns = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"the sample_size of a denoiser is one number or two, got {str(size)[:40]!r}")
+    rows, columns = sides
     return columns * pixels_per_latent(pipe), rows * pixels_per_latent(pipe)

@@ -166,6 +166,7 @@ def test_gradients_flow_and_may_be_recomputed(model: Any) -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["outer", "in place", "blocks"])
 def test_compiled_before_patching_gives_one_graph_per_phase(model: Any, way: str) -> None:
     torch._dynamo.reset()

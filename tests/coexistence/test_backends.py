@@ -1,21 +1,11 @@
 """Attention backends of diffusers: accelerated layers do without, the exact path keeps the user's."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
-from diffusers import attention_backend
 from support.coexistence import Subject, agree, check, coexists
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-
-
-@pytest.fixture(autouse=True)
-def _active() -> Iterator[None]:
-    """`set_attention_backend` also sets the backend of all models that were given none."""
-    with attention_backend("native"):
-        yield
 
 
 class Kernels(TorchFunctionMode):

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
 
 web.need_gradio()
 
+import check_clients
 import check_estimates
-import check_memory
 import precompute_first_view
+import served_page
 
 from diffattn.app.jobs.first_view import FirstView
 from diffattn.app.jobs.stored_steps import read_steps
@@ -55,9 +56,23 @@ def test_every_estimate_has_its_error(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 without one" in capsys.readouterr().out
 
 
+def test_who_got_the_picture_of_another_or_of_another_seed_is_not_right() -> None:
+    jobs = [(1, 1, "a"), (2, 1, "b"), (3, 3, "c"), (4, 4, "c")]
+    assert check_clients.right([check_clients.Job(*job, seconds=1) for job in jobs]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_clients_at_once_get_their_own_pictures_and_the_page_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    check_clients.main("cifar-sit", prompt="1", clients=3, jobs=2, steps=2)
+    said = capsys.readouterr().out
+    assert "6 of 6 jobs of 3 clients right" in said
+    assert "files left: 0" in said
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_that_a_process_holds_is_read() -> None:
-    before = check_memory.resident(os.getpid())
+    before = served_page.resident(os.getpid())
     held = bytearray(os.urandom(64 * 2**20))
-    assert check_memory.resident(os.getpid()) - before >= 60
+    assert served_page.resident(os.getpid()) - before >= 60
     del held

@@ -1,28 +1,17 @@
 """The fixtures of the linear family: whole layers of the published implementations, forward and gradient."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[1] / "fixtures"
+from support.reference import FOLDER, Case
 
 
-@dataclass(frozen=True)
-class FamilyCase:
-    """One fixture: its parameters, and its tensors by name (`in.`, `w.`, `mid.`, `out.`, `probe.`, `grad.`)."""
-
-    params: dict[str, Any]
-    tensors: dict[str, Tensor]
-    tolerance: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+class FamilyCase(Case):
+    """One fixture; its tensors are also named `mid.`, `probe.` and `grad.`."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -33,9 +22,6 @@ class FamilyCase:
         """Those whose names start so, without it and without `w.`."""
         start = f"w.{prefix}"
         return {name.removeprefix(start): x for name, x in self.tensors.items() if name.startswith(start)}
-
-    def assert_close(self, actual: Tensor, name: str) -> None:
-        torch.testing.assert_close(actual, self.tensors[name], **self.tolerance)
 
     def assert_matches(self, x: Tensor, y: Tensor) -> None:
         """The output, and the gradient that it gives the input `x`."""
@@ -52,9 +38,9 @@ def family_cases(*prefixes: str, without: str = "none") -> pytest.MarkDecorator:
     index = json.loads((FOLDER / "linear-family.json").read_text())
     bound = {name: index["conventions"]["tolerance"]["fp32"][name] for name in ("atol", "rtol")}
     found = [
-        FamilyCase(entry, load_file(FOLDER / entry["file"]), bound)
+        FamilyCase(entry["name"], entry, load_file(FOLDER / entry["file"]), bound)
         for entry in index["cases"]
         if entry["name"].startswith(prefixes) and entry["name"] != without
     ]
     assert found, prefixes
-    return pytest.mark.parametrize("case", found, ids=lambda case: case.params["name"])
+    return pytest.mark.parametrize("case", found, ids=lambda case: case.name)

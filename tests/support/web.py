@@ -27,9 +27,10 @@ def need_gradio() -> None:
 
 
 def need_chromium() -> None:
-    """Skip the module without Chromium and Playwright, unless the environment requires them."""
+    """Skip the module without Chromium, Playwright and axe, unless the environment requires them."""
     if not REQUIRED:
         pytest.importorskip("playwright", reason="the browser tests need Playwright: pip install playwright")
+        pytest.importorskip("axe_playwright_python", reason="they need axe: pip install axe-playwright-python")
         if not Path(CHROMIUM).is_file():
             pytest.skip("the browser tests need Chromium: apt-get install chromium", allow_module_level=True)
 

@@ -12,7 +12,7 @@ from diffattn.app.jobs.quality_run import Measurement
 from diffattn.app.jobs.speed_quality import has_reference, variants_of
 from diffattn.app.jobs.suited import own_method
 from diffattn.drawing.request import UNPATCHED, Request
-from diffattn.drawing.sizes import default_size
+from diffattn.drawing.sizes import check_multiple, default_size, size_unit
 from diffattn.methods import METHODS
 from diffattn.patching.default_method import default_method
 
@@ -23,11 +23,12 @@ class _Own:
 
     method: str | None = None  # its default one
     size: tuple[int, int] | None = None  # width, height in pixels that it was trained for
+    unit: int = 1  # pixels that both must be multiples of
 
     @classmethod
     def of(cls, pipe: Any) -> Self:
         try:
-            return cls(default_method(pipe), default_size(pipe))
+            return cls(default_method(pipe), default_size(pipe), size_unit(pipe))
         except (TypeError, ValueError, AttributeError):  # a pipeline that cannot be accelerated, or has no size
             return cls()
 
@@ -58,7 +59,7 @@ class Estimates:
             pictures: how many in all; None: those of the request.
 
         Raises:
-            ValueError: a size or an amount of work above the limits.
+            ValueError: a size or an amount of work above the limits; a size that a model once loaded cannot draw.
         """
         count = request.num_images if pictures is None else pictures
         place, own = self._models.place(request.model), self._own.get(request.model, _Own())
@@ -68,6 +69,7 @@ class Estimates:
         if width is None or height is None:
             return None
         self._limits.check_size(width, height)
+        check_multiple(own.unit, width, height)
         if request.method is None and request.recipe is None:  # as `prepare` fills it in
             request = replace(request, method=own_method(place) or own.method, preset="balanced")
         one = self._pace.seconds(request, width, height)

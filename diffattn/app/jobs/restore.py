@@ -1,13 +1,15 @@
 """The settings that drew a picture, read from the record in its file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffattn.app.jobs.choices import AUTOMATIC, Models, accelerations
 from diffattn.app.jobs.limits import Limits
 from diffattn.app.jobs.naming import naming
-from diffattn.drawing.request import UNPATCHED, record_of
+from diffattn.architectures.decisions import read_given
+from diffattn.drawing.request import UNPATCHED, Request, record_of
 
 SETTINGS = (
     "prompt", "model", "acceleration", "steps", "guidance", "width", "height", "seed", "num_images", "negative_prompt",
@@ -16,22 +18,37 @@ SETTINGS = (
 """Names of the values that make a request, in the order in which the page's endpoints take them."""
 
 
-def settings_of_file(path: Path, models: Models, limits: Limits) -> dict[str, Any]:
-    """The settings in a PNG that this page (or `diffattn generate`) drew.
-
-    Raises:
-        ValueError: not such a file, or its settings are not allowed here; the message says which.
-    """
+def record_of_file(path: Path) -> dict[str, Any]:
+    """As `record_of`, of a PNG that this page (or `diffattn generate`) drew; errors name it without its folder."""
     with naming(path, path.name):
-        record = record_of(path)
-    return settings_of_record(record, models, limits)
+        return record_of(path)
 
 
 def settings_of_record(record: Mapping[str, Any], models: Models, limits: Limits) -> dict[str, Any]:
-    """The value of each of `SETTINGS` for a picture's record, which is untrusted; raises like `settings_of_file`."""
+    """The value of each of `SETTINGS` for a picture's record, which is untrusted.
+
+    Raises:
+        ValueError: its settings are not allowed here; the message says which.
+    """
     given = {name: record.get(name) for name in SETTINGS}
     given |= {"num_images": 1, **_way(record)}
+    read_given(record.get("decisions"))
     return checked_settings(given, models, limits)
+
+
+def as_recorded(asked: Request, record: Mapping[str, Any] | None, models: Models, limits: Limits) -> Request:
+    """A request that follows the decisions in the record of a picture, if it asks for that picture: the same calls then
+    run accelerated, whatever is faster on this machine.
+
+    Args:
+        asked: what is to be drawn; it may be further pictures too.
+        record: whose settings were restored, see `settings_of_record`; None: nobody's.
+    """
+    decisions = record and record.get("decisions")
+    if not record or not decisions:
+        return asked
+    first = limits.request(**settings_of_record(record, models, limits))
+    return replace(asked, decisions=decisions) if replace(asked, num_images=1) == first else asked
 
 
 def checked_settings(given: Any, models: Models, limits: Limits) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def snippet(
         preset = f", preset={request.preset!r}" if request.preset else ""
         kept = {name: value for name, value in (request.recipe or {}).items() if name not in FOR_PEOPLE}
         recipe = f", recipe={kept!r}" if request.recipe is not None else ""
-        options = "".join(f", {name}={value!r}" for name, value in request.options.items())
+        given = {**request.options, **({"decisions": request.decisions} if request.decisions else {})}
+        options = "".join(f", {name}={value!r}" for name, value in given.items())
         named = is_tuned(kept) or "method" in kept  # from the recipe
         method = "" if named else f", {request.method!r}"
         lines.append(f"diffattn.patch(pipe{method}{preset}{recipe}{options})")

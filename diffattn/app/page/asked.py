@@ -13,7 +13,7 @@ from diffattn.app.jobs.suited import compared_at_first, own_method, plain_name, 
 from diffattn.app.page.shared import OWN, PROMPTS, QUICK, TOLD, given_or_own, toast, whole_numbers
 
 OWN_PROMPTS, SHARED, LISTED = "own", "shared", "list"
-NUMBERS = "Used at every noise level; one row each. Mediators: perfect squares that the model learned."
+NUMBERS = "One row for each, used at every noise level. Mediators: perfect squares that the model was trained with."
 SENT = (
     "models", "accelerations", "numbers", "samples", "steps", "guidance", "prompts", "extractor", "against", "seed",
 )  # fmt: skip
@@ -85,7 +85,7 @@ def _prompts(has_prompts: bool) -> tuple[gr.Radio, gr.Textbox]:
     choices = [("the model's own", OWN_PROMPTS), ("the prompt of the other tabs", SHARED), ("a list", LISTED)]
     which = gr.Radio(
         choices, value=OWN_PROMPTS if has_prompts else LISTED, label="Prompts",
-        info="Its own are its classes, or those of its stored run. FID of a single prompt says little.",
+        info="The model's own: its classes, or the prompts of its stored run. FID of a single prompt says little.",
     )  # fmt: skip
     prompts = gr.Textbox(
         "" if has_prompts else "\n".join(PROMPTS), label="List of prompts", lines=3, visible=not has_prompts,
@@ -104,7 +104,7 @@ def _more(worker: Worker) -> tuple[gr.Number, gr.Dropdown, gr.Radio]:
             [("real pictures where stored", AGAINST[0]), ("its own exact pictures", AGAINST[1])], value=AGAINST[0],
             label="Measured against", info="Exact pictures use other seeds; exact attention thus shows chance.",
         )  # fmt: skip
-        guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=120)
+        guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: the model's own", min_width=120)
     return guidance, extractor, against
 
 

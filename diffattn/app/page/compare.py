@@ -81,6 +81,9 @@ def _comparing(worker: Worker, files: Files) -> Any:
         guidance: float | None = None, width: float | None = None, height: float | None = None, seed: float = 0,
         num_images: float = 3, negative_prompt: str = "", recipe: str | None = None,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        """Draw the same pictures exact and accelerated. Returns a line about the run (HTML), the pairs to choose from,
+        the files of the first pair, a table and what ran in which layer (both HTML), all figures as data, and the
+        verdict (HTML)."""
         given = [prompt, model, None, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
         names = worker.limits.variants_of(accelerations, recipe is not None)
         asked, blank = request_of(worker, given, acceleration="automatic"), [gr.skip()] * 8
@@ -115,6 +118,7 @@ def _wire_pairs(shown: gr.Radio, pairs: gr.State, slider: gr.ImageSlider, both: 
     """Show the pair that is chosen."""
 
     def show(name: str, pairs: dict[str, Any]) -> Any:
+        """The files of a pair of this client's latest comparison, exact and accelerated."""
         pair = pairs.get(name)
         if pair and not all(Path(path).is_file() for path in pair):
             raise gr.Error("These pictures are no longer on the server: press Compare again.", print_exception=False)

@@ -22,7 +22,7 @@ def compare_this(worker: Worker, files: Files, drawn: Generated, compared: Compa
     opened = gr.State(0)  # its place among them
 
     def note_opened(event: gr.SelectData) -> int:
-        return event.index if isinstance(event.index, int) else 0
+        return max(event.index, 0) if isinstance(event.index, int) else 0
 
     drawn.gallery.select(note_opened, None, opened, api_visibility="private", **QUICK)
     drawn.run.then(lambda: 0, None, opened, api_visibility="private", **QUICK)

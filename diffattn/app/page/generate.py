@@ -1,12 +1,13 @@
 """The tab that draws."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from diffattn.app.jobs import Drawn, JobProgress, Stopped, Worker
+from diffattn.app.jobs.restore import as_recorded
 from diffattn.app.jobs.suited import own_method, plain_name
 from diffattn.app.jobs.worker import save_pictures
 from diffattn.app.page.files import Files
@@ -20,7 +21,8 @@ from diffattn.app.page.time_line import wire_time
 
 EMPTY = "The picture appears here."
 MEASURED = (
-    "Measured earlier: one picture with exact and with accelerated attention. Move the line; yours will appear here."
+    "Measured earlier: the same picture with exact and with accelerated attention. Move the line between them; "
+    "yours will appear here."
 )
 
 TAB = "generate"
@@ -41,7 +43,7 @@ class Generated:
 
 def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State, stored: gr.BrowserState) -> Generated:
     """Lay out the tab; after a run `latest` holds its trace. Its settings are kept in `stored`."""
-    history = gr.State([])
+    history, restored = gr.State([]), gr.State(None)  # pictures drawn; the record whose settings were restored
     with columns() as (ask, result, rest):
         found = inputs(worker, ask, rest, several=False)
         with ask:
@@ -77,14 +79,15 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State, stored:
             )  # fmt: skip
     draw = _drawing(worker, files)
     outputs = [stage, gallery, saved, code, records, latest, history]
-    run = gr.on([go.click, found.prompt.submit], draw, [*found.all(), history], outputs, api_name="generate", **JOB)
+    given: list[Any] = [*found.all(), history, restored]
+    run = gr.on([go.click, found.prompt.submit], draw, given, outputs, api_name="generate", **JOB)
     halt.click(stopper(worker, TAB), None, stage, api_visibility="private", **QUICK)
     gr.Button(visible=False).click(stopping(worker), None, stage, api_name="stop", **QUICK)  # for programs only
     found.renew_seed(run)
     wire_about(worker, found)
     wire_time(page, worker, found, time, run)
-    wire_history(worker, found, files, history, earlier, run, [stage, gallery, saved, code, records])
-    wire_drop(worker, found, files, dropped, stage)
+    wire_history(worker, found, files, history, earlier, run, [stage, gallery, saved, code, records], restored)
+    wire_drop(worker, found, files, dropped, stage, restored)
     wire_reload(page, worker, found, files, stored, several=False)
     return Generated(found, run, compare, records, gallery)
 
@@ -97,9 +100,12 @@ def _drawing(worker: Worker, files: Files) -> Any:
         request: gr.Request, prompt: str, model: str, acceleration: str, steps: float, guidance: float | None = None,
         width: float | None = None, height: float | None = None, seed: float = 0, num_images: float = 1,
         negative_prompt: str = "", recipe: str | None = None, history: Sequence[Entry] = (),
+        restored: Mapping[str, Any] | None = None,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        """Draw pictures. Returns a line about the run (HTML), the pictures, their PNG files, Python code that draws
+        them, and their records with the seconds that each took."""
         given = [prompt, model, acceleration, steps, guidance, width, height, seed, num_images, negative_prompt, recipe]
-        asked = request_of(worker, given)
+        asked = as_recorded(request_of(worker, given), restored, worker.models, worker.limits)
         blank, paths = [gr.skip()] * 6, []
         place, before = files.subfolder(), list(history)  # adding a picture keeps those before it
         yield busy("Starting …"), *blank
@@ -147,6 +153,7 @@ def stopping(worker: Worker) -> Any:
     """The Stop endpoint for programs: stops all their jobs without waiting, and reports whether there were any."""
 
     def stop(request: gr.Request) -> str:
+        """Stop all jobs of this client. Returns whether there were any (HTML)."""
         return note("Stopped." if worker.stop(_session(request)) else "Nothing is running.")
 
     return stop

@@ -5,6 +5,7 @@ Starlette's middleware limits sizes. Its check of `Host` takes names but not "an
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import time
@@ -16,6 +17,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import gradio as gr
+from gradio.route_utils import FnIndexInferError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -23,11 +25,17 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffattn.app.jobs import Visitor
+from diffattn.app.jobs.discretion import without_words
 
-BODY_BYTES = 9 * 2**20
-"""The largest request: an upload of `UPLOAD_BYTES` with its overhead."""
+log = logging.getLogger("diffattn.app.page")
 
 UPLOAD_BYTES = "8mb"
+BODY_BYTES = 9 * 2**20
+"""The largest upload: `UPLOAD_BYTES` with what surrounds them."""
+
+DATA_BYTES = 4 * 2**20
+"""The largest request of any other kind: JSON of many small values takes about fifty times its size once it is read."""
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 COOKIE = "diffattn-visitor"
 NAME = "diffattn.visitor"  # key of an ASGI scope
@@ -44,8 +52,10 @@ def middleware(hosts: Collection[str], listens_to_all: bool, make_room: Callable
         make_room: called before an upload.
     """
     return [
+        Middleware(Discreet),
         Middleware(SameSite, hosts=hosts, any_address=listens_to_all),
-        Middleware(RequestBodyLimitMiddleware, max_body_size=BODY_BYTES),
+        Middleware(OwnRoutes),
+        Middleware(BodyLimits),
         Middleware(LoginThrottle),
         Middleware(Signed),
         Middleware(Uploads, make_room=make_room),
@@ -68,6 +78,34 @@ def believing(proxy: str | None) -> Iterator[None]:
             del os.environ[key]
         else:
             os.environ[key] = before
+
+
+class Discreet:
+    """Answers what goes wrong in the server itself; only the stack gets into the log, since a message may quote what a
+    client sent, such as the name of an endpoint that is none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            return await self.app(scope, receive, noting)
+        except FnIndexInferError:
+            refusal = _refuse(404, "this page has no such endpoint")
+        except Exception as error:
+            log.error("a request failed\n%s", without_words(error))
+            refusal = _refuse(500, "something went wrong; see the server's log for the reason")
+        if not begun:
+            await refusal(scope, receive, send)
 
 
 class SameSite:
@@ -97,6 +135,31 @@ class SameSite:
         except ValueError:
             return False
         return name in self.hosts or (self.any_address and _is_address(name))
+
+
+class OwnRoutes:
+    """Refuses what Gradio serves and this page has no use for: files fetched from elsewhere, and the conversion of
+    videos, whose files no quota counts."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if "://" in path or path.rstrip("/").endswith("/process_recording"):
+            return await _refuse(404, "this page has no such address")(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+class BodyLimits:
+    """Refuses requests that are too large, before they are read: uploads may be larger than all others."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.uploads = RequestBodyLimitMiddleware(app, BODY_BYTES)
+        self.others = RequestBodyLimitMiddleware(app, DATA_BYTES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self.uploads if _is_upload(scope) else self.others)(scope, receive, send)
 
 
 class LoginThrottle:
@@ -171,7 +234,7 @@ class Uploads:
         self.app, self._make_room = app, make_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
+        if _is_upload(scope):
             self._make_room()
         await self.app(scope, receive, send)
 
@@ -186,6 +249,10 @@ def visitor_of(request: gr.Request, tab: str) -> Visitor:
 def _address(scope: Scope) -> str:
     """The network address; uvicorn takes it from a forwarded header only if a named proxy sent it."""
     return (scope.get("client") or ("",))[0]
+
+
+def _is_upload(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload")
 
 
 def _is_address(name: str) -> bool:

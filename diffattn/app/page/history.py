@@ -43,15 +43,16 @@ def remembered(history: Sequence[Entry], new: Sequence[Entry]) -> list[Entry]:
 def strip() -> gr.Gallery:
     """The strip itself, hidden until there is something earlier to show."""
     return gr.Gallery(
-        label="Earlier pictures of this session: a click shows one again, with its settings", format="png",
+        label="Earlier pictures of this session: click one to see it again, with its settings", format="png",
         type="filepath", interactive=False, columns=8, rows=1, height=120, object_fit="contain", allow_preview=False,
         visible=False, buttons=[], elem_id="history", elem_classes="diffattn-history",
     )  # fmt: skip
 
 
 def wire_history(
-    worker: Worker, found: Inputs, files: Files, history: gr.State, shown: gr.Gallery, run: Any, outputs: Sequence[Any]
-) -> None:
+    worker: Worker, found: Inputs, files: Files, history: gr.State, shown: gr.Gallery, run: Any, outputs: Sequence[Any],
+    restored: gr.State,
+) -> None:  # fmt: skip
     """Keep the strip up to date after the event `run`, and show again what is clicked.
 
     Args:
@@ -60,6 +61,7 @@ def wire_history(
         shown: the strip.
         run: the event that draws.
         outputs: stage, pictures, files, code and records of the tab.
+        restored: the record whose settings were restored.
     """
 
     def refresh(history: Sequence[Entry]) -> Any:
@@ -69,7 +71,7 @@ def wire_history(
 
     def show_again(history: Sequence[Entry], event: gr.SelectData) -> tuple[Any, ...]:
         there = [entry for entry in reversed(history) if Path(entry["path"]).is_file()]
-        if not isinstance(event.index, int) or event.index >= len(there):
+        if not isinstance(event.index, int) or not 0 <= event.index < len(there):
             raise gr.Error("This picture is no longer on the server: draw it again.", print_exception=False)
         entry = there[event.index]
         try:
@@ -77,9 +79,9 @@ def wire_history(
         except ValueError as error:
             raise toast(error) from None
         said = note(f"Shown again, with its settings: {entry['caption']}.")
-        pictures, paths = [(entry["path"], entry["caption"])], [entry["path"]]
-        return said, pictures, paths, entry["code"], [entry["record"]], *updates(worker, settings, files)
+        pictures, paths, record = [(entry["path"], entry["caption"])], [entry["path"]], entry["record"]
+        return said, pictures, paths, entry["code"], [record], record, *updates(worker, settings, files)
 
     run.then(refresh, history, shown, api_visibility="private", **QUICK)
-    outputs = [*outputs, *found.all()]
+    outputs = [*outputs, restored, *found.all()]
     found.filled.append(shown.select(show_again, history, outputs, api_visibility="private", **TOLD))

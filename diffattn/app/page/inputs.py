@@ -113,7 +113,7 @@ def _seed(several: bool) -> tuple[gr.Number, gr.Checkbox | None]:
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
         if not several:
-            keep = gr.Checkbox(True, label="Keep the seed", info="Otherwise a new one after every run", min_width=120)
+            keep = gr.Checkbox(True, label="Keep the seed", info="Off: a new one after every run", min_width=120)
             dice = gr.Button("New seed", size="sm", min_width=80)
             dice.click(None, None, seed, js=f"() => {RANDOM}", api_visibility="private")
     return seed, keep
@@ -123,12 +123,14 @@ def _more(worker: Worker, several: bool) -> tuple[gr.Number, gr.Number, gr.Numbe
     with gr.Accordion("More settings", open=False):
         with gr.Row():
             width = gr.Number(
-                None, label="Width", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=100
+                None, label="Width", placeholder=OWN, info="Pixels; 0: the model's own", precision=0, min_width=100
             )
             height = gr.Number(
-                None, label="Height", placeholder=OWN, info="Pixels; 0: its own", precision=0, min_width=100
+                None, label="Height", placeholder=OWN, info="Pixels; 0: the model's own", precision=0, min_width=100
             )
-            guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: its own", min_width=100)
+            guidance = gr.Number(
+                None, label="Guidance", placeholder=OWN, info="1: none; 0: the model's own", min_width=100
+            )
         negative = gr.Textbox(
             "", label="Negative prompt", info="What to keep out of the picture.", max_length=worker.limits.prompt
         )
@@ -239,6 +241,7 @@ def wire_about(worker: Worker, found: Inputs) -> None:
     """The endpoint that describes a model."""
 
     def tell_model(model: str) -> str:
+        """What is known about a model (HTML)."""
         try:
             return describe_model(worker, model)
         except ValueError as error:

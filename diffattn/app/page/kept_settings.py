@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from diffattn.app.jobs import AUTOMATIC, Worker
-from diffattn.app.jobs.restore import SETTINGS, checked_settings, settings_of_file
+from diffattn.app.jobs.restore import SETTINGS, checked_settings, record_of_file, settings_of_record
 from diffattn.app.jobs.suited import own_method, plain_name, suited_accelerations
 from diffattn.app.page.files import Files
 from diffattn.app.page.inputs import Inputs
@@ -103,18 +103,21 @@ def keep_over_reload(
     return page.load(restore, stored, components, api_visibility="private", **QUICK)
 
 
-def wire_drop(worker: Worker, found: Inputs, files: Files, dropped: gr.File, stage: gr.HTML) -> None:
-    """Restore the settings of a picture that is dropped, or say why its file has none."""
+def wire_drop(
+    worker: Worker, found: Inputs, files: Files, dropped: gr.File, stage: gr.HTML, restored: gr.State
+) -> None:
+    """Restore the settings of a picture that is dropped, and note its record, or say why its file has none."""
 
     def restore(path: str | None) -> tuple[Any, ...]:
         if path is None:
-            return (gr.skip(),) * (2 + len(found.all()))
+            return (gr.skip(),) * (3 + len(found.all()))
         try:
-            settings = settings_of_file(Path(path), worker.models, worker.limits)
+            record = record_of_file(Path(path))
+            settings = settings_of_record(record, worker.models, worker.limits)
         except (ValueError, TypeError) as error:
             raise toast(error) from None
         said = note(f"Settings of {Path(path).name} restored: press Generate to draw it again.")
-        return None, said, *updates(worker, settings, files)
+        return None, said, record, *updates(worker, settings, files)
 
-    outputs = [dropped, stage, *found.all()]
+    outputs = [dropped, stage, restored, *found.all()]
     found.filled.append(dropped.upload(restore, dropped, outputs, api_visibility="private", **TOLD))

@@ -36,7 +36,8 @@ from diffattn.app.page.time_line import Estimate, keep_estimated
 
 INTRO = (
     "Draws N pictures with every acceleration, in turns and with the same prompts and seeds, and measures the time per "
-    "picture and the distance (FID, KID) to a reference. FID grows as N falls: only compare figures with the same N."
+    "picture and the distance to a reference (FID and KID, lower is better). FID grows as N falls: only compare "
+    "figures with the same N."
 )
 TAB = "quality"
 
@@ -124,6 +125,7 @@ def tab(
         guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
         seed: float = 0,
     ) -> Estimate:  # fmt: skip
+        """How long a measurement would take (HTML), once that is known."""
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         return _estimate(worker, given)
 
@@ -181,6 +183,8 @@ def _wire_measuring(worker: Worker, parts: _Parts, shelf: _Shelf) -> Any:
         guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
         seed: float = 0, visitor: RunsShown | None = None, labels: Sequence[str] = (), axis: str = TIME,
     ) -> Generator[tuple[Any, ...]]:  # fmt: skip
+        """Measure speed and quality. Returns a line about the run (HTML), the titles of the runs shown, their charts
+        and tables (HTML), and the files of all their figures (JSON and CSV)."""
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         wanted, blank = measurement_of(worker, given), [gr.skip()] * 4
         assert visitor is not None
@@ -205,6 +209,7 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
     """Lay out the run selection and the loading of runs from a file; returns the event that ends the loading."""
 
     def show_runs(labels: list[str], axis: str, visitor: RunsShown) -> tuple[Any, ...]:
+        """Charts and tables (HTML) of the runs of these titles, and the files of all their figures (JSON and CSV)."""
         visitor.choose(labels, axis)
         return shelf.shown_now(visitor)
 
@@ -214,6 +219,8 @@ def _wire_runs(parts: _Parts, shelf: _Shelf) -> Any:
     )  # fmt: skip
 
     def load_runs(path: str | None, visitor: RunsShown, labels: list[str], axis: str) -> tuple[Any, ...]:
+        """Add the runs of a JSON file. Returns the titles of the runs shown, their charts and tables (HTML), and the
+        files of all their figures (JSON and CSV)."""
         visitor.choose(labels, axis)
         if path is None:
             return (gr.skip(),) * 4

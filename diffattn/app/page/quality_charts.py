@@ -54,7 +54,7 @@ def results(runs: Sequence[QualityRun], horizontal: str) -> str:
         if group is not groups[0]:
             apart = f" Not comparable with the runs above: {_in_words(group[0], groups[0][0])}."
         how = f"{p.steps} steps, guidance {p.guidance}, {p.sampler}, {p.dtype}; {group[0].where}"
-        parts.append(f"<h3>{escape(cut(f'{group[0].model}: {first.label}', LONGEST))}</h3>")
+        parts.append(f"<h2>{escape(cut(f'{group[0].model}: {first.label}', LONGEST))}</h2>")
         parts.append(note(f"{cut(how, LONGEST)}.{apart}"))
         rows, skip = [row for run in group for row in _rows(run)], len(group) == 1
         parts += [note(said) for run in group if (said := verdict(run))]

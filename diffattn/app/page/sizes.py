@@ -41,5 +41,6 @@ def size_value(worker: Worker, model: str, width: float | None, height: float | 
 
 def small_gain(worker: Worker, model: str, width: int, height: int) -> str:
     """The advice for a picture that is too small to gain much; empty if it is not, or nothing larger is offered."""
-    larger = f"{LARGE}x{LARGE}" in [value for _, value in sizes(worker, model)]
-    return f" Small picture, small gain: try {LARGE}." if larger and max(width, height) < LARGE else ""
+    own = worker.models.describe(model).size or (0, 0)
+    larger = max(own) >= LARGE or f"{LARGE}x{LARGE}" in [value for _, value in sizes(worker, model)]
+    return f" Small picture, small gain: try {LARGE}." if larger and 0 < max(width, height) < LARGE else ""

@@ -32,24 +32,30 @@ def tab(worker: Worker, latest: gr.State, traces: gr.State, drawn: Any, compared
     # Custom values are allowed because API clients trigger no chained events, so the server knows no choices for them.
     which = gr.Dropdown([GENERATED], value=GENERATED, label="Run", allow_custom_value=True)
     chart = gr.HTML(nothing_yet, elem_id="steps-chart")
-    with gr.Accordion("As JSON", open=False):
+    with gr.Accordion("As JSON", open=False, visible=False) as behind:
         data = gr.JSON(None, label="Per step")
 
     def time_steps(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[str, Trace | None]:
+        """The steps of one of this client's latest runs ("Generate", or "Compare: " and an acceleration), as a chart
+        (HTML) and as data."""
         trace = latest if run == GENERATED else traces.get(run.removeprefix(COMPARED))
         if trace is None:
             return nothing_yet, None
         return _scrolling(steps_chart(RunTrace.from_dict(trace))), trace
 
+    def redrawn(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
+        drawing, trace = time_steps(run, latest, traces)
+        return drawing, trace, gr.Accordion(visible=trace is not None)
+
     def after_comparison(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
         names = [(GENERATED, GENERATED), *((COMPARED + plain_name(name), COMPARED + name) for name in traces)]
         run = names[2][1] if len(names) > 2 else GENERATED  # the first is the exact one
-        return gr.Dropdown(names, value=run), *time_steps(run, latest, traces)
+        return gr.Dropdown(names, value=run), *redrawn(run, latest, traces)
 
     def after_drawing(latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:
-        return GENERATED, *time_steps(GENERATED, latest, traces)
+        return GENERATED, *redrawn(GENERATED, latest, traces)
 
-    shown = [which, chart, data]
+    shown = [which, chart, data, behind]
     drawn.then(after_drawing, [latest, traces], shown, api_visibility="private", **QUICK)
     compared.then(after_comparison, [latest, traces], shown, api_visibility="private", **QUICK)
     which.input(time_steps, [which, latest, traces], [chart, data], api_name="time_steps", **QUICK)

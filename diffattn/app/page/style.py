@@ -70,6 +70,7 @@ body:not(.dark) { --color-accent: var(--primary-700); }
 .diffattn-table th, .diffattn-table td { padding: .35rem .5rem; text-align: left; white-space: nowrap;
   border: 0; border-bottom: 1px solid var(--border-color-primary); }
 .diffattn-table th { white-space: normal; vertical-align: bottom; }
+.diffattn-results h2 { font-size: 1.1rem; margin: 1rem 0 .4rem; }
 .diffattn-stop { min-height: 2.75rem; }
 .diffattn-chart { width: 100%; min-width: 560px; max-width: 1000px; }
 .diffattn-scroll { overflow-x: auto; }
@@ -80,17 +81,23 @@ body:not(.dark) { --color-accent: var(--primary-700); }
 @media (max-width: 768px) {
   .diffattn-split { grid-template: "ask" auto "result" auto "rest" auto / minmax(0, 1fr); }
   .diffattn-split > * { overflow-x: hidden; }
-  .gradio-container .tab-container button { padding: 0 .45rem !important; font-size: .85rem !important; }
 }
 """
 
 FOLD = "() => diffattnFold()"
 """Folds the settings away on a narrow window, where the result comes first."""
 
-# The page's frame, out of reach of `css`: as wide as the window, so that wide tables scroll within it.
+# The page's frame, out of reach of `css`: as wide as the window, so that wide tables scroll within it. And the tabs,
+# which are measured before `css` is there: on a phone they must leave room for each other.
 HEAD = """<meta name="description" content="Diffusion models with linear-cost attention: draw, and compare with exact \
 attention.">
-<style>.gradio-container { width: 100% !important; }</style>
+<style>
+.gradio-container { width: 100% !important; }
+@media (max-width: 768px) {
+  .gradio-container > .main { padding: 1rem .75rem !important; }
+  .gradio-container .tab-container button { padding: 0 .3rem !important; font-size: .8rem !important; }
+}
+</style>
 <script>
 let diffattnTab = "generate";
 const diffattnTouched = new WeakSet();  // settings that the visitor has opened or closed

@@ -58,6 +58,7 @@ def wire_time(page: gr.Blocks, worker: Worker, found: Inputs, shown: gr.HTML, ru
         model: str, steps: float, width: float | None = None, height: float | None = None, num_images: float = 1,
         acceleration: str = "automatic",
     ) -> Estimate:  # fmt: skip
+        """How long drawing would take (HTML), once that is known."""
         return time_of_drawing(worker, model, steps, width, height, num_images, acceleration)
 
     counted = [found.model, found.steps, found.width, found.height, found.num_images, found.acceleration]

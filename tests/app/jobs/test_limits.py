@@ -231,6 +231,8 @@ def test_a_size_above_the_limit_has_no_time(folder: Path) -> None:
     list(worker.generate("a", web.ask(worker)))
     with pytest.raises(ValueError, match="above the limit of 64 pixels"):
         worker.estimates.seconds_for(replace(web.ask(worker), width=128))
+    with pytest.raises(ValueError, match="width 33 is not a positive multiple of 8 pixels"):
+        worker.estimates.seconds_for(replace(web.ask(worker), width=33))
 
 
 def test_accelerations_are_checked_for_every_model_before_one_is_measured(folder: Path, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_many_jobs_of_one_do_not_hold_up_the_one_of_another(made_up: bool) -> No
     assert order == ["many", "one", "two", *["many"] * 5]
 
 
+@pytest.mark.slow
 def test_a_job_has_a_limited_time_and_keeps_what_it_drew(tmp_path: Path) -> None:
     worker = web.tiny_worker(web.save_models(tmp_path / "models"), seconds=3, steps=400, images=4)
     list(worker.generate("a", web.ask(worker)))

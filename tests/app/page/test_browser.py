@@ -27,7 +27,7 @@ from support.browsing import (
     visitors,
 )
 
-from diffattn.app.jobs import Worker
+from diffattn.app.jobs import Limits, Worker
 from diffattn.app.page import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # so small a model gains nothing
@@ -156,7 +156,7 @@ def test_the_time_is_told_once_the_model_has_drawn(visit: Any) -> None:
 
 
 def test_the_first_picture_of_the_embedded_model_comes_with_one_click(site: Site) -> None:
-    page_of_all, address = launch(Worker(device="cpu"), wait=False)
+    page_of_all, address = launch(Worker(limits=Limits(steps=4), device="cpu"), wait=False)
     try:
         with visitors(site.browser, address) as opened:
             page = opened()

@@ -69,6 +69,17 @@ def test_the_keyboard_moves_the_slider(visit: Any) -> None:
     assert (before, after) == ("50%", "55%")
 
 
+@pytest.mark.parametrize("width", [390, 320])
+def test_every_tab_can_be_reached_on_a_phone(visit: Any, width: int) -> None:
+    page = visit(width=width)
+    if width == 390:
+        for tab in TABS:
+            expect(page.get_by_role("tab", name=tab)).to_be_visible()
+    for tab in reversed(TABS):
+        go_to(page, tab)  # from the menu of those for which there is no room
+    assert problems(page) == []
+
+
 def test_a_phone_has_the_button_and_the_result_below_the_prompt(visit: Any) -> None:
     page = visit(width=390)
     for tab, button, result in (

@@ -73,6 +73,7 @@ def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
         "/generate", "/stop", "/compare", "/show_pair", "/time_steps", "/describe_model", "/estimate",
         "/measure", "/show_runs", "/load_runs", "/estimate_measure",
     }  # fmt: skip
+    assert [name for name, endpoint in found.items() if not endpoint["description"]] == []
     assert [p["parameter_name"] for p in found["/generate"]["parameters"]] == list(settings())
     assert all(p["parameter_has_default"] for p in found["/generate"]["parameters"][1:])
     assert all(p["parameter_has_default"] for p in found["/compare"]["parameters"][1:])
@@ -138,7 +139,7 @@ def test_compare_and_its_pairs(client: Client) -> None:
     assert [v["acceleration"] for v in data["variants"]] == ["none", "agent/fast", "agent/balanced"]
     assert all(v["speedup"] is None for v in data["variants"])  # one picture is no measurement
     assert "×" not in verdict
-    assert "draw 3 or more" in figures
+    assert "draw at least 3" in figures
     other = client.predict("Balanced", api_name="/show_pair")
     assert record_of(Path(other[1]))["preset"] == "balanced"
     assert "Peak memory is measured on CUDA devices only" in figures

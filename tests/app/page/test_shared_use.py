@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402, the page needs Gradio
 
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from gradio_client.exceptions import AppError
 from diffattn.app.jobs import Models, Worker
 from diffattn.app.page import launch
 from diffattn.app.page.files import Files
+from diffattn.app.page.quality_charts import TIME
 
 FAILS = (AppError, ValueError)
 
@@ -39,7 +41,7 @@ def join(address: str, session: str, **headers: str) -> httpx.Response:
     """Ask for a long job as a raw request; 0 is not its number, so it is looked up."""
     config = httpx.get(f"{address}config", headers=headers).json()
     number = next(d["id"] for d in config["dependencies"] if d["api_name"] == "generate")
-    data = ["x", "one", "none", 400, None, None, None, 0, 4, "", None, None]
+    data = ["x", "one", "none", 400, None, None, None, 0, 4, "", *[None] * 3]
     body = {"data": data, "fn_index": number, "session_hash": session}
     return httpx.post(f"{address}gradio_api/queue/join", json=body, headers=headers)
 
@@ -126,9 +128,10 @@ def test_a_page_on_all_addresses_is_called_by_address_or_by_its_name(worker: Wor
 def test_large_requests_are_refused_before_they_are_read(address: str) -> None:
     big = b"x" * (10 * 2**20)
     for path in ("gradio_api/queue/join", "gradio_api/upload", "gradio_api/call/generate", "login"):
+        large = big if path.endswith("upload") else big[: 5 * 2**20]
         begin = time.monotonic()
         try:
-            status = httpx.post(f"{address}{path}", content=big, timeout=30).status_code
+            status = httpx.post(f"{address}{path}", content=large, timeout=30).status_code
         except httpx.WriteError:  # it hung up
             status = 413
         assert status == 413, path
@@ -140,6 +143,80 @@ def test_large_requests_are_refused_before_they_are_read(address: str) -> None:
 
     with suppress(httpx.WriteError):
         assert httpx.post(f"{address}gradio_api/queue/join", content=pieces(), timeout=30).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["https://example.com/x.png", "http://127.0.0.1:9/x", "HTTP://example.com"])
+def test_nothing_is_fetched_from_elsewhere_for_a_client(address: str, path: str) -> None:
+    for way in ("file=", "file/", "proxy="):
+        assert httpx.get(f"{address}gradio_api/{way}{path}").status_code == 404
+    assert httpx.get(f"{address}gradio_api/file={path.replace(':', '%3A')}").status_code == 404
+    said = answer(address, "generate", asked_with(path))
+    assert ("not fetched from elsewhere" in said) == path.islower()
+    assert "uploaded" in said
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "../../etc/passwd", "pyproject.toml"])
+def test_a_file_that_was_not_uploaded_is_no_input(address: str, path: str) -> None:
+    for endpoint, data in (
+        ("generate", asked_with(path)),
+        ("load_runs", [given_file(path), [], TIME]),
+    ):
+        assert "not uploaded" in answer(address, endpoint, data)
+
+
+def test_videos_are_not_converted(address: str) -> None:
+    video = {"video": ("x.mp4", b"x" * 1000)}
+    for path in ("process_recording", "process_recording/"):
+        assert httpx.post(f"{address}gradio_api/{path}", files=video).status_code == 404
+
+
+def asked_with(recipe: str) -> list[Any]:
+    return ["x", "one", "none", 2, None, None, None, 0, 1, "", given_file(recipe)]
+
+
+def given_file(path: str) -> dict[str, Any]:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def answer(address: str, endpoint: str, data: list[Any]) -> str:
+    """What an endpoint says to raw data."""
+    event = httpx.post(f"{address}gradio_api/call/{endpoint}", json={"data": data}).json()["event_id"]
+    return httpx.get(f"{address}gradio_api/call/{endpoint}/{event}", timeout=60).text
+
+
+NESTED = ["[" * n + "]" * n for n in (500, 5000, 10**6)]
+
+
+@pytest.mark.parametrize("nested", NESTED, ids=lambda text: f"{len(text) // 2} deep")
+def test_data_nested_deeply_harms_nobody(address: str, nested: str) -> None:
+    for path in ("queue/join", "call/generate", "run/estimate"):
+        body = f'{{"data": {nested}, "fn_index": 0, "session_hash": "deep"}}'
+        headers = {"content-type": "application/json"}
+        assert httpx.post(f"{address}gradio_api/{path}", content=body, headers=headers, timeout=30).status_code < 501
+    assert httpx.get(f"{address}config").status_code == 200
+
+
+def test_functions_that_are_no_endpoints_take_nonsense_without_a_word_in_the_log(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = logging.getLogger("uvicorn.error")
+    server.addHandler(caplog.handler)
+    for event in httpx.get(f"{address}config").json()["dependencies"]:
+        body = {"data": ["nonsense"] * len(event["inputs"]), "fn_index": event["id"], "session_hash": "nonsense"}
+        body |= {"event_data": {"index": -7, "value": "nonsense"}}
+        found = httpx.post(f"{address}gradio_api/run/predict", json=body)
+        assert found.status_code in (200, 500)
+        assert "Traceback" not in found.text
+    for path in ("run/nonsense", "call/nonsense", "queue/join", "file=nonsense"):
+        httpx.post(f"{address}gradio_api/{path}", json={"data": [], "session_hash": "nonsense"})
+        httpx.get(f"{address}gradio_api/{path}", params={"session_hash": "other nonsense"})
+    assert httpx.post(f"{address}gradio_api/call/nonsense", json={"data": []}).status_code == 404
+    assert "a job failed" not in caplog.text
+    unknown = {"data": ["nonsense"], "fn_index": 10**6, "session_hash": "nonsense"}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=unknown).status_code == 500
+    server.removeHandler(caplog.handler)
+    assert "a request failed" in caplog.text
+    assert "nonsense" not in caplog.text
 
 
 def test_failed_logins_are_throttled(worker: Worker) -> None:
@@ -170,7 +247,7 @@ def test_under_a_password_the_limit_is_the_users(worker: Worker) -> None:
 
 def test_a_prompt_is_all_that_an_endpoint_needs(tmp_path: Path) -> None:
     side = max(Models().describe("emoji-sd").size or (0,))
-    with web.served(web.tiny_worker(tmp_path, side=side, steps=20)) as address:
+    with web.served(web.tiny_worker(tmp_path, side=side, steps=2)) as address:
         client = Client(address, verbose=False)
         status, *_, records = client.predict(prompt="tent", api_name="/generate")
         assert "Done" in status
@@ -179,6 +256,15 @@ def test_a_prompt_is_all_that_an_endpoint_needs(tmp_path: Path) -> None:
         for name, endpoint in described["named_endpoints"].items():
             for parameter in endpoint["parameters"]:
                 assert not parameter["parameter_name"].startswith("param_"), name
+
+
+@pytest.mark.slow
+def test_a_prompt_is_all_that_a_comparison_needs(tmp_path: Path) -> None:
+    side = max(Models().describe("emoji-sd").size or (0,))
+    with web.served(web.tiny_worker(tmp_path, side=side, steps=2, images=1)) as address:
+        *_, figures, _verdict = Client(address, verbose=False).predict(prompt="tent", api_name="/compare")
+    names = [variant["acceleration"] for variant in figures["variants"]]
+    assert names == ["none", "agent/balanced", "agent/fast"]
 
 
 # The disk
