@@ -16,7 +16,7 @@ from diffattn.demo import PROMPTS, Demo, DemoResult, DemoSettings, run_demo
 from diffattn.drawing.loading import embedded_folder, embedded_models
 from diffattn.metrics.paired import psnr, ssim
 
-SHORT = DemoSettings(steps=2, rounds=2, prompts=PROMPTS[:2], preset="fast", seed=3, guidance=2.0, dtype="float32")
+SHORT = DemoSettings(steps=1, rounds=2, prompts=PROMPTS[:2], preset="fast", seed=3, guidance=2.0, dtype="float32")
 FIELDS = (
     "model method preset size steps seed dtype device baseline_s accelerated_s speedup psnr ssim layers_patched "
     "layers_accelerated prompts guidance rounds spread versions hardware verdict foreground_psnr"
@@ -54,7 +54,7 @@ def test_the_figures(result: DemoResult, tmp_path: Path) -> None:
     sheet, figures = result.save(tmp_path / "out")
     told = json.loads(figures.read_text())
     assert set(FIELDS.split()) <= set(told)
-    expected = {"model": "emoji-sd", "method": "agent", "preset": "fast", "steps": 2, "seed": 3, "rounds": 2}
+    expected = {"model": "emoji-sd", "method": "agent", "preset": "fast", "steps": 1, "seed": 3, "rounds": 2}
     assert {name: told[name] for name in expected} == expected
     assert (told["dtype"], told["device"]) == ("float32", "cpu") or torch.cuda.is_available()
     assert told["prompts"] == list(PROMPTS[:2])

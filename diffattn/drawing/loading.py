@@ -39,7 +39,7 @@ class Embedded:
 
 
 EMBEDDED = {
-    "emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", guidance=2.5),
+    "emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", guidance=1.5),
     "cifar-sit": Embedded("a small SiTPipeline with mediators that draws the classes of CIFAR-10", guidance=1.5),
 }
 

@@ -18,7 +18,6 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "pipelines/emoji_sd/start-512/README.md": "models/emoji-sd-512.md",
     **{f"diffattn/assets/{name}/README.md": f"models/{name}.md" for name in MODELS},
 }
 """Path in the repository -> page of the site."""

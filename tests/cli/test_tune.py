@@ -120,17 +120,18 @@ LANDMARKS = [
 def test_on_emoji_the_promise_holds_for_other_prompts_and_seeds() -> None:
     pipe: Any = diffattn.load_demo("emoji-sd")
     pipe.set_progress_bar_config(disable=True)
-    steps, guidance, budget = 4, 2.5, 0.08
+    steps, guidance, budget, side = 4, 2.5, 0.08, 256
     tuned = diffattn.tune(
         pipe, CALIBRATION, max_error=budget, candidates=LANDMARKS, steps=steps, guidance=guidance, bands=2, probed=1,
-        cost="flops", checks=4,
+        cost="flops", checks=4, width=side, height=side,
     )  # fmt: skip
 
     def latents(prompt: str, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return pipe(
-            prompt, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent"
-        ).images
+            prompt, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="latent",
+            width=side, height=side,
+        ).images  # fmt: skip
 
     exact = [latents(prompt, 100 + i) for i, prompt in enumerate(HELD_OUT)]
     with diffattn.patch(pipe, recipe=tuned.recipe):

@@ -80,7 +80,7 @@ def test_guidance_that_is_not_given_is_the_pipelines_own(place: Path, pipe: Any)
     assert own_guidance(pipe) == 7.5
     assert own_guidance(tiny.pipeline("sdxl", place)) == 5.0
     assert own_guidance(SiTPipeline(tiny_dit(in_channels=3), FlowMatchEulerDiscreteScheduler(shift=1))) == 1.0
-    assert own_guidance(pipe, "emoji-sd") == 2.5
+    assert own_guidance(pipe, "emoji-sd") == 1.5
 
 
 def test_a_size_that_only_the_pipeline_names_is_its_own(place: Path) -> None:

@@ -57,7 +57,7 @@ TWO_STEPS = (
 )
 QUICK_BENCH = "--rounds 1 --device cpu --dtype float32 --time-budget 10"
 SMALLER = {
-    "diffattn demo": "--steps 2 --rounds 1 --device cpu",
+    "diffattn demo": "--size 128 --steps 2 --rounds 1 --device cpu",
     "diffattn generate": FEW_STEPS,
     "diffattn info": "--size 64 --rounds 1 --device cpu",
     "diffattn tune": f"{FEW_STEPS} --dtype float32",

@@ -16,6 +16,7 @@ from diffattn.tuning.search import Search
 from diffattn.tuning.settings import settings_of
 
 CALIBRATION = ("crab", "red apple", "key")
+SIDE = 256  # pixels: smaller than the model's own, since latents are compared, not pictures
 HELD_OUT = ("mushroom", "hot dog", "sailboat", "crown")
 CONFIG = TuneConfig(max_error=0.1, steps=4, guidance=2.5, bands=2, probed=1, cost="flops", checks=8)
 PRESETS = diffattn.METHODS["agent"].presets  # type: ignore[attr-defined]
@@ -29,7 +30,8 @@ def pipe() -> Any:
 
 
 def runs_of(pipe: Any, prompts: tuple[str, ...], seed: int) -> PipelineRuns:
-    request = Request(model="emoji-sd", prompt="", steps=CONFIG.steps, guidance=CONFIG.guidance, seed=seed)
+    drawing = {"steps": CONFIG.steps, "guidance": CONFIG.guidance, "width": SIDE, "height": SIDE}
+    request = Request(model="emoji-sd", prompt="", seed=seed, **drawing)  # type: ignore[arg-type]
     return PipelineRuns(pipe, prompts, request)
 
 
@@ -62,7 +64,7 @@ def test_a_preset_that_is_nearer_than_every_recipe_does_not_cost_the_recipe(pipe
     coarse = [("agent", {"agents": "pool", "num_agents": 1, "agent_ratio": None, "min_tokens": 1024})]
     tuned = diffattn.tune(
         pipe, CALIBRATION[:1], max_error=1.0, candidates=coarse, steps=2, guidance=2.5, bands=1, cost="flops", checks=2,
-        presets=True,
+        presets=True, width=SIDE, height=SIDE,
     )  # fmt: skip
     assert tuned.recipe["layers"]
     rival = next(r for r in tuned.rivals if r.preset == "agent/balanced")
