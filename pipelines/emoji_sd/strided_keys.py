@@ -44,7 +44,7 @@ def stride_keys(unet: UNet2DConditionModel, strides: tuple[int, ...]) -> None:
     for name, module in unet.named_modules():
         if name.endswith(".attn1") and isinstance(module, Attention):
             stride = dict(enumerate(strides)).get(_level(name, unet), 1)
-            module.set_processor(StridedKeys(stride) if stride > 1 else AttnProcessor2_0())
+            module.set_processor(StridedKeys(stride) if stride > 1 else AttnProcessor2_0())  # type: ignore[arg-type]
 
 
 def strided(model: nn.Module) -> list[StridedKeys]:

@@ -198,7 +198,7 @@ def test_growing_keeps_what_was_learned() -> None:
     assert torch.equal(after["down_blocks.1.resnets.0.conv1.weight"], before["down_blocks.1.resnets.0.conv1.weight"])
     assert torch.equal(after["up_blocks.3.resnets.0.conv1.weight"], before["up_blocks.2.resnets.0.conv1.weight"])
     # the new transformer blocks of the level that had none pass their input on
-    block = large.down_blocks[2].attentions[0]  # type: ignore[index]
+    block: Any = large.down_blocks[2].attentions[0]  # type: ignore[index]
     x, text = torch.randn(1, 32, 2, 2), torch.randn(1, 3, 32)
     assert torch.equal(block(x, encoder_hidden_states=text).sample, x)
     with pytest.raises(ValueError, match=r"widths \(16, 32, 32, 32\) can grow to .*, not to \(16, 32, 32\)"):
@@ -231,9 +231,8 @@ def test_strided_keys_are_a_grid_of_the_tokens() -> None:
 
 def small_network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(48, 5)
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+    layers = nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(48, 5)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[float]:
