@@ -1,6 +1,7 @@
 """What the page shows before anybody has clicked: written beside the model.
 
-    python pipelines/precompute_first_view.py emoji-sd --prompt tent --acceleration agent/fast
+    python pipelines/precompute_first_view.py emoji-sd --prompt "man vampire" --acceleration agent/balanced \\
+        --pictures 6 --steps 16
     python pipelines/precompute_first_view.py cifar-sit --prompt horse --acceleration mediator/balanced --only-steps
 
 Draws the same pictures exact and accelerated, in turns, at the size that the model was trained at, and stores the first

@@ -2,7 +2,7 @@
 
 The shipped ones were made on two shared CPU cores by
 
-    python pipelines/precompute_page.py emoji-sd --pictures noto-emoji-512.zip --every 8 --samples 32 --threads 1
+    python pipelines/precompute_page.py emoji-sd --pictures noto-emoji-512.zip --every 8 --samples 16 --steps 16
     python pipelines/precompute_page.py cifar-sit --pictures cifar10-test.zip --most 2000 --samples 64 --threads 1
 
 `--pictures` makes the reference (reference.safetensors) once; without it the one that is there is used, or else exact
