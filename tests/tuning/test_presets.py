@@ -40,6 +40,11 @@ def mean_error(runs: PipelineRuns, exact: list[torch.Tensor], patched: Mapping[s
         return sum(relative_error(runs.latents(i), x) for i, x in enumerate(exact)) / len(exact)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="errors of single calls do not predict which of several methods is closer after a run: see docs/tuning.md",
+)
 def test_at_the_cost_of_every_preset_a_tuned_recipe_is_nearer(pipe: Any) -> None:
     """Costs are counted, so that the outcome does not depend on the machine."""
     runs, others = runs_of(pipe, CALIBRATION, 0), runs_of(pipe, HELD_OUT, 100)

@@ -300,14 +300,16 @@ class Worker:
                 self._stops.discard(session, stop)
             found.put(last)
 
+        thread = threading.Thread(target=run, name="diffattn-job", daemon=True)
         try:
-            threading.Thread(target=run, name="diffattn-job", daemon=True).start()
+            thread.start()
             sent = -REFRESH_SECONDS
             while (event := latest(found, sent + REFRESH_SECONDS)) is not done:
                 if isinstance(event, BaseException):
                     raise event
                 sent = time.monotonic()
                 yield event
+            thread.join()  # it has nothing left to do, and a program that ends now would cut it off
         finally:
             stop.set()
             self._turns.wake()
