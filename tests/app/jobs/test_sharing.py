@@ -79,9 +79,9 @@ def test_many_jobs_of_one_do_not_hold_up_the_one_of_another(made_up: bool) -> No
 
 @pytest.mark.slow
 def test_a_job_has_a_limited_time_and_keeps_what_it_drew(tmp_path: Path) -> None:
-    worker = web.tiny_worker(web.save_models(tmp_path / "models"), seconds=6, steps=1000, images=4)
+    worker = web.tiny_worker(web.save_models(tmp_path / "models"), seconds=6, steps=800, images=4)
     list(worker.generate("a", web.ask(worker)))
     events: list[Any] = []
     with pytest.raises(TooLong, match=r"the job was ended after .* minutes, the limit here; use fewer steps"):
-        events.extend(worker.generate("a", web.ask(worker, steps=1000, num_images=4)))
+        events.extend(worker.generate("a", web.ask(worker, steps=800, num_images=4)))
     assert isinstance(list(worker.generate("a", web.ask(worker)))[-1], Drawn)
