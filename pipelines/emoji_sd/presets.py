@@ -80,7 +80,7 @@ PRESETS = {
         ),
     ),
     # two CPU cores with bfloat16, from the weights that `cpu` gives: 512×512 pictures, the same names, one level more
-    # below the deepest. About 40 minutes for the decoder, 65 for UNet and text encoder
+    # below the deepest. About 40 minutes for the decoder, 75 for UNet and text encoder
     "cpu-512": Preset(
         size=512, every=8, keep=True,
         vae_channels=(16, 32, 64, 64), vae_layers=1, vae_crops=(128, 256, 128, 256, 512),
