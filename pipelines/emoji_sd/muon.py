@@ -25,9 +25,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         rest = [p for name, p in named if not is_inner_matrix(name, p)]
         super().__init__([*self._kernels, *rest], {"lr": lr})
         self._matrices = [nn.Parameter(as_matrix(p.detach(), like=p)) for p in self._kernels]
-        self._muon = torch.optim.Muon(
-            self._matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )  # fmt: skip
+        self._muon = torch.optim.Muon(self._matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self._adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
 
     @torch.no_grad()
