@@ -51,6 +51,11 @@ def make_accelerator(config: TrainConfig, device: str = "auto") -> Accelerator:
         ],
     )
     if _asked("ACCELERATE_USE_FSDP"):
+        if config.optim.name == "muon":
+            raise ValueError(
+                "optim.name=muon needs whole weight matrices, which a sharded model (FSDP2) does not have; use "
+                "optim.name=adamw, or replicate the model"
+            )
         _shard(accelerator)
     return accelerator
 

@@ -86,8 +86,9 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate; batch sizes count samples."""
+    """The optimizer and its learning rate; batch sizes count samples."""
 
+    name: str = "adamw"  # or "muon": for inner weight matrices, AdamW for the rest (see `training.muon`)
     batch: int = 256  # of one optimizer step, over all processes
     accumulation: int = 1  # passes into which a process splits its share
     lr: float = 1e-4  # peak learning rate
@@ -142,6 +143,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_one_of("objective.path", self.objective.path, PATHS)
         check_one_of("objective.time", self.objective.time, ("uniform", "logit_normal"))
+        check_one_of("optim.name", self.optim.name, ("adamw", "muon"))
         check_one_of("optim.schedule", self.optim.schedule, ("constant", "cosine", "linear"))
         check_one_of("run.precision", self.run.precision, ("auto", "fp32", "bf16"))
         if self.model.size is not None:

@@ -23,6 +23,7 @@ from diffattn.training.batches import Batches
 from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
 from diffattn.training.distill import Distillation
 from diffattn.training.log import StepDone, StepLog, TrainProgress
+from diffattn.training.muon import MuonWithAdamW
 from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw
 from diffattn.training.processes import agree, asked_to_stop, on_main, shared
 from diffattn.training.resume import HINT, Saved, without_null_class
@@ -41,6 +42,15 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
     low = 1.0 if config.schedule == "constant" else config.final_lr
     return config.lr * (low + (1 - low) * shape)
+
+
+def _optimizer_of(model: DiT, optim: OptimConfig) -> torch.optim.Optimizer:
+    if optim.name == "muon":
+        return MuonWithAdamW(model, optim.lr, optim.weight_decay, optim.betas, optim.eps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
 
 
 @dataclass
@@ -87,11 +97,7 @@ class Trainer:
         if self.accelerator.is_fsdp2:  # autocast decides what is bf16; FSDP would also round t and gradients
             plugin: Any = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-        )
-        return self.accelerator.prepare(self.model, optimizer)
+        return self.accelerator.prepare(self.model, _optimizer_of(self.model, optim))
 
     # --- resume and save ---
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training_loop import LoopConfig, Losses, Progress, Show, Trainee
 from training_loop import train as train_loop
 
-from .muon import MuonWithAdamW
+from diffattn.training.muon import MuonWithAdamW
 
 M = TypeVar("M", bound=nn.Module)
 StageLoss = Callable[[nn.Module, int, torch.Generator], Tensor]

@@ -1,6 +1,5 @@
 """`pipelines/train_emoji_sd.py` end to end on eight generated pictures."""
 
-import copy
 import io
 import json
 import math
@@ -19,7 +18,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 from typer.testing import CliRunner
 
 PROGRAM = Path(__file__).parents[2] / "pipelines" / "train_emoji_sd.py"
@@ -30,7 +28,6 @@ from emoji_sd.denoiser import build_unet, sample_timesteps  # noqa: E402
 from emoji_sd.evaluate import best_guidance, closeness, hit_rate, nearest  # noqa: E402
 from emoji_sd.grow import add_level  # noqa: E402
 from emoji_sd.loop import Curves  # noqa: E402
-from emoji_sd.muon import MuonWithAdamW, as_matrix  # noqa: E402
 from emoji_sd.precision import training_dtype  # noqa: E402
 from emoji_sd.presets import PRESETS, Stage  # noqa: E402
 from emoji_sd.stages import unet_files  # noqa: E402
@@ -227,55 +224,6 @@ def test_strided_keys_are_a_grid_of_the_tokens() -> None:
     stride_keys(unet, ())
     assert torch.equal(attention(x), every)
     assert not strided(unet)
-
-
-def small_network() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(48, 5)
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def descend(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[float]:
-    losses = []
-    for step in range(first, first + steps):
-        x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(step))
-        loss = (model(x) - x.flatten(1)[:, :5]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def test_muon_moves_kernels_and_matrices_and_resumes() -> None:
-    model = small_network()
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer = MuonWithAdamW(model, 1e-2)
-    losses = descend(model, optimizer, 60)
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert losses[-1] < 0.7 * losses[0]
-    again = small_network()
-    again.load_state_dict(model.state_dict())
-    resumed = MuonWithAdamW(again, 1e-2)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert descend(again, resumed, 3, first=60) == descend(model, optimizer, 3, first=60)
-
-
-def test_the_update_of_a_kernel_is_nearly_orthogonal() -> None:
-    model = small_network()
-    kernel: Any = model[0].weight  # type: ignore[index]
-    before = kernel.detach().clone()
-    descend(model, MuonWithAdamW(model, 1e-2, weight_decay=0), 1)
-    change = as_matrix((kernel.detach() - before), like=kernel)
-    singular = torch.linalg.svdvals(change)
-    assert change.shape == (3, 18)
-    assert singular.max() < 2 * singular.min()
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_matrix_shares_the_memory_of_its_kernel(layout: torch.memory_format) -> None:
-    kernel = torch.randn(4, 3, 2, 2).to(memory_format=layout)
-    assert as_matrix(kernel, like=kernel).data_ptr() == kernel.data_ptr()
 
 
 def test_every_stage_has_a_checkpoint_of_its_own() -> None:

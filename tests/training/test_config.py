@@ -58,7 +58,7 @@ def test_the_path_of_the_objective_is_written_into_the_model() -> None:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("optim.learning_rate=1", "unknown field of optim: 'learning_rate'; allowed: batch"),
+        ("optim.learning_rate=1", "unknown field of optim: 'learning_rate'; allowed: name, batch"),
         ("optimizer.lr=1", "unknown section: 'optimizer'"),
         ("lr=1", "section.field=value"),
         ("optim.lr", "section.field=value"),

@@ -34,7 +34,11 @@ def interrupted_after(step: int, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "step", limited)
 
 
-@pytest.mark.parametrize("settings", [(), ("optim.schedule=cosine", "objective.time=logit_normal")], ids=["", "cosine"])
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("optim.schedule=cosine", "objective.time=logit_normal"), ("optim.name=muon", "optim.lr=5e-3")],
+    ids=["", "cosine", "muon"],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pictures, tmp_path, monkeypatch, settings) -> None:
     run(pictures, tmp_path / "whole", *settings)
     with monkeypatch.context() as patched:
