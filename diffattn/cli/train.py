@@ -20,7 +20,9 @@ def train(
         typer.Option(help="Pictures: class folders, a zip, or a Hugging Face data set. Same as data.source=…"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Same as run.out=…")] = None,
-    preset: Annotated[str | None, typer.Option(help="cifar-sit, cifar-sit-cpu, cifar-linear-cpu or sit-256.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="cifar-sit, cifar-sit-cpu, cifar-linear-cpu, emoji-sit-cpu or sit-256.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or YAML file of settings.", metavar="FILE")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as run.seed=…  [default: 0]")] = None,
     device: Annotated[str, typer.Option(help="cpu, or auto: accelerate's choice.")] = "auto",

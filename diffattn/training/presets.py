@@ -30,6 +30,15 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "run": {"steps": 2_000, "save_every": 200, "sample_every": 0, "guidance": 1.5, "log_every": 50,
                 "precision": "bf16"},
     },
+    "emoji-sit-cpu": {  # the embedded model, in bf16 on two CPU cores; `pipelines/train_emoji_sit.py` sets the sizes
+        "data": {"label": "text", "size": 512, "flip": False},
+        "model": {"patch_size": 2, "hidden_size": 160, "num_layers": 8, "num_heads": 4, "mediators": (4, 16, 64)},
+        "optim": {"name": "muon", "batch": 16, "lr": 4e-3, "schedule": "cosine", "final_lr": 0.05, "warmup": 50,
+                  "ema": 0.995, "betas": (0.9, 0.99), "weight_decay": 0.01},
+        "objective": {"time": "logit_normal"},
+        "run": {"steps": 600, "save_every": 100, "keep": 1, "sample_every": 0, "guidance": 1.5, "log_every": 25,
+                "precision": "bf16"},
+    },
     "sit-256": {  # the paper's setting: latents of 256 x 256 pictures, SiT-S/2, 400,000 steps
         "data": {"size": 256, "vae": "stabilityai/sd-vae-ft-ema", "in_memory": False},
         "model": {"size": "S/2", "learn_sigma": True},

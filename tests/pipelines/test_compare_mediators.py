@@ -50,7 +50,7 @@ def compare(root: Path, steps: int) -> None:
     compare_mediators.main(
         recipe=root / "recipe.json", elastic=root / "mediator" / "pipeline", softmax=root / "softmax" / "pipeline",
         reference=root / "pictures",
-        samples=12, steps=steps, rounds=2, batch=6, out=root / "comparison",
+        samples=12, steps=steps, rounds=2, batch=6, repeats=2, out=root / "comparison",
     )  # fmt: skip
 
 
@@ -60,7 +60,29 @@ def test_every_variant_is_scored_counted_and_timed(place: Path) -> None:
     for name in ("dynamic", "tuned"):
         assert found["n = 1"]["gflops"] < found[name]["gflops"] < found["n = 4"]["gflops"]
     assert all({"fid", "kid"} <= set(v["scores"]) and v["time_ratio"]["median"] > 0 for v in found.values())
-    assert "| dynamic |" in (place / "comparison" / "comparison.md").read_text()
+    assert all(len(v["repeats"]) == 2 and v["repeats"][0] == v["scores"] != v["repeats"][1] for v in found.values())
+    text = (place / "comparison" / "comparison.md").read_text()
+    assert "2 × 12 pictures with other seeds" in text
+    assert "| dynamic |" in text
+    assert (place / "comparison" / "switches.png").stat().st_size > 1000
+
+
+def test_only_the_named_variants_are_compared_and_results_of_earlier_versions_are_read(place: Path) -> None:
+    place = place / "earlier"
+    place.mkdir()
+    results = json.loads((place.parent / "comparison" / "comparison.json").read_text())
+    for name, result in results["variants"].items():
+        del result["repeats"]
+        if name != "n = 1":
+            result["weights"] = "of another training"
+    (place / "comparison.json").write_text(json.dumps(results))
+    compare_mediators.main(
+        elastic=place.parent / "mediator" / "pipeline", reference=place.parent / "pictures", samples=12, steps=4,
+        rounds=2, batch=6, only="n = 1", out=place,
+    )  # fmt: skip
+    (line,) = (place / "comparison.md").read_text().splitlines()[2:]
+    assert line.startswith("| n = 1 |")
+    assert not (place / "switches.png").exists()
 
 
 def test_a_recipe_without_mediators_is_refused(place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Parts of `pipelines/train_emoji_sit.py`."""
