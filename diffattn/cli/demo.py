@@ -36,6 +36,9 @@ def demo(
             show_default="the model's own",
         ),
     ] = None,
+    mediators: Annotated[
+        bool, typer.Option(help="Also draw with the embedded SiT, with all, dynamic and few mediators.")
+    ] = True,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: FastestDtype = "auto",
@@ -44,7 +47,8 @@ def demo(
     """Draw the same pictures unpatched and patched, and compare appearance and speed.
 
     The embedded model draws every prompt both ways, alternating. The sheet shows the pictures and their difference;
-    the figures give times and similarity.
+    the figures give times and similarity. A second model, a SiT with mediators, then draws the same names with all of
+    its mediators, with as many as the time step needs, and with the fewest.
     """
     check_writable(out, folder=True)
     check_writable(json)
@@ -54,7 +58,7 @@ def demo(
 
         settings = DemoSettings(
             model=model, method=method, preset=preset, steps=steps, guidance=guidance, rounds=rounds, seed=seed,
-            size=size, device=device, dtype=dtype,
+            size=size, device=device, dtype=dtype, mediators=mediators,
         )  # fmt: skip
         ready = Demo(settings)
     with progress("drawing pictures", total=ready.num_pictures) as advance, bad_input(NotFinite):
@@ -63,7 +67,8 @@ def demo(
     write_json(json, result.to_dict())
     stdout.print(_table(result))
     stdout.print(str(result.report), markup=False)
-    stdout.print(f"\n{result.verdict}\nPictures: {sheet}\nFigures:  {figures}", markup=False)
+    verdicts = "\n".join(filter(None, (result.verdict, result.mediators_verdict)))
+    stdout.print(f"\n{verdicts}\nPictures: {sheet}\nFigures:  {figures}", markup=False)
 
 
 def _table(result: "DemoResult") -> Table:

@@ -1,4 +1,4 @@
-"""The demo: an embedded model draws the same pictures unpatched and patched, to compare speed and appearance."""
+"""The demo's first part: an embedded model draws the same pictures unpatched and patched; and the sheet of both."""
 
 import json
 import math
@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from diffattn.demo.mediators import MODEL, MediatorRow, Mediators
 from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
 from diffattn.drawing.draw import own_guidance
-from diffattn.drawing.loading import load_demo
+from diffattn.drawing.loading import embedded_models, load_demo
 from diffattn.drawing.sheet import amplified, comparison_sheet, with_time_bars
 from diffattn.drawing.sizes import check_size, default_size, size_arguments
 from diffattn.files import write_whole
@@ -25,8 +26,6 @@ from diffattn.measure.interleave import Timings, interleave
 from diffattn.metrics.paired import foreground_psnr, psnr, ssim
 from diffattn.patching.patch import Patch, patch
 from diffattn.patching.report import Report
-
-__all__ = ["PROMPTS", "DemoResult", "DemoSettings", "Pair", "load_demo", "run_demo"]
 
 PROMPTS = (
     "footprints", "T-Rex", "tent", "man vampire", "green heart", "star-struck", "lion", "crab", "guitar", "locomotive",
@@ -37,6 +36,9 @@ PROMPTS = (
 
 SHOWN = 5
 """Prompts on the sheet."""
+
+PARTNER = "emoji-sd"
+"""The model whose prompts are classes of the SiT with mediators."""
 
 UNPATCHED, PATCHED = "unpatched", "patched"
 SHEET, RESULT = "comparison.png", "result.json"
@@ -57,6 +59,7 @@ class DemoSettings:
     prompts: Sequence[str] = PROMPTS
     device: str = "auto"
     dtype: str = "auto"
+    mediators: bool = True  # also the SiT with mediators, where the prompts are its classes and the size is its own
 
     def __post_init__(self) -> None:
         for name in ("steps", "rounds"):
@@ -99,6 +102,7 @@ class DemoResult:
     dtype: torch.dtype
     report: Report
     sheet: Image.Image
+    mediators: tuple[MediatorRow, ...] = ()  # of the second part; none if it was left out
 
     @property
     def verdict(self) -> str:
@@ -112,6 +116,15 @@ class DemoResult:
         if self.speedup <= 1:
             return f"Nothing is faster: {measured}."
         return f"Not clearly faster: {measured}."
+
+    @property
+    def mediators_verdict(self) -> str | None:
+        """One sentence about the second part; None if it was left out."""
+        if not self.mediators:
+            return None
+        most, *others = self.mediators
+        speeds = ", ".join(f"{row.name} {row.speedup:.2f}x" for row in others)
+        return f"The SiT, against {most.name}: {speeds} the speed."
 
     @property
     def _similarity(self) -> str:
@@ -129,6 +142,7 @@ class DemoResult:
         found |= {"dtype": dtype_name(self.dtype), "device": str(self.device), "hardware": describe_device(self.device)}
         found |= {"layers_patched": self.report.layers_patched, "layers_accelerated": self.report.layers_accelerated}
         found |= {"verdict": self.verdict, "versions": versions(), "pairs": pairs, "report": self.report.to_dict()}
+        found["mediators"] = [row.to_dict() for row in self.mediators]
         found["foreground_psnr"] = None if self.foreground_psnr is None else list(map(_finite, self.foreground_psnr))
         for part in (found, *pairs):
             part["psnr"] = _finite(part["psnr"])
@@ -163,11 +177,13 @@ class Demo:
         self.guidance = guidance if settings.guidance is None else settings.guidance
         self.patch: Patch = patch(self.pipes[PATCHED], settings.method, preset=settings.preset)
         self.settings = replace(settings, method=self.patch.plan.method, guidance=self.guidance)
+        self.second = self._second_part()
 
     @property
     def num_pictures(self) -> int:
         """Number of pictures that `run` draws, including the warm-up."""
-        return 2 + 2 * len(self.settings.prompts) * self.settings.rounds
+        first = 2 + 2 * len(self.settings.prompts) * self.settings.rounds
+        return first + (0 if self.second is None else self.second.num_pictures)
 
     def run(self, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
         """Draw every prompt both ways, alternating, several times; the very first pair is an uncounted warm-up.
@@ -191,7 +207,17 @@ class Demo:
             timings.append(interleave(variants, self.settings.rounds, warmup=int(i == 0), device=self.device))
             for name, picture in seen.items():
                 pictures.setdefault(name, []).append(picture)
-        return self._result(timings, torch.cat(pictures[UNPATCHED]), torch.cat(pictures[PATCHED]))
+        rows = () if self.second is None else self.second.run(on_picture)
+        return self._result(timings, torch.cat(pictures[UNPATCHED]), torch.cat(pictures[PATCHED]), rows)
+
+    def _second_part(self) -> Mediators | None:
+        """The SiT with the classes on the sheet; None where it is not wanted, or does not go with the first part."""
+        settings = self.settings
+        shown = settings.prompts[:SHOWN]
+        fits = settings.mediators and settings.model == PARTNER and (self.width, self.height) == self.native
+        if not fits or not set(shown) <= set(PROMPTS) or MODEL not in embedded_models():
+            return None
+        return Mediators(shown, settings.steps, settings.seed, self.device, self.dtype)
 
     def _load(self, model: str) -> DiffusionPipeline:
         pipe = load_demo(model, self.dtype).to(self.device)
@@ -207,8 +233,10 @@ class Demo:
             raise NotFinite(pipe, self.settings.seed)
         return batch.images
 
-    def _result(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> DemoResult:
-        """The result, from times and pictures [P, 3, H, W] of all prompts."""
+    def _result(
+        self, timings: Sequence[Timings], plain: Tensor, fast: Tensor, rows: tuple[MediatorRow, ...]
+    ) -> DemoResult:
+        """The result, from times and pictures [P, 3, H, W] of all prompts, and the second part."""
         pairs = self._pairs(timings, plain, fast)
         inside = [pair.foreground_psnr for pair in pairs if pair.foreground_psnr is not None]
         together = Timings(UNPATCHED, tuple(r for times in timings for r in times.rounds))
@@ -228,7 +256,8 @@ class Demo:
             device=self.device,
             dtype=self.dtype,
             report=self.patch.report(),
-            sheet=self._sheet(plain, fast, baseline, accelerated),
+            sheet=self._sheet(plain, fast, (baseline, accelerated), rows),
+            mediators=rows,
         )
 
     def _pairs(self, timings: Sequence[Timings], plain: Tensor, fast: Tensor) -> tuple[Pair, ...]:
@@ -240,16 +269,20 @@ class Demo:
         rows = zip(self.settings.prompts, timings, similarity, strict=True)
         return tuple(Pair(prompt, *_figures(times), *alike) for prompt, times, alike in rows)
 
-    def _sheet(self, plain: Tensor, fast: Tensor, baseline: float, accelerated: float) -> Image.Image:
+    def _sheet(
+        self, plain: Tensor, fast: Tensor, seconds: tuple[float, float], more: tuple[MediatorRow, ...]
+    ) -> Image.Image:
         plain, fast = plain[:SHOWN], fast[:SHOWN]
         difference, factor = amplified(fast, plain)
+        kind = f"{self.settings.model}, " if more else ""
         rows = {
-            f"unpatched: {baseline:.2f} s": plain,
-            f"{self.settings.method}, {self.settings.preset}: {accelerated:.2f} s": fast,
+            f"{kind}unpatched: {seconds[0]:.2f} s": plain,
+            f"{self.settings.method}, {self.settings.preset}: {seconds[1]:.2f} s": fast,
             f"difference, x{factor}" if factor > 1 else "difference": difference,
-        }
+        } | {f"{MODEL}, {row.name}: {row.seconds:.2f} s": row.pictures for row in more}
         sheet = comparison_sheet([(label, to_pictures(x)) for label, x in rows.items()], self.settings.prompts[:SHOWN])
-        return with_time_bars(sheet, {UNPATCHED: baseline, self.settings.preset: accelerated})
+        bars = {f"{kind}unpatched": seconds[0], f"{kind}{self.settings.preset}": seconds[1]}
+        return with_time_bars(sheet, bars | {f"{MODEL}, {row.name}": row.seconds for row in more})
 
 
 def run_demo(settings: DemoSettings | None = None, on_picture: Callable[[], None] = lambda: None) -> DemoResult:
