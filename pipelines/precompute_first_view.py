@@ -2,7 +2,7 @@
 
     python pipelines/precompute_first_view.py emoji-sd --prompt "man vampire" --acceleration agent/balanced \\
         --pictures 6 --steps 16
-    python pipelines/precompute_first_view.py cifar-sit --prompt horse --acceleration mediator/balanced --only-steps
+    python pipelines/precompute_first_view.py emoji-sit --prompt unicorn --acceleration mediator/balanced --only-steps
 
 Draws the same pictures exact and accelerated, in turns, at the size that the model was trained at, and stores the first
 pair with the speed-up over all of them, its interval and the PSNR (first_view.json and two pictures); and the steps of

@@ -3,6 +3,7 @@
 The shipped ones were made on two shared CPU cores by
 
     python pipelines/precompute_page.py emoji-sd --pictures noto-emoji-512.zip --every 8 --samples 16 --steps 16
+    python pipelines/precompute_page.py emoji-sit --pictures noto-emoji-512.zip --every 8 --samples 16 --steps 16
     python pipelines/precompute_page.py cifar-sit --pictures cifar10-test.zip --most 2000 --samples 64 --threads 1
 
 `--pictures` makes the reference (reference.safetensors) once; without it the one that is there is used, or else exact
@@ -21,17 +22,17 @@ import typer
 from diffattn.app.jobs import JobProgress, Limits, Models, QualityRun, Worker
 from diffattn.app.jobs.choices import accelerations
 from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, save_runs
-from diffattn.app.jobs.speed_quality import EXTRACTOR_OF
 from diffattn.data import open_dataset
 from diffattn.data.indexes import rows_of_jsonl
-from diffattn.drawing.loading import embedded_folder, embedded_models
+from diffattn.drawing.loading import EMBEDDED, embedded_folder, embedded_models
 from diffattn.files import decode_text
 from diffattn.machine import cpu_threads
 from diffattn.metrics.extractors import load_extractor
 from diffattn.metrics.reference import Reference
 
-WAYS = {"emoji-sd": ["agent/balanced", "agent/fast"], "cifar-sit": ["mediator/balanced", "mediator/fast"]}
-NUMBERS = {"emoji-sd": "16, 64", "cifar-sit": "4, 16, 64"}
+MEDIATORS = ["mediator/balanced", "mediator/fast"]
+WAYS = {"emoji-sd": ["agent/balanced", "agent/fast"], "emoji-sit": MEDIATORS, "cifar-sit": MEDIATORS}
+NUMBERS = {"emoji-sd": "16, 64", "emoji-sit": "4, 16, 64", "cifar-sit": "4, 16, 64"}
 
 
 def main(
@@ -55,10 +56,10 @@ def main(
         raise typer.BadParameter(f"{model!r} is no embedded model here; choose from {', '.join(WAYS)}")
     place = out or embedded_folder(model)
     worker = Worker(_ModelsBeside(beside=place), Limits(samples=100_000, calls=10**9), device, dtype)
-    captions = _captions(pictures, every) if pictures and model == "emoji-sd" else {}
+    captions = _captions(pictures, every) if pictures and model.startswith("emoji") else {}
     if pictures:
         size = side or (Models().describe(model).size or (64,))[0]
-        _reference(pictures, size, every, most, EXTRACTOR_OF[model], captions).save(place / REFERENCE_FILE)
+        _reference(pictures, size, every, most, EMBEDDED[model].extractor, captions).save(place / REFERENCE_FILE)
     chosen = ways.split(",") if ways else [way for way in WAYS[model] if way in accelerations()]
     asked = worker.limits.measurement(
         [model], accelerations=chosen, numbers=NUMBERS[model] if numbers is None else numbers, samples=samples,

@@ -44,7 +44,6 @@ from diffattn.cli.options import (
     Width,
 )
 
-OWN_EXTRACTOR = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
 PICTURES = 1000  # drawn by default
 OUT = Path("outputs/evaluate")
 REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
@@ -200,8 +199,10 @@ def reference(
 
 def _extractor(name: str, model: str | None) -> str:
     """The extractor of this name; "auto" is the embedded model's own, otherwise inception."""
-    own = OWN_EXTRACTOR.get(model or "")
-    if name in OWN_EXTRACTOR.values() and own not in (None, name):
+    from diffattn.drawing.loading import EMBEDDED
+
+    own = EMBEDDED[model].extractor if model in EMBEDDED else None
+    if name in {known.extractor for known in EMBEDDED.values()} and own not in (None, name):
         raise ValueError(
             f"scores of extractor {name!r} are meaningless for pictures of {model!r}; use its own, {own!r}"
         )

@@ -96,7 +96,7 @@ class Mediators:
             self.pipe.transformer.set_num_mediators(number)
             yield
             return
-        with patch(self.pipe, "mediator"):
+        with patch(self.pipe):  # with the method that suits it: mediators by the noise level
             yield
 
     def _draw(self, label: int) -> Tensor:

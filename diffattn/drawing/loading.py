@@ -36,11 +36,13 @@ class Embedded:
 
     what: str
     guidance: float  # the scale its card recommends
+    extractor: str  # of features by which its pictures are judged
 
 
 EMBEDDED = {
-    "emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", guidance=1.5),
-    "cifar-sit": Embedded("a small SiTPipeline with mediators that draws the classes of CIFAR-10", guidance=1.5),
+    "emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", 1.5, "emoji-classifier"),
+    "emoji-sit": Embedded("a small SiTPipeline with mediators that draws emoji by class", 1.5, "emoji-classifier"),
+    "cifar-sit": Embedded("a smaller one that draws the classes of CIFAR-10", 1.5, "cifar-classifier"),
 }
 
 

@@ -20,6 +20,7 @@ from diffattn.functional import (
 )
 from diffattn.functional.position_bias import WINDOW
 from diffattn.models.attention_layer import Attention, AttentionLayer, AttentionOptions, Weights
+from diffattn.models.kept import Kept
 
 MEDIATOR_AXIS = {"an_bias": 1, "na_bias": 1, "ah_bias": 2, "aw_bias": 2, "ha_bias": 4, "wa_bias": 4}
 """The position biases as published checkpoints name them -> the axis of the mediators."""
@@ -65,11 +66,10 @@ class MediatorAttention(AttentionLayer):
         self.mediators = options.mediators
         self.biases = nn.ModuleDict({str(n): PositionBias(self.num_heads, n, options.grid) for n in self.mediators})
         self.dwc = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self._kept = Kept()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], num_mediators: int) -> Tensor:
-        bias = self.biases_at(num_mediators)
-        gather = gather_bias(bias["an_bias"], bias["ah_bias"], bias["aw_bias"], grid)  # [H, n, N]
-        spread = spread_bias(bias["na_bias"], bias["ha_bias"], bias["wa_bias"], grid)  # [H, N, n]
+        gather, spread = self._on_grid(num_mediators, grid, q.dtype)
         mediators = pool_mediators(q, grid, num_mediators)  # [B, H, n, D]
         # The convolved values come first: the sum inherits their memory layout, which the projection needs.
         return self._convolve(v, grid) + mediator_attention(q, k, v, mediators, gather, spread)
@@ -80,16 +80,35 @@ class MediatorAttention(AttentionLayer):
         tokens = self.dwc(image).permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C]
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
+    def _on_grid(self, num_mediators: int, grid: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """B₁ [H, n, N] and B₂ [H, N, n], in the dtype of the logits where they are kept between calls."""
+        weights = [weight for n in self._numbers_around(num_mediators) for weight in self._bias(n).parameters()]
+
+        def compute() -> tuple[Tensor, ...]:
+            bias = self.biases_at(num_mediators)
+            gather = gather_bias(bias["an_bias"], bias["ah_bias"], bias["aw_bias"], grid)
+            spread = spread_bias(bias["na_bias"], bias["ha_bias"], bias["wa_bias"], grid)
+            return gather.to(dtype), spread.to(dtype)
+
+        return self._kept.get((num_mediators, grid, dtype), weights, compute)
+
+    def _numbers_around(self, num_mediators: int) -> tuple[int, ...]:
+        """The number itself if it was learned, else those below and above it."""
+        if num_mediators in self.mediators:
+            return (num_mediators,)
+        below = max(n for n in self.mediators if n < num_mediators)
+        return below, min(n for n in self.mediators if n > num_mediators)
+
     def biases_at(self, num_mediators: int) -> dict[str, Tensor]:
         """The position biases of a number of mediators, by their published names, for the grid of the sample size.
 
         Args:
             num_mediators: a perfect square from the smallest to the largest of the set.
         """
-        if num_mediators in self.mediators:
+        around = self._numbers_around(num_mediators)
+        if len(around) == 1:
             return self._bias(num_mediators).tensors()
-        below = max(n for n in self.mediators if n < num_mediators)
-        above = min(n for n in self.mediators if n > num_mediators)
+        below, above = around
         share = (isqrt(num_mediators) - isqrt(below)) / (isqrt(above) - isqrt(below))
         low, high = self._bias(below).tensors(), self._bias(above).tensors()
         return {

@@ -17,6 +17,7 @@ from diffattn.app.jobs.quality_run import REFERENCE_FILE, RUNS_FILE, Line, Measu
 from diffattn.app.jobs.speed_up import SpeedUp
 from diffattn.drawing.classes import class_ids, draws_classes, num_classes
 from diffattn.drawing.draw import prepare
+from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import UNPATCHED, Picture, Request
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.machine import describe_machine
@@ -28,7 +29,6 @@ from diffattn.metrics.fid import fid_without
 from diffattn.metrics.reference import Reference
 from diffattn.patching.default_method import default_method
 
-EXTRACTOR_OF = {"emoji-sd": "emoji-classifier", "cifar-sit": "cifar-classifier"}
 OTHERWISE = "dinov2"
 LEAST = 4  # pictures, for precision and recall of 3 neighbours
 CHUNK = 16  # pictures of the reference that are drawn before their features are taken
@@ -143,7 +143,8 @@ def extractor_for(name: str, chosen: str, models: Models) -> str:
     allowed, found = models.extractors(), chosen
     if chosen == AUTOMATIC:
         reference = _reference_of(models.place(name))
-        found = reference.extractor if reference else EXTRACTOR_OF.get(name, OTHERWISE)
+        own = EMBEDDED[name].extractor if name in EMBEDDED else OTHERWISE
+        found = reference.extractor if reference else own
     if found not in allowed:
         raise ValueError(
             f"extractor {found!r} would be downloaded, which is not allowed here; for the pictures of {name!r} "
