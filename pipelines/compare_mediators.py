@@ -202,21 +202,22 @@ def scores_of(result: Mapping[str, Any]) -> list[dict[str, float]]:
 
 def table(results: dict[str, dict], drawing: Drawing, extractor: str) -> str:
     """Figures are means over the repeats, ± is their standard deviation; of KID with one repeat, over its subsets."""
-    repeats = len(scores_of(next(iter(results.values()))))
-    of_seeds = f", {repeats} × {drawing.samples} pictures with other seeds" if repeats > 1 else ""
+    has_repeats = any(len(scores_of(r)) > 1 for r in results.values())
     lines = [
-        f"| variant | FID-{drawing.samples} ({extractor}{of_seeds}) | KID × 10³ ± std | accuracy "
-        "| GFLOPs per picture | time ratio (IQR) |",
-        "|---|---|---|---|---|---|",
+        f"| variant |{' sets |' if has_repeats else ''} FID-{drawing.samples} ({extractor}) | KID × 10³ ± std "
+        "| accuracy | GFLOPs per picture | time ratio (IQR) |",
+        "|---" * (7 if has_repeats else 6) + "|",
     ]
     for name, r in results.items():
         scores, t = scores_of(r), r["time_ratio"]
         fids, kids = ([s[key] for s in scores] for key in ("fid", "kid"))
+        repeats = len(scores)
         accuracy = statistics.fmean(s.get("accuracy", float("nan")) for s in scores)
         spread = statistics.stdev(kids) if repeats > 1 else scores[0]["kid_std"]
         fid = f"{statistics.fmean(fids):.2f}" + (f" ± {statistics.stdev(fids):.2f}" if repeats > 1 else "")
         lines.append(
-            f"| {name} | {fid} | {1e3 * statistics.fmean(kids):.2f} ± {1e3 * spread:.2f} "
+            f"| {name} |{f' {repeats} |' if has_repeats else ''} {fid} "
+            f"| {1e3 * statistics.fmean(kids):.2f} ± {1e3 * spread:.2f} "
             f"| {100 * accuracy:.1f} % | {r['gflops']:.3g} "
             f"| {t['median']:.2f} ({t['iqr'][0]:.2f}–{t['iqr'][1]:.2f}) |"
         )
@@ -235,6 +236,7 @@ class Judge:
     extractor: FeatureExtractor
     drawing: Drawing
     repeats: int
+    repeated: tuple[str, ...] | None = None  # the variants drawn so often, others once; None: all
 
     @classmethod
     def of(cls, reference: Path, size: int, extractor: FeatureExtractor, drawing: Drawing, repeats: int) -> Self:
@@ -242,6 +244,9 @@ class Judge:
         real = open_dataset(str(reference), size)
         truth = Reference.of(reference.name, (real[i][0][None] for i in range(len(real))), extractor)
         return cls(truth, extractor, drawing, repeats)
+
+    def repeats_of(self, variant: Variant) -> int:
+        return self.repeats if self.repeated is None or variant.name in self.repeated else 1
 
     def record_of(self, variant: Variant) -> dict[str, Any]:
         """What a stored result must have been made with."""
@@ -252,7 +257,7 @@ class Judge:
         """The result of the first repeat, and the scores of all."""
         found = []
         with variant.applied():
-            for i in range(self.repeats):
+            for i in range(self.repeats_of(variant)):
                 drawing = replace(self.drawing, seed=self.drawing.seed + i * self.drawing.samples)
                 found.append(sit_quality(variant.pipe, drawing, self.truth, self.extractor, variant.name))
         return found[0], [dict(result.scores) for result in found]
@@ -269,7 +274,7 @@ def score_all(found: list[Variant], judge: Judge, file: Path, device: str) -> di
         now = judge.record_of(variant)
         if variant.name in done:
             before = {key: done[variant.name].get(key) for key in now}
-            if before != now or len(scores_of(done[variant.name])) != judge.repeats:
+            if before != now or len(scores_of(done[variant.name])) != judge.repeats_of(variant):
                 raise ValueError(f"{str(file)!r} has {variant.name!r} of {before}, now {now}: choose another --out")
             continue
         result, repeats = judge.scored(variant)
@@ -294,6 +299,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     repeats: Annotated[int, typer.Option(help="How often all pictures are drawn, with new seeds.", min=1)] = 1,
+    repeated: Annotated[str | None, typer.Option(help="Repeat only these variants, with commas; default all.")] = None,
     timed_batch: Annotated[int | None, typer.Option(help="Pictures at once when timing; default --batch.")] = None,
     only: Annotated[str | None, typer.Option(help="Only these variants, with commas.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -309,6 +315,7 @@ def main(
         variant.pipe.to(device)
     size = default_size(found[0].pipe)[0]
     judge = Judge.of(reference, size, load_extractor(extractor, device=device), drawing, repeats)
+    judge = replace(judge, repeated=tuple(repeated.split(",")) if repeated else None)
     file = out / "comparison.json"
     done = score_all(found, judge, file, device)
     for name, ratio in time_ratios(found, rounds, replace(drawing, batch=timed_batch or batch)).items():
