@@ -66,7 +66,13 @@ def test_the_figures(result: DemoResult, tmp_path: Path) -> None:
     assert told["foreground_psnr"] == pytest.approx([sum(inside) / 2, inside[0]])
     with Image.open(sheet) as picture:
         assert picture.width > 2 * told["size"]
-        assert picture.height > 3 * told["size"]
+        assert picture.height > 6 * told["size"]
+    rows = told["mediators"]
+    assert [row["name"] for row in rows] == ["64 mediators", "dynamic", "4 mediators"]
+    assert rows[0]["speedup"] == 1
+    assert all(row["seconds"] > 0 for row in rows)
+    dynamic, few = (f"{row['name']} {row['speedup']:.2f}x" for row in rows[1:])
+    assert result.mediators_verdict == f"The SiT, against 64 mediators: {dynamic}, {few} the speed."
 
 
 def test_another_size_is_timed_and_not_judged() -> None:
@@ -75,6 +81,7 @@ def test_another_size_is_timed_and_not_judged() -> None:
     assert (told["size"], told["psnr"], told["ssim"], told["foreground_psnr"]) == (192, None, None, None)
     assert told["pairs"][0]["psnr"] is None
     assert "PSNR" not in result.verdict
+    assert (told["mediators"], result.mediators_verdict) == ([], None)
     with pytest.raises(ValueError, match="width 100 is not a positive multiple of 8"):
         Demo(replace(SHORT, size=100))
 
@@ -114,7 +121,7 @@ def test_it_says_so_if_nothing_is_faster(tmp_path: Path, monkeypatch: pytest.Mon
     never = tmp_path / "thresholds.json"
     never.write_text(json.dumps({"devices": {name: {"64": 10**9} for name in ("cpu", "cuda", "mps")}}))
     monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(never))
-    ready = Demo(DemoSettings(steps=1, rounds=1, prompts=PROMPTS[:1], dtype="float32"))
+    ready = Demo(DemoSettings(steps=1, rounds=1, prompts=PROMPTS[:1], dtype="float32", mediators=False))
     with pytest.warns(diffattn.DiffAttnWarning, match="accelerates no layer"):
         result = ready.run()
     assert result.verdict.startswith("Nothing is faster: no layer ran accelerated")
