@@ -1,5 +1,6 @@
 """The models and accelerations that a visitor may choose; all others are refused."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +152,9 @@ def _size(folder: Path) -> tuple[int, int] | None:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _json(path: Path) -> Mapping[str, Any]:

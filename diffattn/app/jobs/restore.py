@@ -30,6 +30,8 @@ def settings_of_record(record: Mapping[str, Any], models: Models, limits: Limits
     Raises:
         ValueError: its settings are not allowed here; the message says which.
     """
+    if not isinstance(record, Mapping):
+        raise ValueError("a record must be an object")
     given = {name: record.get(name) for name in SETTINGS}
     given |= {"num_images": 1, **_way(record)}
     read_given(record.get("decisions"))

@@ -23,7 +23,12 @@ Every action is also an endpoint, called from Python like this:
         axis="seconds per picture", api_name="/measure",
     )
 
-The others are /show_pair, /show_runs, /load_runs, /stop, /describe_model, /estimate and /estimate_measure.
+    line, estimate = client.predict(model="emoji-sd", steps=25, api_name="/estimate")  # seconds, pictures, error
+    line, estimate = client.predict(models=["emoji-sd"], samples=64, api_name="/estimate_measure")
+    line, about = client.predict(model="emoji-sd", api_name="/describe_model")  # name, what, width, height, …
+    line, answer = client.predict(api_name="/stop")  # stopped
+
+The others are /show_pair, /show_runs and /load_runs, which answer with files.
 """
 
 import os

@@ -23,7 +23,6 @@ from diffattn.app.page.shared import (
     TOLD,
     busy,
     columns,
-    in_words,
     left_out,
     note,
     progress_html,
@@ -142,11 +141,11 @@ def _wire_time(page: gr.Blocks, worker: Worker, found: Inputs, time: gr.HTML, ru
         try:
             names = worker.limits.variants_of(chosen, recipe is not None)
         except ValueError as error:
-            return in_words(error), False
+            return Estimate.refused(error)
         return time_of_drawing(worker, model, steps, width, height, num_images, beside=names)
 
     counted = [found.model, found.steps, found.width, found.height, found.num_images, found.acceleration, found.recipe]
-    keep_estimated(page, time, estimate, counted, run, api_visibility="private")
+    keep_estimated(page, time, estimate, counted, run)
 
 
 def _pairs(comparison: Comparison, files: Files, own: str | None) -> dict[str, tuple[str, str]]:

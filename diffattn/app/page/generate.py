@@ -82,7 +82,8 @@ def tab(page: gr.Blocks, worker: Worker, files: Files, latest: gr.State, stored:
     given: list[Any] = [*found.all(), history, restored]
     run = gr.on([go.click, found.prompt.submit], draw, given, outputs, api_name="generate", **JOB)
     halt.click(stopper(worker, TAB), None, stage, api_visibility="private", **QUICK)
-    gr.Button(visible=False).click(stopping(worker), None, stage, api_name="stop", **QUICK)  # for programs only
+    whether = gr.JSON(label="Stopped", visible=False)
+    gr.Button(visible=False).click(stopping(worker), None, [stage, whether], api_name="stop", **QUICK)  # for programs
     found.renew_seed(run)
     wire_about(worker, found)
     wire_time(page, worker, found, time, run)
@@ -152,9 +153,10 @@ def stopper(worker: Worker, tab: str) -> Any:
 def stopping(worker: Worker) -> Any:
     """The Stop endpoint for programs: stops all their jobs without waiting, and reports whether there were any."""
 
-    def stop(request: gr.Request) -> str:
-        """Stop all jobs of this client. Returns whether there were any (HTML)."""
-        return note("Stopped." if worker.stop(_session(request)) else "Nothing is running.")
+    def stop(request: gr.Request) -> tuple[str, dict[str, bool]]:
+        """Stop all jobs of this client. Returns whether there were any, as a line (HTML) and as data."""
+        stopped = worker.stop(_session(request))
+        return note("Stopped." if stopped else "Nothing is running."), {"stopped": stopped}
 
     return stop
 

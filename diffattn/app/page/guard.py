@@ -124,7 +124,7 @@ class SameSite:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._is_own(host):
             return await _refuse(400, "this page is not served under that name")(scope, receive, send)
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and not _is_from(origin, host):
             return await _refuse(403, "requests from other sites are refused")(scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -253,6 +253,13 @@ def _address(scope: Scope) -> str:
 
 def _is_upload(scope: Scope) -> bool:
     return scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload")
+
+
+def _is_from(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:  # no address at all
+        return False
 
 
 def _is_address(name: str) -> bool:

@@ -237,14 +237,26 @@ def describe_model(worker: Worker, name: str) -> str:
     return line(f"{name}: {found.what}{size}{guidance}{classes}")
 
 
+def model_as_data(worker: Worker, name: str) -> dict[str, Any]:
+    """What `describe_model` says, as JSON types and with all classes; raises like it."""
+    found = worker.models.describe(name)
+    width, height = found.size or (None, None)
+    return {
+        "name": name, "what": found.what, "width": width, "height": height, "guidance": found.guidance,
+        "classes": list(found.classes),
+    }  # fmt: skip
+
+
 def wire_about(worker: Worker, found: Inputs) -> None:
     """The endpoint that describes a model."""
+    data = gr.JSON(label="Model", visible=False)
 
-    def tell_model(model: str) -> str:
-        """What is known about a model (HTML)."""
+    def tell_model(model: str) -> tuple[str, dict[str, Any]]:
+        """What is known about a model without loading it, as a line (HTML) and as data: its name, what it is, the width
+        and height that it was trained for in pixels, the guidance that it recommends (null: not known), its classes."""
         try:
-            return describe_model(worker, model)
+            return describe_model(worker, model), model_as_data(worker, model)
         except ValueError as error:
             raise toast(error) from None
 
-    gr.Button(visible=False).click(tell_model, found.model, found.about, api_name="describe_model", **QUICK)
+    gr.Button(visible=False).click(tell_model, found.model, [found.about, data], api_name="describe_model", **QUICK)

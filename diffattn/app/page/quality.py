@@ -26,7 +26,6 @@ from diffattn.app.page.shared import (
     busy,
     columns,
     duration,
-    in_words,
     note,
     progress_html,
     toast,
@@ -125,7 +124,8 @@ def tab(
         guidance: float | None = None, prompts: str = "", extractor: str = AUTOMATIC, against: str = AUTOMATIC,
         seed: float = 0,
     ) -> Estimate:  # fmt: skip
-        """How long a measurement would take (HTML), once that is known."""
+        """How long a measurement would take, as a line (HTML) and as data: seconds (null: not known yet), pictures, and
+        the error if it would be refused."""
         given = [models, accelerations, numbers, samples, steps, guidance, prompts, extractor, against, seed]
         return _estimate(worker, given)
 
@@ -249,11 +249,11 @@ def _estimate(worker: Worker, given: Sequence[Any]) -> Estimate:
         seconds = worker.estimates.seconds_to_measure(wanted)
         references = sum(not has_reference(name, wanted, worker.models) for name in wanted.models)
     except (ValueError, TypeError) as error:
-        return in_words(error), False
+        return Estimate.refused(error)
     about = "known after an exact picture of each model" if seconds is None else f"about {duration(seconds)}"
     limits, count = worker.limits, wanted.samples * (wanted.num_variants * len(wanted.models) + references)
-    line = f"Time: {about}, for {count} pictures. At most N = {limits.samples} and {limits.steps} steps."
-    return line, seconds is not None
+    words = f"Time: {about}, for {count} pictures. At most N = {limits.samples} and {limits.steps} steps."
+    return Estimate(words, seconds, count)
 
 
 def _save(runs: Sequence[QualityRun], place: Path) -> list[str]:

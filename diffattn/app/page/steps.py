@@ -38,7 +38,7 @@ def tab(worker: Worker, latest: gr.State, traces: gr.State, drawn: Any, compared
     def time_steps(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[str, Trace | None]:
         """The steps of one of this client's latest runs ("Generate", or "Compare: " and an acceleration), as a chart
         (HTML) and as data."""
-        trace = latest if run == GENERATED else traces.get(run.removeprefix(COMPARED))
+        trace = latest if run == GENERATED else traces.get(str(run).removeprefix(COMPARED))
         if trace is None:
             return nothing_yet, None
         return _scrolling(steps_chart(RunTrace.from_dict(trace))), trace

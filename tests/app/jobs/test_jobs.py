@@ -96,6 +96,17 @@ def test_models_that_may_be_chosen(folder: Path) -> None:
     assert models.describe("one").size == (64, 64)
 
 
+@pytest.mark.parametrize(
+    ("stored", "found"), [("2", 2.0), ("NaN", None), ("1e999", None), ("true", None), ('"2"', None)]
+)
+def test_the_guidance_that_a_model_recommends_is_a_number_or_not_known(
+    tmp_path: Path, stored: str, found: float | None
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model_index.json").write_text(f'{{"_class_name": "SiTPipeline", "guidance_scale": {stored}}}')
+    assert Models(tmp_path).describe("one").guidance == found
+
+
 def test_a_pickle_is_refused_and_the_next_job_runs(tmp_path: Path) -> None:
     worker = web.tiny_worker(web.save_models(tmp_path / "models"))
     unet = tmp_path / "models" / "group" / "two" / "unet"

@@ -81,6 +81,12 @@ def test_the_endpoints_have_names_and_named_arguments(client: Client) -> None:
         assert all(p["parameter_has_default"] for p in found[name]["parameters"])
 
 
+def test_what_is_answered_in_html_is_also_answered_as_data_or_files(address: str) -> None:
+    for name, endpoint in httpx.get(f"{address}gradio_api/info").json()["named_endpoints"].items():
+        kinds = {value["component"] for value in endpoint["returns"]}
+        assert "Html" not in kinds or kinds & {"Json", "File"}, name
+
+
 def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> None:
     stage, pictures, files, code, records = draw(
         client, num_images=2, seed=7, acceleration="agent/fast", width=64, height=64
@@ -160,18 +166,39 @@ def test_the_page_answers_while_a_job_runs(client: Client, address: str) -> None
     running = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
     web.wait_for(lambda: any("step " in str(out) for out in running.outputs()))
     other = Client(address, verbose=False)
-    assert "32×32" in other.predict("one", api_name="/describe_model")
-    assert "Time:" in other.predict("one", 2, None, None, 1, api_name="/estimate")
+    assert "32×32" in other.predict("one", api_name="/describe_model")[0]
+    assert "Time:" in other.predict("one", 2, None, None, 1, api_name="/estimate")[0]
     assert not running.done()
     client.predict(api_name="/stop")
     web.wait_for(running.done)
 
 
 def test_about_a_model_and_its_time(client: Client) -> None:
-    assert "32×32" in client.predict("one", api_name="/describe_model")
+    said, about = client.predict("one", api_name="/describe_model")
+    assert "one: a StableDiffusionPipeline, 32×32 pixels" in said
+    size = {"width": 32, "height": 32}
+    assert about == {"name": "one", "what": "a StableDiffusionPipeline", **size, "guidance": None, "classes": []}
     draw(client)
-    assert "Time: about" in client.predict("one", 2, None, None, 1, api_name="/estimate")
-    assert "from 8 to 64" in client.predict("one", 2, 10**6, None, 1, api_name="/estimate")
+    said, data = client.predict("one", 2, None, None, 1, api_name="/estimate")
+    assert "Time: about" in said
+    assert data["seconds"] > 0
+    assert data == {"seconds": data["seconds"], "pictures": 1, "error": None}
+    said, twice = client.predict("one", 2, None, None, 2, api_name="/estimate")
+    assert twice["pictures"] == 2
+    said, unknown = client.predict("group/two", 2, None, None, 3, api_name="/estimate")
+    assert "known after the first run" in said
+    assert unknown == {"seconds": None, "pictures": 3, "error": None}
+
+
+def test_the_estimate_of_what_is_refused_is_its_error(client: Client) -> None:
+    said, data = client.predict("one", 2, 10**6, None, 1, api_name="/estimate")
+    assert data == {
+        "seconds": None, "pictures": None, "error": "width must be a whole number from 8 to 64, got 1000000",
+    }  # fmt: skip
+    assert data["error"] in said
+    said, data = client.predict("<b>/x&y", api_name="/estimate")
+    assert "model '<b>/x&y' is not available here" in data["error"]
+    assert "model &#x27;&lt;b&gt;/x&amp;y&#x27; is not available here" in said
 
 
 def test_downloads_are_deleted_when_they_are_old_and_when_the_page_ends(
@@ -267,9 +294,13 @@ def test_eight_clients_at_once_each_get_their_own(address: str) -> None:
 def test_stop_ends_a_running_job_of_its_visitor_alone(client: Client, address: str) -> None:
     job = client.submit(**(settings() | {"steps": 400, "num_images": 4}), api_name="/generate")
     web.wait_for(lambda: any("step " in str(out) for out in job.outputs()))
-    assert "Nothing is running" in Client(address, verbose=False).predict(api_name="/stop")
+    said, data = Client(address, verbose=False).predict(api_name="/stop")
+    assert "Nothing is running" in said
+    assert data == {"stopped": False}
     begin = time.monotonic()
-    assert "Stopped" in client.predict(api_name="/stop")
+    said, data = client.predict(api_name="/stop")
+    assert "Stopped" in said
+    assert data == {"stopped": True}
     web.wait_for(job.done)
     assert time.monotonic() - begin < 30
     assert "Stopped" in str(job.outputs()[-1])
@@ -283,7 +314,7 @@ def test_a_waiting_job_says_its_place_and_can_leave_the_line(client: Client, add
     waiting = other.submit(**settings(), api_name="/generate")
     web.wait_for(lambda: any("Waiting: 1 job runs before yours" in str(out) for out in waiting.outputs()))
     if how == "stop":
-        assert "Stopped" in other.predict(api_name="/stop")
+        assert "Stopped" in other.predict(api_name="/stop")[0]
         web.wait_for(waiting.done)
         assert "Stopped" in str(waiting.outputs()[-1])
     else:
@@ -308,6 +339,6 @@ def test_with_a_password_nothing_is_served_without_it(worker: Worker) -> None:
     try:
         assert httpx.get(f"{address}gradio_api/info").status_code == 401
         inside = Client(address, auth=("me", "secret"), verbose=False)
-        assert "32×32" in inside.predict("one", api_name="/describe_model")
+        assert "32×32" in inside.predict("one", api_name="/describe_model")[0]
     finally:
         page.close()

@@ -121,10 +121,24 @@ def test_what_a_browser_stored_is_checked(client: Client) -> None:
 
 def test_estimates_and_limits_before_measuring(client: Client) -> None:
     given = {name: value for name, value in settings().items() if name not in ("labels", "axis")}
-    said = client.predict(*given.values(), api_name="/estimate_measure")
+    client.predict(**settings(), api_name="/measure")
+    said, data = client.predict(*given.values(), api_name="/estimate_measure")
     assert "for 32 pictures" in said  # of three variants, and of the reference
+    assert "Time: about" in said
+    assert data["seconds"] > 0
+    assert data == {"seconds": data["seconds"], "pictures": 32, "error": None}
     given["numbers"] = "x"
-    assert "numbers must be whole numbers" in client.predict(*given.values(), api_name="/estimate_measure")
+    said, data = client.predict(*given.values(), api_name="/estimate_measure")
+    assert "numbers must be whole numbers" in said
+    assert data["error"].startswith("numbers must be whole numbers with commas between them")
+    assert data["seconds"] is data["pictures"] is None
+
+
+def test_the_classes_of_a_model_are_data_too(client: Client) -> None:
+    said, data = client.predict("cifar-sit", api_name="/describe_model")
+    assert len(data["classes"]) == 10
+    assert f"Prompt: the name of a class ({', '.join(data['classes'])})" in said
+    assert f"guidance {data['guidance']:g}" in said
 
 
 @pytest.mark.parametrize(

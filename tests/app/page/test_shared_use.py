@@ -102,7 +102,9 @@ def test_other_names_of_the_host_are_refused(address: str, host: str) -> None:
         assert httpx.get(f"{address}{path}", headers={"host": host}).status_code == 400
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://localhost"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://localhost", "http://[x"]
+)
 def test_requests_from_other_sites_are_refused(address: str, origin: str) -> None:
     for content in ("application/json", "text/plain"):
         headers = {"origin": origin, "content-type": content}
@@ -196,14 +198,15 @@ def test_data_nested_deeply_harms_nobody(address: str, nested: str) -> None:
     assert httpx.get(f"{address}config").status_code == 200
 
 
+@pytest.mark.parametrize("value", ["nonsense", ["nonsense"], None], ids=str)
 def test_functions_that_are_no_endpoints_take_nonsense_without_a_word_in_the_log(
-    address: str, caplog: pytest.LogCaptureFixture
+    address: str, caplog: pytest.LogCaptureFixture, value: Any
 ) -> None:
     server = logging.getLogger("uvicorn.error")
     server.addHandler(caplog.handler)
     for event in httpx.get(f"{address}config").json()["dependencies"]:
-        body = {"data": ["nonsense"] * len(event["inputs"]), "fn_index": event["id"], "session_hash": "nonsense"}
-        body |= {"event_data": {"index": -7, "value": "nonsense"}}
+        body = {"data": [value] * len(event["inputs"]), "fn_index": event["id"], "session_hash": "nonsense"}
+        body |= {"event_data": {"index": -7, "value": value}}
         found = httpx.post(f"{address}gradio_api/run/predict", json=body)
         assert found.status_code in (200, 500)
         assert "Traceback" not in found.text
