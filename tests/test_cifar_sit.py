@@ -29,6 +29,7 @@ def test_it_is_a_small_model_with_elastic_mediators_and_the_names_of_the_classes
     assert weights.stat().st_size < 13e6
 
 
+@pytest.mark.slow
 def test_the_classifier_recognises_far_more_than_chance_would(pipe: SiTPipeline) -> None:
     extractor: Any = load_extractor("cifar-classifier")
     hits = []

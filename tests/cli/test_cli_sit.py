@@ -87,6 +87,7 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, pictures, words, says) -
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_names_the_classes_that_do_not_match(trained, tmp_path) -> None:
     for name in ("cat", "boat"):
         (tmp_path / name).mkdir()
@@ -96,6 +97,7 @@ def test_a_resumed_run_names_the_classes_that_do_not_match(trained, tmp_path) ->
     assert "missing in the data: 'ship'; unknown to the model: 'boat'" in done.stderr
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_name_their_classes_go_on(trained, pictures, tmp_path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     (state,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")

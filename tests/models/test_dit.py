@@ -259,6 +259,7 @@ def test_autocast_stays_near_fp32_and_bfloat16_weights_run(attention: str) -> No
     assert (half.float() - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.slow
 def test_a_model_compiles_into_one_graph_per_number_of_mediators() -> None:
     graphs = 0
 

@@ -66,6 +66,7 @@ def test_a_first_order_expansion_is_exact_where_all_queries_are_alike() -> None:
     assert error(candidates.first_order(same), same) < 1e-5
 
 
+@pytest.mark.slow
 def test_every_candidate_runs_on_a_tiny_model_and_is_reported(tmp_path: Path) -> None:
     pipe = tiny.pipeline("sd", tmp_path / "tokenizer")
     pipe.save_pretrained(tmp_path / "sd")

@@ -203,12 +203,14 @@ def test_a_cubic_trajectory_of_x0_is_reproduced_by_lagrange():
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_criterion_that_never_holds_leaves_every_bit(sampled):
     exact = latents(sampled)
     with sada(sampled, sampled, SETTING, never) as draw:
         assert torch.equal(latents(draw), exact)
 
 
+@pytest.mark.slow
 def test_fewer_calls_close_to_the_exact_latents_and_nothing_left(sampled, asked):
     exact = latents(sampled)
     before = [sorted(vars(x)) for x in (sampled, sampled.scheduler, *sampled.unet.modules())]
@@ -250,6 +252,7 @@ def test_an_interrupted_run_says_nothing_to_the_next(pipe):
         assert torch.equal(latents(draw), whole)
 
 
+@pytest.mark.slow
 def test_sada_and_agents_in_either_order(pipe, asked):
     found = {}
     for name in ("agent+sada", "sada+agent"):
@@ -282,6 +285,7 @@ def test_a_batch_of_another_size_is_computed(pipe, asked):
     assert asked == [4] * 7 + [2] * 7  # at steps 0 to 3, 5, 7 and 9; at 10, 11, 13, 15 and 17 to 19
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "changed"),
     [("sdxl", {}), ("img2img", {"image": tiny.picture(), "strength": 0.6, "height": None, "width": None})],

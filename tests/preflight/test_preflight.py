@@ -402,6 +402,7 @@ def test_class_labels_of_a_unet():
 # The command.
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     file = tmp_path / "x.json"
     found = call("info", "--model", "emoji-sd", "--size", "128x64", "--rounds", 2, "--json", file)

@@ -135,6 +135,7 @@ def test_batches_are_drawn_from_the_moments_and_scaled(latents: LatentDataset) -
     assert torch.equal(y, latents.labels[indices])
 
 
+@pytest.mark.slow
 def test_latents_are_the_same_for_any_number_of_processes_and_workers_and_from_any_start(
     latents: LatentDataset,
 ) -> None:
@@ -148,6 +149,7 @@ def test_latents_are_the_same_for_any_number_of_processes_and_workers_and_from_a
 # Kills.
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(
     latents: LatentDataset, dataset: ImageDataset, vae: AutoencoderKL, tmp_path: Path
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_killed_run_goes_on(
     assert all(torch.equal(done[i][0], latents[i][0]) for i in range(7))
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_first_shard_leaves_nothing_in_the_way(
     dataset: ImageDataset, vae: AutoencoderKL, tmp_path: Path
 ) -> None:
@@ -211,6 +214,7 @@ def test_a_folder_that_is_no_cache_is_refused(
         cache_latents(dataset, vae, tmp_path)
 
 
+@pytest.mark.slow
 def test_latents_that_are_not_finite_are_refused(dataset: ImageDataset, tmp_path: Path) -> None:
     broken: Any = make_vae()
     nn.init.constant_(broken.quant_conv.bias, float("nan"))
@@ -230,6 +234,7 @@ def test_an_autoencoder_without_a_distribution_is_refused(dataset: ImageDataset,
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_an_unreadable_picture_is_named_and_what_was_done_stays(vae: AutoencoderKL, tmp_path: Path) -> None:
     content = {f"a/{i}.png": png(i, 16) for i in range(3)} | {"a/9.png": b"bad"}
     dataset = open_dataset(packed(tmp_path / "data.zip", content), 16)
