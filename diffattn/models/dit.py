@@ -3,6 +3,7 @@
 Shapes: B batch, c image channels, N = h·w tokens on a grid (h, w), C hidden channels, n mediators.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -68,6 +69,8 @@ class DiT(ModelMixin, ConfigMixin):
         qk_norm: RMS norm of queries and keys, per head.
         norm_eps: of the norm before each MLP.
         frequency_shift: time frequencies are 10000^(-i/(128 - shift)): 0 official, 1 diffusers.
+        position_scale: positions count tokens times this; 1 is official. A model that starts from the weights of one
+            of half its size keeps the meaning of their positions with half their scale.
 
     Raises:
         ValueError: naming the value that does not fit, and what is allowed.
@@ -104,6 +107,7 @@ class DiT(ModelMixin, ConfigMixin):
         frequency_shift: float = 0.0,
         attention_options: Mapping[str, Mapping[str, Any]] | None = None,
         steps: Sequence[Sequence[int]] | None = None,
+        position_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_one_of("prediction", prediction, ("velocity", "epsilon"))
@@ -145,7 +149,9 @@ class DiT(ModelMixin, ConfigMixin):
         )
         self.step_conditions = projections(self.steps, hidden_size)
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * (2 if learn_sigma else 1))
-        self.register_buffer("pos_embed", position_embedding(self.grid, hidden_size), persistent=False)
+        if not 0 < position_scale < math.inf:
+            raise ValueError(f"position_scale must be a finite number above 0, got {position_scale}")
+        self.register_buffer("pos_embed", self._embedded(self.grid), persistent=False)
         initialize(self)
 
     def forward(
@@ -189,7 +195,10 @@ class DiT(ModelMixin, ConfigMixin):
         """[1, N, C]"""
         own = self.pos_embed
         assert isinstance(own, Tensor)
-        return own if grid == self.grid else position_embedding(grid, own.shape[-1]).to(own)
+        return own if grid == self.grid else self._embedded(grid).to(own)
+
+    def _embedded(self, grid: tuple[int, int]) -> Tensor:
+        return position_embedding(grid, self.config["hidden_size"], self.config["position_scale"])
 
     @property
     def attention_label(self) -> str:
@@ -258,8 +267,9 @@ class DiT(ModelMixin, ConfigMixin):
                 softmax layers whose weights they have.
 
         Raises:
-            ValueError: attention or steps that the official layout has no place for.
+            ValueError: attention, steps or a position scale that the official layout has no place for.
         """
+        self._check_position_scale("the official layout")
         convert.check_official(self.attention, [kind for kind, x in ATTENTION.items() if x.is_official], self.steps)
         if num_mediators is not None:
             check_num_mediators(num_mediators, self.mediators)
@@ -297,6 +307,7 @@ class DiT(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a feature that class does not have, such as mediator layers.
         """
+        self._check_position_scale("diffusers' DiT")
         config = convert_diffusers.config_to_diffusers(self.config, self.attention, self.grid, len(self.steps))
         theirs = DiTTransformer2DModel(**config)
         weights = convert_diffusers.native_to_diffusers(self.state_dict(), config["num_layers"])
@@ -309,6 +320,10 @@ class DiT(ModelMixin, ConfigMixin):
             )
         _cast_like(theirs, self.x_embedder.proj.weight)
         return theirs.eval()
+
+    def _check_position_scale(self, layout: str) -> None:
+        if (scale := self.config["position_scale"]) != 1:
+            raise ValueError(f"{layout} counts positions in tokens; this model has position_scale={scale:g}")
 
     def _load(self, weights: Mapping[str, Tensor]) -> Self:
         own = self.state_dict()

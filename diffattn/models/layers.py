@@ -18,15 +18,15 @@ NORM_EPS = 1e-6
 """Epsilon of every norm except the one before an MLP, which is configurable."""
 
 
-def position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
+def position_embedding(grid: tuple[int, int], dim: int, scale: float = 1.0) -> Tensor:
     """Fixed sin-cos embedding of rows and columns [1, h·w, dim], in fp32.
 
     The first half of the channels encodes the column, the second the row, each as [sin | cos] of the position
-    times 10000^(-i/(dim/4)). Positions count tokens from 0, at every resolution.
+    times 10000^(-i/(dim/4)). Positions count tokens from 0, at every resolution, and are multiplied by the scale.
     """
     h, w = grid
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = (torch.outer(torch.arange(size, dtype=torch.float64), omega) for size in (h, w))
+    rows, columns = (torch.outer(scale * torch.arange(size, dtype=torch.float64), omega) for size in (h, w))
     row_table, column_table = (torch.cat([x.sin(), x.cos()], dim=1).float() for x in (rows, columns))  # [·, dim/2]
     halves = [column_table.expand(h, w, -1), row_table[:, None].expand(h, w, -1)]
     return torch.cat(halves, dim=-1).reshape(1, h * w, dim)

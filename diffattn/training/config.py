@@ -54,6 +54,7 @@ class ModelConfig:
     learn_sigma: bool = False
     norm_eps: float = 1e-6  # of the norm before each MLP
     frequency_shift: float = 0.0  # of the time frequencies: 0 official, 1 diffusers
+    position_scale: float = 1.0  # positions count tokens times this; halve it when the start has half the size
     start: str | None = None  # initial weights: a diffattn folder, or an official .safetensors
     freeze_backbone: bool = False  # train only the weights that a softmax layer does not have
 
@@ -216,7 +217,8 @@ class TrainConfig:
     def model_arguments(self) -> dict[str, Any]:
         """The arguments of `DiT` that this configuration sets, without those that depend on the data."""
         names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
-                 "attention_options", "steps", "qk_norm", "learn_sigma", "norm_eps", "frequency_shift")  # fmt: skip
+                 "attention_options", "steps", "qk_norm", "learn_sigma", "norm_eps", "frequency_shift",
+                 "position_scale")  # fmt: skip
         given = {name: getattr(self.model, name) for name in names} | {"path": self.objective.path}
         return given | (dict(MODEL_PRESETS[self.model.size]) if self.model.size else {})
 

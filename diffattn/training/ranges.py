@@ -15,7 +15,13 @@ AT_LEAST: Mapping[str, float] = {
 }  # fmt: skip
 """Field -> its minimum. Precision and recall of the evaluation need 4 pictures."""
 
-POSITIVE = ("model.mlp_ratio", "objective.logit_std", "objective.min_snr", "run.timeout_minutes")
+POSITIVE = (
+    "model.mlp_ratio",
+    "model.position_scale",
+    "objective.logit_std",
+    "objective.min_snr",
+    "run.timeout_minutes",
+)
 SHARES = ("objective.label_dropout", "optim.ema", "optim.final_lr")
 """Fields from 0 to 1."""
 
