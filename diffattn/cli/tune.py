@@ -121,8 +121,8 @@ def _settings(
     for check in tuned.checks:
         mark = "->" if check is tuned.verified else "  "
         stdout.print(
-            f"{mark} error {check.error:.4f} (promise {check.promise:.4f}), expected {check.expected:.4f} "
-            f"at {check.expected_speedup:.3f}x",
+            f"{mark} {check.route}: error {check.error:.4f} (promise {check.promise:.4f}), "
+            f"expected {check.expected:.4f} at {check.expected_speedup:.3f}x",
             markup=False,
         )
     unit = "counted" if tuned.recipe["protocol"]["cost"] == "flops" else "measured"

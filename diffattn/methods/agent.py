@@ -127,8 +127,9 @@ class AgentAttention(LimitedMethod):
 
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
-        # min_tokens is 0 because tuning itself measures where agents pay off.
+        # min_tokens is 0 because tuning itself measures where agents pay off. The fewest landmarks are those of "fast".
         landmarks = [{"agents": "landmarks"} | cls._share(share) for share in TUNED_SHARES]
+        landmarks.append({"agents": "landmarks", "min_tokens": 0} | dict(cls.presets["fast"].options))
         pooled = [
             cls._share(share) | {"scale_exponent": kappa, "shortcut": shortcut}
             for share, kappa, shortcut in TUNED_POOLED

@@ -7,6 +7,9 @@ The expected error of the final latents when setting c runs in layer l and band 
 with e the relative error of the layer's own output, measured for all settings on the exact trajectory; w the share
 of it that reaches the denoiser's (guided) output, measured with one setting per layer; and a how the sampler amplifies
 that, measured by whole runs in which all layers run that setting in one band.
+
+Over a whole run the errors of one method compound differently from another's. So every method also gets an order of its
+own, a route beside the one that mixes them, and whole runs decide between the routes (`tuning.search`).
 """
 
 import math
@@ -25,7 +28,7 @@ from diffattn.tuning.config import CannotTune
 from diffattn.tuning.ladder import Option, Rung, ladder
 from diffattn.tuning.probe import FLOPS, Costs, Log, measure_costs, probing
 from diffattn.tuning.runs import Call, PipelineRuns, band_at, bands_of, relative_error
-from diffattn.tuning.settings import Setting, recipe_of
+from diffattn.tuning.settings import MIXED, Setting, recipe_of, routes_of
 
 LEAST_SAVING = 0.02  # share of a layer's exact cost, and
 LEAST_OF_ALL = 3e-4  # of the denoiser's: settings that save less are within the noise
@@ -44,12 +47,12 @@ class Calibration:
     exact: tuple[Tensor, ...]  # final latents of every prompt
     calls: tuple[tuple[Call, ...], ...]  # per probed prompt, one call per band
     cost: float  # of all denoiser calls of an unpatched run, in seconds or GFLOPs
-    rungs: tuple[Rung, ...]  # over (layer, band): what to give up first
+    routes: Mapping[str, tuple[Rung, ...]]  # see `routes_of`; over (layer, band): what to give up first
 
-    def choice(self, rungs: int) -> dict[str, list[int | None]]:
-        """The setting of every layer and band after so many rungs."""
+    def choice(self, rungs: Sequence[Rung]) -> dict[str, list[int | None]]:
+        """The setting of every layer and band after these rungs."""
         found: dict[str, list[int | None]] = {layer: [None] * len(self.bounds) for layer in self.layers}
-        for rung in self.rungs[:rungs]:
+        for rung in rungs:
             layer, band = rung.place
             found[layer][band] = rung.setting
         return found
@@ -112,10 +115,14 @@ def calibrate(
         for layer, found in useful.items()
         for b, share in enumerate(shares)
     }
-    rungs = tuple(ladder(places))
-    if not rungs:
+    routes = {
+        name: tuple(ladder({place: [o for o in options if o.setting in allowed] for place, options in places.items()}))
+        for name, allowed in routes_of(settings).items()
+    }
+    if not routes[MIXED]:
         raise CannotTune("no setting keeps the picture finite, in any layer and band of noise levels")
-    return Calibration(layers, bounds, shares, tuple(exact), tuple(taken), cost, rungs)
+    usable = {name: rungs for name, rungs in routes.items() if rungs}
+    return Calibration(layers, bounds, shares, tuple(exact), tuple(taken), cost, usable)
 
 
 def _exact_run(runs: PipelineRuns, index: int) -> tuple[Tensor, list[Call]]:

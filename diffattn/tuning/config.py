@@ -29,7 +29,7 @@ class TuneConfig:
     seed: int = 0  # prompt i has the seed `seed + i`
     bands: int = 4  # of noise levels, with about as many steps each
     probed: int = 4  # most prompts whose errors are analysed; all prompts are used to verify
-    checks: int = 8  # most recipes to verify
+    checks: int = 8  # most recipes to verify, besides one per method to choose among methods
     cost: str = TIME  # "time", measured here, or "flops", counted
     rounds: int = 5  # of timing
     presets: bool = False  # also measure the fixed presets, each against a recipe that is as close

@@ -7,7 +7,7 @@ per saving; taking all steps of all places in the order of their prices goes thr
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 
 Place = tuple[str, int]
@@ -64,6 +64,35 @@ def ladder(places: Mapping[Place, Sequence[Option]]) -> list[Rung]:
         saving, squared = saving + saved, squared + added
         rungs.append(Rung(place, setting, price, saving, sqrt(max(squared, 0.0))))
     return rungs
+
+
+def tighten(rungs: Sequence[Rung], least: float) -> list[Rung]:
+    """The same steps in an order that reaches a saving with less to spare.
+
+    Steps of the ladder can be large. Of those that first reach the saving, the ones it does not need are put off,
+    those of the highest price first.
+
+    Args:
+        rungs: of a ladder.
+        least: the saving, in the unit of the cost.
+    """
+    before = [(0.0, 0.0), *((rung.saving, rung.error**2) for rung in rungs)]
+    steps = [(r, r.saving - saving, r.error**2 - squared) for r, (saving, squared) in zip(rungs, before, strict=False)]
+    reach = next((i for i, rung in enumerate(rungs, 1) if rung.saving >= least), 0)
+    spare, needed, put_off = rungs[reach - 1].saving - least if reach else 0.0, [], []
+    for step in reversed(steps[:reach]):
+        rung, saved, _ = step
+        if saved <= spare and all(rung.place != later.place for later, *_ in needed):
+            spare -= saved
+            put_off.append(step)
+        else:
+            needed.append(step)
+    saving = squared = 0.0
+    found = []
+    for rung, saved, added in [*reversed(needed), *reversed(put_off), *steps[reach:]]:
+        saving, squared = saving + saved, squared + added
+        found.append(replace(rung, saving=saving, error=sqrt(max(squared, 0.0))))
+    return found
 
 
 def _price(before: Option | None, after: Option) -> float:

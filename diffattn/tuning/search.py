@@ -1,4 +1,4 @@
-"""Chooses how far to go on a calibration's ladder, measured with whole runs rather than estimated."""
+"""Chooses a route of the calibration and how far to go on it, measured with whole runs rather than estimated."""
 
 import math
 import statistics
@@ -10,11 +10,12 @@ from typing import Any
 from diffattn.measure.interleave import interleave
 from diffattn.tuning.calibrate import calibrate, denoiser_cost
 from diffattn.tuning.config import CannotTune, TuneConfig
-from diffattn.tuning.ladder import climb
+from diffattn.tuning.ladder import Rung, climb, tighten
 from diffattn.tuning.probe import FLOPS
 from diffattn.tuning.runs import PipelineRuns, relative_error
-from diffattn.tuning.settings import Setting, recipe_of
+from diffattn.tuning.settings import MIXED, Setting, recipe_of
 
+FAR = 4  # routes expected to be this many times as far off as the nearest are not compared
 ALONE = 1.5  # with a single prompt, the promise is its error times this
 
 
@@ -22,6 +23,7 @@ ALONE = 1.5  # with a single prompt, the promise is its error times this
 class Verified:
     """One measured recipe."""
 
+    route: str  # the settings that it chose from, see `routes_of`, and the speed-up, if that was given
     rungs: int  # number of steps away from exact attention
     errors: tuple[float, ...]  # relative error of the final latents, per prompt
     expected: float  # predicted by the calibration
@@ -83,8 +85,9 @@ class Search:
         self.runs, self.settings, self.config = runs, settings, config
         probed = min(len(runs.requests), config.probed)
         self.found = calibrate(runs, settings, config.bands, probed, config.cost, config.rounds)
+        self.orders = dict(self.found.routes)  # and, by another name, those tightened for a speed-up
         self.checks: list[Verified] = []
-        self.speedups: dict[int, float] = {}  # of verified recipes by rung, measured after they were chosen
+        self.speedups: dict[tuple[str, int], float] = {}  # by route and rungs, measured after they were chosen
 
     def best(self) -> Verified:
         """The recipe to use.
@@ -98,9 +101,9 @@ class Search:
         assert speedup is not None
         return self._nearest_at(speedup)
 
-    def recipe(self, rungs: int) -> dict[str, Any]:
-        """The recipe after this many rungs, without its promises."""
-        return recipe_of(self.found.choice(rungs), self.found.bounds, self.settings)
+    def recipe(self, route: str, rungs: int) -> dict[str, Any]:
+        """The recipe after this many rungs of a route, without its promises."""
+        return recipe_of(self.found.choice(self.orders[route][:rungs]), self.found.bounds, self.settings)
 
     def rival(self, method: str, preset: str) -> Rival:
         """Measure a preset on the same prompts, and find the fastest recipe whose mean error is not larger."""
@@ -113,54 +116,90 @@ class Search:
             tuned = self._fastest_within(error, lambda tried: tried.error)
         except CannotTune:  # closer than the first rung
             return Rival(name, error, self.speedup(fixed), None, None)
-        return Rival(name, error, self.speedup(fixed), tuned, self.speedup(self.recipe(tuned.rungs)))
+        return Rival(name, error, self.speedup(fixed), tuned, self.speedup(self.recipe(tuned.route, tuned.rungs)))
 
     def _fastest_within(self, budget: float, measure: Callable[[Verified], float]) -> Verified:
-        """Find the last rung whose error is within the budget."""
-        expected, scale = [r.error for r in self.found.rungs], 1.0
-        low, high, best, tries = 0, len(expected) + 1, None, []
-        while low + 1 < high and len(tries) < self.config.checks:
-            last_try = best is None and len(tries) == self.config.checks - 1
-            tries.append(tried := self._verify(1 if last_try else climb(expected, budget, low, high, scale)))
-            if measure(tried) <= budget:
-                low, best = tried.rungs, tried
-            else:
-                high = tried.rungs
-            if 0 < measure(tried) < math.inf and tried.expected > 0:
-                scale = measure(tried) / tried.expected
-        if best is None:
-            least = min(map(measure, tries))
+        """Find the last rung whose error is within the budget, on the route that saves most there."""
+        route, scale = self._fastest_route(budget, measure)
+        expected, tries = [r.error for r in self.found.routes[route]], 0
+        known = [(check.rungs, measure(check) <= budget) for check in self.checks if check.route == route]
+        low = max((rungs for rungs, fits in known if fits), default=0)
+        high = min((rungs for rungs, fits in known if not fits and rungs > low), default=len(expected) + 1)
+        while low + 1 < high and tries < self.config.checks:
+            last_try = low == 0 and tries == self.config.checks - 1
+            tried = self._verify(route, 1 if last_try else climb(expected, budget, low, high, scale))
+            low, high = (tried.rungs, high) if measure(tried) <= budget else (low, tried.rungs)
+            scale, tries = _ratio(tried, measure) or scale, tries + 1
+        within = [check for check in self.checks if measure(check) <= budget]
+        if not within:
+            least = min(map(measure, self.checks))
             raise CannotTune(f"no recipe stays within an error of {budget:g}; the nearest tried has {least:.3g}")
-        return best
+        return max(within, key=lambda check: check.expected_speedup)
+
+    def _fastest_route(self, budget: float, measure: Callable[[Verified], float]) -> tuple[str, float]:
+        """The route on which the budget should buy most, and its ratio of measured to expected errors.
+
+        With several routes, one recipe of each is verified to measure the ratio.
+        """
+        if len(self.found.routes) == 1:
+            return MIXED, 1.0
+        savings, scales = {}, {}
+        for route, rungs in self.found.routes.items():
+            tried = self._verify(route, max(_within(rungs, budget), 1))
+            scales[route] = _ratio(tried, measure) or (1.0 if math.isfinite(tried.error) else math.inf)
+            last = _within(rungs, budget / scales[route])
+            savings[route] = rungs[last - 1].saving if last else 0.0
+        best = max(savings, key=lambda route: savings[route])
+        return best, scales[best]
 
     def _nearest_at(self, speedup: float) -> Verified:
-        """Find the first rung that is fast enough."""
-        low, high = 0, len(self.found.rungs)
-        most = self.speedup(self.recipe(high))
+        """Find the first rung that is fast enough, on the route that is nearest there."""
+        route, mixed = self._nearest_route(speedup)
+        most = self.speedup(self.recipe(mixed, len(self.orders[mixed])))
         if most < speedup:
             raise CannotTune(
                 f"a speed-up of {speedup:g} cannot be reached: every layer at its cheapest setting gives {most:.3g}"
             )
+        if route != mixed and self.speedup(self.recipe(route, len(self.orders[route]))) < speedup:
+            route = mixed
+        low, high = 0, len(self.orders[route])
         for _ in range(self.config.checks):
             if low + 1 >= high:
                 break
             middle = (low + high) // 2
-            low, high = (low, middle) if self.speedup(self.recipe(middle)) >= speedup else (middle, high)
+            low, high = (low, middle) if self.speedup(self.recipe(route, middle)) >= speedup else (middle, high)
         # The search stops where times happened to be good, so the promised speed-up is measured once more.
-        for rungs in range(high, min(high + self.config.checks, len(self.found.rungs) + 1)):
-            self.speedups[rungs] = self.speedup(self.recipe(rungs))
-            if self.speedups[rungs] >= speedup:
-                return self._verify(rungs)
+        for rungs in range(high, min(high + self.config.checks, len(self.orders[route]) + 1)):
+            found = self.speedups[route, rungs] = self.speedup(self.recipe(route, rungs))
+            if found >= speedup:
+                return self._verify(route, rungs)
         most = max(self.speedups.values())
         raise CannotTune(f"a speed-up of {speedup:g} was measured once, but not again: {most:.3g} at most")
 
-    def _verify(self, rungs: int) -> Verified:
+    def _nearest_route(self, speedup: float) -> tuple[str, str]:
+        """The route with the smallest error where it is expected to be fast enough, and the one of all settings.
+
+        With several that may be the nearest, one recipe of each is verified.
+        """
+        least, named, reached = (1 - 1 / speedup) * self.found.cost, f"{{}} at {speedup}".format, {}
+        for route, rungs in self.found.routes.items():
+            order = self.orders[named(route)] = tuple(tighten(rungs, least))
+            enough = next((i for i, rung in enumerate(order, 1) if rung.saving >= least), None)
+            if enough is not None:
+                reached[named(route)] = (enough, order[enough - 1].error)
+        mixed, nearest = named(MIXED), min((error for _, error in reached.values()), default=0.0)
+        compared = [route for route, (_, error) in reached.items() if error <= FAR * nearest]
+        if len(compared) < 2:
+            return (*compared, mixed)[0], mixed
+        return min(compared, key=lambda route: self._verify(route, reached[route][0]).error), mixed
+
+    def _verify(self, route: str, rungs: int) -> Verified:
         """Run all prompts; recipes that were verified before are not run again."""
-        if known := [check for check in self.checks if check.rungs == rungs]:
+        if known := [check for check in self.checks if (check.route, check.rungs) == (route, rungs)]:
             return known[0]
-        last = self.found.rungs[rungs - 1]
+        last = self.orders[route][rungs - 1]
         speedup = 1 / max(1 - last.saving / self.found.cost, 1e-3)
-        self.checks.append(Verified(rungs, self._errors(self.recipe(rungs)), last.error, speedup))
+        self.checks.append(Verified(route, rungs, self._errors(self.recipe(route, rungs)), last.error, speedup))
         return self.checks[-1]
 
     def _errors(self, recipe: Mapping[str, Any]) -> tuple[float, ...]:
@@ -196,6 +235,17 @@ class Search:
         with self.runs.patched(recipe) as handle:
             handle.begin_run(*call.args, **call.kwargs)
             yield
+
+
+def _within(rungs: Sequence[Rung], error: float) -> int:
+    """How many rungs are expected to stay within an error."""
+    return sum(rung.error <= error for rung in rungs)
+
+
+def _ratio(tried: Verified, measure: Callable[[Verified], float]) -> float | None:
+    """Measured by expected error; None if that is not known."""
+    known = 0 < measure(tried) < math.inf and tried.expected > 0
+    return measure(tried) / tried.expected if known else None
 
 
 def _finite(value: Any) -> Any:

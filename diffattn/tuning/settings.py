@@ -9,6 +9,9 @@ from diffattn.methods.base import AttentionMethod
 from diffattn.patching.recipe import VERSION, VERSION_KEY
 from diffattn.schedules import EXACT
 
+MIXED = "mixed"
+"""The route that may use every setting."""
+
 Choice = Mapping[str, Sequence[int | None]]
 """Layer -> the index of a setting, or None for exact attention, per band of noise levels, the noisiest first."""
 
@@ -20,6 +23,12 @@ class Setting:
     name: str
     method: AttentionMethod
     options: Mapping[str, Any]
+
+    @property
+    def family(self) -> str:
+        """The method, and where it has several sources of agents, which: errors within a family compound alike."""
+        source = getattr(self.method, "source", None)
+        return f"{self.method.name}/{source}" if source else self.method.name
 
 
 def settings_of(candidates: Sequence[tuple[str, Mapping[str, Any]]] | None = None) -> list[Setting]:
@@ -42,6 +51,14 @@ def settings_of(candidates: Sequence[tuple[str, Mapping[str, Any]]] | None = Non
     if not settings:
         raise ValueError("there is nothing to choose from: no candidates")
     return settings
+
+
+def routes_of(settings: Sequence[Setting]) -> dict[str, list[int]]:
+    """Name -> the settings it may use: `MIXED` has all; if there are several families, each also has its own."""
+    families: dict[str, list[int]] = {}
+    for i, setting in enumerate(settings):
+        families.setdefault(setting.family, []).append(i)
+    return {MIXED: list(range(len(settings)))} | (families if len(families) > 1 else {})
 
 
 def recipe_of(choice: Choice, bounds: Sequence[float], settings: Sequence[Setting]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`diffattn.tune`: the cheapest setting for every layer and noise level within a budget of error, or of time.
 
-`tuning.calibrate` orders the places in which to give up exactness; `tuning.search` measures how far to go.
+`tuning.calibrate` orders the places in which to give up exactness, for every method alone and for all of them;
+`tuning.search` measures with whole runs which of these orders to follow, and how far to go.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from diffattn.tuning.config import TuneConfig, Workload
 from diffattn.tuning.probe import FLOPS
 from diffattn.tuning.runs import PipelineRuns
 from diffattn.tuning.search import Rival, Search, Verified
-from diffattn.tuning.settings import Setting, settings_of
+from diffattn.tuning.settings import Setting, routes_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ def tune(
     with runs.watched():
         search = Search(runs, settings, chosen)
         best = search.best()
-        speedup = search.speedups.get(best.rungs) or search.speedup(search.recipe(best.rungs))
+        chosen_recipe = search.recipe(best.route, best.rungs)
+        speedup = search.speedups.get((best.route, best.rungs)) or search.speedup(chosen_recipe)
         checks = tuple(search.checks)
         rivals = tuple(search.rival(*preset) for preset in _presets(chosen, settings))
-    recipe = search.recipe(best.rungs) | {
+    recipe = chosen_recipe | {
         "promised": {"error": max_error or best.promise, "speedup": min_speedup or speedup},
         "verified": {
             "error": best.error,
@@ -114,18 +116,20 @@ def workload(
     runs = _runs(pipe, prompts, model, chosen, None)
     count, steps, bands = len(runs.requests), chosen.steps, min(chosen.bands, chosen.steps)
     probed, groups = min(count, chosen.probed), len(groups_of(self_attention_layers(runs)))
-    by_error = chosen.max_error is not None
+    by_error, choices = chosen.max_error is not None, settings_of(candidates)
+    routes = len(routes_of(choices))
+    compared = routes if routes > 1 else 0
     measured = 1 if chosen.cost == FLOPS else chosen.rounds + 1
-    speedups = 1 if by_error else 2 * chosen.checks + 1
+    speedups = 1 if by_error else 2 * chosen.checks + 2
     calls = {
         "exact runs": count * steps,
         "single layers": probed * bands * (2 + groups),
         "single bands": probed * bands * steps,
-        "verification": (chosen.checks if by_error else 1) * count * steps,
+        "verification": (compared + (chosen.checks if by_error else 1)) * count * steps,
         "speed": bands * measured * (1 + 2 * speedups),
     }
-    if rivals := len(_presets(chosen, settings_of(candidates))):
-        calls["presets"] = rivals * ((1 + chosen.checks) * count * steps + bands * measured * 4)
+    if rivals := len(_presets(chosen, choices)):
+        calls["presets"] = rivals * ((1 + compared + chosen.checks) * count * steps + bands * measured * 4)
     return Workload(calls, steps)
 
 

@@ -16,11 +16,11 @@ from diffattn.files import write_json
 from diffattn.sampling import SiTPipeline
 from diffattn.tuning import calibrate as tune_calibrate
 from diffattn.tuning.config import CannotTune
-from diffattn.tuning.ladder import Option, climb, hull, ladder
+from diffattn.tuning.ladder import Option, climb, hull, ladder, tighten
 from diffattn.tuning.probe import Log, measure_costs, probing
 from diffattn.tuning.runs import band_at, bands_of, relative_error
 from diffattn.tuning.search import Search
-from diffattn.tuning.settings import recipe_of, settings_of
+from diffattn.tuning.settings import recipe_of, routes_of, settings_of
 from diffattn.tuning.tune import Tuned, workload
 
 PROMPTS = ["a cat", "two dogs", "red"]
@@ -51,6 +51,25 @@ def test_the_ladder_takes_the_smallest_price_first_and_adds_up() -> None:
     assert [(r.place, r.setting) for r in rungs] == [(("a", 0), 0), (("b", 0), 0), (("a", 0), 1)]
     assert [r.saving for r in rungs] == pytest.approx([1, 3, 4])
     assert [r.error for r in rungs] == pytest.approx([0.1, math.hypot(0.1, 0.2), math.hypot(0.4, 0.2)])
+
+
+def test_a_tightened_ladder_puts_off_what_a_saving_does_not_need() -> None:
+    places = {
+        ("a", 0): [Option(0, 1.0, 0.1), Option(1, 4.0, 0.9)],
+        ("b", 0): [Option(0, 4.0, 0.3)],
+        ("c", 0): [Option(0, 0.5, 0.05)],
+    }
+    rungs = ladder(places)
+    assert [(r.place[0], r.saving) for r in rungs] == [("c", 0.5), ("a", 1.5), ("b", 5.5), ("a", 8.5)]
+    tight = tighten(rungs, 4.2)
+    assert [(r.place[0], r.saving) for r in tight] == [("c", 0.5), ("b", 4.5), ("a", 5.5), ("a", 8.5)]
+    assert [r.error for r in tight] == pytest.approx([0.05, math.hypot(0.05, 0.3), rungs[2].error, rungs[3].error])
+    later = tighten(rungs, 7.0)  # the second step of a place needs the first
+    assert [(r.place[0], r.setting) for r in later] == [("a", 0), ("b", 0), ("a", 1), ("c", 0)]
+    unreached = tighten(rungs, 9.0)
+    assert [(r.place, r.setting) for r in unreached] == [(r.place, r.setting) for r in rungs]
+    assert [r.error for r in unreached] == pytest.approx([r.error for r in rungs])
+    assert tighten([], 1.0) == []
 
 
 def test_climbing_finds_the_last_position_within_the_budget() -> None:
@@ -92,6 +111,17 @@ def test_settings_are_named_by_method_and_adjacent_bands_are_one_entry() -> None
     }
     assert list(recipe["settings"]) == ["agent-2", "agent-4"]
     assert {s.method.name for s in settings_of()} >= {"agent"}
+
+
+def test_every_family_of_settings_has_a_route_beside_the_mixed_one() -> None:
+    settings = settings_of([*CANDIDATES, ("keys", {"factor": 2})])
+    assert routes_of(settings) == {
+        "mixed": [0, 1, 2, 3, 4],
+        "agent/landmarks": [0, 1],
+        "agent/pool": [2, 3],
+        "keys": [4],
+    }
+    assert routes_of(settings[:2]) == {"mixed": [0, 1]}
 
 
 # On a tiny Stable Diffusion.
@@ -181,6 +211,23 @@ def test_tuning_chooses_among_methods(pipe: DiffusionPipeline) -> None:
         assert patch.report().layers_accelerated > 0
 
 
+@pytest.mark.parametrize(("budget", "near"), [({"max_error": 0.1}, "landmarks"), ({"min_speedup": 1.03}, "pool")])
+def test_whole_runs_decide_between_methods(
+    pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, budget: dict[str, float], near: str
+) -> None:
+    """Probes find pooled agents worth their error in some places, and landmarks in others; here, whole runs do not."""
+
+    def errors(search: Search, recipe: dict[str, Any]) -> tuple[float, ...]:
+        kinds = {setting["options"]["agents"] for setting in recipe["settings"].values()}
+        return (0.01,) if kinds == {near} else (0.5,)
+
+    monkeypatch.setattr(Search, "_errors", errors)
+    monkeypatch.setattr("diffattn.tuning.search.FAR", math.inf)
+    found = diffattn.tune(pipe, PROMPTS[:1], **budget, **SMALL)
+    assert {setting["options"]["agents"] for setting in found.recipe["settings"].values()} == {near}
+    assert found.verified.route.startswith(f"agent/{near}")
+
+
 def test_a_probe_follows_text_beside_the_picture() -> None:
     case = next(case for case in CASES if str(case) == "SD3Transformer2DModel")
     model, given = case.build(), case.inputs(2, torch.Generator().manual_seed(1))
@@ -233,7 +280,9 @@ def test_the_protocol_says_what_the_promise_depends_on(tuned: Tuned, tmp_path: P
 
 def test_a_least_speed_up_is_reached_at_the_first_rung_that_does(pipe: DiffusionPipeline, tuned: Tuned) -> None:
     wanted = 1 + (tuned.speedup - 1) * 0.6
-    found = diffattn.tune(pipe, PROMPTS[:2], min_speedup=wanted, probed=1, **SMALL)
+    calls: list[None] = []
+    found = diffattn.tune(pipe, PROMPTS[:2], min_speedup=wanted, probed=1, on_call=lambda: calls.append(None), **SMALL)
+    assert len(calls) <= workload(pipe, PROMPTS[:2], min_speedup=wanted, probed=1, **SMALL).total
     assert wanted <= found.speedup < tuned.speedup
     assert found.recipe["promised"] == {"error": found.verified.promise, "speedup": wanted}
     assert found.verified.error < tuned.verified.error * 1.2
