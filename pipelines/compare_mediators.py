@@ -11,6 +11,8 @@ steps between (FORA; Selvaraju et al., 2024), of the softmax model and of the el
 --repeats every variant is drawn and scored several times, with new seeds, which shows what the seeds alone do to a
 figure. Results go to comparison.json, comparison.md, grid.png and, for the schedules, switches.png; a variant that is
 already in comparison.json is not drawn again. If its weights or protocol differ, the program refuses.
+
+Without --reference, only times are measured (times.json), at --sizes: they do not depend on what a model has learned.
 """
 
 import json
@@ -151,17 +153,37 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> SiTPipeline:
     return pipe
 
 
-def time_ratios(found: list[Variant], rounds: int, drawing: Drawing) -> dict[str, dict[str, object]]:
-    """Time of one whole run of a batch over that of the first variant, interleaved."""
+def time_ratios(
+    found: list[Variant], rounds: int, drawing: Drawing, size: int | None = None
+) -> dict[str, dict[str, object]]:
+    """Time of one whole run of a batch over that of the first variant, interleaved; of pictures `size` pixels wide."""
 
     def draw(variant: Variant) -> None:
+        generator = torch.Generator().manual_seed(0)
         variant.pipe([0] * drawing.batch, num_inference_steps=drawing.steps, guidance_scale=drawing.guidance,
-                     generator=torch.Generator().manual_seed(0), output_type="latent")  # fmt: skip
+                     generator=generator, output_type="latent", width=size, height=size)  # fmt: skip
 
     by_name = {v.name: v for v in found}
     calls = {name: (lambda v=v: draw(v)) for name, v in by_name.items()}
     timings = interleave(calls, rounds, around=lambda name: by_name[name].applied())
     return {name: timings.time_ratio(name).to_dict() for name in by_name}
+
+
+def time_alone(found: list[Variant], rounds: int, drawing: Drawing, sizes: list[int], out: Path) -> str:
+    """Times at some sizes in pixels: writes times.json, and returns a table."""
+    measured = {size: time_ratios(found, rounds, drawing, size) for size in sizes}
+    result: dict[str, Any] = {"machine": describe_machine(found[0].pipe.device), "dtype": str(found[0].pipe.dtype)}
+    result |= {"rounds": rounds, "drawing": asdict(drawing), "time_ratios": measured}
+    write_json(out / "times.json", result)
+    model = found[0].pipe.transformer
+    cell = found[0].pipe.vae_scale_factor * model.config["patch_size"]
+    heads = [f"{size}×{size} ({(size // cell) ** 2:,} tokens)" for size in sizes]
+    lines = [f"| time ratio (IQR) | {' | '.join(heads)} |", "|---" * (1 + len(sizes)) + "|"]
+    for variant in found:
+        ratios: list[Any] = [measured[size][variant.name] for size in sizes]
+        cells = [f"{r['median']:.2f} ({r['iqr'][0]:.2f}–{r['iqr'][1]:.2f})" for r in ratios]
+        lines.append(f"| {variant.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def grid(found: list[Variant], drawing: Drawing) -> Image.Image:
@@ -288,7 +310,7 @@ def score_all(found: list[Variant], judge: Judge, file: Path, device: str) -> di
 
 def main(
     elastic: Annotated[Path, typer.Option(help="Pipeline folder of the model with mediators.")],
-    reference: Annotated[Path, typer.Option(help="Real pictures: a zip or folder, as for training.")],
+    reference: Annotated[Path | None, typer.Option(help="Real pictures: a zip or folder, as for training.")] = None,
     softmax: Annotated[Path | None, typer.Option(help="Pipeline folder of the softmax model.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe that diffattn tune made for the elastic model.")] = None,
     extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "cifar-classifier",
@@ -301,6 +323,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="How often all pictures are drawn, with new seeds.", min=1)] = 1,
     repeated: Annotated[str | None, typer.Option(help="Repeat only these variants, with commas; default all.")] = None,
     timed_batch: Annotated[int | None, typer.Option(help="Pictures at once when timing; default --batch.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Pixels of timed pictures, without --reference.")] = None,
     only: Annotated[str | None, typer.Option(help="Only these variants, with commas.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -314,6 +337,10 @@ def main(
     for variant in found:
         variant.pipe.to(device)
     size = default_size(found[0].pipe)[0]
+    if reference is None:
+        pixels = [int(side) for side in sizes.split(",")] if sizes else [size]
+        typer.echo(time_alone(found, rounds, replace(drawing, batch=timed_batch or batch), pixels, out))
+        return
     judge = Judge.of(reference, size, load_extractor(extractor, device=device), drawing, repeats)
     judge = replace(judge, repeated=tuple(repeated.split(",")) if repeated else None)
     file = out / "comparison.json"

@@ -36,7 +36,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "optim": {"name": "muon", "batch": 16, "lr": 4e-3, "schedule": "cosine", "final_lr": 0.05, "warmup": 50,
                   "ema": 0.995, "betas": (0.9, 0.99), "weight_decay": 0.01},
         "objective": {"time": "logit_normal"},
-        "run": {"steps": 300, "save_every": 50, "keep": 1, "sample_every": 0, "guidance": 1.5, "log_every": 25,
+        "run": {"steps": 900, "save_every": 50, "keep": 1, "sample_every": 0, "guidance": 1.5, "log_every": 25,
                 "precision": "bf16"},
     },
     "sit-256": {  # the paper's setting: latents of 256 x 256 pictures, SiT-S/2, 400,000 steps

@@ -27,16 +27,19 @@ class Stage:
     steps: int
     lr: float
     ema: float
+    position_scale: float = 1.0
+    logit_mean: float = 0.0  # below 0: more samples near noise, of which a larger picture needs more for its outline
 
     def settings(self) -> list[str]:
         return [f"data.size={self.size}", f"optim.batch={self.batch}", f"run.steps={self.steps}",
-                f"optim.lr={self.lr}", f"optim.ema={self.ema}"]  # fmt: skip
+                f"optim.lr={self.lr}", f"optim.ema={self.ema}", f"model.position_scale={self.position_scale}",
+                f"objective.logit_mean={self.logit_mean}"]  # fmt: skip
 
 
 STAGES = (
     Stage(128, 64, 560, 1e-2, 0.99),  # 64 tokens
     Stage(256, 32, 1000, 6e-3, 0.995),  # 256
-    Stage(512, 16, 300, 4e-3, 0.995),  # 1,024
+    Stage(512, 16, 900, 4e-3, 0.995, position_scale=0.5, logit_mean=-0.7),  # 1,024; positions as at 256
 )
 
 

@@ -377,3 +377,16 @@ def test_images_that_do_not_fit_are_refused() -> None:
         run(model, *inputs(16, 13))
     with pytest.raises(ValueError, match=r"num_mediators=64 is 8x8 and larger than the grid of 4x8 tokens.*up to 16"):
         run(model, *inputs(8, 16))
+
+
+def test_half_the_position_scale_keeps_the_positions_of_half_the_size() -> None:
+    small, large = tiny_dit(), tiny_dit(sample_size=32, position_scale=0.5)
+    every_second = large.pos_embed.unflatten(1, large.grid)[:, ::2, ::2].flatten(1, 2)
+    assert torch.equal(every_second, small.pos_embed)
+    assert not torch.equal(tiny_dit(sample_size=32).pos_embed, large.pos_embed)
+    for convert in (large.to_official, large.to_diffusers):
+        with pytest.raises(ValueError, match=r"position_scale=0\.5"):
+            convert()
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="position_scale must be a finite number above 0"):
+            tiny_dit(position_scale=scale)

@@ -87,6 +87,20 @@ def test_only_the_named_variants_are_compared_and_results_of_earlier_versions_ar
     assert not (place / "switches.png").exists()
 
 
+def test_times_alone_at_several_sizes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare_mediators.main(
+        elastic=place / "mediator" / "pipeline", softmax=place / "softmax" / "pipeline", samples=2, steps=2, rounds=2,
+        batch=2, sizes="8,16", only="softmax,dynamic", out=tmp_path,
+    )  # fmt: skip
+    ratios = json.loads((tmp_path / "times.json").read_text())["time_ratios"]
+    assert {size: list(found) for size, found in ratios.items()} == {
+        "8": ["softmax", "dynamic"],
+        "16": ["softmax", "dynamic"],
+    }
+    assert "| 8×8 (16 tokens) | 16×16 (64 tokens) |" in capsys.readouterr().out
+    assert not (tmp_path / "comparison.json").exists()
+
+
 def test_a_recipe_without_mediators_is_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "agents.json").write_text('{"method": "agent", "preset": "fast"}')
     with pytest.raises(ValueError, match="has no schedule of mediators; make one with diffattn tune --budget"):
