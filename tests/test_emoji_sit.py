@@ -36,6 +36,7 @@ def test_it_has_the_autoencoder_of_emoji_sd(pipe: SiTPipeline) -> None:
         assert torch.equal(weight, other.vae.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_its_pictures_are_near_the_true_ones(pipe: SiTPipeline) -> None:
     extractor = load_extractor("emoji-classifier")
     reference = Reference.load(embedded_folder("emoji-sit") / "reference.safetensors")
@@ -50,6 +51,7 @@ def test_its_pictures_are_near_the_true_ones(pipe: SiTPipeline) -> None:
     assert distance(drawn) < 0.3 * distance(noise)
 
 
+@pytest.mark.slow
 def test_every_number_of_mediators_draws_nearly_the_same_picture(pipe: Any) -> None:
     def draw(n: int) -> Tensor:
         pipe.transformer.set_num_mediators(n)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from export_cifar_sit import wrapped
 from saved_pipeline import drop_origin
 
 from diffattn.files import read_json
@@ -25,7 +26,7 @@ library_name: diffusers
 pipeline_tag: unconditional-image-generation
 ---
 
-# emoji-sit: a SiT whose mediators pay
+# emoji-sit: a SiT with elastic mediators on 1,024 tokens
 
 A class-conditional `SiTPipeline` that draws 202 emoji at 512×512: {tokens:,} tokens on the 64×64 latents of the
 autoencoder of `emoji-sd`. Every attention layer has 4, 16 or 64 mediators to choose from; a schedule follows the noise.
@@ -47,7 +48,8 @@ pipe(["crab", "unicorn"], num_inference_steps=20).images[0].save("crab.png")
 |---|---|---|---|---|
 {rows}
 
-Mediators against a softmax model trained alike, with FID, KID, GFLOPs and times: `samples/emoji-sit/comparison.md`.
+Times against softmax attention: "Mediators: the embedded emoji-sit" in `docs/benchmarks.md`. A softmax model trained
+alike has not been compared in quality yet.
 
 ## Data and licence
 
@@ -93,7 +95,7 @@ def export_model(
             path.unlink()
     pipe.to(dtype=torch.float16).save_pretrained(out)
     drop_origin(out)
-    (out / "README.md").write_text(text, encoding="utf-8")
+    (out / "README.md").write_text(wrapped(text), encoding="utf-8")
     weights = list(out.rglob("*.safetensors"))
     for path in weights:
         path.chmod(0o644)  # written readable by their owner only

@@ -16,7 +16,8 @@ from diffattn.demo import PROMPTS, Demo, DemoResult, DemoSettings, run_demo
 from diffattn.drawing.loading import embedded_folder, embedded_models
 from diffattn.metrics.paired import psnr, ssim
 
-SHORT = DemoSettings(steps=1, rounds=2, prompts=PROMPTS[:2], preset="fast", seed=3, guidance=2.0, dtype="float32")
+SHORT = DemoSettings(steps=1, rounds=2, prompts=PROMPTS[:2], preset="fast", seed=3, guidance=2.0, dtype="float32",
+                     mediators=False)  # fmt: skip
 FIELDS = (
     "model method preset size steps seed dtype device baseline_s accelerated_s speedup psnr ssim layers_patched "
     "layers_accelerated prompts guidance rounds spread versions hardware verdict foreground_psnr"
@@ -66,8 +67,15 @@ def test_the_figures(result: DemoResult, tmp_path: Path) -> None:
     assert told["foreground_psnr"] == pytest.approx([sum(inside) / 2, inside[0]])
     with Image.open(sheet) as picture:
         assert picture.width > 2 * told["size"]
-        assert picture.height > 6 * told["size"]
-    rows = told["mediators"]
+        assert 3 * told["size"] < picture.height < 5 * told["size"]
+    assert told["mediators"] == []
+
+
+@pytest.mark.slow
+def test_the_second_part_is_on_the_sheet_and_among_the_figures() -> None:
+    result = run_demo(replace(SHORT, rounds=1, prompts=PROMPTS[:1], mediators=True))
+    assert result.sheet.height > 6 * result.size
+    rows = result.to_dict()["mediators"]
     assert [row["name"] for row in rows] == ["64 mediators", "dynamic", "4 mediators"]
     assert rows[0]["speedup"] == 1
     assert all(row["seconds"] > 0 for row in rows)

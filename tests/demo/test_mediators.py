@@ -9,6 +9,7 @@ from diffattn.drawing.loading import load_demo
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_every_way_draws_the_pictures_of_the_pipeline() -> None:
     ready = Mediators(["crab", "lion"], 3, 5, CPU, torch.float32)
     drawn: list[int] = []

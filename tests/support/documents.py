@@ -79,6 +79,10 @@ SMALLER = {
     "compare_linear.py train": "--subjects softmax,inline --second-seeds 0 --samples 4 --steps 2 --batch 4 --rounds 1"
     " run.steps=2 run.save_every=2 optim.batch=4 run.trackers=[] run.precision=fp32",
     "compare_mediators.py": "--samples 8 --steps 2 --rounds 1 --batch 8",
+    "compare_mediators.py --timed-batch": "--sizes 512 --steps 1",
+    "train_emoji_sit.py train": "--steps 1 --every 3 optim.batch=2 model.hidden_size=16 model.num_layers=1"
+    " model.num_heads=2 run.precision=fp32 run.trackers=[]",
+    "train_emoji_sit.py judge": "--steps 1 --every 3 --dtype float32",
     "train_emoji_sd.py train": "--dry-run",
     "train_emoji_sd.py evaluate": "--vae-pictures 1 --steps 1 --limit 1",
     "train_classifiers.py": "--steps 1 --batch 8",
