@@ -213,7 +213,12 @@ def check_install(words: list[str]) -> None:
 
 def copy_assets(place: Path) -> None:
     """What blocks name by its path in the repository and may write to."""
-    for folder in ("diffattn/assets/emoji-sd", "diffattn/assets/cifar-sit", "samples/peers"):
+    for folder in (
+        "diffattn/assets/emoji-sd",
+        "diffattn/assets/emoji-sit",
+        "diffattn/assets/cifar-sit",
+        "samples/peers",
+    ):
         shutil.copytree(ROOT / folder, place / folder)
     for folder in ("emoji-classifier", "cifar-classifier"):
         shutil.copytree(ROOT / "diffattn/assets" / folder, place / "diffattn/assets" / folder)
