@@ -207,7 +207,8 @@ def plot_switches(numbers: Mapping[str, list[int]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for i, (name, found) in enumerate(numbers.items()):
-        axis.step(range(1, len(found) + 1), found, where="mid", label=name, **style_of_number(i))
+        style: dict[str, Any] = {"where": "mid", "label": name, **style_of_number(i)}
+        axis.step(range(1, len(found) + 1), found, **style)
     every = sorted({n for found in numbers.values() for n in found})
     axis.set(xlabel="evaluation, from noise to picture", ylabel="mediators", yscale="log")
     axis.set_yticks(every, list(map(str, every)))

@@ -44,6 +44,7 @@ def test_its_pictures_are_near_the_true_ones(pipe: SiTPipeline) -> None:
     drawn = torch.cat([extractor(pictures) for pictures, _ in draw_classes(pipe, drawing)])
     noise = extractor(torch.randint(0, 256, (8, 3, 512, 512), generator=torch.Generator().manual_seed(0)).byte())
     known = reference.features
+    assert known is not None
 
     def distance(features: Tensor) -> float:
         return torch.cdist(features.float(), known.float()).min(1).values.mean().item()

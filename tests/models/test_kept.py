@@ -26,9 +26,8 @@ def test_a_result_is_computed_once_until_a_weight_changes_in_whatever_way() -> N
     kept, weight = Kept(), torch.nn.Parameter(torch.ones(3))
     compute = Counted(weight)
     with torch.no_grad():
-        for _ in range(3):
-            (found,) = kept.get("a", [weight], compute)
-        assert (compute.calls, found.tolist()) == (1, [2.0] * 3)
+        found = [kept.get("a", [weight], compute)[0].tolist() for _ in range(3)]
+        assert (compute.calls, found) == (1, [[2.0] * 3] * 3)
         weight.data.copy_(torch.full((3,), 5.0))  # which torch does not count as a new version
         assert kept.get("a", [weight], compute)[0].tolist() == [10.0] * 3
         weight.data = torch.full((3,), 6.0)

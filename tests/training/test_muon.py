@@ -63,7 +63,14 @@ def test_a_matrix_shares_the_memory_of_its_kernel(layout: torch.memory_format) -
 
 
 def test_muon_has_the_inner_matrices_of_a_dit() -> None:
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_classes": 3, "in_channels": 4, "sample_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_classes": 3,
+        "in_channels": 4,
+        "sample_size": 8,
+    }
     model = DiT(**sizes, attention="mediator", mediators=(4,))
     inner = {name for name, parameter in model.named_parameters() if is_inner_matrix(name, parameter)}
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
