@@ -6,6 +6,7 @@ Costs are multiply-adds per head and per channel, so that exact attention costs 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,11 @@ from diffattn.functional import (
 )
 from diffattn.functional.inline import inline_attention_and_error
 from diffattn.functional.landmark import PROBES, correct, exact_where_missed
+from diffattn.methods.agent import AgentAttention
+from diffattn.methods.base import AttentionMethod, LayerCall, LayerSpec, TokenLayout
 from diffattn.methods.inline import FLAT
+from diffattn.methods.keys import DownsampledKeys
+from diffattn.methods.tiles import TiledAttention
 
 WINDOW = 5  # keys a side around each query that are exact
 
@@ -39,12 +44,17 @@ class Layer:
     k: Tensor
     v: Tensor
     before: "Layer | None" = None
+    text: int = 0  # how many of the N tokens, the last ones, are those of a text
 
     @property
     def grid(self) -> tuple[int, int]:
         """The grid of a square picture."""
-        side = round(self.q.shape[2] ** 0.5)
+        side = round((self.q.shape[2] - self.text) ** 0.5)
         return side, side
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout((self.grid,), self.text)
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,6 +99,66 @@ def candidates() -> list[Candidate]:
             Candidate("tiles", lambda it, f=factor: tiled(it, f), _keys(factor)),
         ]
     return found
+
+
+def joint_candidates(text: int) -> list[Candidate]:
+    """The methods that take layers in which `text` tokens without a place attend beside those of a picture.
+
+    Every method answers the text exactly, or, as landmarks, nearly.
+    """
+
+    def through(n: float, N: int, D: int, cubes: float = 0.0) -> float:  # gather and hand back, the text among both
+        n += text
+        return 2 * n * (N + text) + 2 * N * n + (2 * n**2 + cubes * n**3 / D if cubes else 0)
+
+    def beside(keys: float, N: int) -> float:  # queries of the picture over fewer keys, those of the text over all
+        return 2 * N * (keys + text) + 2 * text * (N + text)
+
+    def landmarks(share: float, **options: Any) -> AttentionMethod:
+        return AgentAttention(agent_ratio=1 - share, agents="landmarks", min_tokens=0, **options)
+
+    shipped = AgentAttention(min_tokens=0)
+    found = [
+        Candidate("landmarks as shipped, far heads exact", _method(shipped),
+                  lambda N, D: through(shipped.count(N), N, D, 1.2) + 2 * PROBES * N,
+                  lambda it: _share_exact(shipped, it)),
+    ]  # fmt: skip
+    for divisor in (64, 16, 4):
+        pooled = AgentAttention(agent_ratio=1 - 1 / divisor, agents="pool", scale_exponent=1.0, shortcut=0.0,
+                                min_tokens=0)  # fmt: skip
+        found += [
+            Candidate("landmarks (ours)", _method(landmarks(1 / divisor, max_head_error=NEVER)),
+                      lambda N, D, d=divisor: through(N / d, N, D, 1.2)),
+            Candidate("agents, κ = 1, no shortcut", _method(pooled),
+                      lambda N, D, d=divisor: through(N / d, N, D) + 2 * text * (N + text)),
+        ]  # fmt: skip
+    for factor in (4, 2):
+        sampled, pooled = (DownsampledKeys(factor=factor, pooled=means, min_tokens=0) for means in (False, True))
+        keys: Callable[[int, int], float] = lambda N, D, f=factor: beside(N / f**2, N)  # noqa: E731
+        found += [
+            Candidate("every second (fourth) key", _method(sampled), keys),
+            Candidate(
+                "keys and values pooled", _method(DownsampledKeys(factor=factor, pooled=True, min_tokens=0)), keys
+            ),
+            Candidate("tiles", _method(TiledAttention(tiles=factor, min_tokens=0)), keys),
+        ]
+    return found
+
+
+NEVER = 1e9  # no head's estimated error is as large
+SPEC = LayerSpec("layer", level=0, num_heads=0, head_dim=0, context="last")
+
+
+def _method(method: AttentionMethod) -> Callable[[Layer], Tensor]:
+    attend = method.build(SPEC)
+    return lambda it: attend(*it.qkv, LayerCall(None, it.grid, layout=it.layout))
+
+
+def _share_exact(method: AttentionMethod, layer: Layer) -> float:
+    """The share of heads that the method runs exact."""
+    call = LayerCall(None, layer.grid, layout=layer.layout)
+    method.build(SPEC)(*layer.qkv, call)
+    return call.exact_heads / (layer.q.shape[0] * layer.q.shape[1])
 
 
 def _sized(divisor: int) -> list[Candidate]:

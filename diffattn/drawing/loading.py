@@ -26,6 +26,9 @@ BROKEN = (OSError, ValueError, AttributeError, SafetensorError)
 CONFIGS = ("config.json", "scheduler_config.json")
 """Files that configure a part of a pipeline. Those of a tokenizer may hold numbers too large to be read here."""
 
+T5 = ("text_encoder_3", "tokenizer_3")
+"""Parts that Stable Diffusion 3 may be saved without; diffusers then loads it only if they are given as None."""
+
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # 96: the longest name on the hub
 
@@ -108,8 +111,11 @@ def _from_pretrained(model: str | Path, dtype: torch.dtype, variant: str | None 
     index: Any = DiffusionPipeline.load_config(model)
     name = index["_class_name"]
     kind = own.get(name, DiffusionPipeline)
+    absent = dict.fromkeys(
+        part for part in T5 if name.startswith("StableDiffusion3") and not any(index.get(part) or ())
+    )
     with _default_dtype_kept():
-        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant)
+        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant, **dict.fromkeys(absent))
     _check_complete(model, pipe)
     return pipe
 

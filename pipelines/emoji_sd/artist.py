@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from .data import Pictures
@@ -17,7 +17,7 @@ from .precision import autocast
 
 @dataclass(frozen=True)
 class Artist:
-    pipe: StableDiffusionPipeline
+    pipe: StableDiffusionPipeline | StableDiffusion3Pipeline
     pictures: Pictures  # all, with their names
     steps: int
     seed: int

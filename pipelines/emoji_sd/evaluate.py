@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -31,7 +31,12 @@ def hit_rate(found: Tensor, wanted: list[int]) -> float:
 
 @torch.no_grad()
 def draw(
-    pipe: StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float, seed: int, batch: int = 16
+    pipe: StableDiffusionPipeline | StableDiffusion3Pipeline,
+    prompts: list[str],
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch: int = 16,
 ) -> Tensor:
     """One picture per prompt, each from its own generator with the same seed. → uint8 [N, 3, S, S]"""
     pipe.set_progress_bar_config(disable=True)

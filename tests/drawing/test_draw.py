@@ -1,5 +1,6 @@
 """Loading pipelines by name, drawing with them, and the recipes in the pictures."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DModel,
 )
 from PIL import Image
-from support import tiny
+from support import tiny, tiny_joint
 from support.drawing import draw
 from support.tiny_dit import tiny_dit
 
@@ -53,6 +55,14 @@ def request(**changes: object) -> Request:
 
 
 # Loading
+
+
+def test_stable_diffusion_3_loads_without_its_third_text_encoder(tmp_path: Path) -> None:
+    tiny_joint.sd3_pipeline(tmp_path / "tokenizer").save_pretrained(tmp_path / "sd3")
+    assert json.loads((tmp_path / "sd3" / "model_index.json").read_text())["text_encoder_3"] == [None, None]
+    pipe = load_pipeline(str(tmp_path / "sd3"))
+    assert isinstance(pipe, StableDiffusion3Pipeline)
+    assert pipe.text_encoder_3 is pipe.tokenizer_3 is None
 
 
 def test_a_folder_loads_as_its_own_class_in_one_precision(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny
+from support import tiny, tiny_joint
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
@@ -84,3 +84,33 @@ def test_every_candidate_runs_on_a_tiny_model_and_is_reported(tmp_path: Path) ->
     table = (out / "errors.md").read_text()
     assert all(f"| {family} |" in table for family in families)
     assert (out / "errors.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_joint_transformer_is_measured_with_its_text(tmp_path: Path) -> None:
+    tiny_joint.sd3_pipeline(tmp_path / "tokenizer").save_pretrained(tmp_path / "sd3")
+    out = tmp_path / "out"
+    attention_error.main(
+        model=str(tmp_path / "sd3"), prompts="a cat", steps=4, guidance=2.5, size=None, min_tokens=256, out=out
+    )
+    rows = json.loads((out / "errors.json").read_text())["rows"]
+    assert {row["family"] for row in rows} == {c.family for c in candidates.joint_candidates(1)}
+    assert {row["layer"] for row in rows} == {f"transformer_blocks.{i}.attn" for i in range(3)}
+    assert all(row["tokens"] == 256 and 0 < row["error"] < 10 for row in rows)
+    exactly = [row["text_error"] for row in rows if not row["family"].startswith("landmarks")]
+    assert max(exactly) < 1e-4  # the other methods answer the text's queries one by one
+    assert max(row["text_error"] for row in rows) < 0.5
+    assert "| of the text | heads run exact |" in (out / "errors.md").read_text()
+
+
+def test_recording_leaves_no_hook_and_changes_no_picture(tmp_path: Path) -> None:
+    pipe = tiny_joint.sd3_pipeline(tmp_path / "tokenizer")
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent"}
+    before = pipe(["a cat"], generator=[torch.Generator().manual_seed(0)], **call).images
+    with torch.no_grad():
+        run = attention_error.record(pipe, ["a cat"], 3, 2.0, None, 256)
+    assert len(run.records) == 6  # of three layers in two steps
+    layer = run.records[0][2]
+    assert layer.text == layer.q.shape[2] - 256
+    assert torch.equal(pipe(["a cat"], generator=[torch.Generator().manual_seed(0)], **call).images, before)
+    assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())

@@ -1,16 +1,14 @@
 """`pipelines/train_emoji_sit.py` end to end on six generated pictures, of which three are classes."""
 
-import io
 import json
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.tiny_pictures import captioned, packed
 from typer.testing import CliRunner
 
 from diffattn.sampling import SiTPipeline
@@ -33,15 +31,7 @@ def run(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pictures.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for i, _ in enumerate(NAMES):
-            picture = io.BytesIO()
-            Image.new("RGB", (512, 512), tuple(np.random.default_rng(i).integers(0, 256, 3))).save(picture, "PNG")
-            archive.writestr(f"{i}.png", picture.getvalue())
-        lines = [json.dumps({"file_name": f"{i}.png", "text": name}) for i, name in enumerate(NAMES)]
-        archive.writestr("metadata.jsonl", "\n".join(lines))
-    return path
+    return packed(tmp_path_factory.mktemp("data") / "pictures.zip", captioned(NAMES, 512))
 
 
 @pytest.fixture(scope="module")

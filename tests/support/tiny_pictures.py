@@ -3,7 +3,7 @@
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,6 +40,13 @@ def as_json(content: object) -> bytes:
 
 def as_lines(*lines: Mapping[str, object]) -> bytes:
     return "\n".join(map(json.dumps, lines)).encode()
+
+
+def captioned(names: Sequence[str], size: int) -> dict[str, bytes]:
+    """A picture per name, and the `metadata.jsonl` that names them; the layout that the training programs read."""
+    rows = [{"file_name": f"{i}.png", "text": name} for i, name in enumerate(names)]
+    pictures = {str(row["file_name"]): png(i, size) for i, row in enumerate(rows)}
+    return {**pictures, "metadata.jsonl": as_lines(*rows)}
 
 
 def folder(path: Path, content: Content) -> Path:

@@ -1,0 +1,118 @@
+"""The stages in their order: latents of the given autoencoder, then MMDiT and text encoder on ever larger ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from emoji_sd.data import Pictures
+from emoji_sd.loop import Curves, train
+from emoji_sd.text import tokenize
+from emoji_sd.vae import encode
+from torch import Tensor
+from training_loop import Budget, LoopConfig
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffattn.files import write_whole
+
+from .denoiser import Denoiser, build_text_encoder, build_transformer, denoiser_loss, set_positions
+from .joint_keys import use_fewer_keys
+from .presets import Preset, Stage
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is taken from `emoji-sd`: autoencoder and tokenizer as they are, the text encoder to begin from."""
+
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    text: CLIPTextModel
+
+
+@dataclass(frozen=True)
+class Job:
+    preset: Preset
+    parts: Parts
+    work: Path  # checkpoints, latents, sample grids of this run
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32  # what networks compute in
+    seed: int = 0
+    steps: int | None = None  # per stage, instead of the preset's budgets
+    save_minutes: float = 3
+
+    def loop(self, stage: Stage) -> LoopConfig:
+        return LoopConfig(
+            Budget(steps=self.steps) if self.steps else stage.budget, stage.batch, self.seed, self.device, clip=1.0,
+            save_every=60 * self.save_minutes,
+        )  # fmt: skip
+
+    def checkpoint(self, stage: Stage) -> Path:
+        return self.work / f"mmdit-{stage.latent}.pt"
+
+
+def load_parts(folder: Path) -> Parts:
+    """Of a `StableDiffusionPipeline` folder, in float32.
+
+    Raises:
+        ValueError: no such pipeline.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is no exported pipeline: it has no model_index.json")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
+    return Parts(pipe.vae.float().eval(), pipe.tokenizer, pipe.text_encoder.float())
+
+
+def build_denoiser(job: Job) -> Denoiser:
+    p = job.preset
+    with torch.random.fork_rng():
+        torch.manual_seed(job.seed)
+        text = build_text_encoder(job.parts.text)
+        width = text.config.hidden_size
+        transformer = build_transformer(p.width, p.layers, p.heads, width, p.size // 8)
+        return Denoiser(transformer, text).to(job.device)
+
+
+def stage_latents(job: Job, pictures: Pictures, side: int) -> Tensor:
+    """Latents of the pictures [N, 4, side, side] as the denoiser meets them."""
+    path = job.work / f"latents-{side}-of-{len(pictures)}.pt"
+    if not path.exists():
+        write_whole(path, partial(torch.save, encode(job.parts.vae, pictures.images, 8 * side, job.device)[0]))
+    return torch.load(path, weights_only=True) * job.parts.vae.config["scaling_factor"]
+
+
+def train_all(job: Job, pictures: Pictures) -> Denoiser:
+    """Every stage starts from the averaged weights of the one before. → those of the last stage"""
+    ids, empty = tokenize(job.parts.tokenizer, pictures.names), tokenize(job.parts.tokenizer, [""])[0]
+    model = build_denoiser(job)
+    for number, stage in enumerate(job.preset.stages):
+        set_positions(model.transformer, stage.latent)
+        processors = use_fewer_keys(model.transformer, stage.key_stride)
+        curves = Curves(stage.lr, final_lr=0.05, ema=stage.ema, muon=True)
+        loss = denoiser_loss(
+            stage_latents(job, pictures, stage.latent), ids, empty, stage, processors, job.seed + number,
+            job.device, job.dtype,
+        )  # fmt: skip
+        path = job.checkpoint(stage)
+        model, _ = train(path.stem, model, loss, curves, job.loop(stage), path)
+        model.requires_grad_(True)
+    return model
+
+
+def load_newest(job: Job) -> tuple[Denoiser, Stage, int]:
+    """The averaged weights of the last stage that has any, that stage and its step.
+
+    Raises:
+        ValueError: no stage has been started.
+    """
+    for stage in reversed(job.preset.stages):
+        if not job.checkpoint(stage).exists():
+            continue
+        state = torch.load(job.checkpoint(stage), map_location=job.device, weights_only=True)
+        model = build_denoiser(job)
+        set_positions(model.transformer, stage.latent)
+        model.load_state_dict(state["ema"])
+        return model.eval(), stage, state["progress"]["step"]
+    raise ValueError(f"{job.work} holds no checkpoint of the MMDiT")
