@@ -1,15 +1,15 @@
-"""Agent attention beside other accelerations of Stable Diffusion, and together with them.
+"""Agent attention beside other accelerations of diffusion models, and together with them.
 
     python pipelines/compare_peers.py quality --out outputs/peers
     python pipelines/compare_peers.py speed --unets sd15 --sizes 1024 --out outputs/peers
     python pipelines/compare_peers.py together --folder outputs/peers
 
-`quality` draws the same prompts and seeds with every variant on emoji-sd, compares each picture with the unaccelerated
-one, and times whole runs, variants in turns. `speed` times whole sampling runs of UNets of real sizes with random
-weights. Results go to quality.json, quality.md and pareto.png, or to speed.json and speed.md; `--resume` keeps existing
-ones and only adds what is missing. `together` plots the pictures of the first over the times of the
-second. The peers are in `pipelines/peers/`; "sada" is SADA without its token-wise part. tomesd, DeepCache and tgate
-come without their dependencies:
+`quality` draws the same prompts and seeds with every variant on emoji-sd, or on the `--model` given, which may be a
+transformer, compares each picture with the unaccelerated one, and times whole runs, variants in turns. `speed` times
+whole sampling runs of UNets of real sizes with random weights. Results go to quality.json, quality.md and pareto.png,
+or to speed.json and speed.md; `--resume` keeps existing ones and only adds what is missing. `together` plots the
+pictures of the first over the times of the second. The peers are in `pipelines/peers/`; "sada" is SADA without its
+token-wise part. tomesd, DeepCache and tgate come without their dependencies:
 
     pip install --no-deps tomesd==0.1.3 DeepCache==0.1.1 tgate==1.0.0
 """
@@ -32,6 +32,7 @@ from peers.models import LOOP, embeddings, random_pipeline
 from peers.pictures import GROUPS, Drawing, builtin_prompts
 from peers.results import Results, conditions
 
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.drawing.loading import load_pipeline
 from diffattn.files import read_json, read_lines
 from diffattn.machine import choose_device, choose_dtype, cpu_threads, dtype_name, resolve, where
@@ -57,7 +58,7 @@ MinTokens = Annotated[int | None, typer.Option(help="Of the agents; default the 
 
 @app.command()
 def quality(
-    model: Annotated[str, typer.Option(help="Embedded name, folder or hub id of a Stable Diffusion.")] = "emoji-sd",
+    model: Annotated[str, typer.Option(help="Embedded name, folder or hub id; draws from text.")] = "emoji-sd",
     variants: Variants = DEFAULT,
     pictures: Annotated[int, typer.Option(min=1, max=64, help="Prompts of each group: trained, held-out.")] = 16,
     prompts: Annotated[
@@ -81,7 +82,9 @@ def quality(
     ] = 3,
     every: Annotated[int, typer.Option(min=1, help="The model was trained on every n-th name of the zip.")] = 8,
     extractor: Annotated[str, typer.Option(help="Feature extractor for KID and FID.")] = "emoji-classifier",
-    levels: Annotated[str, typer.Option(help="Resolutions that ToMe, downsampling and tiles change.")] = "0,1",
+    levels: Annotated[
+        str | None, typer.Option(help="Resolutions that ToMe, downsampling and tiles change; default the upper two.")
+    ] = None,
     min_tokens: MinTokens = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -99,13 +102,14 @@ def quality(
     if guidance <= 1:
         raise typer.BadParameter("guidance must be above 1: T-GATE needs it")
     groups = {g: builtin_prompts(g)[:pictures] for g in GROUPS} if prompts is None else {"held-out": _lines(prompts)}
-    drawing, setting = Drawing(steps, guidance, seed, batch, size), Setting(_numbers(levels), steps, min_tokens)
+    drawing = Drawing(steps, guidance, seed, batch, size)
     place = choose_device(device)
     eye = load_extractor(extractor, device=place) if reference is not None else None
     with cpu_threads(threads):
         pipe: Any = load_pipeline(model, choose_dtype(dtype, place)).to(place)
         pipe.set_progress_bar_config(disable=True)
-        _check_levels(setting, pipe.unet)
+        denoiser = denoiser_of(pipe)
+        setting = Setting(_levels_of(denoiser, levels), steps, min_tokens)
         protocol = {
             "model": model,
             "prompts": groups,
@@ -121,7 +125,7 @@ def quality(
             "reference_sha256": reference and _digest(reference.read_bytes()),
             "every": every if reference else None,
             "extractor": eye and extractor,
-            **_protocol(setting, place, pipe.unet.dtype),
+            **_protocol(setting, place, denoiser.dtype),
         }
         results = _results(out / "quality.json", conditions(place, protocol, sys.argv), resume)
         what = f"{model} at {size} px" if size else model
@@ -198,10 +202,14 @@ def together(
     typer.echo(f"written to {folder / 'pareto-large.png'}")
 
 
-def _check_levels(setting: Setting, unet: Any) -> None:
-    here = sorted({spec.level for spec, _ in self_attention(unet)})
-    if wrong := set(setting.levels) - set(here):
+def _levels_of(denoiser: Any, asked: str | None) -> tuple[int, ...]:
+    here = sorted({spec.level for spec, _ in self_attention(denoiser)})
+    if asked is None:
+        return tuple(level for level in here if level <= 1)
+    found = _numbers(asked)
+    if wrong := set(found) - set(here):
         raise typer.BadParameter(f"no self-attention at level {', '.join(map(str, sorted(wrong)))}; there is at {here}")
+    return found
 
 
 def _results(path: Path, made: Mapping[str, Any], resume: bool) -> Results:

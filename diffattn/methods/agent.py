@@ -224,14 +224,21 @@ class AgentAttention(LimitedMethod):
         agents = pool_tokens(image, layout.rows_and_columns, self.count(layout.num_tokens))  # [B, H, n, D]
         if not layout.num_context:
             return self._through(agents, q, k, v, call.mask)
-        text = layout.context(q)
-        out = self._through(torch.cat((agents, text), dim=2), image, k, v, call.mask)
-        return join_exact(out, q, k, v, call)
+        agents = torch.cat((agents, layout.context(q)), dim=2)
+        out = agent_attention(image, k, v, agents, scale_exponent=self._kappa, shortcut=0, key_mask=call.mask)
+        return join_exact(out.add(layout.on_grid(v), alpha=self._value_share), q, k, v, call)
 
     def _through(self, agents: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        kappa = DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
-        shortcut = DEFAULT_SHORTCUT if self.shortcut is None else self.shortcut
-        return agent_attention(q, k, v, agents, scale_exponent=kappa, shortcut=shortcut, key_mask=mask)
+        return agent_attention(q, k, v, agents, scale_exponent=self._kappa, shortcut=self._value_share, key_mask=mask)
+
+    @property
+    def _kappa(self) -> float:
+        return DEFAULT_SCALE_EXPONENT if self.scale_exponent is None else self.scale_exponent
+
+    @property
+    def _value_share(self) -> float:
+        """Of each token's own value."""
+        return DEFAULT_SHORTCUT if self.shortcut is None else self.shortcut
 
     def _attend_merged(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         """Merging happens after the projections: an average commutes with a linear layer."""

@@ -1,4 +1,4 @@
-"""The accelerations of a Stable Diffusion pipeline that `compare_peers.py` compares; one file per kind.
+"""The accelerations of a diffusers pipeline that `compare_peers.py` compares; one file per kind.
 
 A variant is named by its parts, joined by "+", such as "tome-0.5" or "agent+deepcache-3". `apply` changes a pipeline
 for the length of a `with` block.
@@ -13,6 +13,7 @@ from diffattn.benchmarks.variants import PRESETS
 
 from .agents import agent
 from .base import Draw, LeftOut, Peer, Setting
+from .caching import block_cache
 from .deepcache import deepcache
 from .downsampling import SHRINK, downsampling
 from .floor import floor
@@ -32,9 +33,10 @@ KINDS: Mapping[str, Callable[[str], Peer]] = {
     "agent": lambda preset: partial(agent, {"": "balanced", **{name: name for name in PRESETS}}[preset]),
     "steps": lambda number: partial(fewer_steps, int(number)),
     "tome": lambda ratio: partial(tome, float(ratio)),
-    "keys": lambda kind: partial(downsampling, SHRINK[kind]),
+    "keys": lambda kind: partial(downsampling, {name: name for name in SHRINK}[kind]),
     "tiles": lambda number: partial(tiled, int(number)),
     "deepcache": lambda interval: partial(deepcache, int(interval)),
+    "cachedit": lambda threshold: partial(block_cache, float(threshold)),
     "tgate": lambda _: tgate,
     "sada": lambda _: sada,
 }
@@ -46,7 +48,8 @@ VARIANTS = (
     "deepcache-2", "deepcache-3", "deepcache-5", "tgate", "sada",
     "agent+deepcache-3", "agent+tgate", "agent+sada", "agent+steps-14",
 )  # fmt: skip
-"""What is compared by default. "agent" is the shipped preset "balanced"; "tiles-2" are 2×2 tiles."""
+"""What is compared by default. "agent" is the shipped preset "balanced"; "tiles-2" are 2×2 tiles. Those that
+cannot run on a pipeline are left out, with the reason. "cachedit-0.1", of that threshold, needs a transformer."""
 
 
 @contextmanager

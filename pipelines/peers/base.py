@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffattn.architectures.denoisers import self_attention_layers
+from diffattn.architectures.denoisers import denoiser_of, self_attention_layers
 from diffattn.benchmarks.variants import LeftOut
 from diffattn.methods.base import LayerSpec
 
@@ -18,6 +18,8 @@ __all__ = [
     "Peer",
     "SelfAttentionProcessor",
     "Setting",
+    "denoiser_of",
+    "only_unet",
     "replaced_processors",
     "restored",
     "self_attention",
@@ -67,9 +69,21 @@ class SelfAttentionProcessor:
         raise NotImplementedError
 
 
-def self_attention(unet: nn.Module) -> list[tuple[LayerSpec, Any]]:
-    """The self-attention layers of a UNet."""
-    return self_attention_layers(unet)
+def only_unet(pipe: Any, what: str) -> Any:
+    """The UNet of a pipeline.
+
+    Raises:
+        LeftOut: it has a transformer, which `what` does not know.
+    """
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        raise LeftOut(f"{what} is made for UNets, not for {type(denoiser_of(pipe)).__name__}")
+    return unet
+
+
+def self_attention(denoiser: nn.Module) -> list[tuple[LayerSpec, Any]]:
+    """The self-attention layers of a UNet or transformer."""
+    return self_attention_layers(denoiser)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from emoji_sd.data import load_pictures, split_names
 
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.evaluation.quality import QualityResult, compare
 from diffattn.measure.interleave import interleave
 from diffattn.metrics.extractors import FeatureExtractor
@@ -88,7 +89,7 @@ class Comparison:
         todo = [name for name in wanted if name not in self.entry["scores"]]
         if not todo:
             return
-        side = drawing.side or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        side = drawing.side or denoiser_of(self.pipe).config.sample_size * self.pipe.vae_scale_factor
         real = load_pictures(source, side)
         prompts = real.select(split_names(len(real), every, keep=True)[0]).names
         truth = Reference.of(source.name, real.images.split(64), eye)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
-from .base import Draw, LeftOut, Setting, restored
+from .base import Draw, LeftOut, Setting, only_unet, restored
 from .steps import FULL
 
 TOLERANCE = 0.05
@@ -22,9 +22,10 @@ def deepcache(interval: int, pipe: Any, draw: Draw, setting: Setting) -> Iterato
     full, usual = ceil(setting.steps / interval), ceil(FULL / interval)
     if abs(full / setting.steps - usual / FULL) > TOLERANCE:
         raise LeftOut(f"{full} of {setting.steps} steps would be full, of {FULL} steps {usual}: not representative")
+    unet = only_unet(pipe, "DeepCache")
     helper = DeepCacheSDHelper(pipe=pipe)
     helper.set_params(cache_interval=interval, cache_branch_id=0)
-    with restored(pipe.unet, "forward"):  # its own removal leaves bound methods on every module
+    with restored(unet, "forward"):  # its own removal leaves bound methods on every module
         helper.enable()
         try:
             yield draw

@@ -3,9 +3,9 @@
 Sampling is what Smith et al. do ("ToDo: Token Downsampling for Efficient Generation of High-Resolution Images", 2024,
 arXiv 2402.13573); pooling is the older form. Queries are all kept, so every token gets its own output.
 
-As in their work, and in the measurements so far, only the tokens that are kept are projected to keys and values.
-`diffattn.patch(pipe, "keys")` computes the same from keys and values of all tokens, since it leaves the projections to
-the layer: the pictures agree, its times do not.
+As in their work, and in the measurements so far, only the tokens that are kept are projected to keys and values in a
+UNet. `diffattn.patch(pipe, "keys")`, which serves transformers here, computes the same from keys and values of all
+tokens, since it leaves the projections to the layer: the pictures agree, the times do not.
 
 Shapes: B batch, N tokens on a square grid, C channels, f the factor.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffattn.functional import downsample_tokens
 
+from .agents import patched
 from .base import Draw, SelfAttentionProcessor, Setting, replaced_processors, square_side
 
 
@@ -47,7 +48,11 @@ SHRINK = {"sampled": partial(shrink, factor=2), "pooled": partial(shrink, factor
 
 
 @contextmanager
-def downsampling(shrink: Callable[[Tensor], Tensor], pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
-    """Keys and values as one of `SHRINK` makes them, at half the resolution."""
-    with replaced_processors(pipe.unet, setting.levels, partial(DownsampledKeys, shrink=shrink)):
+def downsampling(kind: str, pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
+    """Keys and values as one of `SHRINK` makes them, at half the resolution; in transformers by `diffattn.patch`."""
+    if getattr(pipe, "unet", None) is not None:
+        with replaced_processors(pipe.unet, setting.levels, partial(DownsampledKeys, shrink=SHRINK[kind])):
+            yield draw
+        return
+    with patched(pipe, "keys", factor=2, pooled=kind == "pooled", min_tokens=0):
         yield draw

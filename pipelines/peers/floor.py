@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Draw, Setting, replaced_processors
+from .base import Draw, Setting, only_unet, replaced_processors
 
 
 class ValueProcessor:
@@ -19,5 +19,5 @@ class ValueProcessor:
 @contextmanager
 def floor(pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
     """Each token's own value instead of attention."""
-    with replaced_processors(pipe.unet, setting.levels, lambda original: ValueProcessor()):
+    with replaced_processors(only_unet(pipe, "the floor"), setting.levels, lambda original: ValueProcessor()):
         yield draw

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from .base import Draw, LeftOut, Setting, restored
+from .base import Draw, LeftOut, Setting, only_unet, restored
 
 GATE = 0.4
 """Share of the steps before the gate: the package recommends step 10 of 25."""
@@ -29,6 +29,7 @@ def tgate(pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
         from tgate import TgateSDLoader, TgateSDXLLoader, tgate_utils
     except ImportError as error:
         raise LeftOut(f"tgate cannot be used ({error}): pip install --no-deps tgate==1.0.0 DeepCache==0.1.1") from None
+    unet = only_unet(pipe, "T-GATE")
     load = TgateSDXLLoader if isinstance(pipe, StableDiffusionXLPipeline) else TgateSDLoader
 
     def gated(*, num_inference_steps: int, **arguments: Any) -> Any:
@@ -36,7 +37,7 @@ def tgate(pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
         return pipe.tgate(num_inference_steps=num_inference_steps, gate_step=gate, **arguments)
 
     own = tgate_utils.tgate_processor
-    with restored(pipe.unet, "forward", "cache"):
+    with restored(unet, "forward", "cache"):
         load(pipe)
         tgate_utils.tgate_processor = _asking(own)
         try:

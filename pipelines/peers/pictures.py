@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.evaluation.quality import Protocol, QualityResult, quality
 from diffattn.files import read_lines
 from diffattn.metrics.extractors import FeatureExtractor
@@ -131,7 +132,7 @@ def score(
         steps=drawing.steps,
         guidance=drawing.guidance,
         seeds=f"{drawing.seed}..{drawing.seed + count - 1}",
-        dtype=pipe.unet.dtype,
+        dtype=denoiser_of(pipe).dtype,
         device=pipe.device,
         options=options | drawing.protocol(prompts),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .base import Draw, LeftOut, Setting, self_attention
+from .base import Draw, LeftOut, Setting, only_unet, self_attention
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def tome(ratio: float, pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw
         import tomesd
     except ImportError:
         raise LeftOut("tomesd is not installed: pip install --no-deps tomesd==0.1.3") from None
-    unet = pipe.unet
+    unet = only_unet(pipe, "tomesd")
     blocks = {spec.name.removesuffix(".attn1") for spec, _ in self_attention(unet) if spec.level in setting.levels}
 
     def repeatable(**arguments: Any) -> Any:

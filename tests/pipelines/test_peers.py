@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from support import tiny
+from support import tiny, tiny_joint
 from support.peer_packages import needs
 from support.reference import cases
 
@@ -40,6 +40,49 @@ def arguments(steps: int) -> dict:
 
 def latents(draw, steps: int = 10) -> torch.Tensor:
     return draw(**arguments(steps)).images
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory):
+    """A Stable Diffusion 3 of 256 tokens."""
+    return tiny_joint.sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+
+
+def sd3_latents(draw, steps: int = 10) -> torch.Tensor:
+    """With few tokens of T5, beside which agents can pay off."""
+    given = {k: v for k, v in arguments(steps).items() if k not in ("height", "width")}
+    return draw(max_sequence_length=8, **given).images
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sdpa", "agent", "agent-pooled", "keys-sampled", "keys-pooled", "tiles-2", "steps-14", "cachedit-100",
+     "agent+cachedit-100"],
+)  # fmt: skip
+def test_a_variant_for_transformers_changes_the_latents_and_leaves_them_as_they_were(sd3, name):
+    needs(name)
+    setting = Setting(levels=(0,), steps=10, min_tokens=0)
+    before = sd3_latents(sd3)
+    with apply(name, sd3, setting) as draw:
+        found, again = sd3_latents(draw), sd3_latents(draw)
+    assert found.isfinite().all()
+    assert torch.equal(found, again)
+    assert torch.equal(found, before) == (name == "sdpa")
+    assert torch.equal(sd3_latents(sd3), before)
+
+
+@pytest.mark.parametrize("name", ["tome-0.5", "deepcache-2", "tgate", "sada", "floor"])
+def test_a_variant_that_cannot_follow_a_transformer_is_left_out(sd3, name):
+    needs(name)
+    with pytest.raises(LeftOut), apply(name, sd3, Setting(levels=(0,), steps=20, min_tokens=0)):
+        pass
+
+
+def test_cache_dit_is_left_out_of_unets(pipe):
+    needs("cachedit-0.1")
+    refused = pytest.raises(LeftOut, match="made for transformers, not for UNet2DConditionModel")
+    with refused, apply("cachedit-0.1", pipe, SETTING):
+        pass
 
 
 @pytest.fixture(scope="module")
