@@ -51,7 +51,7 @@ def app(
     """
     with bad_input():
         try:
-            from diffattn.app.page import launch
+            from diffattn.app.page import Access, launch
         except ModuleNotFoundError as error:
             if error.name != "gradio":
                 raise
@@ -61,10 +61,8 @@ def app(
         limits = Limits(side=max_side, steps=max_steps, images=max_images, seconds=60 * max_minutes)
         worker = Worker(Models(models_dir, hub), limits, device, dtype)
         try:
-            launch(
-                worker, host="0.0.0.0" if listen else "127.0.0.1", port=port, share=share, auth=_auth(auth),
-                open_browser=browser, host_names=host_name or (), proxy=proxy,
-            )  # fmt: skip
+            host = "0.0.0.0" if listen else "127.0.0.1"
+            launch(worker, Access(host, share, _auth(auth), host_name or (), proxy), port=port, open_browser=browser)
         except OSError as error:
             fail(f"cannot serve the page on port {port or '7860 and up'}: {error}")
 

@@ -17,6 +17,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from .joint_keys import FewerKeys
 from .presets import Stage
 
+DROPPED = 0.1
+"""Share of the prompts that are trained as empty ones, for guidance."""
+
 
 def build_transformer(width: int, layers: int, heads: int, text_width: int, side: int) -> SD3Transformer2DModel:
     """One token per latent pixel. Modulations and the last layer begin at zero, as in DiT (arXiv 2212.09748, 3.2)."""
@@ -85,9 +88,8 @@ def denoiser_loss(
     seed: int,
     device: str,
     dtype: torch.dtype,
-    drop: float = 0.1,
 ) -> Callable[[nn.Module, int, torch.Generator], Tensor]:
-    """latents [N, 4, h, w] scaled, ids [N, 32], empty [32]: the prompt that replaces a share `drop` for guidance."""
+    """latents [N, 4, h, w] scaled, ids [N, 32], empty [32]: the prompt that replaces a share `DROPPED`."""
     batch = stage.batch
 
     def loss_of(model: nn.Module, step: int, rng: torch.Generator) -> Tensor:
@@ -95,7 +97,7 @@ def denoiser_loss(
             processor.draw_corner(rng)
         index = batch_indices(step, batch, len(latents), seed)
         x0, prompt = latents[index], ids[index]
-        prompt = torch.where(torch.rand(batch, 1, generator=rng) < drop, empty, prompt)
+        prompt = torch.where(torch.rand(batch, 1, generator=rng) < DROPPED, empty, prompt)
         noise = torch.randn(x0.shape, generator=rng)
         sigma = (torch.randn(batch, generator=rng) + stage.logit_mean).sigmoid()
         share = sigma[:, None, None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from saved_pipeline import swap_in
@@ -45,6 +46,6 @@ def _pipeline(model: Denoiser, parts: Parts, side: int, shift: float) -> StableD
 def _resized(trained: SD3Transformer2DModel, side: int) -> SD3Transformer2DModel:
     """A plain transformer for `side`×`side` latents with the weights and positions of `trained`."""
     config = dict(trained.config) | {"sample_size": side, "pos_embed_max_size": side}
-    model = SD3Transformer2DModel.from_config(config)
+    model: Any = SD3Transformer2DModel.from_config(config)
     model.load_state_dict(trained.state_dict())
     return model.half()

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,8 +105,8 @@ def test_a_joint_transformer_is_measured_with_its_text(tmp_path: Path) -> None:
 
 
 def test_recording_leaves_no_hook_and_changes_no_picture(tmp_path: Path) -> None:
-    pipe = tiny_joint.sd3_pipeline(tmp_path / "tokenizer")
-    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent"}
+    pipe: Any = tiny_joint.sd3_pipeline(tmp_path / "tokenizer")
+    call: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent"}
     before = pipe(["a cat"], generator=[torch.Generator().manual_seed(0)], **call).images
     with torch.no_grad():
         run = attention_error.record(pipe, ["a cat"], 3, 2.0, None, 256)

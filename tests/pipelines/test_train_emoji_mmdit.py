@@ -228,7 +228,7 @@ def test_modulations_and_the_last_layer_begin_at_zero() -> None:
 
 
 def test_the_scheduler_gives_pure_noise_first() -> None:
-    scheduler = build_scheduler(2.0)
+    scheduler: Any = build_scheduler(2.0)
     scheduler.set_timesteps(4)
     assert scheduler.sigmas[0].item() == pytest.approx(1.0)
     assert scheduler.sigmas[-1].item() == 0.0

@@ -34,7 +34,6 @@ The others are /show_pair, /show_runs and /load_runs, which answer with files.
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,13 +50,13 @@ from diffattn.app.page.browser_runs import stored_in_browser
 from diffattn.app.page.compare_this import compare_this
 from diffattn.app.page.ending import GRACE_SECONDS, end, leave, terminated_like_interrupted
 from diffattn.app.page.files import Files
-from diffattn.app.page.guard import LOOPBACK, UPLOAD_BYTES, believing, middleware
+from diffattn.app.page.guard import UPLOAD_BYTES, Access, believing, middleware
 from diffattn.app.page.inputs import share
 from diffattn.app.page.kept_settings import kept_in_browser
 from diffattn.app.page.shared import WAITING
 from diffattn.app.page.style import CSS, FOLD, HEAD, THEME
 
-__all__ = ["build", "launch"]
+__all__ = ["Access", "build", "launch"]
 
 SESSIONS = 1000  # open pages and programs whose pictures and runs are remembered
 THREADS = 40  # besides waiting jobs, each of which holds one
@@ -94,49 +93,39 @@ def build(worker: Worker, files: Files) -> gr.Blocks:
 
 def launch(
     worker: Worker,
+    access: Access | None = None,
     *,
-    host: str = "127.0.0.1",
     port: int | None = None,
-    share: bool = False,
-    auth: tuple[str, str] | None = None,
     wait: bool = True,
     warm_up: str | None = "emoji-sd",
     open_browser: bool = False,
-    host_names: Sequence[str] = (),
-    proxy: str | None = None,
 ) -> tuple[gr.Blocks, str]:
-    """Serve the page, by default to this machine only.
+    """Serve the page.
 
     Args:
         worker: runs the jobs.
-        host: address to listen on.
+        access: who can reach the page; None: this machine only.
         port: None: the first free one from 7860 up.
-        share: a public link through gradio's servers.
-        auth: name and password; needed with `share` and with a host other than loopback.
         wait: block until interrupted, by Ctrl+C or SIGTERM; then delete the visitors' files and end the process.
         warm_up: a model to load right away.
         open_browser: open the page in a browser.
-        host_names: names under which the page is reached, besides those of this machine.
-        proxy: address of the proxy whose forwarded headers are trusted; None: none are.
 
     Raises:
-        ValueError: the page would be open to others without a password.
         OSError: the port is taken.
     """
-    if (share or host not in LOOPBACK) and not (auth and all(auth)):
-        raise ValueError("a page that others can reach needs --auth NAME:PASSWORD (--share, --listen)")
-    files, names = Files(Path(get_upload_folder()), CACHE_SECONDS), {*LOOPBACK, *map(str.lower, host_names)}
+    access = access or Access()
+    files, names = Files(Path(get_upload_folder()), CACHE_SECONDS), access.names()
     page = build(worker, files)
-    guard = middleware(names, host not in LOOPBACK, files.make_room)
+    guard = middleware(names, access.from_outside, files.make_room)
     options: dict[str, Any] = dict(
         theme=THEME, css=CSS, head=HEAD, app_kwargs={"lifespan": files.lifespan, "middleware": guard}
     )
     files.open()
     try:
         with terminated_like_interrupted(wait):
-            with believing(proxy):
+            with believing(access.proxy):
                 page.launch(
-                    server_name=host, server_port=port, share=share, auth=auth, allowed_paths=[],
+                    server_name=access.host, server_port=port, share=access.share, auth=access.auth, allowed_paths=[],
                     max_file_size=UPLOAD_BYTES, show_error=False, enable_monitoring=False, strict_cors=True,
                     ssr_mode=False, pwa=False, mcp_server=False, run_history=False, footer_links=["api"],
                     state_session_capacity=SESSIONS, max_threads=WAITING + THREADS, inbrowser=open_browser,

@@ -10,8 +10,9 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -41,6 +42,34 @@ COOKIE = "diffattn-visitor"
 NAME = "diffattn.visitor"  # key of an ASGI scope
 TRIES, TRY_SECONDS = 5, 60.0  # failed logins of one address, and how long they count
 REMEMBERED = 4096  # addresses
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who can reach the page; by default programs of this machine alone.
+
+    Raises:
+        ValueError: the page would be open to others without a password.
+    """
+
+    host: str = "127.0.0.1"  # address to listen on
+    share: bool = False  # a public link through gradio's servers
+    auth: tuple[str, str] | None = None  # name and password; needed with `share` and with a host other than loopback
+    host_names: Sequence[str] = ()  # under which the page is reached, besides those of this machine
+    proxy: str | None = None  # address of the proxy whose forwarded headers are trusted; None: none are
+
+    def __post_init__(self) -> None:
+        if (self.share or self.from_outside) and not (self.auth and all(self.auth)):
+            raise ValueError("a page that others can reach needs --auth NAME:PASSWORD (--share, --listen)")
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether other machines can connect."""
+        return self.host not in LOOPBACK
+
+    def names(self) -> set[str]:
+        """Names under which the page may be reached, in lower case."""
+        return {*LOOPBACK, *map(str.lower, self.host_names)}
 
 
 def middleware(hosts: Collection[str], listens_to_all: bool, make_room: Callable[[], None]) -> list[Middleware]:

@@ -20,7 +20,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from diffattn.app.jobs import Limits, Worker
-from diffattn.app.page import build, launch
+from diffattn.app.page import Access, build, launch
 from diffattn.app.page.files import Files
 from diffattn.drawing.request import record_of
 
@@ -329,13 +329,13 @@ def test_a_waiting_job_says_its_place_and_can_leave_the_line(client: Client, add
 @pytest.mark.parametrize(
     "open_to_others", [{"share": True}, {"host": "0.0.0.0"}, {"host": "0.0.0.0", "auth": ("", "")}]
 )
-def test_a_page_open_to_others_needs_a_password(worker: Worker, open_to_others: dict[str, Any]) -> None:
+def test_a_page_open_to_others_needs_a_password(open_to_others: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="--auth"):
-        launch(worker, wait=False, **open_to_others)
+        Access(**open_to_others)
 
 
 def test_with_a_password_nothing_is_served_without_it(worker: Worker) -> None:
-    page, address = launch(worker, auth=("me", "secret"), wait=False, warm_up=None)
+    page, address = launch(worker, Access(auth=("me", "secret")), wait=False, warm_up=None)
     try:
         assert httpx.get(f"{address}gradio_api/info").status_code == 401
         inside = Client(address, auth=("me", "secret"), verbose=False)

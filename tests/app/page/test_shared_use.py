@@ -24,7 +24,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from diffattn.app.jobs import Models, Worker
-from diffattn.app.page import launch
+from diffattn.app.page import Access, launch
 from diffattn.app.page.files import Files
 from diffattn.app.page.quality_charts import TIME
 
@@ -84,7 +84,7 @@ def test_a_cookie_that_was_made_up_is_no_name(address: str, worker: Worker) -> N
 
 def test_a_forwarded_address_is_believed_from_a_named_proxy_alone(worker: Worker) -> None:
     for proxy, owner in ((None, "127.0.0.1"), ("127.0.0.1", "10.1.2.3")):
-        page, address = launch(worker, wait=False, warm_up=None, proxy=proxy)
+        page, address = launch(worker, Access(proxy=proxy), wait=False, warm_up=None)
         try:
             join(address, "forwarded", **{"x-forwarded-for": "10.1.2.3"})
             web.wait_for(lambda: worker._stops._jobs)
@@ -115,7 +115,7 @@ def test_requests_from_other_sites_are_refused(address: str, origin: str) -> Non
 
 def test_a_page_on_all_addresses_is_called_by_address_or_by_its_name(worker: Worker) -> None:
     page, address = launch(
-        worker, host="0.0.0.0", auth=("me", "secret"), wait=False, warm_up=None, host_names=["Shown.example"]
+        worker, Access("0.0.0.0", auth=("me", "secret"), host_names=["Shown.example"]), wait=False, warm_up=None
     )
     try:
         found = [
@@ -223,7 +223,7 @@ def test_functions_that_are_no_endpoints_take_nonsense_without_a_word_in_the_log
 
 
 def test_failed_logins_are_throttled(worker: Worker) -> None:
-    page, address = launch(worker, auth=("me", "secret"), wait=False, warm_up=None)
+    page, address = launch(worker, Access(auth=("me", "secret")), wait=False, warm_up=None)
     try:
         right, wrong = ({"username": "me", "password": word} for word in ("secret", "wrong"))
         assert httpx.post(f"{address}login", data=right).status_code == 200
@@ -235,7 +235,7 @@ def test_failed_logins_are_throttled(worker: Worker) -> None:
 
 
 def test_under_a_password_the_limit_is_the_users(worker: Worker) -> None:
-    page, address = launch(worker, auth=("me", "secret"), wait=False, warm_up=None)
+    page, address = launch(worker, Access(auth=("me", "secret")), wait=False, warm_up=None)
     try:
         client = Client(address, auth=("me", "secret"), verbose=False)
         job = client.submit("x", "one", "none", 400, api_name="/generate")
