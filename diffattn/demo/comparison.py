@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ PROMPTS = (
 
 SHOWN = 5
 """Prompts on the sheet."""
+
+SIDE = 256
+"""Largest width and height of a picture on the sheet, in pixels."""
 
 PARTNER = "emoji-sd"
 """The model whose prompts are classes of the SiT with mediators."""
@@ -280,7 +284,10 @@ class Demo:
             f"{self.settings.method}, {self.settings.preset}: {seconds[1]:.2f} s": fast,
             f"difference, x{factor}" if factor > 1 else "difference": difference,
         } | {f"{MODEL}, {row.name}: {row.seconds:.2f} s": row.pictures for row in more}
-        sheet = comparison_sheet([(label, to_pictures(x)) for label, x in rows.items()], self.settings.prompts[:SHOWN])
+        pictures = {label: to_pictures(x) for label, x in rows.items()}
+        for picture in chain.from_iterable(pictures.values()):
+            picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        sheet = comparison_sheet(list(pictures.items()), self.settings.prompts[:SHOWN])
         bars = {f"{kind}unpatched": seconds[0], f"{kind}{self.settings.preset}": seconds[1]}
         return with_time_bars(sheet, bars | {f"{MODEL}, {row.name}": row.seconds for row in more})
 

@@ -73,7 +73,7 @@ def comparison_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns:
 
 def with_time_bars(sheet: Image.Image, seconds: Mapping[str, float]) -> Image.Image:
     """A sheet with one bar per name below it, its length proportional to the time, and the seconds in large type."""
-    font = ImageFont.load_default(size=max(14, sheet.width // 40))
+    font = ImageFont.load_default(size=max(14, sheet.width // 64))
     line, left = _line_height(font), GAP + max(int(_width(name, font)) for name in seconds) + 2 * GAP
     row = 2 * line
     whole = Image.new("RGB", (sheet.width, sheet.height + row * len(seconds) + GAP), PAPER)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import diffattn
 from diffattn.demo import PROMPTS, Demo, DemoResult, DemoSettings, run_demo
+from diffattn.demo.comparison import SIDE
 from diffattn.drawing.loading import embedded_folder, embedded_models
 from diffattn.metrics.paired import psnr, ssim
 
@@ -66,15 +67,15 @@ def test_the_figures(result: DemoResult, tmp_path: Path) -> None:
     inside = sorted(pair["foreground_psnr"] for pair in told["pairs"])
     assert told["foreground_psnr"] == pytest.approx([sum(inside) / 2, inside[0]])
     with Image.open(sheet) as picture:
-        assert picture.width > 2 * told["size"]
-        assert 3 * told["size"] < picture.height < 5 * told["size"]
+        assert 2 * SIDE < picture.width < 2 * told["size"]
+        assert 3 * SIDE < picture.height < 5 * SIDE
     assert told["mediators"] == []
 
 
 @pytest.mark.slow
 def test_the_second_part_is_on_the_sheet_and_among_the_figures() -> None:
     result = run_demo(replace(SHORT, rounds=1, prompts=PROMPTS[:1], mediators=True))
-    assert result.sheet.height > 6 * result.size
+    assert 6 * SIDE < result.sheet.height < 6 * result.size
     rows = result.to_dict()["mediators"]
     assert [row["name"] for row in rows] == ["64 mediators", "dynamic", "4 mediators"]
     assert rows[0]["speedup"] == 1
