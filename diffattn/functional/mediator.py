@@ -8,10 +8,10 @@ per head.
 from math import isqrt
 
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from diffattn.functional.checks import check_grid
 from diffattn.functional.sdpa import biased_attention
+from diffattn.functional.tokens import pooled_on_grid
 
 
 def mediator_attention(
@@ -68,17 +68,9 @@ def pool_mediators(q: Tensor, grid: tuple[int, int], num_mediators: int) -> Tens
     Raises:
         ValueError: the grid does not match the tokens, or has no room for so many mediators.
     """
-    batch, heads, tokens, dim = q.shape
-    h, w = grid
     side = mediator_side(num_mediators, grid)
-    check_grid(grid, tokens)
-    if h % side == 0 and w % side == 0:  # equal cells: a plain mean, without moving channels around
-        cells = q.reshape(batch, heads, side, h // side, side, w // side, dim)
-        return cells.mean(dim=(3, 5)).flatten(2, 3)
-    # The image keeps its channels side by side in memory, the layout in which pooling is fastest on a CPU.
-    image = q.transpose(1, 2).flatten(2).unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, h, w]
-    pooled = adaptive_avg_pool2d(image, (side, side)).permute(0, 2, 3, 1)  # [B, √n, √n, C]
-    return pooled.unflatten(3, (heads, dim)).flatten(1, 2).transpose(1, 2).contiguous()
+    check_grid(grid, q.shape[2])
+    return pooled_on_grid(q, grid, (side, side))
 
 
 def mediator_side(num_mediators: int, grid: tuple[int, int] | None = None) -> int:
