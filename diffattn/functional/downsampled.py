@@ -16,7 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from diffattn.functional.checks import check_grid, check_keys
 from diffattn.functional.masks import additive_mask, key_mask_of
-from diffattn.functional.tokens import Grid, Split
+from diffattn.functional.tokens import Grid, Split, pooled_on_grid
 
 
 def downsampled_attention(
@@ -107,6 +107,8 @@ def downsample_tokens(x: Tensor, grid: Grid, factor: int, *, pooled: bool = Fals
     if not pooled:
         return x.unflatten(2, (-1, h, w))[:, :, :, ::factor, ::factor].flatten(2, 4)
     if h % factor == 0 and w % factor == 0:
+        if len(grid) == 2:
+            return pooled_on_grid(x, (h, w), (h // factor, w // factor))
         return x.unflatten(2, (-1, h // factor, factor, w // factor, factor)).mean(dim=(4, 6)).flatten(2, 4)
     whole = pad(x.unflatten(2, (-1, h, w)), (0, 0, 0, -w % factor, 0, -h % factor))
     sums = whole.unflatten(4, (-1, factor)).unflatten(3, (-1, factor)).sum(dim=(4, 6)).flatten(2, 4)
