@@ -44,24 +44,15 @@ class FewerKeys:
         """hidden_states [B, N, C] of a square picture, encoder_hidden_states [B, T, C] of the text. → the same two"""
         part: Any = attn
         n, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
-        q = torch.cat(
-            [
-                self._heads(part, part.to_q(hidden_states), part.norm_q),
-                self._heads(part, part.add_q_proj(encoder_hidden_states), part.norm_added_q),
-            ],
-            dim=2,
-        )
         kept = self._grid(hidden_states)
-        k = torch.cat(
-            [
-                self._heads(part, part.to_k(kept), part.norm_k),
-                self._heads(part, part.add_k_proj(encoder_hidden_states), part.norm_added_k),
-            ],
-            dim=2,
-        )
-        v = torch.cat(
-            [self._heads(part, part.to_v(kept)), self._heads(part, part.add_v_proj(encoder_hidden_states))], dim=2
-        )
+
+        def heads(of_picture: Tensor, of_text: Tensor, norms: tuple[Any, Any] = (None, None)) -> Tensor:
+            parts = zip((of_picture, of_text), norms, strict=True)
+            return torch.cat([self._heads(part.heads, x, norm) for x, norm in parts], dim=2)
+
+        q = heads(part.to_q(hidden_states), part.add_q_proj(encoder_hidden_states), (part.norm_q, part.norm_added_q))
+        k = heads(part.to_k(kept), part.add_k_proj(encoder_hidden_states), (part.norm_k, part.norm_added_k))
+        v = heads(part.to_v(kept), part.add_v_proj(encoder_hidden_states))
         counts = torch.ones(kept.shape[1] + text)
         counts[: kept.shape[1]] = self.stride**2
         counts[-1] = T5_TOKENS
@@ -81,9 +72,9 @@ class FewerKeys:
         return x.view(b, side, side, c)[:, rows, columns].reshape(b, -1, c)
 
     @staticmethod
-    def _heads(attn: Any, x: Tensor, norm: Any = None) -> Tensor:
+    def _heads(count: int, x: Tensor, norm: Any) -> Tensor:
         """[B, N, C] → [B, H, N, D], normalised"""
-        x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        x = x.unflatten(-1, (count, -1)).transpose(1, 2)
         return x if norm is None else norm(x).to(x.dtype)
 
 

@@ -35,8 +35,8 @@ PRESETS = {
         size=512, every=8, width=128, layers=7, heads=4, shift=2.0,
         stages=(
             Stage(16, 64, 1e-2, Budget(samples=25_600), 0.99),
-            Stage(32, 32, 6e-3, Budget(samples=16_000), 0.995, 0.4, key_stride=2),
-            Stage(64, 16, 4e-3, Budget(samples=5_600), 0.99, 0.7, key_stride=4),
+            Stage(32, 32, 6e-3, Budget(samples=12_800), 0.99, 0.4, key_stride=2),
+            Stage(64, 16, 4e-3, Budget(samples=4_000), 0.98, 0.7, key_stride=4),
         ),
     ),
     # tests: seconds

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from emoji_sd.data import Pictures
-from emoji_sd.loop import Curves, train
+from emoji_sd.loop import Curves, checkpoint_names, train
 from emoji_sd.text import tokenize
 from emoji_sd.vae import encode
 from torch import Tensor
@@ -49,8 +49,11 @@ class Job:
             save_every=60 * self.save_minutes,
         )  # fmt: skip
 
-    def checkpoint(self, stage: Stage) -> Path:
-        return self.work / f"mmdit-{stage.latent}.pt"
+    def checkpoints(self) -> list[tuple[Stage, Path]]:
+        """Every stage, in its order, and its checkpoint."""
+        stages = self.preset.stages
+        names = checkpoint_names("mmdit", [stage.latent for stage in stages])
+        return [(stage, self.work / name) for stage, name in zip(stages, names, strict=True)]
 
 
 def load_parts(folder: Path) -> Parts:
@@ -87,7 +90,7 @@ def train_all(job: Job, pictures: Pictures) -> Denoiser:
     """Every stage starts from the averaged weights of the one before. → those of the last stage"""
     ids, empty = tokenize(job.parts.tokenizer, pictures.names), tokenize(job.parts.tokenizer, [""])[0]
     model = build_denoiser(job)
-    for number, stage in enumerate(job.preset.stages):
+    for number, (stage, path) in enumerate(job.checkpoints()):
         set_positions(model.transformer, stage.latent)
         processors = use_fewer_keys(model.transformer, stage.key_stride)
         curves = Curves(stage.lr, final_lr=0.05, ema=stage.ema, muon=True)
@@ -95,7 +98,6 @@ def train_all(job: Job, pictures: Pictures) -> Denoiser:
             stage_latents(job, pictures, stage.latent), ids, empty, stage, processors, job.seed + number,
             job.device, job.dtype,
         )  # fmt: skip
-        path = job.checkpoint(stage)
         model, _ = train(path.stem, model, loss, curves, job.loop(stage), path)
         model.requires_grad_(True)
     return model
@@ -107,10 +109,10 @@ def load_newest(job: Job) -> tuple[Denoiser, Stage, int]:
     Raises:
         ValueError: no stage has been started.
     """
-    for stage in reversed(job.preset.stages):
-        if not job.checkpoint(stage).exists():
+    for stage, path in reversed(job.checkpoints()):
+        if not path.exists():
             continue
-        state = torch.load(job.checkpoint(stage), map_location=job.device, weights_only=True)
+        state = torch.load(path, map_location=job.device, weights_only=True)
         model = build_denoiser(job)
         set_positions(model.transformer, stage.latent)
         model.load_state_dict(state["ema"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -41,6 +41,12 @@ class Curves:
     def ema_decay(self, done: float) -> float:
         """From `ema` to `final_ema`, linearly."""
         return self.ema if self.final_ema is None else self.ema + (self.final_ema - self.ema) * min(done, 1.0)
+
+
+def checkpoint_names(kind: str, sides: Sequence[int]) -> list[str]:
+    """The file of every stage: `unet-64.pt`, and `unet-64-2.pt` for the second stage on latents of that side."""
+    times = [sides[: i + 1].count(side) for i, side in enumerate(sides)]
+    return [f"{kind}-{side}.pt" if n == 1 else f"{kind}-{side}-{n}.pt" for side, n in zip(sides, times, strict=True)]
 
 
 def build_optimizer(model: nn.Module, curves: Curves) -> torch.optim.Optimizer:

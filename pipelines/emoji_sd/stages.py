@@ -19,7 +19,7 @@ from .data import Pictures, held_out_of_vae
 from .denoiser import Denoiser, build_unet, denoiser_loss
 from .evaluate import draw, grid
 from .export import export
-from .loop import Curves, train
+from .loop import Curves, checkpoint_names, train
 from .precision import autocast
 from .presets import Preset, Stage
 from .start import Start
@@ -32,10 +32,7 @@ DECODER = "decoder.pt"  # checkpoint of an autoencoder of which only the decoder
 
 
 def unet_files(preset: Preset) -> list[str]:
-    """The checkpoint of every stage: `unet-64.pt`, and `unet-64-2.pt` for the second stage on latents of that size."""
-    sides = [stage.latent for stage in preset.stages]
-    times = [sides[: i + 1].count(side) for i, side in enumerate(sides)]
-    return [f"unet-{side}.pt" if n == 1 else f"unet-{side}-{n}.pt" for side, n in zip(sides, times, strict=True)]
+    return checkpoint_names("unet", [stage.latent for stage in preset.stages])
 
 
 @dataclass(frozen=True)
