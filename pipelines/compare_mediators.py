@@ -16,6 +16,7 @@ Without --reference, only times are measured (times.json), at --sizes: they do n
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -241,7 +242,7 @@ def table(results: dict[str, dict], drawing: Drawing, extractor: str) -> str:
         lines.append(
             f"| {name} |{f' {repeats} |' if has_repeats else ''} {fid} "
             f"| {1e3 * statistics.fmean(kids):.2f} ± {1e3 * spread:.2f} "
-            f"| {100 * accuracy:.1f} % | {r['gflops']:.3g} "
+            f"| {'–' if math.isnan(accuracy) else f'{100 * accuracy:.1f} %'} | {r['gflops']:.3g} "
             f"| {t['median']:.2f} ({t['iqr'][0]:.2f}–{t['iqr'][1]:.2f}) |"
         )
     return "\n".join(lines) + "\n"

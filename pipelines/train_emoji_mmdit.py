@@ -1,13 +1,16 @@
 """Train `emoji-mmdit`, a small Stable Diffusion 3 that draws emoji from their names.
 
     python pipelines/train_emoji_mmdit.py train --data noto-emoji-512.zip --work outputs/emoji-mmdit
+    python pipelines/train_emoji_mmdit.py train --data noto-emoji-512.zip --work outputs/longer --preset cpu-512 \\
+        --start pipelines/emoji_mmdit/weights.safetensors
     python pipelines/train_emoji_mmdit.py evaluate --data noto-emoji-512.zip --model outputs/emoji-mmdit/model
 
 Autoencoder, tokenizer and the text encoder's first weights are those of `emoji-sd`. MMDiT and text encoder are trained
 together, on small latents first; every stage starts from the averaged weights of the one before.
 
 Ctrl-C and SIGTERM save and stop; the same command resumes, also after a crash. `export` writes the averaged weights of
-a run that is still going on. `train --dry-run` prints the plan.
+a run that is still going on, and beside them a file from which `--start` begins another. `train --dry-run` prints the
+plan.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import typer
 from diffusers import StableDiffusion3Pipeline
 from emoji_mmdit.export import build_scheduler, export
 from emoji_mmdit.presets import PRESETS, Preset
-from emoji_mmdit.stages import Job, load_newest, load_parts, train_all
+from emoji_mmdit.stages import Job, build_denoiser, load_newest, load_parts, save_weights, train_all
 from emoji_sd.artist import Artist, draw_names, spread
 from emoji_sd.data import load_pictures, split_names
 from emoji_sd.evaluate import Figures
@@ -31,6 +34,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 Work = Annotated[Path, typer.Option(help="Folder of checkpoints and latents; an unfinished run is resumed.")]
 Parts = Annotated[Path, typer.Option(help="Folder of the pipeline whose autoencoder and tokenizer are taken.")]
+Start = Annotated[Path | None, typer.Option(help="Begin from these weights, as `export` writes them beside the model.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the exported model.  [default: WORK/model]")]
 EMOJI_SD = Path("diffattn/assets/emoji-sd")
 
@@ -47,6 +51,7 @@ def train_command(
     work: Work,
     preset: PresetName = "cpu",
     parts: Parts = EMOJI_SD,
+    start: Start = None,
     out: Out = None,
     steps: Steps = None,
     save_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints; 0: every step.")] = 3,
@@ -58,7 +63,8 @@ def train_command(
     """Train every stage, resuming unfinished ones, and export the pipeline."""
     with option_errors():
         sizes, precision = choose_preset(preset), training_dtype(dtype, device)
-        job = Job(sizes, load_parts(parts), work, device, precision, seed, steps, save_minutes)
+        job = Job(sizes, load_parts(parts), work, device, precision, seed, steps, start, save_minutes)
+        build_denoiser(job)  # refuses a start that does not fit
     folder = out or work / "model"
     plan = {"data": data, "parts": parts, "out": folder, **{k: v for k, v in vars(job).items() if k != "parts"}}
     typer.echo(json.dumps({k: str(v) for k, v in plan.items()}, indent=2))
@@ -78,6 +84,7 @@ def export_command(work: Work, preset: PresetName = "cpu", parts: Parts = EMOJI_
         model, stage, step = load_newest(job)
     folder = out or work / "model"
     export(model, job.parts, folder, stage.latent, job.preset.shift)
+    save_weights(model, folder.with_suffix(".safetensors"))
     typer.echo(f"{folder}: step {step} on {stage.latent}×{stage.latent} latents")
 
 

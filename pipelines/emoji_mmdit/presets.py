@@ -39,6 +39,14 @@ PRESETS = {
             Stage(64, 16, 4e-3, Budget(samples=4_000), 0.98, 0.7, key_stride=4),
         ),
     ),
+    # from the weights that `cpu` gives: more at 512×512, then with more keys
+    "cpu-512": Preset(
+        size=512, every=8, width=128, layers=7, heads=4, shift=2.0,
+        stages=(
+            Stage(64, 16, 3e-3, Budget(samples=12_000), 0.995, 0.4, key_stride=4),
+            Stage(64, 16, 6e-4, Budget(samples=2_400), 0.99, 0.0, key_stride=2),
+        ),
+    ),
     # tests: seconds
     "tiny": Preset(
         size=64, every=2, width=32, layers=2, heads=2, shift=2.0,

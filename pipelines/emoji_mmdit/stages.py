@@ -12,6 +12,7 @@ from emoji_sd.data import Pictures
 from emoji_sd.loop import Curves, checkpoint_names, train
 from emoji_sd.text import tokenize
 from emoji_sd.vae import encode
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_loop import Budget, LoopConfig
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -41,6 +42,7 @@ class Job:
     dtype: torch.dtype = torch.float32  # what networks compute in
     seed: int = 0
     steps: int | None = None  # per stage, instead of the preset's budgets
+    start: Path | None = None  # weights to begin from, as `save_weights` writes them; None: fresh ones
     save_minutes: float = 3
 
     def loop(self, stage: Stage) -> LoopConfig:
@@ -75,7 +77,36 @@ def build_denoiser(job: Job) -> Denoiser:
         text = build_text_encoder(job.parts.text)
         width = text.config.hidden_size
         transformer = build_transformer(p.width, p.layers, p.heads, width, p.size // 8)
-        return Denoiser(transformer, text).to(job.device)
+        model = Denoiser(transformer, text)
+    if job.start is not None:
+        load_weights(model, job.start)
+    return model.to(job.device)
+
+
+POSITIONS = "transformer.pos_embed.pos_embed"
+"""Follow from the size of the latents, and are not stored."""
+
+
+def save_weights(model: Denoiser, path: Path) -> None:
+    """In fp16, to begin another training from."""
+    weights = {name: weight.half().contiguous() for name, weight in model.state_dict().items() if name != POSITIONS}
+    save_file(weights, path)
+
+
+def load_weights(model: Denoiser, path: Path) -> None:
+    """Load what `save_weights` wrote.
+
+    Raises:
+        ValueError: no such file, or weights of another model.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    own = model.state_dict()
+    weights = load_file(path) | {POSITIONS: own[POSITIONS]}
+    wrong = sorted({k for k in own if k not in weights or weights[k].shape != own[k].shape} | (weights.keys() - own))
+    if wrong:
+        raise ValueError(f"{path} does not fit the preset: {len(wrong)} weights differ, such as {wrong[0]}")
+    model.load_state_dict(weights)
 
 
 def stage_latents(job: Job, pictures: Pictures, side: int) -> Tensor:

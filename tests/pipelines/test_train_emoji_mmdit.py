@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.tiny_pictures import captioned, packed
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -126,6 +126,40 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
+def test_a_training_begins_from_weights_that_fit(data: Path, trained: Path, tmp_path: Path) -> None:
+    work = trained.parent
+    run("export", "--preset", "tiny", "--work", work, "--parts", PARTS, "--out", tmp_path / "model")
+    train(data, tmp_path, "--start", tmp_path / "model.safetensors", "--steps", 1)
+    before, after = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors")
+                     for f in (trained, tmp_path / "model"))  # fmt: skip
+    changed = [(after[name] - weight).float().norm() for name, weight in before.items()]
+    assert 0 < torch.stack(changed).norm() < 0.2 * torch.stack([w.float().norm() for w in before.values()]).norm()
+    other = load_file(tmp_path / "model.safetensors")
+    other["transformer.proj_out.bias"] = torch.zeros(3)
+    save_file(other, tmp_path / "other.safetensors")
+    for start, complaint in (
+        (tmp_path / "other.safetensors", "1 weights differ, such as transformer.proj_out.bias"),
+        (tmp_path / "none.safetensors", "none.safetensors does not exist"),
+    ):
+        arguments = (
+            "train",
+            "--data",
+            data,
+            "--work",
+            tmp_path,
+            "--preset",
+            "tiny",
+            "--parts",
+            PARTS,
+            "--start",
+            start,
+        )
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 2
+        assert complaint in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.slow
 def test_the_model_is_evaluated(data: Path, trained: Path, tmp_path: Path) -> None:
     said = run("evaluate", "--data", data, "--preset", "tiny", "--model", trained, "--samples", tmp_path,
                "--steps", 2, "--guidance", "1,1.5", "--shift", 3, "--limit", 2)  # fmt: skip
@@ -136,7 +170,7 @@ def test_the_model_is_evaluated(data: Path, trained: Path, tmp_path: Path) -> No
 
 def test_what_cannot_be_trained_is_named(data: Path, tmp_path: Path) -> None:
     for arguments, complaint in (
-        (("--preset", "large"), "unknown preset 'large'; choose from cpu, tiny"),
+        (("--preset", "large"), "unknown preset 'large'; choose from cpu, cpu-512, tiny"),
         (("--parts", tmp_path), "is no exported pipeline"),
         (("--dtype", "float16", "--parts", PARTS), "unknown dtype 'float16'"),
     ):
