@@ -91,6 +91,7 @@ def save_weights(model: Denoiser, path: Path) -> None:
     """In fp16, to begin another training from."""
     weights = {name: weight.half().contiguous() for name, weight in model.state_dict().items() if name != POSITIONS}
     save_file(weights, path)
+    path.chmod(0o644)  # written readable by their owner only
 
 
 def load_weights(model: Denoiser, path: Path) -> None:

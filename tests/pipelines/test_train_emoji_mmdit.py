@@ -139,22 +139,10 @@ def test_a_training_begins_from_weights_that_fit(data: Path, trained: Path, tmp_
     save_file(other, tmp_path / "other.safetensors")
     for start, complaint in (
         (tmp_path / "other.safetensors", "1 weights differ, such as transformer.proj_out.bias"),
-        (tmp_path / "none.safetensors", "none.safetensors does not exist"),
+        (tmp_path / "none.safetensors", "does not exist"),
     ):
-        arguments = (
-            "train",
-            "--data",
-            data,
-            "--work",
-            tmp_path,
-            "--preset",
-            "tiny",
-            "--parts",
-            PARTS,
-            "--start",
-            start,
-        )
-        done = CliRunner().invoke(app, list(map(str, arguments)))
+        arguments = ("--data", data, "--work", tmp_path, "--preset", "tiny", "--parts", PARTS, "--start", start)
+        done = CliRunner().invoke(app, ["train", *map(str, arguments)])
         assert done.exit_code == 2
         assert complaint in " ".join(done.output.replace("│", " ").split())
 
