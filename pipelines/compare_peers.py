@@ -94,13 +94,8 @@ def quality(
 ) -> None:
     """Pictures beside the unaccelerated ones, and the time they take."""
     names = _names(variants)
-    if bool(kid_pictures) != bool(reference):
-        raise typer.BadParameter("--kid-pictures and --reference go together")
-    if kid_pictures and kid_pictures < LEAST_SCORED:
-        raise typer.BadParameter(f"--kid-pictures must be {LEAST_SCORED} or more, got {kid_pictures}")
     to_score = names if scored is None else _names(scored)
-    if guidance <= 1:
-        raise typer.BadParameter("guidance must be above 1: T-GATE needs it")
+    _check_quality(kid_pictures, reference, guidance)
     groups = {g: builtin_prompts(g)[:pictures] for g in GROUPS} if prompts is None else {"held-out": _lines(prompts)}
     drawing = Drawing(steps, guidance, seed, batch, size)
     place = choose_device(device)
@@ -200,6 +195,15 @@ def together(
     caption = f"Pictures of {model}; times of {timed[unet]['title']}"
     report.plot(entry, caption, folder / "pareto-large.png", timed[unet]["rounds"])
     typer.echo(f"written to {folder / 'pareto-large.png'}")
+
+
+def _check_quality(kid_pictures: int, reference: Path | None, guidance: float) -> None:
+    if bool(kid_pictures) != bool(reference):
+        raise typer.BadParameter("--kid-pictures and --reference go together")
+    if kid_pictures and kid_pictures < LEAST_SCORED:
+        raise typer.BadParameter(f"--kid-pictures must be {LEAST_SCORED} or more, got {kid_pictures}")
+    if guidance <= 1:
+        raise typer.BadParameter("guidance must be above 1: T-GATE needs it")
 
 
 def _levels_of(denoiser: Any, asked: str | None) -> tuple[int, ...]:

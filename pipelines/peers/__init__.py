@@ -4,7 +4,7 @@ A variant is named by its parts, joined by "+", such as "tome-0.5" or "agent+dee
 for the length of a `with` block.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,13 +27,20 @@ __all__ = ["FLOOR", "SDPA", "VARIANTS", "LeftOut", "Setting", "apply", "check_na
 
 SDPA, FLOOR = "sdpa", "floor"
 
+
+def _one_of(names: Iterable[str], name: str) -> str:
+    if name not in names:
+        raise ValueError(f"{name!r} is none of {', '.join(names)}")
+    return name
+
+
 KINDS: Mapping[str, Callable[[str], Peer]] = {
     SDPA: lambda _: _unchanged,
     FLOOR: lambda _: floor,
-    "agent": lambda preset: partial(agent, {"": "balanced", **{name: name for name in PRESETS}}[preset]),
+    "agent": lambda preset: partial(agent, _one_of(PRESETS, preset or "balanced")),
     "steps": lambda number: partial(fewer_steps, int(number)),
     "tome": lambda ratio: partial(tome, float(ratio)),
-    "keys": lambda kind: partial(downsampling, {name: name for name in SHRINK}[kind]),
+    "keys": lambda kind: partial(downsampling, _one_of(SHRINK, kind)),
     "tiles": lambda number: partial(tiled, int(number)),
     "deepcache": lambda interval: partial(deepcache, int(interval)),
     "cachedit": lambda threshold: partial(block_cache, float(threshold)),
@@ -85,7 +92,7 @@ def _peers(name: str) -> list[Peer]:
         kind, _, rest = part.partition("-")
         try:
             found.append(KINDS[kind](rest))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError):  # no such kind, no number
             raise ValueError(f"unknown variant {name!r}; such as: {', '.join((*VARIANTS, FLOOR))}") from None
     return found
 
