@@ -2,15 +2,14 @@
 
     python pipelines/train_emoji_mmdit.py train --data noto-emoji-512.zip --work outputs/emoji-mmdit
     python pipelines/train_emoji_mmdit.py train --data noto-emoji-512.zip --work outputs/longer --preset cpu-512 \\
-        --start pipelines/emoji_mmdit/weights.safetensors
+        --start diffattn/assets/emoji-mmdit
     python pipelines/train_emoji_mmdit.py evaluate --data noto-emoji-512.zip --model outputs/emoji-mmdit/model
 
 Autoencoder, tokenizer and the text encoder's first weights are those of `emoji-sd`. MMDiT and text encoder are trained
 together, on small latents first; every stage starts from the averaged weights of the one before.
 
 Ctrl-C and SIGTERM save and stop; the same command resumes, also after a crash. `export` writes the averaged weights of
-a run that is still going on, and beside them a file from which `--start` begins another. `train --dry-run` prints the
-plan.
+a run that is still going on. `train --start` begins from an exported model; `train --dry-run` prints the plan.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ import typer
 from diffusers import StableDiffusion3Pipeline
 from emoji_mmdit.export import build_scheduler, export
 from emoji_mmdit.presets import PRESETS, Preset
-from emoji_mmdit.stages import Job, build_denoiser, load_newest, load_parts, save_weights, train_all
+from emoji_mmdit.stages import Job, build_denoiser, load_newest, load_parts, train_all
 from emoji_sd.artist import Artist, draw_names, spread
 from emoji_sd.data import load_pictures, split_names
 from emoji_sd.evaluate import Figures
 from emoji_sd.precision import training_dtype
-from train_emoji_sd import Data, Device, Dtype, PresetName, Seed, Steps, option_errors
+from train_emoji_sd import Data, Device, Dtype, PresetName, Seed, Steps, choose_out, option_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 Work = Annotated[Path, typer.Option(help="Folder of checkpoints and latents; an unfinished run is resumed.")]
 Parts = Annotated[Path, typer.Option(help="Folder of the pipeline whose autoencoder and tokenizer are taken.")]
-Start = Annotated[Path | None, typer.Option(help="Begin from these weights, as `export` writes them beside the model.")]
+Start = Annotated[Path | None, typer.Option(help="Folder of an exported model to begin from.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the exported model.  [default: WORK/model]")]
 EMOJI_SD = Path("diffattn/assets/emoji-sd")
 
@@ -65,7 +64,7 @@ def train_command(
         sizes, precision = choose_preset(preset), training_dtype(dtype, device)
         job = Job(sizes, load_parts(parts), work, device, precision, seed, steps, start, save_minutes)
         build_denoiser(job)  # refuses a start that does not fit
-    folder = out or work / "model"
+        folder = choose_out(out, work, start)
     plan = {"data": data, "parts": parts, "out": folder, **{k: v for k, v in vars(job).items() if k != "parts"}}
     typer.echo(json.dumps({k: str(v) for k, v in plan.items()}, indent=2))
     if dry_run:
@@ -84,7 +83,6 @@ def export_command(work: Work, preset: PresetName = "cpu", parts: Parts = EMOJI_
         model, stage, step = load_newest(job)
     folder = out or work / "model"
     export(model, job.parts, folder, stage.latent, job.preset.shift)
-    save_weights(model, folder.with_suffix(".safetensors"))
     typer.echo(f"{folder}: step {step} on {stage.latent}×{stage.latent} latents")
 
 

@@ -43,8 +43,8 @@ PRESETS = {
     "cpu-512": Preset(
         size=512, every=8, width=128, layers=7, heads=4, shift=2.0,
         stages=(
-            Stage(64, 16, 3e-3, Budget(samples=12_000), 0.995, 0.4, key_stride=4),
-            Stage(64, 16, 6e-4, Budget(samples=2_400), 0.99, 0.0, key_stride=2),
+            Stage(64, 16, 3e-3, Budget(samples=6_400), 0.99, 0.4, key_stride=4),
+            Stage(64, 16, 6e-4, Budget(samples=1_200), 0.97, 0.0, key_stride=2),
         ),
     ),
     # tests: seconds

@@ -12,7 +12,7 @@ from emoji_sd.data import Pictures
 from emoji_sd.loop import Curves, checkpoint_names, train
 from emoji_sd.text import tokenize
 from emoji_sd.vae import encode
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from training_loop import Budget, LoopConfig
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -42,7 +42,7 @@ class Job:
     dtype: torch.dtype = torch.float32  # what networks compute in
     seed: int = 0
     steps: int | None = None  # per stage, instead of the preset's budgets
-    start: Path | None = None  # weights to begin from, as `save_weights` writes them; None: fresh ones
+    start: Path | None = None  # exported pipeline to begin from; None: fresh weights
     save_minutes: float = 3
 
     def loop(self, stage: Stage) -> LoopConfig:
@@ -84,29 +84,26 @@ def build_denoiser(job: Job) -> Denoiser:
 
 
 POSITIONS = "transformer.pos_embed.pos_embed"
-"""Follow from the size of the latents, and are not stored."""
+
+TRAINED = {"transformer": "transformer/diffusion_pytorch_model.safetensors", "text": "text_encoder/model.safetensors"}
+"""Part of the denoiser -> its file in an exported pipeline."""
 
 
-def save_weights(model: Denoiser, path: Path) -> None:
-    """In fp16, to begin another training from."""
-    weights = {name: weight.half().contiguous() for name, weight in model.state_dict().items() if name != POSITIONS}
-    save_file(weights, path)
-    path.chmod(0o644)  # written readable by their owner only
-
-
-def load_weights(model: Denoiser, path: Path) -> None:
-    """Load what `save_weights` wrote.
+def load_weights(model: Denoiser, folder: Path) -> None:
+    """Load the weights of an exported pipeline. Positions follow from the size of the latents, and stay.
 
     Raises:
-        ValueError: no such file, or weights of another model.
+        ValueError: no such pipeline, or one of another size.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
     own = model.state_dict()
-    weights = load_file(path) | {POSITIONS: own[POSITIONS]}
+    weights = {POSITIONS: own[POSITIONS]}
+    for part, file in TRAINED.items():
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} is no exported pipeline: it has no {file}")
+        weights = {f"{part}.{name}": weight for name, weight in load_file(folder / file).items()} | weights
     wrong = sorted({k for k in own if k not in weights or weights[k].shape != own[k].shape} | (weights.keys() - own))
     if wrong:
-        raise ValueError(f"{path} does not fit the preset: {len(wrong)} weights differ, such as {wrong[0]}")
+        raise ValueError(f"{folder} does not fit the preset: {len(wrong)} weights differ, such as {wrong[0]}")
     model.load_state_dict(weights)
 
 

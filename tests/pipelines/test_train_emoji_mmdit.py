@@ -1,6 +1,7 @@
 """`pipelines/train_emoji_mmdit.py` end to end on eight generated pictures, of which four are trained on."""
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,22 +127,20 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-def test_a_training_begins_from_weights_that_fit(data: Path, trained: Path, tmp_path: Path) -> None:
-    work = trained.parent
-    run("export", "--preset", "tiny", "--work", work, "--parts", PARTS, "--out", tmp_path / "model")
-    train(data, tmp_path, "--start", tmp_path / "model.safetensors", "--steps", 1)
-    before, after = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors")
-                     for f in (trained, tmp_path / "model"))  # fmt: skip
+def test_a_training_begins_from_a_model_that_fits(data: Path, trained: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, "--start", trained, "--steps", 1)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    before, after = load_file(trained / file), load_file(tmp_path / "model" / file)
     changed = [(after[name] - weight).float().norm() for name, weight in before.items()]
     assert 0 < torch.stack(changed).norm() < 0.2 * torch.stack([w.float().norm() for w in before.values()]).norm()
-    other = load_file(tmp_path / "model.safetensors")
-    other["transformer.proj_out.bias"] = torch.zeros(3)
-    save_file(other, tmp_path / "other.safetensors")
-    for start, complaint in (
-        (tmp_path / "other.safetensors", "1 weights differ, such as transformer.proj_out.bias"),
-        (tmp_path / "none.safetensors", "does not exist"),
+    shutil.copytree(trained, tmp_path / "other")
+    save_file(before | {"proj_out.bias": torch.zeros(3)}, tmp_path / "other" / file)
+    for options, complaint in (
+        (("--start", tmp_path / "other"), "1 weights differ, such as transformer.proj_out.bias"),
+        (("--start", tmp_path / "none"), "is no exported pipeline"),
+        (("--start", trained, "--out", trained), "--out is the --start folder"),
     ):
-        arguments = ("--data", data, "--work", tmp_path, "--preset", "tiny", "--parts", PARTS, "--start", start)
+        arguments = ("--data", data, "--work", tmp_path, "--preset", "tiny", "--parts", PARTS, *options)
         done = CliRunner().invoke(app, ["train", *map(str, arguments)])
         assert done.exit_code == 2
         assert complaint in " ".join(done.output.replace("│", " ").split())
