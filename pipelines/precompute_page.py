@@ -3,6 +3,7 @@
 The shipped ones were made on two shared CPU cores by
 
     python pipelines/precompute_page.py emoji-sd --pictures noto-emoji-512.zip --every 8 --samples 16 --steps 16
+    python pipelines/precompute_page.py emoji-mmdit --pictures noto-emoji-512.zip --every 8 --samples 8 --steps 16
     python pipelines/precompute_page.py emoji-sit --pictures noto-emoji-512.zip --every 8 --samples 16 --steps 16
     python pipelines/precompute_page.py cifar-sit --pictures cifar10-test.zip --most 2000 --samples 64 --threads 1
 
@@ -31,8 +32,9 @@ from diffattn.metrics.extractors import load_extractor
 from diffattn.metrics.reference import Reference
 
 MEDIATORS = ["mediator/balanced", "mediator/fast"]
-WAYS = {"emoji-sd": ["agent/balanced", "agent/fast"], "emoji-sit": MEDIATORS, "cifar-sit": MEDIATORS}
-NUMBERS = {"emoji-sd": "16, 64", "emoji-sit": "4, 16, 64", "cifar-sit": "4, 16, 64"}
+AGENTS = ["agent/balanced", "agent/fast"]
+WAYS = {"emoji-sd": AGENTS, "emoji-mmdit": AGENTS, "emoji-sit": MEDIATORS, "cifar-sit": MEDIATORS}
+NUMBERS = {"emoji-sd": "16, 64", "emoji-mmdit": "32, 128", "emoji-sit": "4, 16, 64", "cifar-sit": "4, 16, 64"}
 
 
 def main(

@@ -17,6 +17,7 @@ def test_the_embedded_models_have_configurations() -> None:
     assert {path.relative_to(ASSETS).parts[0] for path in FILES} >= {
         "cifar-sit",
         "emoji-sd",
+        "emoji-mmdit",
         "emoji-sit",
         "cifar-classifier",
     }
@@ -29,9 +30,8 @@ def test_no_configuration_tells_where_it_was_trained(path: Path) -> None:
 
 def test_the_page_has_runs_and_a_reference_of_every_embedded_model_at_start() -> None:
     worker = Worker(Models(hub=False), device="cpu")
-    assert (
-        [run.model for run in worker.stored_runs()] == worker.models.names() == ["emoji-sd", "emoji-sit", "cifar-sit"]
-    )
+    names = ["emoji-sd", "emoji-mmdit", "emoji-sit", "cifar-sit"]
+    assert [run.model for run in worker.stored_runs()] == worker.models.names() == names
     for run in worker.stored_runs():
         assert run.lines[0].acceleration == "none"
         assert len(run.lines) > 4

@@ -44,6 +44,7 @@ class Embedded:
 
 EMBEDDED = {
     "emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", 1.5, "emoji-classifier"),
+    "emoji-mmdit": Embedded("a small StableDiffusion3Pipeline that draws the same emoji", 1.5, "emoji-classifier"),
     "emoji-sit": Embedded("a small SiTPipeline with mediators that draws emoji by class", 2.0, "emoji-classifier"),
     "cifar-sit": Embedded("a smaller one that draws the classes of CIFAR-10", 1.5, "cifar-classifier"),
 }
@@ -111,11 +112,11 @@ def _from_pretrained(model: str | Path, dtype: torch.dtype, variant: str | None 
     index: Any = DiffusionPipeline.load_config(model)
     name = index["_class_name"]
     kind = own.get(name, DiffusionPipeline)
-    absent = dict.fromkeys(
-        part for part in T5 if name.startswith("StableDiffusion3") and not any(index.get(part) or ())
-    )
+    absent: dict[str, Any] = {}
+    if name.startswith("StableDiffusion3"):
+        absent = {part: None for part in T5 if not any(index.get(part) or ())}
     with _default_dtype_kept():
-        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant, **dict.fromkeys(absent))
+        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, variant=variant, **absent)
     _check_complete(model, pipe)
     return pipe
 

@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 
-MODELS = ("emoji-sd", "emoji-sit", "cifar-sit", "emoji-classifier", "cifar-classifier")
+MODELS = ("emoji-sd", "emoji-mmdit", "emoji-sit", "cifar-sit", "emoji-classifier", "cifar-classifier")
 PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",

@@ -85,6 +85,8 @@ SMALLER = {
     " model.num_heads=2 run.precision=fp32 run.trackers=[]",
     "train_emoji_sit.py judge": "--steps 1 --every 3 --dtype float32",
     "train_emoji_sd.py train": "--dry-run",
+    "train_emoji_mmdit.py train": "--dry-run",
+    "train_emoji_mmdit.py evaluate": "--steps 1 --limit 1 --no-write",
     "train_emoji_sd.py evaluate": "--vae-pictures 1 --steps 1 --limit 1",
     "train_classifiers.py": "--steps 1 --batch 8",
     "gpu_day.py": "--tiny --device cpu --dtype float32 --minutes 60",
@@ -216,6 +218,7 @@ def copy_assets(place: Path) -> None:
     """What blocks name by its path in the repository and may write to."""
     for folder in (
         "diffattn/assets/emoji-sd",
+        "diffattn/assets/emoji-mmdit",
         "diffattn/assets/emoji-sit",
         "diffattn/assets/cifar-sit",
         "samples/peers",
