@@ -23,8 +23,9 @@ from diffattn.methods.base import Preset
 sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
 
 from compare_peers import app
+from peers import KINDS
 from peers.pictures import builtin_prompts
-from peers.report import _by_chance, front
+from peers.report import COLOURS, _by_chance, front
 from peers.results import Results
 from peers.timing import share_of_saving
 
@@ -260,3 +261,7 @@ def test_the_share_of_the_saving_is_that_of_the_rounds_in_which_all_three_ran():
 def test_the_front_holds_what_nothing_else_beats():
     points = {"fast": (0.5, 20.0), "good": (0.9, 30.0), "worse": (0.6, 19.0), "tied": (0.5, 20.0)}
     assert front(points) == ["fast", "good", "tied"]
+
+
+def test_every_kind_of_peer_has_a_colour() -> None:
+    assert {*KINDS, "combined"} <= {*COLOURS}
