@@ -8,7 +8,8 @@
 Results go to cores.json, cores.md and cores.png. `train` trains one small model for each attention, with the same
 steps, data and seeds, and MLPs so wide that all have as many parameters as the softmax model; softmax and the best two
 get a second seed. Results go to trained.json and trained.md. To resume an interrupted run of either, start it again
-with the same arguments.
+with the same arguments. Several processes may share the training of one table, each with `--subjects` of its own and
+`--second-seeds 0`; a last run without either trains what is missing and times everything.
 """
 
 from pathlib import Path
@@ -63,6 +64,7 @@ def train(
     extractor: Annotated[str, typer.Option(help="Feature extractor.")] = "cifar-classifier",
     rounds: Annotated[int, typer.Option(help="Interleaved timings.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="In which pictures are drawn: float32, bfloat16 or float16.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder of runs and results.")] = Path("outputs/linear-family"),
 ) -> None:
     """Train one model for each attention at equal parameters, and score them."""
@@ -71,7 +73,7 @@ def train(
         raise typer.BadParameter(f"unknown subjects: {', '.join(unknown)}; allowed: {', '.join(training.SUBJECTS)}")
     comparison = training.Comparison(
         data, reference, out, preset, tuple(settings or ()), chosen, second_seeds,
-        Drawing(samples, steps, guidance, 0, batch), extractor, rounds, device,
+        Drawing(samples, steps, guidance, 0, batch), extractor, rounds, device, dtype,
     )  # fmt: skip
     found = training.compare(comparison, typer.echo)
     text = training.table(found)

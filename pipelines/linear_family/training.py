@@ -12,7 +12,7 @@ from torch import nn
 from diffattn.data import open_dataset
 from diffattn.evaluation.sit_quality import Drawing, sit_quality
 from diffattn.files import read_json, write_json
-from diffattn.machine import describe_machine
+from diffattn.machine import choose_dtype, describe_machine
 from diffattn.measure.flops import forward_gflops
 from diffattn.measure.interleave import interleave
 from diffattn.measure.memory import peak_mib
@@ -55,6 +55,7 @@ class Comparison:
     extractor: str = "cifar-classifier"
     rounds: int = 5
     device: str = "cpu"
+    dtype: str = "float32"  # in which pictures are drawn
 
 
 def parameters(arguments: Mapping[str, Any]) -> int:
@@ -119,21 +120,34 @@ def compare(c: Comparison, say: Callable[[str], None] = print) -> dict[str, Any]
     """
     file = c.out / "trained.json"
     settings = {"preset": c.preset, "settings": list(c.settings), "drawing": asdict(c.drawing), "device": c.device,
-                "extractor": c.extractor}  # fmt: skip
+                "extractor": c.extractor, "dtype": c.dtype}  # fmt: skip
     found: dict[str, Any] = {"machine": describe_machine(torch.device(c.device)), "settings": settings, "runs": {}}
-    if file.is_file():
-        before = read_json(file)
-        if before["settings"] != settings:
-            raise ValueError(f"{str(file)!r} holds runs of {before['settings']}, now {settings}: choose another --out")
-        found["runs"] = before["runs"]
+    take_over(found, file)
     eye = load_extractor(c.extractor, device=c.device)
     for subject in c.subjects:
         _one(c, subject, 0, found, eye, file, say)
     for subject in again(found["runs"], c.second_seeds):
         _one(c, subject, 1, found, eye, file, say)
+    take_over(found, file)
     found["time_ratio"] = timed(c, found["runs"])
     write_json(file, found)
     return found
+
+
+def take_over(found: dict[str, Any], file: Path) -> None:
+    """Add the runs of a file of results, where other processes may write theirs.
+
+    Raises:
+        ValueError: its runs have other settings.
+    """
+    if not file.is_file():
+        return
+    before = read_json(file)
+    if before["settings"] != found["settings"]:
+        raise ValueError(
+            f"{str(file)!r} holds runs of {before['settings']}, now {found['settings']}: choose another --out"
+        )
+    found["runs"] = before["runs"] | found["runs"]
 
 
 def again(runs: Mapping[str, Any], best: int) -> list[str]:
@@ -148,18 +162,19 @@ def _one(
 ) -> None:
     """Train and score one run, if that is not done."""
     name = f"{subject}-{seed}"
+    take_over(found, file)
     if name in found["runs"]:
         return
     sample = _sample(c)
     config = run_config(c, subject, seed, sample)
     say(f"{name}: training")
     folder = train(set_up(config, c.device, say))
-    pipe = _pipeline(folder, c.device)
-    model = pipe.transformer
+    drawn = _pipeline(folder, c.device).to(choose_dtype(c.dtype, torch.device(c.device)))
+    model = _pipeline(folder, c.device).transformer
     real = open_dataset(c.reference, config.data.size)
     truth = Reference.of(Path(c.reference).name, (real[i][0][None] for i in range(len(real))), eye)
-    result = sit_quality(pipe, c.drawing, truth, eye, name).to_dict()
-    size = pipe.transformer.config["sample_size"]
+    result = sit_quality(drawn, c.drawing, truth, eye, name).to_dict()
+    size = model.config["sample_size"]
     noise = torch.randn(c.drawing.batch, model.in_channels, size, size, device=c.device)
 
     def call() -> None:
@@ -171,6 +186,7 @@ def _one(
         "parameters": sum(p.numel() for p in model.parameters()), "gflops": forward_gflops(model),
         "peak_mib": peak_mib(call, torch.device(c.device)), "mlp_ratio": config.model.mlp_ratio,
     }  # fmt: skip
+    take_over(found, file)
     write_json(file, found)
     say(f"{name}: {result['scores']}")
 
