@@ -308,7 +308,7 @@ def test_a_scheduler_that_was_never_prepared_has_no_sigmas_of_its_own() -> None:
 def watched(pipe: Any) -> Watching:
     """Patches a pipeline with a schedule that keeps the levels it sees."""
     schedule = Watching({0.0: {}})
-    diffattn.patch(pipe, num_agents=8, agent_ratio=None, min_tokens=0, schedule=schedule)
+    diffattn.patch(pipe, num_agents=8, agent_ratio=None, max_head_error=10.0, min_tokens=0, schedule=schedule)
     return schedule
 
 

@@ -12,7 +12,7 @@ from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffattn.architectures.base import MethodProcessor, by_phase
+from diffattn.architectures.processor import MethodProcessor, Ways, by_phase
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import AttentionFn, LayerCall, TokenLayout
 
@@ -66,8 +66,10 @@ class LayerPlug(MethodProcessor):
             rows = 0 if of_picture is None else of_picture.shape[-2]
             named = given if place == call.phase else given | {"attn_mask": mask}
 
-            def by_method(memory: dict[str, Any] | None) -> tuple[Tensor, LayerCall]:
-                made = LayerCall(x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory)
+            def by_method(memory: dict[str, Any] | None, is_trial: bool) -> tuple[Tensor, LayerCall]:
+                made = LayerCall(
+                    x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory, is_trial=is_trial
+                )
                 scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
                 out = self._over(self.functions[phase], *scaled, made).to(v.dtype)  # type: ignore[arg-type]
                 return out if heads_first else out.transpose(1, 2), made
@@ -75,18 +77,17 @@ class LayerPlug(MethodProcessor):
             reason = self.reason_impossible(phase, layout, q.device.type, rows)
             if self.layer.keys_only and q.shape[tokens] != layout.num_tokens:
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
+            memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
+            ways = Ways(by_method, lambda: function(q, k, v, **named), memory)
             if reason is None:
                 kind = self._kind(phase, q, k, heads_first, mask is not None)
-                scratch = self._scratch(call, phase) if place == call.phase else None
-                ways = (lambda: by_method(scratch)[0], lambda: function(q, k, v, **named))
                 reason = self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
             if (phase, reason) not in counted:  # once, however many groups the samples form
                 counted.add((phase, reason))
                 self._count(call, reason)
             if reason != ACCELERATED:
-                return function(q, k, v, **named)
-            memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
-            out, layer_call = by_method(memory)
+                return ways.exact()
+            out, layer_call = ways.method()
             self._count_heads(layer_call)
             return out
 

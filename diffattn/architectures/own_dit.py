@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffattn.architectures.base import MethodProcessor, Replaced, Size, by_phase
+from diffattn.architectures.base import Replaced, Size
 from diffattn.architectures.dit_time import read_dit_time
+from diffattn.architectures.processor import MethodProcessor, Ways, by_phase
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.models import DiT
@@ -116,22 +117,22 @@ class SiTProcessor(MethodProcessor):
         x, q, k, v = tensors
         layout = self.layout_of(grid, (), q.shape[2])
 
-        def by_method(memory: dict[str, Any] | None) -> tuple[Tensor, LayerCall]:
-            made = LayerCall(x=x, grid=grid, phase=phase, mediate=_mediate(layer, grid), memory=memory)
+        def by_method(memory: dict[str, Any] | None, is_trial: bool) -> tuple[Tensor, LayerCall]:
+            made = LayerCall(x, grid, phase=phase, mediate=_mediate(layer, grid), memory=memory, is_trial=is_trial)
             return self.functions[phase](q, k, v, made).to(v.dtype), made  # type: ignore[misc]
 
         def exact() -> Tensor:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
 
+        ways = Ways(by_method, exact, self._memory(call, phase))
         reason = self.reason_impossible(phase, layout, q.device.type, mask_rows=0)
         if reason is None:
-            kind, scratch = self._kind(phase, q, k, heads_first=True, masked=False), self._scratch(call, phase)
-            ways = (lambda: by_method(scratch)[0], exact)
+            kind = self._kind(phase, q, k, heads_first=True, masked=False)
             reason = self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
         self._count(call, reason)
         if reason != ACCELERATED:
             return exact()
-        out, layer_call = by_method(self._memory(call, phase))
+        out, layer_call = ways.method()
         self._count_heads(layer_call)
         return out
 

@@ -35,34 +35,67 @@ class Calibration:
     Attributes:
         sharpness: λ / damping [B·H].
         gamma: γ [B·H, 1, 1].
-        sizes: of every head [B, H], on the device, for its error on the probes: 0.8⟨X, X⟩, ⟨X, Y⟩, ‖Y‖, the norm of the
-            exact answers, and 0 where its matrix could be factorised; X is Z at the probes, Y what it should be.
+        seen: what the error of every head on the probes follows from [B, H, 10], on the device: the products of 0.8 X,
+            Y and E with each other, row by row, and 0 where its matrix could be factorised. X is Z at the probes, Y
+            what it should be, and E the exact answers.
     """
 
     sharpness: Tensor
     gamma: Tensor
-    sizes: tuple[Tensor, ...]
+    seen: Tensor
 
     def errors(self) -> list[list[float]]:
         """The relative error of every head of every sample, as in `landmark_attention_and_error`; waits for the
         device."""
-        per_sample = zip(self.gamma.view(self.sizes[0].shape).tolist(), *(s.tolist() for s in self.sizes), strict=True)
-        return [[_error(*head) for head in zip(*sample, strict=True)] for sample in per_sample]
+        return errors_of(self.seen)
 
     def missed(self, max_error: float) -> Heads | None:
-        """The heads whose error exceeds a limit, None if there are none; NaN exceeds any."""
-        pairs = [(b, h) for b, row in enumerate(self.errors()) for h, e in enumerate(row) if not e <= max_error]
-        if not pairs:
-            return None
-        samples, heads = zip(*pairs, strict=True)
-        return torch.tensor(samples, device=self.gamma.device), torch.tensor(heads, device=self.gamma.device)
+        """The heads whose error exceeds a limit, None if there are none; NaN exceeds any. Waits for the device."""
+        return heads_above(self.errors(), max_error, self.seen.device)
+
+    def sent(self) -> "Sent":
+        """`seen`, on its way to the CPU."""
+        return Sent(self.seen)
 
 
-def _error(gamma: float, xx: float, xy: float, y: float, size: float, failed: float) -> float:
-    """‖γX - Y‖ / ‖exact‖ of one head."""
-    if failed or isnan(gamma):
+class Sent:
+    """What a calibration has seen, copied to the CPU while the device goes on with its work."""
+
+    def __init__(self, seen: Tensor) -> None:
+        self._device, self._copied = seen.device, None
+        self._seen = seen.to("cpu", non_blocking=seen.is_cuda)
+        if seen.is_cuda:
+            self._copied = torch.cuda.current_stream(seen.device).record_event()
+
+    def missed(self, max_error: float) -> Heads | None:
+        """As `Calibration.missed`; waits only if the copy has not arrived."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return heads_above(errors_of(self._seen), max_error, self._device)
+
+
+def errors_of(seen: Tensor) -> list[list[float]]:
+    """The relative error of every head of every sample, from what a calibration has seen [B, H, 10]."""
+    return [[_error(*head) for head in sample] for sample in seen.tolist()]
+
+
+def heads_above(errors: Sequence[Sequence[float]], most: float, device: torch.device) -> Heads | None:
+    """The heads whose error exceeds `most`, None if there are none; NaN exceeds any."""
+    pairs = [(b, h) for b, row in enumerate(errors) for h, e in enumerate(row) if not e <= most]
+    if not pairs:
+        return None
+    samples, heads = zip(*pairs, strict=True)
+    return torch.tensor(samples, device=device), torch.tensor(heads, device=device)
+
+
+def _error(*seen: float) -> float:
+    """‖γX - Y‖ / ‖E‖ of one head."""
+    xx, xy, _, _, yy, _, _, _, ee, failed = seen
+    if failed or isnan(xx) or isnan(xy):
         return inf
-    return sqrt(max(y * y - 2 * gamma * xy + gamma * gamma * xx / TRUSTED, 0.0)) / max(size, TINY)
+    gamma = min(max(xy / max(xx, TINY), 0.0), 1.0)
+    missed = yy - 2 * gamma * xy / TRUSTED + gamma * gamma * xx / TRUSTED**2
+    return sqrt(max(missed, 0.0)) / max(sqrt(max(ee, 0.0)), TINY)
 
 
 def calibrate(tokens: Tokens, damping: float, guarded: bool = False) -> tuple[Tensor, Tensor, Calibration]:
@@ -77,11 +110,10 @@ def calibrate(tokens: Tokens, damping: float, guarded: bool = False) -> tuple[Te
     asked = torch.cat((tokens.query_landmarks, *probe_tokens(tokens.q)), dim=-2)  # [B, H, n + p, D]
     gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
     with torch.autocast(gathered.device.type, enabled=False):
-        parts = [_calibrated(part, damping, guarded) for part in _parts(asked, tokens, gathered)]
-    corrected, sharpness, gamma, *sizes = (_joined(found) for found in zip(*parts, strict=True))
+        parts = [_calibrated(part, damping, guarded, gathered.dtype) for part in _parts(asked, tokens, gathered)]
+    corrected, sharpness, gamma, seen = (_joined(found) for found in zip(*parts, strict=True))
     out, context = _broadcast(tokens, gathered, corrected)
-    shape = tokens.key_landmarks.shape[:2]
-    return out, context, Calibration(sharpness, gamma, tuple(s.view(shape) for s in sizes))
+    return out, context, Calibration(sharpness, gamma, seen.unflatten(0, gathered.shape[:2]))
 
 
 def coast(tokens: Tokens, damping: float, known: Calibration) -> tuple[Tensor, Tensor]:
@@ -89,7 +121,7 @@ def coast(tokens: Tokens, damping: float, known: Calibration) -> tuple[Tensor, T
     asked = tokens.query_landmarks
     gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
     with torch.autocast(gathered.device.type, enabled=False):
-        corrected = [_coasted(part, damping, known) for part in _parts(asked, tokens, gathered)]
+        corrected = [_coasted(part, damping, known, gathered.dtype) for part in _parts(asked, tokens, gathered)]
     return _broadcast(tokens, gathered, _joined(corrected))
 
 
@@ -144,8 +176,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _calibrated(part: Part, damping: float, guarded: bool) -> tuple[Tensor, ...]:
-    """m + γ Z [h, n, D], λ / damping, γ, and the sizes of a `Calibration`, of some heads."""
+def _calibrated(part: Part, damping: float, guarded: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """m + γ Z [h, n, D] in a dtype, λ / damping, γ, and what a `Calibration` has seen [h, 10], of some heads."""
     exact, kept, n = part.gathered, part.kept, part.key_landmarks.shape[-2]
     logits, w = part.weights()
     probes, w = w[:, n:].clone(), w[:, :n] if kept is None else w[:, :n] * kept.mT
@@ -158,18 +190,25 @@ def _calibrated(part: Part, damping: float, guarded: bool) -> tuple[Tensor, ...]
     factor, failed = torch.linalg.cholesky_ex(gram)
     del gram
     z = torch.cholesky_solve(wanted, factor)
-    x, y = (probes @ z).flatten(1)[:, None], centred[:, n:].flatten(1)[:, None]  # [h, 1, p·D]
-    xx, xy = torch.baddbmm(probes[:, :1, :1], x, x.mT, beta=TINY, alpha=TRUSTED), x @ y.mT
-    gamma = (xy / xx).clamp(0, 1)
-    sizes = (xx, xy, torch.linalg.vector_norm(y, dim=-1), torch.linalg.vector_norm(exact[:, n:], dim=(-2, -1)))
-    corrected = torch.addcmul(mean, gamma, z)
+    some = sharpness[:, None, None]  # above 0
+    x = torch.baddbmm(some, probes, z, beta=0, alpha=TRUSTED)  # beta=0: the first is not read
+    probed = torch.stack((x, centred[:, n:], exact[:, n:]), dim=1).flatten(2)  # 0.8 X, Y and E [h, 3, p·D]
+    products = torch.baddbmm(some, probed, probed.mT, beta=TINY)  # never 0 by 0
+    gamma = (products[:, :1, 1:2] / products[:, :1, :1]).clamp(0, 1)
+    seen = torch.cat((products.flatten(1), failed[:, None]), dim=1)
+    corrected = _corrected(mean, gamma, z, dtype)
     if guarded:
-        corrected = torch.where((failed == 0)[:, None, None], corrected, exact[:, :n])
-    return (corrected, sharpness, gamma, *sizes, failed)
+        corrected = torch.where((failed == 0)[:, None, None], corrected, exact[:, :n].to(dtype))
+    return corrected, sharpness, gamma, seen
 
 
-def _coasted(part: Part, damping: float, known: Calibration) -> Tensor:
-    """m + γ Z [h, n, D] of some heads."""
+def _corrected(mean: Tensor, gamma: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """m + γ Z [h, n, D], channels side by side as fused attention needs them: solutions lie column by column."""
+    return torch.addcmul(mean, gamma, z, out=z.new_empty(z.shape, dtype=dtype))
+
+
+def _coasted(part: Part, damping: float, known: Calibration, dtype: torch.dtype) -> Tensor:
+    """m + γ Z [h, n, D] of some heads, in a dtype."""
     kept, w = part.kept, part.weights()[1]
     w = w if kept is None else w * kept.mT
     mean = _mean(part.gathered, kept)
@@ -177,7 +216,7 @@ def _coasted(part: Part, damping: float, known: Calibration) -> Tensor:
     del w
     factor, _ = torch.linalg.cholesky_ex(gram)
     del gram
-    return torch.addcmul(mean, known.gamma[part.heads], torch.cholesky_solve(wanted, factor))
+    return _corrected(mean, known.gamma[part.heads], torch.cholesky_solve(wanted, factor), dtype)
 
 
 def _gram(w: Tensor, sharpness: Tensor, damping: float) -> Tensor:
@@ -205,8 +244,7 @@ def _sharpness(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None) -
 
 def _broadcast(tokens: Tokens, gathered: Tensor, corrected: Tensor) -> tuple[Tensor, Tensor]:
     """Broadcast n corrected values [B·H, n, D] to the image tokens; the others have their exact answers."""
-    # Solutions lie column by column in memory; fused attention needs channels side by side.
-    values = corrected.unflatten(0, gathered.shape[:2]).to(gathered.dtype).contiguous()
+    values = corrected.unflatten(0, gathered.shape[:2])
     out = scaled_dot_product_attention(tokens.q, tokens.key_landmarks, values, attn_mask=tokens.landmark_mask)
     n = tokens.key_landmarks.shape[-2]
     return out, gathered[..., n - tokens.num_context : n, :]

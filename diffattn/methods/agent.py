@@ -7,6 +7,7 @@ Shapes: B batch, H heads, N tokens, n agents, D channels per head.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -38,6 +39,9 @@ DEFAULT_AGENTS, DEFAULT_RATIO = 64, 31 / 32
 TUNED_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 """Ratios of landmarks to tokens that tuning chooses from."""
 
+TUNED_HEAD_ERROR = 0.5
+"""What tuning sets as `max_head_error`: it measures the error of every layer itself."""
+
 TUNED_POOLED = ((1 / 16, 1.0, 0.0), (1 / 16, 0.3, 0.075), (1 / 64, 1.0, 0.0), (1 / 64, 0.3, 0.075))
 """Pooled agents that tuning chooses from: ratio of agents to tokens, scale exponent, shortcut."""
 
@@ -60,8 +64,7 @@ class AgentAttention(LimitedMethod):
     damping: float = 1e-5  # "landmarks": damping of the correction, in (0, 0.001]; more is smoother
     max_head_error: float | None = None
     """"landmarks": heads whose relative error, estimated on eight queries, exceeds this fall back to exact attention;
-    the report counts them. Above 0. None: 0.5 on a CPU; elsewhere no check, since it would synchronise the device. Not
-    checked in a compiled denoiser."""
+    the report counts them. Above 0; inf: none does. None: 0.1. Not checked in a compiled denoiser."""
     calibrate_every: int = 8
     """"landmarks": how many calls of a layer, in one phase of a run, share the damping, trust and exact heads that the
     first of them determines. 1: every call determines its own, as with gradients and in a compiled denoiser."""
@@ -78,8 +81,8 @@ class AgentAttention(LimitedMethod):
     presets: ClassVar[Mapping[str, Preset]] = {
         # Corrected agents, at every noise level.
         "balanced": Preset(),
-        # A quarter of the agents of "balanced".
-        "fast": Preset(options={"num_agents": 16, "agent_ratio": 127 / 128}),
+        # A quarter of the agents of "balanced", and three times the error in a head.
+        "fast": Preset(options={"num_agents": 16, "agent_ratio": 127 / 128, "max_head_error": 0.3}),
         # Pooled queries while the picture is noise; exact once detail appears.
         "pooled": Preset(
             options={"agents": "pool", "num_agents": 64, "agent_ratio": 63 / 64}, schedule={0.4: {}, 0.0: EXACT}
@@ -119,7 +122,12 @@ class AgentAttention(LimitedMethod):
             f"a number above 0 and at most {MAX_DAMPING}",
         )
         error = self.max_head_error
-        check(error is None or (is_number(error) and error > 0), "max_head_error", error, "a number above 0, or None")
+        check(
+            error is None or error == inf or (is_number(error) and error > 0),
+            "max_head_error",
+            error,
+            "a number above 0, inf included, or None",
+        )
         every = self.calibrate_every
         check(is_int(every, 1), "calibrate_every", every, "a whole number, 1 or more")
         self.check_limits()
@@ -128,8 +136,9 @@ class AgentAttention(LimitedMethod):
     @classmethod
     def candidates(cls) -> Sequence[Mapping[str, Any]]:
         # min_tokens is 0 because tuning itself measures where agents pay off. The fewest landmarks are those of "fast".
-        landmarks = [{"agents": "landmarks"} | cls._share(share) for share in TUNED_SHARES]
-        landmarks.append({"agents": "landmarks", "min_tokens": 0} | dict(cls.presets["fast"].options))
+        kind = {"agents": "landmarks", "max_head_error": TUNED_HEAD_ERROR}
+        landmarks = [kind | cls._share(share) for share in TUNED_SHARES]
+        landmarks.append({"min_tokens": 0} | dict(cls.presets["fast"].options) | kind)
         pooled = [
             cls._share(share) | {"scale_exponent": kappa, "shortcut": shortcut}
             for share, kappa, shortcut in TUNED_POOLED

@@ -115,6 +115,7 @@ class LayerCall:
     memory: dict[str, Any] | None = None
     """What the method keeps for later calls of this layer in the same phase and run; if a step makes several calls, for
     the same one of them. None where nothing can be kept: in compiled code, and with gradients."""
+    is_trial: bool = False  # only the method itself is timed: no head is to fall back to exact attention
 
     def __post_init__(self) -> None:
         if self.layout is None:
@@ -125,6 +126,10 @@ class AttentionFn(Protocol):
     """q [B, H, N, D], k, v [B, H, M, D] -> [B, H, N, D]."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor: ...
+
+
+EXACT_SHARE = "share of heads that run exact"
+"""In `LayerCall.memory`: set by a method whose heads may fall back to exact attention, for the calls to come."""
 
 
 @dataclass(frozen=True)

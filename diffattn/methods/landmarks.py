@@ -6,7 +6,7 @@ Shapes: B batch, H heads, N tokens, n landmarks, c tokens without a position on 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional import sample_tokens
-from diffattn.functional.coasting import LEAST_DAMPING, Calibration, calibrate, coast
+from diffattn.functional.coasting import LEAST_DAMPING, Calibration, Sent, calibrate, coast
 from diffattn.functional.landmark import Heads, Tokens, exact_heads, exact_where_missed, landmark_attention_with_context
 from diffattn.functional.tokens import pick_tokens
-from diffattn.methods.base import LayerCall, TokenLayout
+from diffattn.methods.base import EXACT_SHARE, LayerCall, TokenLayout
 
-DEFAULT_HEAD_ERROR = 0.5
+DEFAULT_HEAD_ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,37 +36,61 @@ class Landmarks:
         image, asked, answering = layout.on_grid(q), self._sampled(q, layout), self._sampled(k, layout)
         masked = None if mask is None else self._sampled(_additive(mask).mT, layout).mT.to(q.dtype)
         tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
+        most = self._most(q, call)
         if self.damping >= LEAST_DAMPING and not torch.is_grad_enabled():
-            out, text, missed = self._coasting(tokens, call.memory)
+            out, text, missed = self._coasting(tokens, most, call.memory)
             if missed is not None:
                 out, call.exact_heads = exact_heads(out, missed, image, k, v, mask), len(missed[0])
             return _joined(out, text, q, k, v, call)
         out, text, error = landmark_attention_with_context(tokens, self.damping)
-        most = self._most(q)
-        if most is not None and not torch.compiler.is_compiling():
+        if most is not None:
             out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
         return _joined(out, text, q, k, v, call)
 
-    def _most(self, q: Tensor) -> float | None:
+    def _most(self, q: Tensor, call: LayerCall) -> float | None:
         """The largest error of a head that does not run exact; None: heads are not checked."""
-        return DEFAULT_HEAD_ERROR if self.max_head_error is None and q.device.type == "cpu" else self.max_head_error
+        if call.is_trial or torch.compiler.is_compiling() or self.max_head_error == inf:
+            return None
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing may be read while a graph is captured
+            return None
+        return DEFAULT_HEAD_ERROR if self.max_head_error is None else self.max_head_error
 
-    def _coasting(self, tokens: Tokens, memory: dict[str, Any] | None) -> tuple[Tensor, Tensor, Heads | None]:
-        """The output of the image tokens and of the others, and the heads that must run exact. The heads come from the
-        last calibration, which is renewed after `calibrate_every` calls."""
+    def _coasting(
+        self, tokens: Tokens, most: float | None, memory: dict[str, Any] | None
+    ) -> tuple[Tensor, Tensor, Heads | None]:
+        """The output of the image tokens and of the others, and the heads that must run exact, those whose error is
+        above `most`.
+
+        The heads come from the last calibration, which is renewed after `calibrate_every` calls. On an accelerator, the
+        first calibration of a phase waits for them; from later ones they are copied while the device goes on, and the
+        next call takes them over, so that nothing depends on when the copy arrives.
+        """
         # Compiled code cannot detect products of less than fp32's precision, but is guarded in any case.
         guarded = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
         known: Coasting | None = None if memory is None or guarded else memory.get("landmarks")
         kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
-        if known is not None and known.kind == kind and known.calls < self.calibrate_every:
-            known.calls += 1
-            return *coast(tokens, self.damping, known.calibration), known.missed
+        known = known if known is not None and known.kind == kind else None
+        if known is not None:
+            known.take_over(most)
+            if known.calls < self.calibrate_every:
+                known.calls += 1
+                return *coast(tokens, self.damping, known.calibration), self._kept(known, memory)
         out, text, calibration = calibrate(tokens, self.damping, guarded)
-        most = self._most(tokens.q)
-        missed = None if most is None or torch.compiler.is_compiling() else calibration.missed(most)
+        if known is None or most is None or _reads_at_once(tokens.q):
+            new = Coasting(kind, calibration, None if most is None else calibration.missed(most))
+        else:
+            new = Coasting(kind, calibration, known.missed, sent=calibration.sent())
         if memory is not None:
-            memory["landmarks"] = Coasting(kind, calibration, missed)
-        return out, text, missed
+            memory["landmarks"] = new
+        return out, text, self._kept(new, memory)
+
+    @staticmethod
+    def _kept(known: "Coasting", memory: dict[str, Any] | None) -> Heads | None:
+        """The heads that must run exact, whose share is kept for the calls to come."""
+        if memory is not None:
+            heads = known.kind[0][0] * known.kind[0][1]
+            memory[EXACT_SHARE] = 0.0 if known.missed is None else len(known.missed[0]) / heads
+        return known.missed
 
     def _sampled(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all those of the context."""
@@ -89,10 +113,21 @@ class Landmarks:
 class Coasting:
     """A calibration in use."""
 
-    kind: tuple[Any, ...]  # shapes, dtype and device of the tensors it is for
+    kind: tuple[Any, ...]  # shapes, dtype and device of the tensors it is for, those of the queries first
     calibration: Calibration
     missed: Heads | None
     calls: int = 1  # that have used it
+    sent: Sent | None = None  # what `missed` is to follow from in the next call
+
+    def take_over(self, most: float | None) -> None:
+        """Renew `missed` by what was sent during the last call, if anything was."""
+        if self.sent is not None and most is not None:
+            self.missed, self.sent = self.sent.missed(most), None
+
+
+def _reads_at_once(x: Tensor) -> bool:
+    """Whether reading a tensor does not wait for a device."""
+    return x.device.type == "cpu"
 
 
 def _joined(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:

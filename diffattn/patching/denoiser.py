@@ -9,10 +9,11 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from diffattn.architectures.base import Architecture, MethodProcessor, Replaced, Size
+from diffattn.architectures.base import Architecture, Replaced, Size
 from diffattn.architectures.denoisers import is_compiled, uncompiled
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.plug import plug_of
+from diffattn.architectures.processor import MethodProcessor
 from diffattn.architectures.run_state import ACCELERATED
 from diffattn.methods.base import Grid, LayerSpec
 from diffattn.noise_level import Reading, TimeReader

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffattn.architectures.run_state import (
     RunState,
     Tally,
 )
+from diffattn.methods.base import EXACT_SHARE
 from diffattn.noise_level import Reading
 from diffattn.patching.callers import is_kept_by_caller, stacklevel
 from diffattn.patching.decision_cache import DecisionCache
@@ -28,6 +30,9 @@ from diffattn.patching.plan import Plan
 from diffattn.patching.scheduler import SchedulerInUse
 from diffattn.patching.target import Target
 from diffattn.schedules import EXACT, needs_level
+
+MOST_EXACT = 0.5
+"""A layer in which a larger share of the heads runs exact hardly gains anything."""
 
 
 class Runs(NotPickled):
@@ -97,10 +102,22 @@ class Runs(NotPickled):
         self.state.inside = False
         if self.state.unchecked is not None:
             self._check_reachable()
+        self._check_heads()
         if self.decisions.changed and self.cache is not None:
             self.decisions.changed = False
             for device in map(torch.device, sorted(self._looked_up)):
                 self._keep(self.cache, device)
+
+    def _check_heads(self) -> None:
+        """Warn about a run in which hardly any head of any layer can be accelerated."""
+        shares = [kept[EXACT_SHARE] for kept in self.state.memory.values() if EXACT_SHARE in kept]
+        if shares and min(shares) > MOST_EXACT:
+            self._warn_once(
+                "heads",
+                f"{fmean(shares):.0%} of the heads run exact, because diffattn would change their output by more than "
+                "max_head_error: little or nothing is gained. A higher max_head_error, such as that of the preset "
+                "'fast', accelerates more of them and changes the picture more",
+            )
 
     def look_up(self, device: torch.device) -> None:
         """Load what is known about a device.

@@ -7,6 +7,7 @@ import torch
 from diffusers import PriorTransformer
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from support import tiny, tiny_transformers
+from support.patching import ALWAYS
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -17,7 +18,6 @@ from diffattn.noise_level import discrete, dit_alphas_cumprod
 from diffattn.patching.hook import DiffAttnWarning
 from diffattn.preflight.run import preflight
 
-ALWAYS: Any = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0, "schedule": {0.0: {}}}
 MODELS = {"dit": tiny_transformers.dit, "pixart": tiny_transformers.pixart}
 
 

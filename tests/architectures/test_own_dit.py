@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from support.compiling import WAYS
+from support.patching import FEW
 from support.tiny_dit import inputs, run, tiny_dit
 from support.watching import Watching
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from diffattn.noise_level import dit_alphas_cumprod
 from diffattn.patching.patch import find_patch
 from diffattn.sampling import EulerMaruyamaScheduler, SiTPipeline
 
-AGENTS: Any = dict(method="agent", num_agents=6, agent_ratio=None, min_tokens=0, schedule={0.0: {}})
+AGENTS: Any = FEW | dict(method="agent", schedule={0.0: {}})
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mediator": ("mediator", dict(method="mediator", num_mediators=9)),
     "mediator by level": ("mediator", dict(method="mediator")),

@@ -13,7 +13,7 @@ from support.denoisers.case import Case
 import diffattn
 from diffattn.architectures import architecture_of
 
-FEW: dict[str, Any] = {"num_agents": 6, "min_tokens": 0}
+FEW: dict[str, Any] = {"num_agents": 6, "max_head_error": 0.5, "min_tokens": 0}
 
 
 def case_of(name: str) -> Case:
@@ -32,7 +32,7 @@ def test_heads_too_sharp_for_landmarks_fall_back_one_by_one() -> None:
         scale[: case.config["attention_head_dim"]] *= 30
         scale[case.config["attention_head_dim"] :] /= 10
     exact = case.call(model, given)
-    with diffattn.patch(model, **FEW, max_head_error=1e9) as handle:
+    with diffattn.patch(model, **(FEW | {"max_head_error": 1e9})) as handle:
         unchecked = case.call(model, given)
         assert [layer.exact_heads for layer in handle.report().layers if layer.accelerated] == [0, 0]
     with diffattn.patch(model, **FEW) as handle:

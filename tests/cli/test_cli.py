@@ -27,7 +27,8 @@ from diffattn.sampling import SiTPipeline
 
 COMMANDS = ("demo", "generate", "info")
 GROUPS = ("bench",)
-EVERYWHERE = ("--option", "min_tokens=0", "--option", "num_agents=4", "--option", "agent_ratio=none")
+OPTIONS = {"min_tokens": 0, "num_agents": 4, "agent_ratio": None, "max_head_error": 10.0}
+EVERYWHERE = tuple(part for name, value in OPTIONS.items() for part in ("--option", f"{name}={value}".lower()))
 ROOT = Path(diffattn.__file__).parent
 
 
@@ -169,7 +170,7 @@ def test_generate_one_picture(models: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert Image.open(out).size == (40, tiny.SIZE)
     record = record_of(out)
-    assert record["options"] == {"min_tokens": 0, "num_agents": 4, "agent_ratio": None}
+    assert record["options"] == OPTIONS
     assert record["model"] == str(models / "sd")
     results = json.loads(figures.read_text())
     assert results["pictures"][0]["file"] == str(out)

@@ -112,7 +112,10 @@ def test_generate_refuses_bad_recipes(
 CALIBRATION = ["crab", "red apple", "snail", "key"]
 HELD_OUT = ["mushroom", "hot dog", "sailboat", "crown", "bell"]
 LANDMARKS = [
-    ("agent", {"agents": "landmarks", "num_agents": None, "agent_ratio": 1 - share, "min_tokens": 0})
+    (
+        "agent",
+        {"agents": "landmarks", "max_head_error": 0.5, "num_agents": None, "agent_ratio": 1 - share, "min_tokens": 0},
+    )
     for share in (1 / 8, 1 / 32)
 ]
 

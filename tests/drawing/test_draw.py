@@ -32,7 +32,7 @@ from diffattn.drawing.request import Request, record_of, request_of
 from diffattn.drawing.sizes import check_size
 from diffattn.sampling import SiTPipeline
 
-EVERYWHERE = {"min_tokens": 0, "num_agents": 4, "agent_ratio": None}
+EVERYWHERE = {"min_tokens": 0, "num_agents": 4, "agent_ratio": None, "max_head_error": 10.0}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from diffattn.drawing.request import Request, record_of, request_of
 from diffattn.evaluation import DrawConfig, EvaluateConfig, evaluate
 from diffattn.tuning.tune import workload
 
-EVERYWHERE = {"min_tokens": 0, "num_agents": 4, "agent_ratio": None}
+EVERYWHERE = {"min_tokens": 0, "num_agents": 4, "agent_ratio": None, "max_head_error": 10.0}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from diffattn.metrics.adm import write_pictures
 from diffattn.sampling import SiTPipeline
 
 DRAW = DrawConfig(num_pictures=2, steps=2, guidance=1.0, batch=2)
-FEW = {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}
+FEW = {"num_agents": 4, "agent_ratio": None, "max_head_error": 10.0, "min_tokens": 0}
 
 
 @pytest.fixture(scope="module")

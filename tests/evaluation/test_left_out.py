@@ -21,7 +21,13 @@ from diffattn.evaluation.quality import QualityResult
 from diffattn.metrics.classifier import Classifier
 from diffattn.metrics.extractors import OfflineExtractor
 
-AGENTS: dict[str, Any] = {"method": "agent", "num_agents": 4, "agent_ratio": None, "min_tokens": 0}
+AGENTS: dict[str, Any] = {
+    "method": "agent",
+    "num_agents": 4,
+    "agent_ratio": None,
+    "max_head_error": 10.0,
+    "min_tokens": 0,
+}
 DRAW = DrawConfig(num_pictures=6, prompts=["a cat", "a z", "a hat"], steps=2, batch=2, seed=10)
 
 

@@ -18,6 +18,7 @@ from diffattn.functional import sample_tokens
 from diffattn.functional import tokens as functional_tokens
 from diffattn.functional.coasting import calibrate, coast
 from diffattn.functional.landmark import Tokens, exact_heads, landmark_attention_and_error
+from diffattn.methods import landmarks
 
 GRID, N = (32, 32), 64
 
@@ -104,7 +105,9 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
-        if not is_view and func is not torch.ops.aten._unsafe_view.default:
+        is_view |= func in (torch.ops.aten._unsafe_view.default, torch.ops.aten.empty.memory_format)
+        is_view |= func is torch.ops.aten.new_empty.default
+        if not is_view:
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -115,7 +118,7 @@ def operations(run: Callable[[], Any]) -> list[str]:
     return counted.names
 
 
-@pytest.mark.parametrize(("device", "most"), [("cpu", (33, 17)), ("cuda", (31, 15))])
+@pytest.mark.parametrize(("device", "most"), [("cpu", (31, 16)), ("cuda", (29, 14))])
 def test_operations_of_a_call(device: str, most: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cuda":  # the operations of an accelerator, counted here
         monkeypatch.setattr(functional_tokens, "_mean_of_few", lambda x: x.mean(dim=(3, 5)))
@@ -155,7 +158,7 @@ def test_products_of_less_precision_are_not_coasted_on(precision: str, tmp_path:
     assert torch.equal(*drawn) == (precision == "high")
 
 
-LANDMARKS: dict[str, Any] = {"num_agents": 16, "min_tokens": 0}
+LANDMARKS: dict[str, Any] = {"num_agents": 16, "max_head_error": float("inf"), "min_tokens": 0}
 
 
 def test_runs_are_bit_equal_and_calibrations_are_renewed(tmp_path: Path) -> None:
@@ -167,6 +170,31 @@ def test_runs_are_bit_equal_and_calibrations_are_renewed(tmp_path: Path) -> None
             assert torch.equal(images[every], tiny.run(pipe))
     assert not torch.equal(images[1], images[3])
     assert not torch.equal(images[3], images[100])
+
+
+def test_an_accelerator_takes_the_heads_of_a_calibration_over_in_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, options = tiny.pipeline("sd", tmp_path), LANDMARKS | {"num_agents": 6, "max_head_error": 0.1}
+    seen: list[list[int]] = []
+    for at_once in (True, False):
+        monkeypatch.setattr(landmarks, "_reads_at_once", lambda x, answer=at_once: answer)
+        with diffattn.patch(pipe, **options, calibrate_every=3) as handle:
+            image = tiny.run(pipe, num_inference_steps=7)
+            assert torch.equal(image, tiny.run(pipe, num_inference_steps=7))
+            seen.append([layer.exact_heads for layer in handle.report().layers])
+    assert any(seen[1])
+    assert seen[0] != seen[1]  # a calibration later
+
+
+def test_what_was_sent_is_what_a_calibration_says() -> None:
+    given = tokens(1.0)
+    given.q[1, 2] = normal(1024, 16, seed=7, scale=6.0)
+    found = calibrate(Tokens(given.q, given.k, given.v, sample_tokens(given.q, GRID, N), given.key_landmarks), 1e-5)[2]
+    at_once, sent = found.missed(0.5), found.sent().missed(0.5)
+    assert at_once is not None
+    assert sent is not None
+    assert [x.tolist() for x in at_once] == [x.tolist() for x in sent] == [[1], [2]]
 
 
 def test_guidance_in_separate_calls_keeps_a_calibration_for_each() -> None:

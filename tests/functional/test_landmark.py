@@ -1,5 +1,7 @@
 """Attention through landmarks: its formula, where it is exact, how close it comes, and how it stays stable."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,12 +237,13 @@ def test_the_method_runs_missed_heads_exact_and_says_how_many() -> None:
         method = AgentAttention(**options)  # type: ignore[arg-type]
         return method.build(LayerSpec("a", 0, 2, 16))(q, k, v, call), call.exact_heads
 
-    out, heads = attend()
+    out, heads = attend(max_head_error=0.5)
     assert heads == 1
     torch.testing.assert_close(out[1, 0], exact[1, 0])
     assert attend(max_head_error=100.0)[1] == 0
+    assert attend(max_head_error=math.inf)[1] == 0
     for wrong in (0, -1.0, float("nan"), "much"):
-        with pytest.raises(ValueError, match="max_head_error must be a number above 0, or None"):
+        with pytest.raises(ValueError, match="max_head_error must be a number above 0, inf included, or None"):
             AgentAttention(max_head_error=wrong)  # type: ignore[arg-type]
 
 

@@ -50,7 +50,7 @@ class AgentVariant(Variant):
     phases: tuple[Mapping[str, Any], Mapping[str, Any]] = ({"num_agents": 4}, {"num_agents": 24})
 
 
-FEW: dict[str, Any] = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0}
+FEW: dict[str, Any] = {"num_agents": 6, "agent_ratio": None, "max_head_error": float("inf"), "min_tokens": 0}
 VARIANTS: dict[str, Variant] = {
     "agent pool": AgentVariant(options=FEW | {"agents": "pool"}),
     "agent landmarks": AgentVariant(options=FEW | {"agents": "landmarks"}),

@@ -170,7 +170,7 @@ def test_latents_are_recorded_through_a_pipeline(tmp_path: Path) -> None:
     arguments = dict(prompt=["a", "b"], output_type="latent")
     final = pipe(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0),
                  callback_on_step_end=exact).images  # fmt: skip
-    with patch(pipe, min_tokens=0, num_agents=4, agent_ratio=None):
+    with patch(pipe, min_tokens=0, num_agents=4, agent_ratio=None, max_head_error=10.0):
         for _ in range(2):  # a new run starts a new trace
             pipe(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0),
                  callback_on_step_end=patched)  # fmt: skip

@@ -21,7 +21,7 @@ from diffattn.patching.patch import find_patch
 
 __all__ = ["clock"]  # a fixture
 
-OPTIONS: dict[str, Any] = {"num_agents": 4, "agent_ratio": None}
+OPTIONS: dict[str, Any] = {"num_agents": 4, "agent_ratio": None, "max_head_error": float("inf")}
 
 
 @pytest.fixture
@@ -117,6 +117,24 @@ def test_decisions_are_repeated_from_a_handle_and_from_a_recipe(
                 assert sources(handle) == {"as given"}
                 assert handle.decisions() == made
     assert not cache.with_name("other.json").exists()
+
+
+def test_a_layer_most_of_whose_heads_would_run_exact_runs_exact_whatever_the_clock_says(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path
+) -> None:
+    some = OPTIONS | {"num_agents": 6, "max_head_error": 0.1}  # three of four heads of some layers then run exact
+    with diffattn.patch(pipe, **some, min_tokens=0) as handle:
+        given = tiny.run(pipe)
+        assert any(layer.exact_heads == 4 * 3 for layer in handle.report().layers)
+    with diffattn.patch(pipe, **some, calibrate=cache) as handle:
+        first, made = tiny.run(pipe), handle.decisions()
+        layers = [layer for layer in handle.report().layers if layer.left_alone is None]
+    assert set(made.values()) == {True}
+    assert any(layer.passed_through == {"75% of the heads are too far from exact attention": 3} for layer in layers)
+    assert any(layer.accelerated == 4 for layer in layers)
+    assert not torch.equal(first, given)
+    with diffattn.patch(pipe, **some, calibrate=False, decisions=made):
+        assert torch.equal(tiny.run(pipe), first)
 
 
 def test_a_given_number_of_tokens_leaves_nothing_to_time(pipe: DiffusionPipeline, clock: Clock, cache: Path) -> None:

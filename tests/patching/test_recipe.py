@@ -13,7 +13,7 @@ from support import tiny
 
 import diffattn
 
-AGENTS = {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}
+AGENTS: dict[str, Any] = {"num_agents": 4, "agent_ratio": None, "max_head_error": 100.0, "min_tokens": 0}
 SCHEDULE = {"0.5": "few", "0.0": "exact"}
 LONG = {str(i / 100): "few" for i in range(65)}  # a noise level more than a schedule may have
 HALVES = {bound: LONG[bound] for bound in [*LONG][:40]}, SCHEDULE | {bound: LONG[bound] for bound in [*LONG][40:]}
@@ -62,13 +62,14 @@ def test_every_layer_follows_its_own_schedule(pipe: DiffusionPipeline, layers: l
         report = {x.name: x for x in handle.report().layers}
         trace = handle.trace()
     levels = [call["noise_level"] for call in trace]
+    agents = {name: value for name, value in AGENTS.items() if value is not None}
     assert report[layers[0]].accelerated == sum(u >= 0.3 for u in levels)
     assert report[layers[1]].accelerated == len(levels)
     assert {report[name].left_alone for name in layers[2:]} == {"exact by recipe"}
     for call in trace:
         first = 9 if call["noise_level"] >= 0.7 else 4
         options = call["options"]
-        assert options[layers[0]] == ("exact" if call["noise_level"] < 0.3 else {"num_agents": first, "min_tokens": 0})
+        assert options[layers[0]] == ("exact" if call["noise_level"] < 0.3 else agents | {"num_agents": first})
         assert options[layers[1]]["num_agents"] == 9
 
 

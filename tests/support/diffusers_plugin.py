@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 import diffattn
 from diffattn.patching.patch import find_patch
 
-OPTIONS: Any = {"num_agents": 4, "min_tokens": 0}
+OPTIONS: Any = {"num_agents": 4, "max_head_error": float("inf"), "min_tokens": 0}
 """With these, every layer of the tests' tiny models that can be accelerated is."""
 
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from support import tiny
 
 Make = Callable[[str], DiffusionPipeline]
-FEW: Any = {"num_agents": 6, "agent_ratio": None, "min_tokens": 0}
+FEW: Any = {"num_agents": 6, "agent_ratio": None, "max_head_error": float("inf"), "min_tokens": 0}
 ALWAYS: Any = FEW | {"schedule": {0.0: {}}}
 MID = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

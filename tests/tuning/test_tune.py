@@ -24,7 +24,7 @@ from diffattn.tuning.settings import recipe_of, routes_of, settings_of
 from diffattn.tuning.tune import Tuned, workload
 
 PROMPTS = ["a cat", "two dogs", "red"]
-FEW = {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}
+FEW = {"num_agents": 4, "agent_ratio": None, "max_head_error": 10.0, "min_tokens": 0}
 CANDIDATES = [("agent", FEW | {"agents": kind, "num_agents": n}) for kind in ("landmarks", "pool") for n in (4, 16)]
 SMALL: Any = dict(candidates=CANDIDATES, steps=4, bands=2, cost="flops", guidance=3.0)
 

@@ -149,7 +149,7 @@ def test_progress_previews_pictures_and_their_recipe(worker: Worker, tmp_path: P
 def test_the_code_shown_draws_the_same_picture(
     worker: Worker, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}
+    options = {"num_agents": 4, "agent_ratio": None, "max_head_error": 10.0, "min_tokens": 0}
     recipe = {"method": "agent", "options": options, "schedule": {"0.5": {}, "0": "exact"}, "protocol": {}}
     chosen = {"recipe": recipe} if how == "recipe" else {"acceleration": how}
     drawn: Any = list(worker.generate("a", web.ask(worker, seed=3, **chosen)))[-1]

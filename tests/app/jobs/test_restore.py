@@ -22,7 +22,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     return web.tiny_worker(web.save_models(tmp_path_factory.mktemp("restore") / "models"), prompt=1000)
 
 
-RECIPE = {"method": "agent", "options": {"num_agents": 4, "agent_ratio": None, "min_tokens": 0}}
+RECIPE = {"method": "agent", "options": {"num_agents": 4, "agent_ratio": None, "max_head_error": 10.0, "min_tokens": 0}}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,313 @@
+"""The processor that runs a method in one attention layer, and decides call by call whether it does."""
+
+import time
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from diffattn.architectures.decisions import (
+    SECONDS_PER_RUN,
+    Decision,
+    Decisions,
+    can_measure,
+    kind_of,
+    kind_text,
+    label_of,
+)
+from diffattn.architectures.run_state import (
+    ACCELERATED,
+    EXACT_HEADS,
+    EXACT_PHASE,
+    OUTSIDE,
+    DenoiserCall,
+    NotPickled,
+    RunState,
+    Tally,
+)
+from diffattn.methods.base import EXACT_SHARE, AttentionFn, AttentionMethod, Grid, LayerCall, LayerSpec, TokenLayout
+from diffattn.schedules import EXACT
+
+RENEWED_EVERY = 8
+"""A layer that runs exact because of its heads is looked at anew after this many calls."""
+
+WAITED = "calls that ran exact because of the heads"
+"""In the memory of such a layer."""
+
+
+class Ways:
+    """A call of attention by a method, and the same call done exactly."""
+
+    def __init__(
+        self,
+        method: Callable[[dict[str, Any] | None, bool], tuple[Tensor, LayerCall]],
+        exact: Callable[[], Tensor],
+        memory: dict[str, Any] | None,
+    ) -> None:
+        """`method`: the call, given its memory and whether it is a trial; both as in `LayerCall`."""
+        self._method = method
+        self.exact = exact
+        self.memory = memory
+        self._scratch: dict[str, Any] | None = None if memory is None else {}
+
+    def method(self) -> tuple[Tensor, LayerCall]:
+        """The output, and what the method says about the call."""
+        return self._method(self.memory, False)
+
+    def trial(self) -> Tensor:
+        """The method alone, to be timed."""
+        return self._method(self._scratch, True)[0]
+
+
+class MethodProcessor(NotPickled):
+    """Runs a method where it applies, and the layer's own attention everywhere else. One subclass per layout."""
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        original: Any,
+        methods: Sequence[AttentionMethod | None],  # one per phase; None is exact
+        run: RunState,
+        tally: Tally,
+        owner: Any = None,  # the patch
+        decisions: Decisions | None = None,
+    ) -> None:
+        self.layer = layer
+        self.original = original
+        self.methods = tuple(methods)
+        self.labels = tuple(label_of(m) if m else None for m in methods)
+        self.decisions = Decisions() if decisions is None else decisions
+        self.functions: tuple[AttentionFn | None, ...] = tuple(m.build(layer) if m else None for m in methods)
+        self.run = run
+        self.tally = tally
+        self.owner = owner
+        self.active = True  # a processor reinstalled after its patch was removed behaves like the original
+
+    def layout_of(
+        self, grid: Grid, references: tuple[Grid, ...], num_tokens: int, context_first: bool | None = None
+    ) -> TokenLayout:
+        """The layout of a call's tokens; those beyond the grids are context, which does not fit a layer without any.
+
+        Args:
+            grid: of the layer's picture tokens.
+            references: of its reference pictures.
+            num_tokens: of the call.
+            context_first: whether context comes first in this call; None: as in every call of the layer.
+        """
+        layer = self.layer
+        if layer.copies > 1:
+            references = (grid,) * (layer.copies - 1)
+        if references and num_tokens < prod(grid) + sum(map(prod, references)):
+            references = ()
+        beyond = num_tokens - prod(grid) - sum(map(prod, references))
+        grids = (*references, grid) if layer.references_first else (grid, *references)
+        picture = len(references) if layer.references_first else 0
+        first = layer.context == "first" if context_first is None else context_first
+        return TokenLayout(grids, beyond, first, layer.rotated, picture)
+
+    def reason_exact(
+        self, phase: int, layout: TokenLayout, device: str, mask_rows: int, kind: str | None = None
+    ) -> str:
+        """Why a call in a phase runs exact, or `ACCELERATED`.
+
+        Args:
+            phase: of the schedule.
+            layout: of the tokens.
+            device: torch device type.
+            mask_rows: see `AttentionMethod.reason_call`.
+            kind: of the call, see `decisions`; None: guess which is faster.
+        """
+        reason = self.reason_impossible(phase, layout, device, mask_rows)
+        return reason or self._reason_slower(phase, layout.num_tokens, device, kind) or ACCELERATED
+
+    def _reason_slower(self, phase: int, num_tokens: int, device: str, kind: str | None) -> str | None:
+        """Why exact attention is used where the method could run, or None."""
+        method = self.methods[phase]
+        assert method is not None
+        guess = method.reason_slower(num_tokens, device)
+        if kind is None or not method.timed or method.is_size_given:
+            return guess
+        known = self.decisions.known(kind) if self.decisions.any_known else None
+        faster = guess is None if known is None else known.faster
+        if not torch.compiler.is_compiling():  # compiled code must not depend on the run
+            faster = self.run.decided.get(kind, faster)
+        if faster:
+            return None
+        return guess if guess and known is None else f"{num_tokens} tokens: exact attention is faster here"
+
+    def _reason_timed(
+        self, call: DenoiserCall, phase: int, q: Tensor, num_tokens: int, kind: str | None, ways: "Ways"
+    ) -> str:
+        """Why a call that the method can take runs exact, or `ACCELERATED`, after deciding which is faster.
+
+        Args:
+            call: of the denoiser.
+            phase: of the schedule.
+            q: the queries.
+            num_tokens: see `AttentionMethod.reason_slower`.
+            kind: of the call; None: do not decide.
+            ways: the call by the method, and exactly.
+        """
+        chosen = self.methods[phase]
+        assert chosen is not None
+        settled = not chosen.timed or chosen.is_size_given
+        if kind is not None and not call.compiled and not settled:
+            guess = chosen.reason_slower(num_tokens, q.device.type) is None
+            self._decide(kind, q, guess, ways.trial, ways.exact)
+        reason = self._reason_slower(phase, num_tokens, q.device.type, kind)
+        return reason or _reason_heads(ways.memory, 1.0 if settled else _gainful_share(num_tokens)) or ACCELERATED
+
+    def _decide(
+        self, kind: str, q: Tensor, guess: bool, method: Callable[[], Tensor], exact: Callable[[], Tensor]
+    ) -> None:
+        """Decide whether this run uses the method for a kind of call, unless that is settled: by what is known, by
+        timing both, or by a guess.
+
+        Args:
+            kind: of the call.
+            q: the queries.
+            guess: whether the method is used if nothing is known and nothing can be timed.
+            method, exact: the call by the method, and exactly.
+        """
+        run, decisions = self.run, self.decisions
+        if kind not in run.decided:
+            decision, device = decisions.known(kind), q.device
+            has_time = device.type == "cpu" or run.timing <= SECONDS_PER_RUN
+            if decision is None and decisions.measures and has_time and can_measure(q):
+                start = time.monotonic()
+                decision = decisions.measure(kind, method, exact, device)
+                run.timing += time.monotonic() - start
+            if decision is None:
+                decision = Decision(guess, "from the table")
+            run.decided[kind] = decision.faster
+            decisions.use(self.layer.name, kind, decision)
+        elif not decisions.is_noted(self.layer.name, kind):
+            known = decisions.known(kind) or Decision(run.decided[kind], "from the table")
+            decisions.use(self.layer.name, kind, known)
+
+    def _kind(self, phase: int, q: Tensor, k: Tensor, heads_first: bool, masked: bool) -> str | None:
+        """The kind of a call, see `kind_of`; None where it is not needed. Compiled code cannot name sizes that vary: it
+        only looks up what is known."""
+        label = self.labels[phase]
+        if label is None or (torch.compiler.is_compiling() and not self.decisions.any_known):
+            return None
+        return kind_of(label, q, k, heads_first, masked)
+
+    def kind_at(self, phase: int, device: str, dtype: torch.dtype, batch: int, tokens: int, masked: bool) -> str | None:
+        """The kind of a call that is expected of the layer."""
+        label, layer = self.labels[phase] if phase >= 0 else None, self.layer
+        if label is None or layer.keys_only:
+            return None
+        shape = (batch, layer.num_heads, tokens, layer.head_dim)
+        return kind_text(label, device, dtype, shape, masked=masked)
+
+    def reason_impossible(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str | None:
+        """Why a call in a phase must run exact, whichever is faster, or None; arguments as in `reason_exact`."""
+        if phase == EXACT_PHASE:
+            return "the noise level is not known"
+        method = self.methods[phase]
+        if method is None:
+            return f"{EXACT} by schedule"
+        context = layout.num_context  # unknown while compiling a processor that drops the padding of the text
+        if guard_or_false(context < 0) or (self.layer.context == "none" and context):
+            tokens = layout.num_tokens + layout.num_context
+            return f"{tokens} tokens do not form the layer's grid of {'x'.join(map(str, layout.grid))}"
+        if reason := method.reason_layout(layout):
+            return reason
+        return method.reason_call(self.layer, layout.num_tokens, device, mask_rows)
+
+    def _current_call(self) -> DenoiserCall | None:
+        """The current call; None outside the denoiser (which is counted), and once the patch is removed."""
+        if not self.active:
+            return None
+        call = self.run.current()
+        if call is None and not torch.compiler.is_compiling():
+            self.tally.add(self.layer.name, OUTSIDE)
+        return call
+
+    def _reason_together(self, call: DenoiserCall, batch: int) -> str | None:
+        """Why a call runs exact in every layer, or because samples that differ cannot be separated; or None."""
+        if call.exact:
+            return call.exact
+        if not isinstance(call.phase, int) and batch != len(call.phase):
+            return f"a batch of {batch} where {len(call.phase)} samples are in phases of their own"
+        if call.contexts is not None and batch != len(call.contexts):
+            return f"a batch of {batch} where {len(call.contexts)} samples have texts of their own lengths"
+        return None
+
+    def _memory(self, call: DenoiserCall, phase: int) -> dict[str, Any] | None:
+        """See `LayerCall.memory`."""
+        if torch.compiler.is_compiling() or call.compiled or call.place < 0 or torch.is_grad_enabled():
+            return None
+        return self.run.memory.setdefault((self.layer.name, phase, call.place), {})
+
+    def _count(self, call: DenoiserCall, reason: str) -> None:
+        if not (call.compiled or torch.compiler.is_compiling()):
+            self.tally.add(self.layer.name, reason)
+
+    def _count_heads(self, call: LayerCall) -> None:
+        """Count the heads that the method ran exact in a call."""
+        if call.exact_heads:
+            self.tally.add(self.layer.name, EXACT_HEADS, call.exact_heads)
+
+
+def by_phase(phases: int | tuple[Any, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """`run(phase, *tensors)`: once, or for the samples of each phase together.
+
+    Args:
+        phases: of the batch, or one per sample, perhaps with more that distinguishes samples.
+        run: returns a tensor [B, ...] for the samples passed to it.
+        tensors: [B, ...], or [B·heads, ...] sample by sample, or [1, ...] for all samples.
+    """
+    if isinstance(phases, int):
+        return run(phases, *tensors)
+    groups = {phase: [i for i, p in enumerate(phases) if p == phase] for phase in sorted(set(phases))}
+    if len(groups) == 1:
+        return run(phases[0], *tensors)
+    out: Tensor | None = None
+    for phase, group in groups.items():
+        part = run(phase, *(None if x is None else _rows(x, group, len(phases)) for x in tensors))
+        if out is None:
+            out = part.new_empty(len(phases), *part.shape[1:])
+        out[torch.tensor(group, device=part.device)] = part
+    assert out is not None
+    return out
+
+
+def _rows(x: Tensor, group: list[int], batch: int) -> Tensor:
+    """The samples `group` of a tensor with a batch dimension, or of a mask repeated per head or for all; where they
+    follow each other, a view."""
+    if x.shape[0] == 1:
+        return x
+    if x.shape[0] != batch:
+        return _rows(x.unflatten(0, (batch, -1)), group, batch).flatten(0, 1)
+    if group[-1] - group[0] == len(group) - 1:
+        return x[group[0] : group[-1] + 1]
+    return x[torch.tensor(group, device=x.device)]
+
+
+def _gainful_share(num_tokens: int) -> float:
+    """The share of heads that may run exact before a method that is faster without them no longer is. This is no
+    measurement: whether a layer runs exact because of its heads must not depend on the clock, since it differs from
+    picture to picture."""
+    return 1 / 2 if num_tokens >= 4096 else 1 / 4
+
+
+def _reason_heads(memory: dict[str, Any] | None, most: float) -> str | None:
+    """Why a call runs exact because too many of its heads would, or None; from time to time the method looks at the
+    heads anew.
+
+    Args:
+        memory: see `LayerCall.memory`.
+        most: the largest share of heads that run exact beside the method.
+    """
+    share = 0.0 if memory is None else memory.get(EXACT_SHARE, 0.0)
+    if memory is None or (share <= most and share < 1):
+        return None
+    memory[WAITED] = memory.get(WAITED, 0) + 1
+    if memory[WAITED] >= RENEWED_EVERY:
+        memory.clear()
+    return f"{share:.0%} of the heads are too far from exact attention"
