@@ -68,8 +68,9 @@ class LayerPlug(MethodProcessor):
 
             def by_method(memory: dict[str, Any] | None, is_trial: bool) -> tuple[Tensor, LayerCall]:
                 made = LayerCall(
-                    x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory, is_trial=is_trial
-                )
+                    x, layout.grid, of_picture, of_context, phase=phase, layout=layout, memory=memory,
+                    is_trial=is_trial, fixed_heads=self._fixed_now(phase),
+                )  # fmt: skip
                 scaled = self._scaled(q, k, v, self._scale(attn, given), heads_first)
                 out = self._over(self.functions[phase], *scaled, made).to(v.dtype)  # type: ignore[arg-type]
                 return out if heads_first else out.transpose(1, 2), made

@@ -118,7 +118,10 @@ class SiTProcessor(MethodProcessor):
         layout = self.layout_of(grid, (), q.shape[2])
 
         def by_method(memory: dict[str, Any] | None, is_trial: bool) -> tuple[Tensor, LayerCall]:
-            made = LayerCall(x, grid, phase=phase, mediate=_mediate(layer, grid), memory=memory, is_trial=is_trial)
+            made = LayerCall(
+                x, grid, phase=phase, mediate=_mediate(layer, grid), memory=memory, is_trial=is_trial,
+                fixed_heads=self._fixed_now(phase),
+            )  # fmt: skip
             return self.functions[phase](q, k, v, made).to(v.dtype), made  # type: ignore[misc]
 
         def exact() -> Tensor:

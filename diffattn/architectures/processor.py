@@ -20,15 +20,24 @@ from diffattn.architectures.decisions import (
 )
 from diffattn.architectures.run_state import (
     ACCELERATED,
-    EXACT_HEADS,
     EXACT_PHASE,
+    HEADS,
     OUTSIDE,
     DenoiserCall,
     NotPickled,
     RunState,
     Tally,
 )
-from diffattn.methods.base import EXACT_SHARE, AttentionFn, AttentionMethod, Grid, LayerCall, LayerSpec, TokenLayout
+from diffattn.methods.base import (
+    EXACT_HEADS,
+    EXACT_SHARE,
+    AttentionFn,
+    AttentionMethod,
+    Grid,
+    LayerCall,
+    LayerSpec,
+    TokenLayout,
+)
 from diffattn.schedules import EXACT
 
 RENEWED_EVERY = 8
@@ -84,6 +93,7 @@ class MethodProcessor(NotPickled):
         self.run = run
         self.tally = tally
         self.owner = owner
+        self.fixed_heads: dict[int, tuple[int, ...]] = {}  # phase -> heads that run exact in compiled code
         self.active = True  # a processor reinstalled after its patch was removed behaves like the original
 
     def layout_of(
@@ -121,7 +131,27 @@ class MethodProcessor(NotPickled):
             kind: of the call, see `decisions`; None: guess which is faster.
         """
         reason = self.reason_impossible(phase, layout, device, mask_rows)
-        return reason or self._reason_slower(phase, layout.num_tokens, device, kind) or ACCELERATED
+        reason = reason or self._reason_slower(phase, layout.num_tokens, device, kind)
+        return reason or self._reason_fixed(phase) or ACCELERATED
+
+    def fix_heads(self, phase: int, place: int, num_tokens: int) -> None:
+        """Fix the heads that compiled code runs exact in a phase: those that this call found, and those that other
+        calls at its noise level found before it; all of them where the layer gains nothing otherwise."""
+        memory, method = self.run.memory.pop((self.layer.name, phase, place), {}), self.methods[phase]
+        missed, heads = memory.get(EXACT_HEADS), self.layer.num_heads
+        if method is None or EXACT_SHARE not in memory:
+            return
+        found = set() if missed is None else set(missed[1].tolist())
+        found.update(self.fixed_heads.get(phase, ()) if place else ())
+        if len(found) > heads * (1.0 if method.is_size_given else _gainful_share(num_tokens)):
+            found = set(range(heads))
+        self.fixed_heads[phase] = tuple(sorted(found))
+
+    def _reason_fixed(self, phase: int) -> str | None:
+        """Why the layer runs exact in compiled code, as far as its heads are concerned, or None."""
+        if len(self.fixed_heads.get(phase, ())) < self.layer.num_heads:
+            return None
+        return "most heads are too far from exact attention"
 
     def _reason_slower(self, phase: int, num_tokens: int, device: str, kind: str | None) -> str | None:
         """Why exact attention is used where the method could run, or None."""
@@ -158,6 +188,8 @@ class MethodProcessor(NotPickled):
             guess = chosen.reason_slower(num_tokens, q.device.type) is None
             self._decide(kind, q, guess, ways.trial, ways.exact)
         reason = self._reason_slower(phase, num_tokens, q.device.type, kind)
+        if reason is None and torch.compiler.is_compiling():
+            reason = self._reason_fixed(phase)
         return reason or _reason_heads(ways.memory, 1.0 if settled else _gainful_share(num_tokens)) or ACCELERATED
 
     def _decide(
@@ -240,7 +272,8 @@ class MethodProcessor(NotPickled):
 
     def _memory(self, call: DenoiserCall, phase: int) -> dict[str, Any] | None:
         """See `LayerCall.memory`."""
-        if torch.compiler.is_compiling() or call.compiled or call.place < 0 or torch.is_grad_enabled():
+        compiled = torch.compiler.is_compiling() or (call.compiled and not call.looks)
+        if compiled or call.place < 0 or torch.is_grad_enabled():
             return None
         return self.run.memory.setdefault((self.layer.name, phase, call.place), {})
 
@@ -249,9 +282,14 @@ class MethodProcessor(NotPickled):
             self.tally.add(self.layer.name, reason)
 
     def _count_heads(self, call: LayerCall) -> None:
-        """Count the heads that the method ran exact in a call."""
-        if call.exact_heads:
-            self.tally.add(self.layer.name, EXACT_HEADS, call.exact_heads)
+        """Count the heads that the method ran exact in a call; in compiled code the hook does."""
+        known = self.run.call
+        if call.exact_heads and not (known is not None and known.looks):
+            self.tally.add(self.layer.name, HEADS, call.exact_heads)
+
+    def _fixed_now(self, phase: int) -> tuple[int, ...]:
+        """See `LayerCall.fixed_heads`."""
+        return self.fixed_heads.get(phase, ()) if torch.compiler.is_compiling() else ()
 
 
 def by_phase(phases: int | tuple[Any, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:

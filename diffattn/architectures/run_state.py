@@ -17,7 +17,7 @@ from diffattn.schedules import Schedule
 ACCELERATED = "accelerated"
 """The count of accelerated calls; any other key is the reason why calls were not accelerated."""
 
-EXACT_HEADS = "heads that ran exact in accelerated calls"
+HEADS = "heads that ran exact in accelerated calls"
 """A count besides calls: heads over all samples."""
 
 OUTSIDE = "called outside a call of the denoiser, for instance by model.forward"
@@ -61,6 +61,7 @@ class DenoiserCall:
     may be about another picture."""
     contexts: tuple[int, ...] | None = None  # see `Size`
     exact: str | None = None  # see `Size`
+    looks: bool = False  # runs uncompiled, though `compiled`, and only to find the heads that compiled code runs exact
 
 
 class Latest:
@@ -83,6 +84,7 @@ class RunState(threading.local):
         memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
         decided: kinds of calls -> whether the method is used; fixed for the run from the first call of a kind on.
         timing: seconds spent in this run on timing kinds of calls.
+        expected: what is known about the calls of a compiled denoiser whose heads are looked at.
         unchecked: phases of a run that has not yet been checked for acceleration, and what is known about its calls.
         trace: a record of every call of this run, as JSON types.
     """
@@ -95,6 +97,7 @@ class RunState(threading.local):
     last_level: float = -1.0
     scheduler_run: object | None = None
     timing: float = 0.0
+    expected: Any = None
     unchecked: tuple[Sequence[int], Any] | None = None
 
     def __init__(self, latest: Latest) -> None:

@@ -6,6 +6,7 @@ damped inverse per head in place of a fixed number of Newton-Schulz steps, and a
 Shapes: B batch, H heads, N query tokens, M key tokens, n landmarks, p probes, D channels per head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,6 +162,17 @@ def exact_heads(out: Tensor, missed: Heads, q: Tensor, k: Tensor, v: Tensor, key
         key_mask = key_mask.expand(batch, heads, *key_mask.shape[2:])[missed][None]
     exact = scaled_dot_product_attention(q[missed][None], k[missed][None], v[missed][None], attn_mask=key_mask)[0]
     return out.index_put(missed, exact)
+
+
+def exact_at(
+    out: Tensor, heads: Sequence[int], q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None
+) -> Tensor:
+    """`out` [B, H, N, D] with some heads, those of every sample, recomputed with exact attention."""
+    places = torch.tensor(heads, device=out.device)
+    if key_mask is not None and key_mask.shape[1] > 1:
+        key_mask = key_mask.index_select(1, places)
+    exact = scaled_dot_product_attention(*(x.index_select(1, places) for x in (q, k, v)), attn_mask=key_mask)
+    return out.index_copy(1, places, exact)
 
 
 def correct(

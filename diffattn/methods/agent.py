@@ -64,7 +64,7 @@ class AgentAttention(LimitedMethod):
     damping: float = 1e-5  # "landmarks": damping of the correction, in (0, 0.001]; more is smoother
     max_head_error: float | None = None
     """"landmarks": heads whose relative error, estimated on eight queries, exceeds this fall back to exact attention;
-    the report counts them. Above 0; inf: none does. None: 0.1. Not checked in a compiled denoiser."""
+    the report counts them. Above 0; inf: none does. None: 0.1. A compiled denoiser is checked in an additional call."""
     calibrate_every: int = 8
     """"landmarks": how many calls of a layer, in one phase of a run, share the damping, trust and exact heads that the
     first of them determines. 1: every call determines its own, as with gradients and in a compiled denoiser."""
@@ -170,6 +170,10 @@ class AgentAttention(LimitedMethod):
         if self.agents is not None:
             return self.agents
         return "landmarks" if self.scale_exponent is None and self.shortcut is None else "pool"
+
+    @property
+    def checks_heads(self) -> bool:
+        return self.source == "landmarks" and self.max_head_error != inf
 
     @cached_property
     def _thresholds(self) -> Thresholds:

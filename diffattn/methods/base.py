@@ -116,6 +116,7 @@ class LayerCall:
     """What the method keeps for later calls of this layer in the same phase and run; if a step makes several calls, for
     the same one of them. None where nothing can be kept: in compiled code, and with gradients."""
     is_trial: bool = False  # only the method itself is timed: no head is to fall back to exact attention
+    fixed_heads: tuple[int, ...] = ()  # in compiled code, the heads that are to run exact, in ascending order
 
     def __post_init__(self) -> None:
         if self.layout is None:
@@ -130,6 +131,9 @@ class AttentionFn(Protocol):
 
 EXACT_SHARE = "share of heads that run exact"
 """In `LayerCall.memory`: set by a method whose heads may fall back to exact attention, for the calls to come."""
+
+EXACT_HEADS = "heads that run exact"
+"""Beside it: their indices, [B, H] of them as two tensors, or None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,11 @@ class AttentionMethod(ABC):
         """Why exact attention is presumably faster for a call of `num_tokens` on a type of device, or None. An option
         `min_tokens` decides if the user gave it; otherwise this is a guess, which holds until both have been timed."""
         return None
+
+    @property
+    def checks_heads(self) -> bool:
+        """Whether heads may fall back to exact attention, as `EXACT_SHARE` in the memory of a layer then says."""
+        return False
 
     @property
     def is_size_given(self) -> bool:

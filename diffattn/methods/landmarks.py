@@ -15,9 +15,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional import sample_tokens
 from diffattn.functional.coasting import LEAST_DAMPING, Calibration, Sent, calibrate, coast
-from diffattn.functional.landmark import Heads, Tokens, exact_heads, exact_where_missed, landmark_attention_with_context
+from diffattn.functional.landmark import (
+    Heads,
+    Tokens,
+    exact_at,
+    exact_heads,
+    exact_where_missed,
+    landmark_attention_with_context,
+)
 from diffattn.functional.tokens import pick_tokens
-from diffattn.methods.base import EXACT_SHARE, LayerCall, TokenLayout
+from diffattn.methods.base import EXACT_HEADS, EXACT_SHARE, LayerCall, TokenLayout
 
 DEFAULT_HEAD_ERROR = 0.1
 
@@ -41,6 +48,8 @@ class Landmarks:
             out, text, missed = self._coasting(tokens, most, call.memory)
             if missed is not None:
                 out, call.exact_heads = exact_heads(out, missed, image, k, v, mask), len(missed[0])
+            elif call.fixed_heads:
+                out = exact_at(out, call.fixed_heads, image, k, v, mask)
             return _joined(out, text, q, k, v, call)
         out, text, error = landmark_attention_with_context(tokens, self.damping)
         if most is not None:
@@ -90,6 +99,7 @@ class Landmarks:
         if memory is not None:
             heads = known.kind[0][0] * known.kind[0][1]
             memory[EXACT_SHARE] = 0.0 if known.missed is None else len(known.missed[0]) / heads
+            memory[EXACT_HEADS] = known.missed
         return known.missed
 
     def _sampled(self, x: Tensor, layout: TokenLayout) -> Tensor:

@@ -14,7 +14,7 @@ from diffattn.architectures.denoisers import is_compiled, uncompiled
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.plug import plug_of
 from diffattn.architectures.processor import MethodProcessor
-from diffattn.architectures.run_state import ACCELERATED
+from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import Grid, LayerSpec
 from diffattn.noise_level import Reading, TimeReader
 
@@ -97,6 +97,8 @@ class PatchedDenoiser:
         self.grids: list[Grid] = []
         self.size = Size(0, 0)
         self.compiled = False
+        self._looked: set[tuple[int, int]] = set()  # phase and place of calls that found the heads to run exact …
+        self._looked_at: list[Grid] = []  # … of these grids
 
     @property
     def entry(self) -> nn.Module:
@@ -126,6 +128,26 @@ class PatchedDenoiser:
         """Begin a run on latents of this size, possibly together with another denoiser of the patch."""
         self.set_size(size)
         self.compiled = is_compiled(self.model)
+
+    def should_look(self, phase: int | tuple[int, ...], place: int) -> bool:
+        """Whether methods should look for the heads that compiled code must run exact: at the first call in each phase,
+        at this size. Not where diffusers' hooks, such as its caches, would take that for a call of their own."""
+        if self.grids != self._looked_at:
+            self._looked_at, self._looked = self.grids, set()
+        if not self.compiled or not isinstance(phase, int) or place < 0 or (phase, place) in self._looked:
+            return False
+        if torch.is_grad_enabled() or any(hasattr(m, "_diffusers_hook") for m in uncompiled(self.model).modules()):
+            return False
+        methods = [layer.runs.methods[phase] for layer in self.patched if layer.runs is not None and phase >= 0]
+        return any(method is not None and method.checks_heads for method in methods)
+
+    def end_look(self, call: DenoiserCall) -> None:
+        """Fix the heads that a call has found."""
+        assert isinstance(call.phase, int)
+        self._looked.add((call.phase, call.place))
+        for layer in self.patched:
+            if layer.runs is not None:
+                layer.runs.fix_heads(call.phase, call.place, prod(call.grids[layer.spec.level]))
 
     def tokens(self, layer: LayerSpec) -> int | None:
         """Image tokens of a layer at the size of the last call."""

@@ -18,7 +18,7 @@ from diffattn.architectures.base import Size
 from diffattn.architectures.decisions import read_given
 from diffattn.architectures.denoisers import Pipeline, denoisers_of, uncompiled, uncovered_networks
 from diffattn.architectures.plain_attention import install
-from diffattn.architectures.run_state import ACCELERATED, EXACT_HEADS, NotPickled
+from diffattn.architectures.run_state import ACCELERATED, HEADS, NotPickled
 from diffattn.patching.decision_cache import cache_for
 from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers, runs_of
 from diffattn.patching.hook import RunHook
@@ -224,7 +224,7 @@ class Patch(NotPickled):
             method="-" if layer.reason else self.plan.method_name(layer.spec),
             tokens=tokens,
             accelerated=counts.pop(ACCELERATED, 0),
-            exact_heads=counts.pop(EXACT_HEADS, 0),
+            exact_heads=counts.pop(HEADS, 0),
             timed={kind: str(found) for kind, found in self._runs.decisions.used_by(layer.spec.name).items()},
             passed_through=counts,
             left_alone=layer.reason,

@@ -23,8 +23,13 @@ class Listener(Protocol):
 
     def begin_call(
         self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, size: Size, mask_rows: int, traced: bool
-    ) -> None:
-        """Called before a call on latents `sample` [B, ...] of this size; `traced`: from inside a compiled caller."""
+    ) -> bool:
+        """Called before a call on latents `sample` [B, ...] of this size; `traced`: from inside a compiled caller.
+        Returns whether the denoiser is to be called once more, uncompiled and for `end_look` only."""
+        ...
+
+    def end_look(self, denoiser: PatchedDenoiser) -> None:
+        """That call is over."""
         ...
 
     def end_call(self) -> None:
@@ -69,14 +74,19 @@ class RunHook(NotPickled):
         """Report that the denoiser is about to be called with these arguments."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
         architecture = self.denoiser.architecture
-        self.listener.begin_call(
+        model = uncompiled(self.denoiser.model)
+        looks = self.listener.begin_call(
             self.denoiser,
             architecture.sample(given),
             architecture.timestep(given),
-            size=architecture.size(uncompiled(self.denoiser.model), given),
+            size=architecture.size(model, given),
             mask_rows=int(given.get("attention_mask") is not None),
             traced=traced,
         )
+        if looks:
+            with torch.compiler.set_stance("force_eager"):
+                model.forward(*args, **kwargs)
+            self.listener.end_look(self.denoiser)
 
     @_outside_compiled
     def end_call(self) -> None:

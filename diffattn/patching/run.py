@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffattn.architectures.layer_plug import LayerPlug
 from diffattn.architectures.run_state import (
     ACCELERATED,
     EXACT_PHASE,
+    HEADS,
     DenoiserCall,
     Latest,
     NotPickled,
@@ -67,7 +69,7 @@ class Runs(NotPickled):
 
     def begin_call(
         self, denoiser: PatchedDenoiser, sample: Tensor, time: Any, *, size: Size, mask_rows: int, traced: bool
-    ) -> None:
+    ) -> bool:
         """See `hook.Listener`."""
         self.look_up(sample.device)
         state, expected = self.state, Expected(sample.device.type, mask_rows, sample.shape[0], sample.dtype)
@@ -84,18 +86,30 @@ class Runs(NotPickled):
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
         compiled = traced or denoiser.compiled
+        looks = not traced and denoiser.should_look(phase, place)
         state.begin(
             DenoiserCall(
                 phase, grids, compiled, size.references, context_first=size.context_first, same_mask=size.same_mask,
-                contexts=size.contexts, exact=size.exact, place=place,
+                contexts=size.contexts, exact=size.exact, place=place, looks=looks,
             )
         )  # fmt: skip
         self._count_displaced(denoiser)
-        if compiled:
+        if looks:
+            state.expected = expected
+        elif compiled:
             self._count(denoiser, phase, expected)
         if denoiser is self.denoisers[0]:  # not its ControlNets
             self.num_calls += 1
             state.trace.append(self._entry(reading, phase))
+        return looks
+
+    def end_look(self, denoiser: PatchedDenoiser) -> None:
+        """See `hook.Listener`."""
+        state = self.state
+        assert state.call is not None
+        denoiser.end_look(state.call)
+        state.begin(replace(state.call, looks=False))
+        self._count(denoiser, state.call.phase, state.expected)
 
     def end_call(self) -> None:
         """See `hook.Listener`."""
@@ -246,6 +260,10 @@ class Runs(NotPickled):
         for p in sorted({phase} if isinstance(phase, int) else set(phase)):
             for name, reason in denoiser.reasons(p, expected):
                 self.tally.add(name, reason)
+            for layer in denoiser.patched:
+                heads = layer.runs.fixed_heads.get(p, ()) if layer.runs is not None else ()
+                if 0 < len(heads) < layer.spec.num_heads:
+                    self.tally.add(layer.spec.name, HEADS, len(heads) * (expected.batch or 1))
 
     def _entry(self, reading: Reading, phase: int | tuple[int, ...]) -> dict[str, Any]:
         """One entry of `Patch.trace`."""

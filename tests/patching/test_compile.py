@@ -1,5 +1,7 @@
 """torch.compile: no graph break added, one graph per phase, nothing recompiled per step, counts stay right."""
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +18,10 @@ import diffattn
 
 SCHEDULE = {0.7: {"num_agents": 4}, 0.4: {}, 0.0: "exact"}  # three phases
 OPTIONS: dict[str, Any] = dict(min_tokens=0, num_agents=8, max_head_error=1e9, schedule=SCHEDULE)
-"""Compiled code does not check heads; with so few agents uncompiled code would run some of them exact."""
+"""With so few agents, some heads would otherwise run exact."""
 TIMESTEPS = (900, 700, 500, 300, 100, 20)
+LIMIT = 0.12  # some heads of some layers are further off than this
+SHAPES = (2, 4, 16, 16), (2, 16, tiny.WIDTH)
 LAYERS = 7  # self-attention layers of the tiny UNet
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -29,6 +33,15 @@ def steps(model: nn.Module) -> list[Tensor]:
     latents = torch.randn(2, 4, 16, 16, generator=generator)
     text = torch.randn(2, 16, tiny.WIDTH, generator=generator)
     return [model(latents, torch.tensor(t), text).sample for t in TIMESTEPS]
+
+
+def run(model: nn.Module) -> Tensor:
+    """The outputs of one run [6·2, 4, 16, 16], at the time steps of a scheduler."""
+    scheduler = tiny.scheduler()
+    scheduler.set_timesteps(6)
+    latents, text = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in SHAPES)
+    with torch.no_grad():
+        return torch.cat([model(latents, t, text).sample for t in scheduler.timesteps])
 
 
 def eager() -> tuple[list[Tensor], list[Tensor]]:
@@ -90,6 +103,38 @@ def test_patch_then_compile_works_without_recompiling_per_step(way: Callable[...
     assert patch.report().calls_accelerated == 2 * 4 * LAYERS
     patch.remove()
     assert_close(steps(model), exact)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_that_run_exact_are_found_before_anything_is_compiled(way: Callable[..., nn.Module]) -> None:
+    drawn = {}
+    for limit in (LIMIT, 1e-9, math.inf):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        model = way(tiny.unet(), counter)
+        with (
+            diffattn.patch(model, min_tokens=0, num_agents=6, schedule={0.0: {}}, max_head_error=limit) as patch,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", diffattn.DiffAttnWarning)
+            drawn[limit] = run(model)
+            frames = counter.frame_count
+            torch.testing.assert_close(run(model), drawn[limit], atol=1e-5, rtol=1e-4)
+            assert counter.frame_count == frames
+            layers = [layer for layer in patch.report().layers if layer.left_alone is None]
+        assert sum(counters["graph_break"].values()) == 0
+        calls = 2 * 6
+        if limit == LIMIT:
+            assert any(layer.accelerated == calls and layer.exact_heads == 2 * calls for layer in layers)
+            assert any(layer.accelerated == calls and not layer.exact_heads for layer in layers)
+        elif limit == 1e-9:
+            why = {"most heads are too far from exact attention": calls}
+            assert all(layer.passed_through == why and not layer.accelerated for layer in layers)
+        else:
+            assert all(layer.accelerated == calls and not layer.exact_heads for layer in layers)
+    exact = run(tiny.unet())
+    errors = [torch.dist(drawn[limit], exact).item() for limit in (1e-9, LIMIT, math.inf)]
+    assert errors[0] < errors[1] < errors[2]
 
 
 @pytest.mark.parametrize("way", WAYS)
