@@ -121,7 +121,8 @@ def compare(c: Comparison, say: Callable[[str], None] = print) -> dict[str, Any]
     file = c.out / "trained.json"
     settings = {"preset": c.preset, "settings": list(c.settings), "drawing": asdict(c.drawing), "device": c.device,
                 "extractor": c.extractor, "dtype": c.dtype}  # fmt: skip
-    found: dict[str, Any] = {"machine": describe_machine(torch.device(c.device)), "settings": settings, "runs": {}}
+    machine = describe_machine(torch.device(c.device))
+    found: dict[str, Any] = {"machine": machine, "settings": settings, "runs": {}, "time_ratio": {}}
     take_over(found, file)
     eye = load_extractor(c.extractor, device=c.device)
     for subject in c.subjects:
@@ -129,13 +130,14 @@ def compare(c: Comparison, say: Callable[[str], None] = print) -> dict[str, Any]
     for subject in again(found["runs"], c.second_seeds):
         _one(c, subject, 1, found, eye, file, say)
     take_over(found, file)
-    found["time_ratio"] = timed(c, found["runs"])
+    if set(found["time_ratio"]) != {run["subject"] for run in found["runs"].values()}:
+        found["time_ratio"] = timed(c, found["runs"])
     write_json(file, found)
     return found
 
 
 def take_over(found: dict[str, Any], file: Path) -> None:
-    """Add the runs of a file of results, where other processes may write theirs.
+    """Add the runs of a file of results, where other processes may write theirs, and what it timed.
 
     Raises:
         ValueError: its runs have other settings.
@@ -148,6 +150,7 @@ def take_over(found: dict[str, Any], file: Path) -> None:
             f"{str(file)!r} holds runs of {before['settings']}, now {found['settings']}: choose another --out"
         )
     found["runs"] = before["runs"] | found["runs"]
+    found["time_ratio"] = found["time_ratio"] or before.get("time_ratio", {})
 
 
 def again(runs: Mapping[str, Any], best: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Comparing the linear family: the cores' times and their table, and a whole comparison of tiny trained models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import compare_linear
@@ -79,7 +80,7 @@ def test_a_comparison_runs_to_its_table_and_goes_on(tmp_path: Path) -> None:
     def compare(subjects: str, *settings: str) -> None:
         compare_linear.train(
             str(pictures), str(pictures), [*TINY, *settings], "cifar-linear-cpu", subjects, 1, 8, 2, 1.0, 4,
-            "cifar-classifier", 1, "cpu", tmp_path / "out",
+            "cifar-classifier", 1, "cpu", "bfloat16", tmp_path / "out",
         )  # fmt: skip
 
     compare("softmax,inline")
@@ -93,6 +94,9 @@ def test_a_comparison_runs_to_its_table_and_goes_on(tmp_path: Path) -> None:
     assert all(run["gflops"] > 0 and run["peak_mib"] > 0 for run in found["runs"].values())
     table = (tmp_path / "out" / "trained.md").read_text()
     assert all(f"| {name} |" in table for name in ("softmax", "inline", "steps"))
+    shutil.rmtree(tmp_path / "out" / "runs")  # results outlive the models
+    compare("softmax,inline,steps")
+    assert json.loads(file.read_text()) == found
     with pytest.raises(ValueError, match="choose another --out"):
         compare("softmax", "run.steps=3")
 
