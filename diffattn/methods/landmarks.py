@@ -76,12 +76,12 @@ class Landmarks:
         """
         # Compiled code cannot detect products of less than fp32's precision, but is guarded in any case.
         guarded = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
-        known: Coasting | None = None if memory is None or guarded else memory.get("landmarks")
+        known: Coasting | None = None if memory is None else memory.get("landmarks")
         kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
         known = known if known is not None and known.kind == kind else None
         if known is not None:
             known.take_over(most)
-            if known.calls < self.calibrate_every:
+            if known.calls < self.calibrate_every and not guarded:
                 known.calls += 1
                 return *coast(tokens, self.damping, known.calibration), self._kept(known, memory)
         out, text, calibration = calibrate(tokens, self.damping, guarded)
