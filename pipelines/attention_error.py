@@ -67,7 +67,8 @@ class Recorder(TorchFunctionMode):
 class Run:
     """One drawing of all prompts, and the records of it."""
 
-    def __init__(self, keep: Iterable[int], min_tokens: int) -> None:
+    def __init__(self, keep: Iterable[int], min_tokens: int | None) -> None:
+        """`min_tokens`: of the layers to record; None: those that have the most tokens of all."""
         self.step, self.keep, self.min_tokens = 0, frozenset(keep), min_tokens
         self.last: dict[str, Layer] = {}
         self.records: list[tuple[str, int, Layer]] = []
@@ -75,8 +76,11 @@ class Run:
     def saw(self, name: str, layer: Layer) -> None:
         x, q, k, v = (x.chunk(2)[-1].clone() for x in (layer.x, *layer.qkv))  # the conditional half of guidance
         half = Layer(x, q, k, v, text=layer.text)
-        if x.shape[1] < self.min_tokens:
+        most = max((kept.x.shape[1] for kept in self.last.values()), default=0)
+        if x.shape[1] < (most if self.min_tokens is None else self.min_tokens):
             return
+        if self.min_tokens is None and x.shape[1] > most:
+            self.records.clear()
         if self.step in self.keep:
             self.records.append((name, self.step, replace(half, before=self.last.get(name))))
         self.last[name] = half
@@ -86,7 +90,7 @@ class Run:
         return tensors
 
 
-def record(pipe: Any, prompts: Sequence[str], steps: int, guidance: float, size: int | None, tokens: int) -> Run:
+def record(pipe: Any, prompts: Sequence[str], steps: int, guidance: float, size: int | None, tokens: int | None) -> Run:
     """Draws the prompts with seeds 0, 1, ... and records six steps, from the second to the last."""
     run = Run({1 + round(i * (steps - 2) / 5) for i in range(6)}, tokens)
     seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
@@ -196,7 +200,10 @@ def main(
     steps: Annotated[int, typer.Option(min=3)] = 20,
     guidance: Annotated[float, typer.Option(help="Above 1: the conditional half is measured.")] = 2.5,
     size: Annotated[int | None, typer.Option(help="Pixels, width and height; the model's own if not given.")] = None,
-    min_tokens: Annotated[int, typer.Option(help="Layers with fewer tokens are left out.")] = 1024,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(help="Layers with fewer tokens are left out. [default: the most that a layer has]"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/attention-error"),
 ) -> None:
     """Compare approximations of self-attention on the inputs of a model's layers."""

@@ -73,7 +73,7 @@ def test_every_candidate_runs_on_a_tiny_model_and_is_reported(tmp_path: Path) ->
     pipe.save_pretrained(tmp_path / "sd")
     out = tmp_path / "out"
     attention_error.main(
-        model=str(tmp_path / "sd"), prompts="a cat, red", steps=4, guidance=2.5, size=32, min_tokens=256, out=out
+        model=str(tmp_path / "sd"), prompts="a cat, red", steps=4, guidance=2.5, size=32, min_tokens=None, out=out
     )
     found = json.loads((out / "errors.json").read_text())
     families = {c.family for c in candidates.candidates()}
@@ -97,7 +97,7 @@ def test_a_joint_transformer_is_measured_with_its_text(tmp_path: Path) -> None:
     rows = json.loads((out / "errors.json").read_text())["rows"]
     assert {row["family"] for row in rows} == {c.family for c in candidates.joint_candidates(1)}
     assert {row["layer"] for row in rows} == {f"transformer_blocks.{i}.attn" for i in range(3)}
-    assert all(row["tokens"] == 256 and 0 < row["error"] < 10 for row in rows)
+    assert all(row["tokens"] == 256 and 0 <= row["error"] < 10 for row in rows)  # 0 where all heads run exact
     exactly = [row["text_error"] for row in rows if not row["family"].startswith("landmarks")]
     assert max(exactly) < 1e-4  # the other methods answer the text's queries one by one
     assert max(row["text_error"] for row in rows) < 0.5
