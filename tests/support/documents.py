@@ -67,6 +67,7 @@ SMALLER = {
     "diffattn train": TWO_STEPS,
     "diffattn train sit-256": "--dry-run data.vae=tiny-sd/vae data.size=32 model.mediators=[4]",
     "diffattn evaluate": f"{FEW_STEPS} --num-pictures 4 --extractor emoji-classifier",
+    "diffattn evaluate emoji-mmdit": "--width 128 --height 128 --dtype float32",
     "diffattn evaluate reference": "--size 32 --extractor emoji-classifier --device cpu",
     "diffattn bench thresholds": "--time-budget 0.01 --device cpu --dtype float32",
     "diffattn bench attention": f"--models tiny --sizes 64 {QUICK_BENCH}",
@@ -74,7 +75,7 @@ SMALLER = {
     "compare_peers.py speed": "--unets tiny --sizes 64 --rounds 1 --threads 1 --device cpu --dtype float32",
     "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0 --device cpu",
     "compare_peers.py quality --reference": "--kid-pictures 4 --every 1 --seed-sets 1",
-    "attention_error.py": "--steps 3 --prompts tent",
+    "attention_error.py": "--steps 3 --prompts tent --size 128",
     "compare_linear.py cores": "--tokens 64 --mediators 4 --rounds 1 --width 24 --heads 2",
     "compare_linear.py train": "--subjects softmax,inline --second-seeds 0 --samples 4 --steps 2 --batch 4 --rounds 1"
     " run.steps=2 run.save_every=2 optim.batch=4 run.trackers=[] run.precision=fp32",
