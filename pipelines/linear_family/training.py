@@ -185,7 +185,8 @@ def _one(
             model(noise, torch.full((len(noise),), 0.5), torch.zeros(len(noise), dtype=torch.long))
 
     found["runs"][name] = {
-        **result, "subject": subject, "seed": seed, "pipeline": str(folder), "weights": weights_hash(model),
+        **result, "subject": subject, "seed": seed, "pipeline": str(Path(folder).relative_to(c.out)),
+        "weights": weights_hash(model),
         "parameters": sum(p.numel() for p in model.parameters()), "gflops": forward_gflops(model),
         "peak_mib": peak_mib(call, torch.device(c.device)), "mlp_ratio": config.model.mlp_ratio,
     }  # fmt: skip
@@ -209,8 +210,9 @@ def _pipeline(folder: str | Path, device: str) -> SiTPipeline:
 
 def timed(c: Comparison, runs: Mapping[str, Any]) -> dict[str, Any]:
     """Time of one evaluation of a batch over that of the softmax model, interleaved."""
+    firsts = sorted((run for run in runs.values() if run["seed"] == 0), key=lambda run: run["subject"] != SOFTMAX)
     models: dict[str, nn.Module] = {
-        run["subject"]: _pipeline(run["pipeline"], c.device).transformer for run in runs.values() if run["seed"] == 0
+        run["subject"]: _pipeline(c.out / run["pipeline"], c.device).transformer for run in firsts
     }
     first = next(iter(models.values()))
     assert isinstance(first, DiT)

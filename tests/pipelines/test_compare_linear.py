@@ -87,11 +87,12 @@ def test_a_comparison_runs_to_its_table_and_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "out" / "trained.json"
     before = json.loads(file.read_text())["runs"]
     assert set(before) == {"softmax-0", "inline-0", "softmax-1", "inline-1"}
-    compare("softmax,inline,steps")
+    compare("steps,softmax,inline")
     found = json.loads(file.read_text())
     assert {name: found["runs"][name] for name in before} == before
     assert {"fid", "kid", "kid_std"} <= set(found["runs"]["steps-0"]["scores"])
     assert all(run["gflops"] > 0 and run["peak_mib"] > 0 for run in found["runs"].values())
+    assert found["time_ratio"]["softmax"]["median"] == 1
     table = (tmp_path / "out" / "trained.md").read_text()
     assert all(f"| {name} |" in table for name in ("softmax", "inline", "steps"))
     shutil.rmtree(tmp_path / "out" / "runs")  # results outlive the models
