@@ -56,7 +56,7 @@ def test_its_card_says_what_was_measured() -> None:
 @pytest.mark.slow
 def test_patched_it_draws_similar_pictures_near_the_true_ones(pipe: Any) -> None:
     exact = draw(pipe, 5)
-    with diffattn.patch(pipe, min_tokens=0, calibrate=False) as patch:
+    with diffattn.patch(pipe, min_tokens=0, max_head_error=0.5, calibrate=False) as patch:
         fast = draw(pipe, 5)
         assert patch.report().layers_accelerated == len(pipe.transformer.transformer_blocks)
     assert foreground_psnr(fast, exact).min() > 15  # far less than on emoji-sd: docs/benchmarks.md
