@@ -13,7 +13,7 @@ from support.denoisers.case import Case
 import diffattn
 from diffattn.architectures import architecture_of
 
-FEW: dict[str, Any] = {"num_agents": 6, "max_head_error": 0.5, "min_tokens": 0}
+FEW: Any = {"num_agents": 6, "max_head_error": 0.5, "min_tokens": 0}
 
 
 def case_of(name: str) -> Case:
