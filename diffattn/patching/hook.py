@@ -128,8 +128,8 @@ class OutsideCompiled(NotPickled):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_export()
-        self.hook.begin_call(args, kwargs)
         try:
+            self.hook.begin_call(args, kwargs)
             return self.compiled(*args, **kwargs)
         finally:
             self.hook.end_call()

@@ -218,6 +218,8 @@ class Runs(NotPickled):
                     names = ("layer", "methods", "run", "tally", "decisions")
                     parts = {name: getattr(before, name) for name in names}
                     layer.renew(denoiser.architecture.replaced(original=there, owner=before.owner, **parts))
+                    assert layer.runs is not None
+                    layer.runs.fixed_heads = before.fixed_heads
 
     def _look_for_displaced(self) -> None:
         """Warn about layers that run without diffattn, with advice where possible."""
