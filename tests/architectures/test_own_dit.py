@@ -448,7 +448,8 @@ def test_agents_can_follow_the_change_too() -> None:
     diffattn.patch(pipe, **(AGENTS | dict(schedule=schedule)))
     trace = draw(pipe).trace
     assert trace[0]["options"]["num_agents"] == 4
-    assert trace[-1]["options"] in ({"num_agents": 9, "min_tokens": 0}, "exact")
+    last = trace[-1]["options"]
+    assert last == "exact" or last["num_agents"] == 9
 
 
 def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
