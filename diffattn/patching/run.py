@@ -116,7 +116,8 @@ class Runs(NotPickled):
         self.state.inside = False
         if self.state.unchecked is not None:
             self._check_reachable()
-        self._check_heads()
+        if self.state.call is None or not self.state.call.looks:  # else it failed while heads were looked for
+            self._check_heads()
         if self.decisions.changed and self.cache is not None:
             self.decisions.changed = False
             for device in map(torch.device, sorted(self._looked_up)):

@@ -15,6 +15,7 @@ from diffattn.functional.landmark import (
     MAX_DAMPING,
     Tokens,
     correct,
+    exact_at,
     exact_where_missed,
     landmark_attention_and_error,
     landmark_attention_with_context,
@@ -245,6 +246,17 @@ def test_the_method_runs_missed_heads_exact_and_says_how_many() -> None:
     for wrong in (0, -1.0, float("nan"), "much"):
         with pytest.raises(ValueError, match="max_head_error must be a number above 0, inf included, or None"):
             AgentAttention(max_head_error=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2])
+def test_given_heads_are_exact_under_any_mask(rows: int | None) -> None:
+    q, k, v = mixed()
+    mask = None if rows is None else random(2, rows, 1, k.shape[2], seed=3) > 0
+    exact = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    plain = torch.zeros_like(q)
+    out = exact_at(plain, (1,), q, k, v, mask)
+    torch.testing.assert_close(out[:, 1], exact[:, 1])
+    assert torch.equal(out[:, 0], plain[:, 0])
 
 
 def test_a_correction_that_fits_is_taken_as_it_is() -> None:

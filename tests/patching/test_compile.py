@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from diffusers.hooks import HookRegistry, ModelHook
 from support import tiny
 from support.compiling import WAYS, in_place, outer
 from torch import Tensor, nn
@@ -135,6 +136,57 @@ def test_heads_that_run_exact_are_found_before_anything_is_compiled(way: Callabl
     exact = run(tiny.unet())
     errors = [torch.dist(drawn[limit], exact).item() for limit in (1e-9, LIMIT, math.inf)]
     assert errors[0] < errors[1] < errors[2]
+
+
+def few(model: nn.Module, limit: float = LIMIT) -> Any:
+    """The patch that lets some heads run exact; the model must compile whole."""
+    return diffattn.patch(model, min_tokens=0, num_agents=6, schedule={0.0: {}}, max_head_error=limit)
+
+
+def test_heads_are_not_looked_for_where_a_hook_of_diffusers_would_count_the_call() -> None:
+    calls: list[int] = []
+
+    class Counts(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append(len(calls))
+            return args, kwargs
+
+    inner = tiny.unet()
+    HookRegistry.check_if_exists_or_initialize(inner.mid_block.attentions[0]).register_hook(Counts(), "counts")
+    model = in_place(inner, CompileCounter())
+    with few(model) as patch:
+        run(model)
+        assert len(calls) == 6  # one for each step
+        assert not any(layer.exact_heads for layer in patch.report().layers)
+
+
+@pytest.mark.parametrize("way", [outer, in_place])
+def test_a_call_that_fails_while_heads_are_looked_for_leaves_nothing_behind(way: Callable[..., nn.Module]) -> None:
+    model = way(tiny.unet(), CompileCounter())
+    with few(model) as expected:
+        drawn = run(model)
+    torch._dynamo.reset()
+    model = way(tiny.unet(), CompileCounter())
+    with few(model) as patch:
+        scheduler = tiny.scheduler()
+        scheduler.set_timesteps(6)
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            model(torch.randn(SHAPES[0]), scheduler.timesteps[0], torch.randn(2, 16, tiny.WIDTH + 1))
+        assert not patch.report().calls_accelerated
+        torch.testing.assert_close(run(model), drawn, atol=1e-4, rtol=1e-3)
+        found, before = patch.report(), expected.report()
+    assert [layer.exact_heads for layer in found.layers] == [layer.exact_heads for layer in before.layers]
+    assert sum(layer.exact_heads for layer in found.layers) > 0
+
+
+def test_heads_that_were_found_stay_when_processors_are_replaced() -> None:
+    model = outer(inner := tiny.unet(), CompileCounter())
+    with few(model) as patch:
+        drawn = run(model)
+        exact_heads = [layer.exact_heads for layer in patch.report().layers]
+        inner.set_default_attn_processor()
+        torch.testing.assert_close(run(model), drawn, atol=1e-4, rtol=1e-3)
+    assert [layer.exact_heads for layer in patch.report().layers] == [2 * heads for heads in exact_heads]
 
 
 @pytest.mark.parametrize("way", WAYS)
