@@ -77,6 +77,8 @@ VARIANTS: dict[str, Variant] = {
     ),
 }  # fmt: skip
 CASES = [(name, kind) for name, variant in VARIANTS.items() for kind in variant.kinds]
+FEWER = [(name, kind) for name, kind in CASES if name in ("agent landmarks", "mediator") or kind in ("sd", "sit")]
+"""Every method in a UNet and in a transformer, and every kind of pipeline with the default method."""
 BATCHED: Any = {"atol": 5e-4, "rtol": 1e-3}  # sums in another order, and an inverse behind them
 
 Make = Callable[[str], DiffusionPipeline]
@@ -97,6 +99,10 @@ class Patch:
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A variant and a kind of pipeline that it is for."""
     return request.param
+
+
+with_fewer_cases = pytest.mark.parametrize("case", FEWER, ids=" on ".join)
+"""For what depends on the pipeline and on the patch rather than on what the method computes."""
 
 
 @pytest.fixture
@@ -165,6 +171,7 @@ def test_changes_the_output_and_gives_it_back_bit_by_bit(pipe: DiffusionPipeline
     assert torch.equal(tiny.run(pipe), original)
 
 
+@with_fewer_cases
 def test_leaves_no_trace(pipe: DiffusionPipeline, patched: Patch) -> None:
     before, before_outside = anatomy(pipe), anatomy(pipe, attention=False)
     handle = patched(pipe)
@@ -174,6 +181,7 @@ def test_leaves_no_trace(pipe: DiffusionPipeline, patched: Patch) -> None:
     assert anatomy(pipe) == before
 
 
+@with_fewer_cases
 def test_adds_nothing_to_the_state_dict(pipe: DiffusionPipeline, patched: Patch) -> None:
     before = {k: v.clone() for part in denoisers(pipe).values() for k, v in part.state_dict().items()}
     patched(pipe)
@@ -183,6 +191,7 @@ def test_adds_nothing_to_the_state_dict(pipe: DiffusionPipeline, patched: Patch)
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
+@with_fewer_cases
 def test_a_seed_gives_one_picture(pipe: DiffusionPipeline, patched: Patch) -> None:
     patched(pipe)
     first, second, other = tiny.run(pipe, seed=1), tiny.run(pipe, seed=1), tiny.run(pipe, seed=2)
@@ -190,6 +199,7 @@ def test_a_seed_gives_one_picture(pipe: DiffusionPipeline, patched: Patch) -> No
     assert not torch.equal(first, other)
 
 
+@with_fewer_cases
 def test_a_removed_patch_can_be_made_again(pipe: DiffusionPipeline, patched: Patch) -> None:
     patched(pipe)
     first = tiny.run(pipe)
@@ -198,6 +208,7 @@ def test_a_removed_patch_can_be_made_again(pipe: DiffusionPipeline, patched: Pat
     assert torch.equal(tiny.run(pipe), first)
 
 
+@with_fewer_cases
 def test_with_block_and_removing_twice(pipe: DiffusionPipeline, patched: Patch) -> None:
     original = tiny.run(pipe)
     with patched(pipe) as handle:
@@ -209,6 +220,7 @@ def test_with_block_and_removing_twice(pipe: DiffusionPipeline, patched: Patch) 
     assert anatomy(pipe) == before
 
 
+@with_fewer_cases
 def test_patching_twice_is_refused_and_changes_nothing(pipe: DiffusionPipeline, patched: Patch) -> None:
     patched(pipe)
     accelerated, before = tiny.run(pipe), anatomy(pipe)
@@ -238,6 +250,7 @@ def run_until(pipe: DiffusionPipeline, at: int) -> None:
             tiny.run(pipe)
 
 
+@with_fewer_cases
 @pytest.mark.parametrize("at", [0, 2])
 def test_an_exception_in_a_run_leaves_a_pipeline_that_can_be_used_and_unpatched(
     pipe: DiffusionPipeline, patched: Patch, at: int
@@ -256,6 +269,7 @@ def test_an_exception_in_a_run_leaves_a_pipeline_that_can_be_used_and_unpatched(
     assert torch.equal(tiny.run(pipe), original)
 
 
+@with_fewer_cases
 def test_an_exception_inside_a_with_block_passes_and_restores(pipe: DiffusionPipeline, patched: Patch) -> None:
     before = anatomy(pipe)
     with pytest.raises(Stop), patched(pipe):
@@ -263,6 +277,7 @@ def test_an_exception_inside_a_with_block_passes_and_restores(pipe: DiffusionPip
     assert anatomy(pipe) == before
 
 
+@with_fewer_cases
 def test_pipelines_patched_differently_are_independent(pipe: DiffusionPipeline, patched: Patch) -> None:
     original = tiny.run(pipe)
     other = copy.deepcopy(pipe)
@@ -280,6 +295,7 @@ def test_pipelines_patched_differently_are_independent(pipe: DiffusionPipeline, 
 # Copies.
 
 
+@with_fewer_cases
 def test_a_deep_copy_is_patched_and_independent(pipe: DiffusionPipeline, patched: Patch) -> None:
     original = tiny.run(pipe)
     handle = patched(pipe)
@@ -297,6 +313,7 @@ def test_a_deep_copy_is_patched_and_independent(pipe: DiffusionPipeline, patched
     assert torch.equal(tiny.run(again), accelerated)
 
 
+@with_fewer_cases
 def test_a_deep_copy_outlives_the_original(pipe: DiffusionPipeline, patched: Patch) -> None:
     before = {type(processor) for processor in processors(denoiser(pipe))}
     patched(pipe)
