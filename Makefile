@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CLEAN := build/clean-env
+OLDEST := build/oldest-env
+OLDEST_DIFFUSERS := 0.42.0
 
-.PHONY: demo test test-fast lint docs dist app bench clean
+.PHONY: demo test test-fast test-oldest lint docs dist app bench clean
 
 demo: .venv/installed
 	$(BIN)/diffattn demo --out outputs/demo
@@ -16,6 +18,10 @@ test: .venv/installed-dev
 # Every package, without the tests that are slow or need a browser.
 test-fast: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+
+# What every method and every denoiser must fulfil, with the oldest diffusers that pyproject.toml allows.
+test-oldest: $(OLDEST)/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/methods/test_contract.py tests/architectures
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -61,4 +67,11 @@ TORCH_ARGS ?=
 
 .venv/installed-app: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[app]'
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^diffusers==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q -c constraints.txt $(TORCH_ARGS) torch
+	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt diffusers==$(OLDEST_DIFFUSERS) -e '.[dev]'
 	touch $@

@@ -2,9 +2,12 @@
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 PROGRAM = Path(__file__).parents[1] / ".ci" / "run"
 STUBS = {
@@ -37,3 +40,12 @@ def test_chromium_is_installed_if_missing_and_required(tmp_path: Path, there: bo
     done = subprocess.run(words, env={"PATH": str(tools), "BIN": str(tools)}, capture_output=True, check=False)
     assert (tmp_path / "log").read_text().splitlines() == log
     assert (done.returncode == 0) == (log[-1] == MADE[-1]), done.stderr
+
+
+def test_the_oldest_diffusers_that_is_tested_is_the_oldest_allowed() -> None:
+    root = PROGRAM.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    allowed = next(Requirement(line) for line in project["dependencies"] if line.startswith("diffusers"))
+    makefile = (root / "Makefile").read_text()
+    tested = next(line.split(":=")[1] for line in makefile.splitlines() if line.startswith("OLDEST_DIFFUSERS"))
+    assert Version(tested.strip()) == min(Version(s.version) for s in allowed.specifier if s.operator == ">=")
