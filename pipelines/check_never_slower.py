@@ -1,0 +1,197 @@
+"""Checks that a patch makes no step slower, whatever the model and the size of the picture.
+
+    python pipelines/check_never_slower.py --models sd15,sdxl,sd35m,emoji-sd --out outputs/never-slower
+
+Four variants of one step take turns: exact attention; exact attention again, whose ratio shows the noise; a patch that
+knows from an earlier call which way is faster; and the first call of a patch that knows nothing and times both ways.
+The last two give the time of a first run: one first step, and the others with what it found. Rounds are kept after each
+of them; start again with the same arguments to resume.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import diffattn
+from diffattn.architectures.denoisers import denoisers_of
+from diffattn.drawing.loading import embedded_models
+from diffattn.files import read_json, write_json
+from diffattn.machine import cpu_threads, describe_machine, dtype_name, resolve, where
+from diffattn.measure.denoiser_inputs import make_denoiser_inputs
+from diffattn.measure.interleave import Spread, Timings, interleave
+from diffattn.measure.memory import peak_mib
+from diffattn.measure.models import MODELS
+from diffattn.tables import markdown_table
+
+EXACT, CONTROL, KNOWN, FIRST = "exact", "exact again", "patched", "first call"
+PIXELS_PER_LATENT = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a denoiser, and where its patches keep what they find."""
+
+    model: nn.Module
+    inputs: tuple[Any, Any]
+    device: torch.device
+    folder: Path
+
+    def call(self) -> None:
+        args, kwargs = self.inputs
+        self.model(*args, **kwargs)
+
+    @contextmanager
+    def around(self, variant: str) -> Iterator[None]:
+        """The patch of a variant, if it has one. What is done once per run is not timed, except in a first call."""
+        if variant in (EXACT, CONTROL):
+            yield
+            return
+        cache = self.folder / "known.json"
+        if variant == FIRST:
+            cache = self.folder / "new.json"
+            cache.unlink(missing_ok=True)
+        with diffattn.patch(self.model, calibrate=cache) as patch:
+            patch.quiet()
+            if variant == KNOWN:
+                args, kwargs = self.inputs
+                patch.begin_run(*args, **kwargs)
+            yield
+
+    def accelerated(self) -> tuple[int, int]:
+        """Layers that a patch accelerates, and those that it could; what it finds is kept for later patches."""
+        with diffattn.patch(self.model, calibrate=self.folder / "known.json") as patch:
+            patch.quiet()
+            self.call()
+            return patch.report().layers_accelerated, patch.report().layers_patched
+
+    def peaks(self) -> dict[str, float | None]:
+        """The peak memory of a call, exact and patched, in MiB."""
+        found = {}
+        for variant in (EXACT, KNOWN):
+            with self.around(variant):
+                found[variant] = peak_mib(self.call, self.device)
+        return found
+
+
+def main(
+    models: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(MODELS)}, or embedded ones.")],
+    sizes: Annotated[str, typer.Option(help="Comma-separated sides in pixels.")] = "256,512,768,1024,1536",
+    rounds: Annotated[int, typer.Option(help="Timings per variant.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of the first run.", min=1)] = 20,
+    batch: Annotated[int, typer.Option(help="Batch size of a step.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/never-slower"),
+) -> None:
+    """Time the steps, and write never-slower.json and never-slower.md."""
+    where_to, kind = resolve(device, dtype)
+    with cpu_threads(threads), torch.no_grad():
+        settings = {"batch": batch, "steps": steps, "device": str(where_to), "dtype": dtype_name(kind)}
+        results = _earlier(out / "never-slower.json", {"machine": describe_machine(where_to), "settings": settings})
+        for name in models.split(","):
+            model = _build(name, where_to, kind)
+            for size in map(int, sizes.split(",")):
+                _measure(results, name, model, size, (rounds, batch), where_to, out)
+            del model
+    (out / "never-slower.md").write_text(text := table(results))
+    typer.echo(text)
+
+
+def _earlier(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The results so far, if they were made under the same conditions.
+
+    Raises:
+        typer.BadParameter: they were not.
+    """
+    if not path.is_file():
+        return {**conditions, "results": []}
+    found = read_json(path)
+    keys = ("cpu", "gpu", "threads")
+    same = all(found["machine"].get(key) == conditions["machine"].get(key) for key in keys)
+    if not same or found["settings"] != conditions["settings"]:
+        raise typer.BadParameter(
+            f"{str(path)!r} was made on another machine or with other settings: choose another --out"
+        )
+    return found
+
+
+def _build(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    if name in MODELS:
+        return MODELS[name].build(device, dtype, shortened=MODELS[name].shortened(device, dtype))
+    if name not in embedded_models():
+        raise typer.BadParameter(f"unknown model {name!r}; allowed: {', '.join((*MODELS, *embedded_models()))}")
+    pipe = diffattn.load_demo(name).to(device, dtype)
+    return next(iter(denoisers_of(pipe).values()))
+
+
+def _measure(
+    results: dict[str, Any],
+    name: str,
+    model: nn.Module,
+    size: int,
+    how_often: tuple[int, int],
+    device: torch.device,
+    out: Path,
+) -> None:
+    """All variants of one model at one size, unless they have been measured."""
+    rounds, batch = how_often
+    earlier = next((e for e in results["results"] if (e["model"], e["size"]) == (name, size)), None)
+    done = [] if earlier is None else earlier["rounds"]
+    if len(done) >= rounds:
+        return
+    latents = (size // PIXELS_PER_LATENT,) * 2
+    inputs = MODELS[name].inputs(model, size, batch) if name in MODELS else make_denoiser_inputs(model, *latents, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        step = Step(model, inputs, device, Path(folder))
+        layers = step.accelerated()
+        about = {"model": name, "size": size, "layers": layers, "peak_mib": step.peaks()}
+
+        def keep(timings: Timings) -> None:
+            others = [e for e in results["results"] if e is not earlier and (e["model"], e["size"]) != (name, size)]
+            results["results"] = [*others, about | {"rounds": [dict(r) for r in timings.rounds]}]
+            write_json(out / "never-slower.json", results)
+            typer.echo(f"{name} {size} px: round {len(timings.rounds)} of {rounds}")
+
+        variants = dict.fromkeys((EXACT, CONTROL, KNOWN, FIRST), step.call)
+        interleave(variants, rounds, 0, device, around=step.around, finished=done, on_round=keep)
+
+
+def ratios(entry: Mapping[str, Any], steps: int) -> dict[str, Spread]:
+    """Time over that of exact attention in the same round: of exact attention again, of a patched step, and of a first
+    run of so many steps."""
+    rounds = entry["rounds"]
+    return {
+        CONTROL: Spread.of([r[CONTROL] / r[EXACT] for r in rounds]),
+        KNOWN: Spread.of([r[KNOWN] / r[EXACT] for r in rounds]),
+        FIRST: Spread.of([(r[FIRST] + (steps - 1) * r[KNOWN]) / (steps * r[EXACT]) for r in rounds]),
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    settings, rows = results["settings"], []
+    for entry in results["results"]:
+        found, peaks = ratios(entry, settings["steps"]), entry["peak_mib"]
+        memory = f"{peaks[KNOWN] / peaks[EXACT]:.2f}" if peaks[EXACT] else ""
+        spreads = (f"{s.median:.3f} ({s.q25:.3f}–{s.q75:.3f})" for s in found.values())
+        layers = "{} of {}".format(*entry["layers"])
+        rows.append((entry["model"], f"{entry['size']}", layers, *spreads, memory, f"{len(entry['rounds'])}"))
+    head = ("model", "px", "layers", "exact again", "patched", f"first run of {settings['steps']}", "memory", "rounds")
+    machine = results["machine"]
+    return (
+        f"{where(machine)}, {settings['dtype']}, batch {settings['batch']}, torch {machine['versions']['torch']}, "
+        f"commit {machine['commit']}. Time over that of exact attention, median and middle half.\n\n"
+        f"{markdown_table(head, rows)}\n"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

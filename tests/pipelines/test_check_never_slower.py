@@ -1,0 +1,80 @@
+"""The program that checks that a patch makes no step slower: what it compares, resumes and computes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import check_never_slower
+import pytest
+import torch
+import typer
+from check_never_slower import CONTROL, EXACT, FIRST, KNOWN, ratios, table
+from typer.testing import CliRunner, Result
+
+from diffattn.patching.patch import find_patch
+
+
+def run(out: Path, *more: str) -> Result:
+    app = typer.Typer()
+    app.command()(check_never_slower.main)
+    given = ["--models", "tiny", "--sizes", "64,128", "--device", "cpu", "--dtype", "float32", "--out", str(out), *more]
+    return CliRunner().invoke(app, given)
+
+
+def test_rounds_are_kept_and_a_resumed_check_adds_the_missing_ones(tmp_path: Path) -> None:
+    assert run(tmp_path, "--rounds", "1").exit_code == 0
+    before = json.loads((tmp_path / "never-slower.json").read_text())["results"]
+    assert [(entry["model"], entry["size"], len(entry["rounds"])) for entry in before] == [
+        ("tiny", 64, 1),
+        ("tiny", 128, 1),
+    ]
+    resumed = run(tmp_path, "--rounds", "2")
+    after = json.loads((tmp_path / "never-slower.json").read_text())["results"]
+    assert [entry["rounds"][0] for entry in after] == [entry["rounds"][0] for entry in before]
+    assert [set(r) for entry in after for r in entry["rounds"]] == [{EXACT, CONTROL, KNOWN, FIRST}] * 4
+    assert all(0 <= entry["layers"][0] <= entry["layers"][1] == 7 for entry in after)
+    text = (tmp_path / "never-slower.md").read_text()
+    assert text in resumed.output
+    assert text.count("| tiny |") == 2
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    assert run(tmp_path, "--rounds", "1", "--sizes", "64").exit_code == 0
+    refused = run(tmp_path, "--rounds", "1", "--batch", "1")
+    assert refused.exit_code == 2
+    assert "other settings" in refused.output
+    unknown = run(tmp_path / "other", "--models", "nothing")
+    assert unknown.exit_code == 2
+    assert "unknown model" in unknown.output
+
+
+def test_a_patch_is_there_where_it_should_be(tmp_path: Path) -> None:
+    model = check_never_slower.MODELS["tiny"].build("cpu", torch.float32)
+    inputs = check_never_slower.MODELS["tiny"].inputs(model, 256, 1)  # smaller ones need not be timed
+    step = check_never_slower.Step(model, inputs, torch.device("cpu"), tmp_path)
+    with torch.no_grad():
+        step.accelerated()
+        known = (tmp_path / "known.json").read_text()
+        for variant, patched in ((EXACT, False), (CONTROL, False), (KNOWN, True), (FIRST, True)):
+            with step.around(variant):
+                patch: Any = find_patch(model)
+                assert (patch is not None) == patched
+                step.call()
+                if patched:  # a first call times both ways, a later one reads what the first has found
+                    assert (tmp_path / "new.json").exists() == (variant == FIRST)
+            assert find_patch(model) is None
+    assert (tmp_path / "known.json").read_text() == known
+
+
+def test_a_first_run_is_one_first_step_and_the_others_with_what_it_found() -> None:
+    entry = {
+        "model": "a", "size": 64, "layers": [1, 2], "peak_mib": {EXACT: 10.0, KNOWN: 8.0},
+        "rounds": [{EXACT: 2.0, CONTROL: 2.2, KNOWN: 1.0, FIRST: 5.0}],
+    }  # fmt: skip
+    found = ratios(entry, steps=4)
+    assert {name: spread.median for name, spread in found.items()} == pytest.approx(
+        {CONTROL: 1.1, KNOWN: 0.5, FIRST: 1.0}
+    )
+    machine = {"cpu": "a CPU", "threads": 1, "versions": {"torch": "2"}, "commit": "c"}
+    text = table({"machine": machine, "settings": {"dtype": "float32", "batch": 1, "steps": 4}, "results": [entry]})
+    assert "| a | 64 | 1 of 2 | 1.100 (1.100–1.100) | 0.500 (0.500–0.500) | 1.000 (1.000–1.000) | 0.80 | 1 |" in text
