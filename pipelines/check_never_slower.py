@@ -147,8 +147,10 @@ def _measure(
     done = [] if earlier is None else earlier["rounds"]
     if len(done) >= rounds:
         return
-    latents = (size // PIXELS_PER_LATENT,) * 2
-    inputs = MODELS[name].inputs(model, size, batch) if name in MODELS else make_denoiser_inputs(model, *latents, batch)
+    side = size // PIXELS_PER_LATENT
+    inputs = (
+        MODELS[name].inputs(model, size, batch) if name in MODELS else make_denoiser_inputs(model, side, side, batch)
+    )
     with tempfile.TemporaryDirectory() as folder:
         step = Step(model, inputs, device, Path(folder))
         layers = step.accelerated()
