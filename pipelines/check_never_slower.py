@@ -9,7 +9,7 @@ of them; start again with the same arguments to resume.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +162,8 @@ def _measure(
             write_json(out / "never-slower.json", results)
             typer.echo(f"{name} {size} px: round {len(timings.rounds)} of {rounds}")
 
-        variants = dict.fromkeys((EXACT, CONTROL, KNOWN, FIRST), step.call)
-        interleave(variants, rounds, 0, device, around=step.around, finished=done, on_round=keep)
+        calls: dict[str, Callable[[], None]] = dict.fromkeys((EXACT, CONTROL, KNOWN, FIRST), step.call)
+        interleave(calls, rounds, 0, device, around=step.around, finished=done, on_round=keep)
 
 
 def ratios(entry: Mapping[str, Any], steps: int) -> dict[str, Spread]:
