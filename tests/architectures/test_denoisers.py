@@ -170,22 +170,30 @@ def test_other_methods_compile_whole_too(case: Case, method: str) -> None:
 
 def compiles_whole(case: Case, method: str, options: dict[str, Any], tolerance: float) -> None:
     given = inputs(case)
-    plain = case.build()
-    try:
-        compiled = torch.compile(plain, backend="eager", fullgraph=True)
-        exact = case.call(compiled, given)
-    except Exception as error:
-        pytest.skip(f"the unpatched model does not compile whole: {type(error).__name__}")
-    torch._dynamo.reset()
     model = case.build()
+    exact = case.call(model, given)
     with diffattn.patch(model, method, **options):
         expected = case.call(model, given)
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     with diffattn.patch(compiled, method, **options) as handle:
-        out = case.call(compiled, given)
+        try:
+            out = case.call(compiled, given)
+        except Exception as error:
+            torch._dynamo.reset()
+            if not compiles_unpatched(case, given):
+                pytest.skip(f"the unpatched model does not compile whole either: {type(error).__name__}")
+            raise
         assert handle.report().calls_accelerated == case.num_layers
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance / 2)
-    assert not torch.equal(out, exact)
+    assert not torch.allclose(out, exact, rtol=tolerance, atol=tolerance / 2)
+
+
+def compiles_unpatched(case: Case, given: dict[str, Any]) -> bool:
+    try:
+        case.call(torch.compile(case.build(), backend="eager", fullgraph=True), given)
+    except Exception:
+        return False
+    return True
 
 
 def _plugs(model: nn.Module) -> list[Any]:
