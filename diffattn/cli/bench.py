@@ -56,7 +56,8 @@ def attention(
     dtype: FastestDtype = "auto",
     threads: Threads = None,
     all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Keep every layer of a transformer, even on a CPU or in little memory.")
+        bool,
+        typer.Option("--all-layers", help="Keep every layer of a transformer, even on a CPU or if memory is short."),
     ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for attention.json and attention.png.")] = Path("outputs/bench"),
@@ -101,7 +102,7 @@ def mediator(
     widths: Annotated[str, typer.Option(help="Published sizes: S, B, L, XL.")] = "S,XL",
     sizes: Annotated[str, typer.Option(help="Numbers of tokens; perfect squares.")] = "256,1024,4096,16384",
     mode: Annotated[
-        str, typer.Option(help="A forward pass, or forward and backward without an optimizer.")
+        str, typer.Option(help="A forward pass, or forward and backward without an optimiser.")
     ] = "forward,training",
     mediators: Annotated[str, typer.Option(help="Numbers of mediators; perfect squares.")] = "4,16,64",
     rounds: Annotated[int, typer.Option(help="Timings per variant; the variants take turns.")] = 9,
@@ -173,7 +174,7 @@ def thresholds(
     check_writable(json)
     if model is not None:
         if shipped:
-            fail("--model fills a cache of this machine: it does not go with --shipped")
+            fail("--model fills this machine's cache; it cannot be combined with --shipped")
         _fill_cache(model, None if sizes is None else _list(sizes, "sizes", int), preset, (device, dtype), out, json)
         return
     with bad_input():

@@ -37,7 +37,7 @@ def demo(
         ),
     ] = None,
     mediators: Annotated[
-        bool, typer.Option(help="Also draw with the embedded SiT, with all, dynamic and few mediators.")
+        bool, typer.Option(help="Also draw with the embedded SiT, with all, a dynamic number and few of its mediators.")
     ] = True,
     seed: Seed = 0,
     device: Device = "auto",

@@ -160,7 +160,7 @@ app.command("compare")(compare)
 def reference(
     pictures: Annotated[Path, typer.Argument(help="A folder, a zip, or an ADM .npz.")],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="x.safetensors: all features; x.npz: mean and covariance as ADM's.")
+        Path, typer.Argument(metavar="OUT", help="x.safetensors: all features; x.npz: mean and covariance, as in ADM.")
     ],
     extractor: Annotated[str, typer.Option(help=f"{EXTRACTORS}.")] = "inception",
     extractor_weights: ExtractorWeights = None,

@@ -50,7 +50,7 @@ def generate(
     dtype: Dtype = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Draw pictures with any Stable Diffusion, DiT or PixArt model of diffusers, or a SiT of this project.
+    """Draw pictures with a pipeline of diffusers that draws from text alone or by class, or with a SiT of this project.
 
     The record of every picture (prompt, seed, options, versions ...) is stored in its PNG, under "diffattn".
     """

@@ -136,7 +136,7 @@ def _capabilities(json: Path | None) -> None:
         device: ", ".join(f"{agents} agents: {tokens}" for agents, tokens in row.items())
         for device, row in thresholds["devices"].items()
     }
-    _print(f"tokens from which agents pay, before anything was timed ({thresholds['file']})", rows)
+    _print(f"tokens from which agents are assumed to pay until timed ({thresholds['file']})", rows)
     decisions = found["decisions"]
     rows = {device: f"{count} kinds of calls" for device, count in decisions["known"].items()}
     _print(f"what is faster here, as timed ({decisions['file'] or 'switched off'})", rows)

@@ -29,7 +29,7 @@ Variant = Annotated[
 # Its acceleration.
 
 METHOD = "Attention method, see `diffattn info`; none leaves the model unpatched."
-Method = Annotated[str | None, typer.Option(help=METHOD, show_default="the one that fits the model")]
+Method = Annotated[str | None, typer.Option(help=METHOD, show_default="the one that suits the model")]
 EvaluatedMethod = Annotated[
     str | None, typer.Option(help=METHOD, show_default="none; with --paired the one that suits the model")
 ]

@@ -127,7 +127,7 @@ def _settings(
         )
     unit = "counted" if tuned.recipe["protocol"]["cost"] == "flops" else "measured"
     stdout.print(
-        f"promised: error {tuned.recipe['promised']['error']:.4f}; denoiser {tuned.speedup:.3f}x faster, {unit}"
+        f"promised: error {tuned.recipe['promised']['error']:.4f}; denoiser {tuned.speedup:.3f}x as fast, {unit}"
     )
     for rival in tuned.rivals:
         stdout.print(_rival_line(rival), markup=False)

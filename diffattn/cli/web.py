@@ -30,7 +30,7 @@ def app(
     max_side: Annotated[int, typer.Option(help="Maximum width and height, in pixels.", min=8)] = 1024,
     max_steps: Annotated[int, typer.Option(help="Maximum number of steps.", min=1)] = 100,
     max_images: Annotated[int, typer.Option(help="Maximum number of pictures per job.", min=1)] = 8,
-    max_minutes: Annotated[float, typer.Option(help="Maximum minutes of a job.", min=0.1)] = 60,
+    max_minutes: Annotated[float, typer.Option(help="Maximum duration of a job, in minutes.", min=0.1)] = 60,
     host_name: Annotated[
         list[str] | None,
         typer.Option(help="Host name under which others reach the page; repeatable.", metavar="NAME"),

@@ -72,7 +72,7 @@ class AgentAttention(LimitedMethod):
     merge_stride: int = 2  # "merge": one destination token per stride x stride cell
     scale_exponent: float | None = None  # κ: exponent on the scale of the broadcast softmax, in [0, 1]; None: 0.3
     shortcut: float | None = None  # share of each token's own value added to its output; None: 0.075
-    min_tokens: int | None = None  # layers with fewer tokens run exact; None: this device's measured threshold
+    min_tokens: int | None = None  # layers with fewer tokens run exact; None: as timed, else the device's threshold
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
     upcast: bool | None = None  # logits in fp32; None: where the layer asks for it and works in fp16
 

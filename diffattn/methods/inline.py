@@ -36,7 +36,7 @@ class InLineAttention(LimitedMethod):
     """Heads whose relative error, estimated on eight queries, exceeds this fall back to exact attention. Above 0.
     Reading the error synchronises the device; in a compiled denoiser both are computed and nothing is saved. `inf`: no
     check."""
-    min_tokens: int | None = None  # layers with fewer tokens run exact; None: 1,024
+    min_tokens: int | None = None  # layers with fewer tokens run exact; None: as timed, else 1,024
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
 
     name: ClassVar[str] = "inline"

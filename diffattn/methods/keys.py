@@ -39,7 +39,7 @@ class DownsampledKeys(LimitedMethod):
 
     factor: int = 2  # rows and columns of a cell, 2 or more
     pooled: bool = False  # means over the cells instead of their first tokens; rotated tokens then run exact
-    min_tokens: int | None = None  # layers with fewer tokens run exact; None: 1,024
+    min_tokens: int | None = None  # layers with fewer tokens run exact; None: as timed, else 1,024
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
 
     name: ClassVar[str] = "keys"

@@ -77,7 +77,7 @@ class MediatorAttention(AttentionMethod):
         return n
 
     def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
-        return "num_mediators is not given: as the model is set" if self.num_mediators is None else None
+        return "num_mediators is not given: the model's own setting runs" if self.num_mediators is None else None
 
     def build(self, layer: LayerSpec) -> AttentionFn:
         n = self._number(layer.mediators)

@@ -42,7 +42,7 @@ class TiledAttention(LimitedMethod):
 
     tiles: int | None = None  # number along the rows and along the columns, 2 or more
     tile_size: int | None = None  # most tokens along a side of a tile; the cost then grows linearly with the picture
-    min_tokens: int | None = None  # layers with fewer tokens run exact; None: 1,024
+    min_tokens: int | None = None  # layers with fewer tokens run exact; None: as timed, else 1,024
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
 
     name: ClassVar[str] = "tiles"

@@ -151,7 +151,10 @@ class Plan:
             return
         wrong = [self.layers] if isinstance(self.layers, str) else sorted(set(self.layers) - set(names))
         if wrong:
-            raise ValueError(f"layers names {', '.join(wrong)}; the self-attention layers are: {', '.join(names)}")
+            raise ValueError(
+                f"layers must be a list of self-attention layers of this model, got {', '.join(wrong)}; "
+                f"they are: {', '.join(names)}"
+            )
 
 
 def _is_chosen(layer: LayerSpec, layers: LayerFilter | None) -> bool:

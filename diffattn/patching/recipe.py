@@ -47,7 +47,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         except (OSError, ValueError) as error:
             raise ValueError(f"recipe {str(recipe)!r} is not a readable JSON file: {error}") from None
     if not isinstance(recipe, Mapping):
-        raise ValueError(f"a recipe is a mapping with the keys {', '.join(KEYS)}, got {_short(recipe)}")
+        raise ValueError(f"a recipe must be a mapping with any of the keys {', '.join(KEYS)}, got {_short(recipe)}")
     version = recipe.get(VERSION_KEY, VERSION)
     if type(version) is not int or version != VERSION:
         raise ValueError(f"recipe has version {_short(version)}; this diffattn reads version {VERSION}")
@@ -148,7 +148,7 @@ def names_of(methods: Any) -> str:
 def _mapping(recipe: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = recipe.get(key)
     if not isinstance(found, Mapping) or (key == "layers" and not found):
-        raise ValueError(f"a tuned recipe's {key} must be a mapping by name, got {_short(found)}")
+        raise ValueError(f"a tuned recipe's {key} must be a mapping with names as keys, got {_short(found)}")
     _check_number(key, found)
     return found
 
@@ -167,7 +167,9 @@ def _method(name: str, entry: Any) -> AttentionMethod:
 def _schedule(layer: str, entry: Any, settings: Mapping[str, AttentionMethod]) -> NoiseSchedule:
     """The entries as options {"setting": name}, so that `NoiseSchedule` checks their noise levels."""
     if not isinstance(entry, Mapping):
-        raise ValueError(f"layer {_short(layer)} of a recipe needs a mapping from noise level, got {_short(entry)}")
+        raise ValueError(
+            f"layer {_short(layer)} of a recipe needs a mapping from noise level to setting, got {_short(entry)}"
+        )
     for found in entry.values():
         if found != EXACT and (not isinstance(found, str) or found not in settings):
             allowed = f"{_some([*settings])}, {EXACT}"

@@ -30,7 +30,7 @@ class LayerReport:
         notes = [f"{n} x {reason}" for reason, n in sorted(self.passed_through.items())]
         if self.exact_heads:
             notes.append(
-                f"{self.exact_heads / self.accelerated:.3g} heads of an accelerated call fell back to exact attention"
+                f"{self.exact_heads / self.accelerated:.3g} heads per accelerated call fell back to exact attention"
             )
         if self.displaced_by:
             notes.insert(0, f"displaced by {self.displaced_by}")

@@ -188,9 +188,9 @@ class Runs(NotPickled):
         if not self._is_enough(reading):
             self._warn_once(
                 "level",
-                "the schedule needs the noise level, which cannot be read from this time step: no scheduler is known "
-                "that made it; such calls run exact. Draw with a pipeline, or give the denoiser the time steps of a "
-                "diffusers scheduler as they are",
+                "the schedule needs the noise level, which cannot be read from this time step, because the scheduler "
+                "that made it is not known; such calls run exact. Draw with a pipeline, or pass the denoiser the "
+                "unchanged time steps of a diffusers scheduler",
             )
         else:
             state.unchecked = sorted(state.schedule.reachable(reading.to_come)), expected

@@ -215,7 +215,7 @@ def test_mediators_follow_the_noise_level_and_exact_is_the_model_as_it_is_set() 
         t = torch.tensor([t])
         assert torch.equal(run(model, x, t, y), run(twin, x, t, y))
     reasons = diffattn.patching.patch.find_patch(model).report().layers[0].passed_through
-    assert reasons == {"num_mediators is not given: as the model is set": 1, "exact by schedule": 2}
+    assert reasons == {"num_mediators is not given: the model's own setting runs": 1, "exact by schedule": 2}
 
 
 def test_the_balanced_preset_uses_what_the_model_learned() -> None:
@@ -263,7 +263,7 @@ def test_a_run_that_begins_exact_and_ends_otherwise_does_not_warn() -> None:
         ({"schedule": {0.5: {"num_mediators": 81}, 0.0: {}}}, "from 4 to 64, got 81"),
         ({"num_agents": 4}, "unknown option num_agents of method 'mediator'; allowed: num_mediators"),
         ({"schedule": {"kind": "latent_change"}}, "needs entries, thresholds"),
-        ({"layers": ["blocks.7.attn"]}, "layers names blocks.7.attn; the self-attention layers are: blocks.0.attn"),
+        ({"layers": ["blocks.7.attn"]}, "got blocks.7.attn; they are: blocks.0.attn"),
         ({"method": "agent"}, "nothing to patch in DiT: 2 x mediator attention, which method 'agent' does not replace"),
         ({"preset": "slow"}, "unknown preset of method 'mediator': 'slow'; allowed: balanced, fast"),
     ],

@@ -8,7 +8,7 @@ from support.coexistence import Subject, agree, assert_all_accelerated, check, c
     "attention slicing",
     "enabled before and after the patch",
     on=["UNet2DConditionModel"],
-    holds="the same pictures in either order; removed, the slices stay",
+    holds="the same pictures in either order; removed, slicing stays enabled",
 )
 def test_attention_slicing(subject: Subject) -> None:
     own = subject.draw_patched()

@@ -44,7 +44,7 @@ def test_before(subject: Subject) -> None:
     "cache-dit",
     "after the patch",
     on=["SD3Transformer2DModel", "FluxTransformer2DModel"],
-    holds="the same pictures as before it; disabled, the patch's own; removed, the unpatched one",
+    holds="the same pictures as in the other order; disabled, the patch's own; removed, the unpatched one",
     needs="cache_dit",
 )
 def test_after(subject: Subject) -> None:

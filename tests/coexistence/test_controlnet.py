@@ -41,7 +41,7 @@ def controlled(subject: Subject) -> Subject:
     "ControlNet",
     "of the pipeline, patched with it",
     on=["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"],
-    holds="the layers of both networks are accelerated, and the condition counts; at scale 0 the pictures are those "
+    holds="the layers of both networks are accelerated, and the condition matters; at scale 0 the pictures are those "
     "without a ControlNet",
 )
 def test_controlnet(subject: Subject) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
     "classifier-free guidance",
     "on and off; in one pass, or in two (Flux)",
     on=["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"],
-    holds="every layer is accelerated in every pass, and guidance counts",
+    holds="every layer is accelerated in every pass, and guidance matters",
 )
 def test_classifier_free(subject: Subject) -> None:
     flux = "Flux" in type(subject.target).__name__
@@ -26,7 +26,7 @@ def test_classifier_free(subject: Subject) -> None:
     "`guidance_rescale`",
     "in a patched pipeline",
     on=["UNet2DConditionModel"],
-    holds="every layer is accelerated, and the factor counts",
+    holds="every layer is accelerated, and the factor matters",
 )
 def test_guidance_rescale(subject: Subject) -> None:
     differ(check(subject, guidance_rescale=0.7).accelerated, subject.draw_patched())
@@ -36,7 +36,7 @@ def test_guidance_rescale(subject: Subject) -> None:
     "skip-layer guidance",
     "`skip_guidance_layers` in a patched pipeline",
     on=["SD3Transformer2DModel"],
-    holds="every layer is accelerated wherever it runs, and the guidance counts",
+    holds="every layer is accelerated wherever it runs, and the guidance matters",
 )
 def test_skip_layer(subject: Subject) -> None:
     own = subject.draw_patched()
@@ -48,7 +48,7 @@ def test_skip_layer(subject: Subject) -> None:
     "perturbed-attention guidance (PAG)",
     "by the pipelines of PAG, which replace processors in every call",
     on=["UNet2DConditionModel", "SD3Transformer2DModel"],
-    holds="the attention of guided layers is accelerated too, the perturbed one is the pipeline's; the scale counts",
+    holds="the attention of guided layers is accelerated too, the perturbed one is the pipeline's; the scale matters",
 )
 def test_pag(subject: Subject) -> None:
     layers = "mid" if "UNet" in type(subject.denoiser).__name__ else "blocks.1"
@@ -88,7 +88,7 @@ GUIDERS: dict[str, Any] = {
     "guiders of diffusers in a `ModularPipeline`",
     "classifier-free, projected, tangential",
     on=["SD3Transformer2DModel"],
-    holds="`diffattn.patch` takes the pipeline as any other; every layer is accelerated",
+    holds="`diffattn.patch` takes the pipeline like any other; every layer is accelerated",
 )
 def test_guiders(subject: Subject) -> None:
     pipe, drawn = modular(subject), []
@@ -130,7 +130,7 @@ def guided(subject: Any, scale: float) -> Tensor:
     "guiders of diffusers",
     "perturbed attention",
     on=["QwenImageTransformer2DModel", "CogView4Transformer2DModel"],
-    holds="layers run exact while the guider replaces their attention, and the report says why; the scale counts",
+    holds="layers run exact while the guider replaces their attention, and the report says why; the scale matters",
 )
 def test_perturbing_guider(subject: Subject) -> None:
     exact = guided(subject, 2.0)

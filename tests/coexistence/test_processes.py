@@ -51,7 +51,7 @@ def test_prompts_are_shared(subject: Subject, found: list[dict[str, Any]]) -> No
     "FSDP2",
     "`fully_shard` before and after the patch, in two processes",
     on=["UNet2DConditionModel", "FluxTransformer2DModel"],
-    holds="the pictures of the patch in one process; removed, the unpatched ones, bit by bit",
+    holds="the pictures of the patch in one process; removed, the unpatched ones, bit for bit",
 )
 def test_sharded(subject: Subject, found: list[dict[str, Any]]) -> None:
     exact, accelerated = subject.draw(), subject.draw_patched()

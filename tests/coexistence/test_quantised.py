@@ -44,7 +44,7 @@ def first_query(subject: Subject) -> str:
     "`enable_layerwise_casting`",
     "weights in float8, before and after the patch",
     on=["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"],
-    holds="both take effect, in either order the same",
+    holds="both take effect, with the same result in either order",
 )
 def test_layerwise_casting(subject: Subject) -> None:
     before = subject.draw_patched()

@@ -14,7 +14,7 @@ def load(subject: Subject) -> None:
     "textual inversion",
     "loaded before and after the patch",
     on=["UNet2DConditionModel", "FluxTransformer2DModel"],
-    holds="the word takes effect, in either order the same; unloaded, the patch's own pictures",
+    holds="the word takes effect, with the same result in either order; unloaded, the patch's own pictures",
 )
 def test_textual_inversion(subject: Subject) -> None:
     prompt = {"prompt": "a <thing>"} | ({"prompt_2": "a cat"} if "Flux" in type(subject.target).__name__ else {})

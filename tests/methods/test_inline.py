@@ -121,6 +121,6 @@ def test_the_report_says_how_many_heads_ran_exact(make_pipeline: Any) -> None:
     report = handle.report()
     assert report.calls_accelerated > 0
     assert all(layer.exact_heads > 0 for layer in report.layers if layer.accelerated)
-    assert "heads of an accelerated call fell back to exact attention" in str(report)
+    assert "heads per accelerated call fell back to exact attention" in str(report)
     handle.remove()
     torch.testing.assert_close(accelerated, tiny.run(pipe), atol=1e-3, rtol=1e-3)

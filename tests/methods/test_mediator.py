@@ -85,9 +85,8 @@ def test_only_layers_with_mediators_are_covered() -> None:
 
 
 def test_without_a_number_the_layer_runs_as_the_model_is_set() -> None:
-    assert (
-        MediatorAttention().reason_call(layer(4, 16), 64, "cpu", 0) == "num_mediators is not given: as the model is set"
-    )
+    reason = MediatorAttention().reason_call(layer(4, 16), 64, "cpu", 0)
+    assert reason == "num_mediators is not given: the model's own setting runs"
     assert MediatorAttention(4).reason_call(layer(4, 16), 64, "cpu", 0) is None
 
 

@@ -111,7 +111,7 @@ def test_the_report_says_how_many_heads_agents_missed(pipe: DiffusionPipeline) -
         assert some
         for layer in some:
             assert layer.exact_heads == 4 * 3  # calls, heads of both samples
-            assert "3 heads of an accelerated call fell back to exact attention" in layer.note
+            assert "3 heads per accelerated call fell back to exact attention" in layer.note
         assert "fell back to exact attention" in str(handle.report())
     with diffattn.patch(pipe, **(FEW | {"max_head_error": 10})) as handle:
         tiny.run(pipe)
@@ -220,8 +220,8 @@ def test_a_unet_that_stays_exact_beside_an_unpatched_controlnet_warns(make_pipel
         ({"shortcut": "a lot"}, "shortcut must be a finite number, got 'a lot'"),
         ({"min_tokens": -1}, "min_tokens must be .*got -1"),
         ({"max_level": -1}, "max_level must be .*got -1"),
-        ({"layers": ["attn1"]}, "layers names attn1; the self-attention layers are: down_blocks.0"),
-        ({"layers": MID}, "layers names mid_block"),
+        ({"layers": ["attn1"]}, "got attn1; they are: down_blocks.0"),
+        ({"layers": MID}, "layers must be a list of self-attention layers of this model, got mid_block"),
         ({"layers": []}, "nothing to patch in UNet2DConditionModel: .*not among the chosen layers"),
         ({"layers": lambda layer: layer.level == 5}, "not among the chosen layers"),
         ({"schedule": {0.5: {}}}, "a schedule needs an entry at 0.0"),

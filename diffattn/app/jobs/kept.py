@@ -41,7 +41,7 @@ def renamed(kept: Sequence[Mapping[str, Any]], titles: Collection[str], name: ob
     if len(found) != 1:
         raise ValueError(f"tick exactly one of your own runs to rename it; {len(found)} are ticked")
     if not isinstance(name, str) or not 0 < len(name.strip()) <= MAX_TITLE:
-        raise ValueError(f"a name has 1 to {MAX_TITLE} characters, got {str(name)[:40]!r}")
+        raise ValueError(f"a name must have 1 to {MAX_TITLE} characters, got {str(name)[:40]!r}")
     if name.strip() in {run["title"] for run in kept}:
         raise ValueError(f"you already have a run named {name.strip()!r}; choose another")
     return [dict(run) | ({"title": name.strip()} if run["title"] == found[0] else {}) for run in kept]

@@ -74,7 +74,7 @@ class Stops:
             )
         if owners[visitor.owner] >= self.of_owner:
             raise ValueError(
-                f"{owners[visitor.owner]} jobs of your user or address are running or queued (limit "
+                f"{owners[visitor.owner]} jobs of your user name or address are running or queued (limit "
                 f"{self.of_owner}): {wait}"
             )
         if len(self._jobs) >= self.in_all:

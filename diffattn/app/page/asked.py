@@ -102,7 +102,7 @@ def _more(worker: Worker) -> tuple[gr.Number, gr.Dropdown, gr.Radio]:
         )  # fmt: skip
         against = gr.Radio(
             [("real pictures where stored", AGAINST[0]), ("its own exact pictures", AGAINST[1])], value=AGAINST[0],
-            label="Measured against", info="Exact pictures use other seeds; exact attention thus shows chance.",
+            label="Measured against", info="Exact pictures use other seeds: exact attention's own figure shows chance.",
         )  # fmt: skip
         guidance = gr.Number(None, label="Guidance", placeholder=OWN, info="1: none; 0: the model's own", min_width=120)
     return guidance, extractor, against

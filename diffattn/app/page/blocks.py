@@ -30,7 +30,7 @@ class Page(gr.Blocks):
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         """As Gradio's; raises `ValueError` for a file on another server, and for what only a browser can do."""
         if block_fn.fn is None:
-            raise ValueError("this action is the browser's own")
+            raise ValueError("only a browser can do this")
         traverse(inputs, _refuse_remote, is_file_obj_with_meta)
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 

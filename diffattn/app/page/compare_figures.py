@@ -77,7 +77,7 @@ def _notes(found: Comparison, at_own: bool, size: Size) -> list[str]:
     blanked = sum(v.blanked for v in found.variants)
     said += [BLANKED.format(blanked)] * bool(blanked)
     if not at_own and size is not None:
-        said.append(f"PSNR and SSIM are shown at the size that the model was trained at, {own_sizes(size)}.")
+        said.append(f"PSNR and SSIM are only shown at the size that the model was trained at, {own_sizes(size)}.")
     said += [UNMEASURED] * (found.variants[0].peak_mib is None)
     return said + [UNCOUNTED] * any(v.gflops is None for v in found.variants)
 

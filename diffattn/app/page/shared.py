@@ -107,7 +107,7 @@ def progress_html(progress: JobProgress) -> str:
     """A progress bar, the step, the time left, and the preview embedded in the page."""
     if progress.ahead:
         jobs = "1 job runs" if progress.ahead == 1 else f"{progress.ahead} jobs run"
-        return busy(f"Waiting: {jobs} before yours. Stop leaves the queue.")
+        return busy(f"Waiting: {jobs} before yours. Press Stop to leave the queue.")
     if not progress.steps:
         return busy(f"{progress.what} …")
     total = progress.steps * progress.pictures

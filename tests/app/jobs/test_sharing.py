@@ -17,7 +17,7 @@ def test_made_up_sessions_and_fresh_names_give_no_more_jobs() -> None:
     stops = Stops(2, of_owner=3, in_all=50)
     jobs = [stops.add(Visitor(f"made up {i}", None, "10.0.0.1")) for i in range(3)]
     for name in (None, "fresh", "fresher"):
-        with pytest.raises(ValueError, match="3 jobs of your user or address"):
+        with pytest.raises(ValueError, match="3 jobs of your user name or address"):
             stops.add(Visitor("another", name, "10.0.0.1"))
     other = Visitor("s", "browser", "10.0.0.2")
     stops.add(other)
