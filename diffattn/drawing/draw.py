@@ -20,6 +20,9 @@ from diffattn.machine import dtype_name, versions
 from diffattn.patching.patch import Patch, find_patch, patch
 from diffattn.sampling import SiTPipeline
 
+OF_VIDEOS = {"num_frames", "frames", "video_length", "video"}
+"""Arguments that only pipelines of videos take."""
+
 
 def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch | None]:
     """Check a request against a pipeline, and patch the pipeline if the request asks for a method.
@@ -146,6 +149,11 @@ def _settings(pipe: Any, request: Request) -> dict[str, Any]:
 
 def _check_draws_from_text(pipe: Any) -> None:
     accepted = inspect.signature(pipe.__call__).parameters
+    if not OF_VIDEOS.isdisjoint(accepted):
+        raise TypeError(
+            f"{type(pipe).__name__} draws videos, and only pictures are drawn here; in Python, diffattn.patch(pipe) "
+            "accelerates it"
+        )
     needed = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "generator")
     missing = [name for name in needed if name not in accepted]
     if missing or "image" in accepted or not hasattr(pipe, "vae_scale_factor"):

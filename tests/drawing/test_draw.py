@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DModel,
+    WanPipeline,
 )
 from PIL import Image
 from support import tiny, tiny_joint
@@ -191,6 +192,12 @@ def test_pipelines_that_do_not_draw_from_text(tmp_path: Path) -> None:
                        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
     with pytest.raises(TypeError, match="DDPMPipeline takes no prompt"):
         prepare(DDPMPipeline(unet, DDPMScheduler()), request())
+
+
+def test_pipelines_that_draw_videos_are_refused_before_they_run() -> None:
+    parts: Any = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
+    with pytest.raises(TypeError, match=r"WanPipeline draws videos.*diffattn\.patch\(pipe\) accelerates it"):
+        prepare(WanPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts), request())
 
 
 # Drawing
