@@ -11,7 +11,7 @@ from typing import Any
 
 from diffattn.benchmarks.variants import PRESETS
 
-from .agents import agent
+from .agents import agent, recipe
 from .base import Draw, LeftOut, Peer, Setting
 from .caching import block_cache
 from .deepcache import deepcache
@@ -38,6 +38,7 @@ KINDS: Mapping[str, Callable[[str], Peer]] = {
     SDPA: lambda _: _unchanged,
     FLOOR: lambda _: floor,
     "agent": lambda preset: partial(agent, _one_of(PRESETS, preset or "balanced")),
+    "recipe": lambda path: partial(recipe, path),
     "steps": lambda number: partial(fewer_steps, int(number)),
     "tome": lambda ratio: partial(tome, float(ratio)),
     "keys": lambda kind: partial(downsampling, _one_of(SHRINK, kind)),
@@ -56,7 +57,8 @@ VARIANTS = (
     "agent+deepcache-3", "agent+tgate", "agent+sada", "agent+steps-14",
 )  # fmt: skip
 """What is compared by default. "agent" is the shipped preset "balanced"; "tiles-2" are 2×2 tiles. Those that
-cannot run on a pipeline are left out, with the reason. "cachedit-0.1", of that threshold, needs a transformer."""
+cannot run on a pipeline are left out, with the reason. "cachedit-0.1", of that threshold, needs a transformer;
+"recipe-FILE" is a recipe of `diffattn tune`."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""This project's own: a shipped preset of agent attention, unchanged."""
+"""This project's own: a shipped preset of agent attention, unchanged, and recipes from files."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,7 +19,14 @@ def agent(preset: str, pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw
 
 
 @contextmanager
-def patched(pipe: Any, method: str, **arguments: Any) -> Iterator[None]:
+def recipe(path: str, pipe: Any, draw: Draw, setting: Setting) -> Iterator[Draw]:
+    """`diffattn.patch(pipe, recipe=...)`, such as one that `diffattn tune` wrote."""
+    with patched(pipe, None, recipe=path):
+        yield draw
+
+
+@contextmanager
+def patched(pipe: Any, method: str | None, **arguments: Any) -> Iterator[None]:
     """`diffattn.patch(pipe, method, ...)` within the block; `LeftOut` where it cannot be patched."""
     try:
         handle = patch(pipe, method, calibrate=False, **arguments)

@@ -16,7 +16,7 @@ from .timing import Rounds, gains, names_in, ratio, seconds, share_of_saving
 COLOURS = {
     SDPA: "black", "steps": "0.5", "agent": "#0072B2", "tome": "#009E73", "keys": "#E69F00", "tiles": "#D55E00",
     "deepcache": "#CC79A7", "tgate": "#8B5A2B", "sada": "#332288", "cachedit": "#882255", "combined": "#56B4E9",
-    FLOOR: "0.75",
+    "recipe": "#117733", FLOOR: "0.75",
 }  # fmt: skip
 QUALITY_NOTES = (
     "Means over pictures, each against the unaccelerated picture of the same prompt and seed. Bold: nothing else is "

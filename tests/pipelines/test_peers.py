@@ -1,5 +1,6 @@
 """The compared methods: each runs, does what it says, and leaves the pipeline as it was."""
 
+import json
 import sys
 import warnings
 from functools import partial
@@ -216,6 +217,17 @@ def test_downsampled_keys_draw_what_the_method_draws(pipe, name):
         found = latents(draw, 4)
     with diffattn.patch(pipe, "keys", pooled=name == "keys-pooled", min_tokens=0):
         torch.testing.assert_close(latents(pipe, 4), found, atol=1e-3, rtol=1e-3)
+
+
+def test_a_recipe_is_drawn_as_it_is_written(pipe, tmp_path):
+    written = {"method": "keys", "options": {"factor": 4, "min_tokens": 0}}
+    (tmp_path / "recipe.json").write_text(json.dumps(written))
+    with apply(f"recipe-{tmp_path}/recipe.json", pipe, SETTING) as draw:
+        found = latents(draw, 4)
+    with diffattn.patch(pipe, recipe=written):
+        assert torch.equal(latents(pipe, 4), found)
+    with pytest.raises(LeftOut, match="missing"), apply("recipe-missing.json", pipe, SETTING):
+        pass
 
 
 def test_pooled_keys_are_means_of_projected_keys(layer):
