@@ -73,7 +73,8 @@ SMALLER = {
     "diffattn bench attention": f"--models tiny --sizes 64 {QUICK_BENCH}",
     "diffattn bench mediator": f"--sizes 16 --mediators 4 --what block {QUICK_BENCH}",
     "compare_peers.py speed": "--unets tiny --sizes 64 --rounds 1 --threads 1 --device cpu --dtype float32",
-    "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0 --device cpu",
+    "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0 --threads 1"
+    " --device cpu --dtype float32",
     "compare_peers.py quality --reference": "--kid-pictures 4 --every 1 --seed-sets 1",
     "attention_error.py": "--steps 3 --prompts tent --size 128",
     "compare_linear.py cores": "--tokens 64 --mediators 4 --rounds 1 --width 24 --heads 2",
@@ -90,7 +91,7 @@ SMALLER = {
     "train_emoji_mmdit.py evaluate": "--steps 1 --limit 1 --no-write",
     "train_emoji_sd.py evaluate": "--vae-pictures 1 --steps 1 --limit 1",
     "train_classifiers.py": "--steps 1 --batch 8",
-    "gpu_day.py": "--tiny --device cpu --dtype float32 --minutes 60",
+    "gpu_day.py": "--plan --tiny --device cpu --dtype float32",
 }
 """Program, command, and what else must be among its words -> options that are appended."""
 

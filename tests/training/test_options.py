@@ -1,14 +1,17 @@
 """Options of a run that change what is computed (compilation, precision, path, weights), and the logs of it."""
 
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from support.tiny_training import last, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch._dynamo.utils import counters
 
+from diffattn.models import DiT
 from diffattn.training import checkpoints
 from diffattn.training.loop import Trainer
 
@@ -24,7 +27,10 @@ def losses(said: list[str]) -> list[float]:
     return [float(line.split("loss ")[1].split()[0]) for line in said if line.startswith("step ")]
 
 
-def test_a_compiled_run_learns_what_an_eager_one_does_from_the_teacher_too(pictures, tmp_path, fresh_dynamo) -> None:
+def test_a_compiled_run_learns_what_an_eager_one_does_from_the_teacher_too(
+    pictures, tmp_path, fresh_dynamo, monkeypatch
+) -> None:
+    monkeypatch.setattr(DiT, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))  # inductor: a minute
     one_layer = ["model.num_layers=1", "model.mediators=[4]", "run.steps=4", "run.log_every=1"]
     teacher = run(pictures, tmp_path / "teacher", *one_layer, "model.attention=softmax", "run.steps=1")
     settings = [*one_layer, f"model.start={teacher}", f"objective.distill={teacher}", "objective.distill_weight=10"]
