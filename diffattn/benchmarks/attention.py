@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class BenchmarkConfig:
     batch: int = 2  # guidance: the unconditional and the conditional half
     levels: tuple[int, ...] | None = None  # whose self-attention is compared; None: the model's own
     min_tokens: int | None = None  # of the agents; None: the thresholds of this machine
+    max_head_error: float | None = None  # of the agents; None: their own, inf: no head falls back
     device: str = "auto"  # the first available of cuda, mps, cpu
     dtype: str = "auto"  # see `machine.fastest_dtype`
     threads: int | None = None  # CPU threads; None: torch's default
@@ -68,6 +69,8 @@ class BenchmarkConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
+        if self.max_head_error is not None and not self.max_head_error > 0:
+            raise ValueError(f"max_head_error must be above 0, got {self.max_head_error}")
         if not self.modes:
             raise ValueError("eager and compile are both off: there is nothing to measure")
         for model in self.models:
@@ -82,6 +85,11 @@ class BenchmarkConfig:
     def sizes_of(self, model: str) -> tuple[int, ...]:
         """The sizes that are measured."""
         return MODELS[model].sizes if self.sizes is None else self.sizes
+
+    @property
+    def limits(self) -> tuple[int | None, float | None]:
+        """`min_tokens` and `max_head_error`."""
+        return self.min_tokens, self.max_head_error
 
     @property
     def all_variants(self) -> tuple[str, ...]:
@@ -256,7 +264,7 @@ def _prepare_eager(
 
     @contextmanager
     def around(name: str) -> Iterator[None]:
-        with apply_variant(name, denoiser, levels, config.min_tokens) as coverage:
+        with apply_variant(name, denoiser, levels, *config.limits) as coverage:
             if handle := find_patch(denoiser):
                 handle.begin_run(*args, **kwargs)  # work done once per run does not count as part of a step
             yield
@@ -277,7 +285,7 @@ def _prepare_compiled(
         for name in names:
             twin = _twin(denoiser)
             twin.compile(dynamic=False, backend=config.backend)
-            coverages[name] = stack.enter_context(apply_variant(name, twin, levels, config.min_tokens))
+            coverages[name] = stack.enter_context(apply_variant(name, twin, levels, *config.limits))
             calls[name] = partial(twin, *args, **kwargs)
         yield calls, lambda name: nullcontext(), lambda: {name: Covered(c()) for name, c in coverages.items()}
     torch._dynamo.reset()
@@ -293,7 +301,7 @@ def _left_out(config: BenchmarkConfig, denoiser: nn.Module, levels: tuple[int, .
     reasons = {}
     for name in config.all_variants:
         try:
-            with apply_variant(name, denoiser, levels, config.min_tokens):
+            with apply_variant(name, denoiser, levels, *config.limits):
                 pass
         except LeftOut as error:
             reasons[name] = str(error)
@@ -302,6 +310,8 @@ def _left_out(config: BenchmarkConfig, denoiser: nn.Module, levels: tuple[int, .
 
 def _conditions(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     settings = asdict(config) | {"device": str(device), "dtype": dtype_name(dtype)}
+    if config.max_head_error == inf:
+        settings["max_head_error"] = "inf"  # for which JSON has no number
     return {"machine": describe_machine(device), "settings": settings}
 
 

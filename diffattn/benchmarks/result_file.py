@@ -63,7 +63,7 @@ def _comparable(conditions: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{key: machine.get(key) for key in ("cpu", "gpu", "threads")},
         "torch": machine.get("versions", {}).get("torch"),
-        **{key: settings.get(key) for key in ("device", "dtype", "batch", "min_tokens")},
+        **{key: settings.get(key) for key in ("device", "dtype", "batch", "min_tokens", "max_head_error")},
         "levels": list(settings["levels"]) if settings.get("levels") else None,
         "all_layers": bool(settings.get("all_layers")),
     }

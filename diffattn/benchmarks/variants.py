@@ -38,7 +38,11 @@ class LeftOut(Exception):
 
 @contextmanager
 def apply_variant(
-    name: str, unet: nn.Module, levels: Collection[int], min_tokens: int | None = None
+    name: str,
+    unet: nn.Module,
+    levels: Collection[int],
+    min_tokens: int | None = None,
+    max_head_error: float | None = None,
 ) -> Iterator[Coverage]:
     """Apply the named variant to the self-attention of `levels` within the block.
 
@@ -47,6 +51,7 @@ def apply_variant(
         unet: a denoiser, compiled or not.
         levels: resolutions whose layers are changed, 0 the highest.
         min_tokens: of agents and other methods; None keeps their own.
+        max_head_error: of agents; None keeps their own.
 
     Raises:
         LeftOut: tomesd is missing, or the method covers none of these levels.
@@ -56,8 +61,11 @@ def apply_variant(
         TOME: partial(_merged, unet, levels),
         FLOOR: partial(_floor, unet, levels),
     }
+    options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
     method, preset = (name, DEFAULT_PRESET) if name in OTHER_METHODS else (AgentAttention.name, name)
-    with contexts.get(name, partial(_patched, unet, levels, method, preset, min_tokens))() as coverage:
+    if method == AgentAttention.name and max_head_error is not None:
+        options["max_head_error"] = max_head_error
+    with contexts.get(name, partial(_patched, unet, levels, method, preset, options))() as coverage:
         yield coverage
 
 
@@ -68,9 +76,8 @@ def _exact(unet: nn.Module) -> Iterator[Coverage]:
 
 @contextmanager
 def _patched(
-    unet: nn.Module, levels: Collection[int], method: str, preset: str, min_tokens: int | None
+    unet: nn.Module, levels: Collection[int], method: str, preset: str, options: dict[str, Any]
 ) -> Iterator[Coverage]:
-    options: dict[str, Any] = {} if min_tokens is None else {"min_tokens": min_tokens}
     try:
         handle = patch(
             unet, method, preset=preset, layers=lambda spec: spec.level in levels, calibrate=False, **options

@@ -52,6 +52,13 @@ def attention(
         int | None,
         typer.Option(help="Layers with fewer tokens use exact attention. [default: this machine's thresholds]"),
     ] = None,
+    max_head_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Heads of agents that are further off run exact; inf: none does, for random weights. [default: the "
+            "preset's]"
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: FastestDtype = "auto",
     threads: Threads = None,
@@ -80,8 +87,9 @@ def attention(
         config = BenchmarkConfig(
             models=_list(models, "models"), sizes=None if sizes is None else _list(sizes, "sizes", int),
             variants=_list(variants, "variants"), all_layers=all_layers,
-            rounds=rounds, warmup=warmup, batch=batch, min_tokens=min_tokens, device=device, dtype=dtype,
+            rounds=rounds, warmup=warmup, batch=batch, min_tokens=min_tokens, max_head_error=max_head_error,
             levels=None if levels is None else _list(levels, "levels", int), threads=threads, compile=compile,
+            device=device, dtype=dtype,
         )  # fmt: skip
         benchmark = Benchmark(config, out, resume=resume)
     results = benchmark.run(time_budget=_seconds(time_budget), say=_say)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,25 @@ def test_results_are_complete(measured):
         assert entry["variants"][FLOOR]["layers"] == 7
     assert results["results"][1]["tokens"] == {"0": 256, "1": 64}
     assert results["results"][1]["variants"]["balanced"]["layers"] == 3  # 64 agents cannot serve 64 tokens
+
+
+@pytest.mark.parametrize("limit", [1e-9, float("inf")])
+def test_heads_run_exact_beyond_the_given_limit(unet, tmp_path, limit):
+    given = {
+        "sizes": (128,),
+        "rounds": 1,
+        "warmup": 0,
+        "variants": ("balanced", "paper", "keys"),
+        "max_head_error": limit,
+    }
+    results = Benchmark(replace(CONFIG, **given), tmp_path).run(say=silent)
+    assert results["results"][0]["variants"]["balanced"]["exact_head_share"] == (limit < 1)
+    assert not results["results"][0]["left_out"]
+    assert "Infinity" not in (tmp_path / RESULT_FILE).read_text()
+    resumed = Benchmark(replace(CONFIG, **given), tmp_path, resume=True)
+    assert resumed.is_complete
+    with pytest.raises(ValueError, match="made with another max_head_error"):
+        Benchmark(CONFIG, tmp_path, resume=True)
 
 
 def test_share_of_floor_saving_is_as_defined(measured):

@@ -23,9 +23,15 @@ OPTIONS: dict[str, Any] = dict(min_tokens=0, num_agents=8, max_head_error=1e9, s
 TIMESTEPS = (900, 700, 500, 300, 100, 20)
 LIMIT = 0.12  # some heads of some layers are further off than this
 SHAPES = (2, 4, 16, 16), (2, 16, tiny.WIDTH)
-LAYERS = 7  # self-attention layers of the tiny UNet
+LAYERS = 4  # self-attention layers of the UNet
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def unet() -> nn.Module:
+    """With attention at its first level and in the middle: the fewer layers, the sooner it is compiled."""
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    return tiny.unet(**kinds, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
 
 
 @torch.no_grad()
@@ -47,7 +53,7 @@ def run(model: nn.Module) -> Tensor:
 
 def eager() -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of the uncompiled model: exact, and patched."""
-    model = tiny.unet()
+    model = unet()
     exact = steps(model)
     with diffattn.patch(model, **OPTIONS):
         return exact, steps(model)
@@ -62,12 +68,12 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 def test_compile_then_patch_is_one_graph_per_phase(way: Callable[..., nn.Module]) -> None:
     exact, patched = eager()
     unpatched_counter = CompileCounter()
-    steps(way(tiny.unet(), unpatched_counter))
+    steps(way(unet(), unpatched_counter))
     assert sum(counters["graph_break"].values()) == 0
     torch._dynamo.reset()
 
     counter = CompileCounter()
-    model = way(tiny.unet(), counter)
+    model = way(unet(), counter)
     patch = diffattn.patch(model, **OPTIONS)
     assert_close(steps(model), patched)
     assert counter.frame_count == 3 * unpatched_counter.frame_count
@@ -81,7 +87,7 @@ def test_compile_then_patch_is_one_graph_per_phase(way: Callable[..., nn.Module]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_calls_are_counted_in_compiled_code(way: Callable[..., nn.Module]) -> None:
-    model = way(tiny.unet(), CompileCounter())
+    model = way(unet(), CompileCounter())
     with diffattn.patch(model, **OPTIONS) as patch:
         steps(model)
     report = patch.report()
@@ -94,7 +100,7 @@ def test_calls_are_counted_in_compiled_code(way: Callable[..., nn.Module]) -> No
 def test_patch_then_compile_works_without_recompiling_per_step(way: Callable[..., nn.Module]) -> None:
     exact, patched = eager()
     counter = CompileCounter()
-    inner = tiny.unet()
+    inner = unet()
     patch = diffattn.patch(inner, **OPTIONS)
     model = way(inner, counter)
     assert_close(steps(model), patched)
@@ -112,7 +118,7 @@ def test_heads_that_run_exact_are_found_before_anything_is_compiled(way: Callabl
     for limit in (LIMIT, 1e-9, math.inf):
         torch._dynamo.reset()
         counter = CompileCounter()
-        model = way(tiny.unet(), counter)
+        model = way(unet(), counter)
         with (
             diffattn.patch(model, min_tokens=0, num_agents=6, schedule={0.0: {}}, max_head_error=limit) as patch,
             warnings.catch_warnings(),
@@ -133,7 +139,7 @@ def test_heads_that_run_exact_are_found_before_anything_is_compiled(way: Callabl
             assert all(layer.passed_through == why and not layer.accelerated for layer in layers)
         else:
             assert all(layer.accelerated == calls and not layer.exact_heads for layer in layers)
-    exact = run(tiny.unet())
+    exact = run(unet())
     errors = [torch.dist(drawn[limit], exact).item() for limit in (1e-9, LIMIT, math.inf)]
     assert errors[0] < errors[1] < errors[2]
 
@@ -151,7 +157,7 @@ def test_heads_are_not_looked_for_where_a_hook_of_diffusers_would_count_the_call
             calls.append(len(calls))
             return args, kwargs
 
-    inner = tiny.unet()
+    inner = unet()
     HookRegistry.check_if_exists_or_initialize(inner.mid_block.attentions[0]).register_hook(Counts(), "counts")
     model = in_place(inner, CompileCounter())
     with few(model) as patch:
@@ -162,11 +168,11 @@ def test_heads_are_not_looked_for_where_a_hook_of_diffusers_would_count_the_call
 
 @pytest.mark.parametrize("way", [outer, in_place])
 def test_a_call_that_fails_while_heads_are_looked_for_leaves_nothing_behind(way: Callable[..., nn.Module]) -> None:
-    model = way(tiny.unet(), CompileCounter())
+    model = way(unet(), CompileCounter())
     with few(model) as expected:
         drawn = run(model)
     torch._dynamo.reset()
-    model = way(tiny.unet(), CompileCounter())
+    model = way(unet(), CompileCounter())
     with few(model) as patch:
         scheduler = tiny.scheduler()
         scheduler.set_timesteps(6)
@@ -180,7 +186,7 @@ def test_a_call_that_fails_while_heads_are_looked_for_leaves_nothing_behind(way:
 
 
 def test_heads_that_were_found_stay_when_processors_are_replaced() -> None:
-    model = outer(inner := tiny.unet(), CompileCounter())
+    model = outer(inner := unet(), CompileCounter())
     with few(model) as patch:
         drawn = run(model)
         exact_heads = [layer.exact_heads for layer in patch.report().layers]
@@ -191,7 +197,7 @@ def test_heads_that_were_found_stay_when_processors_are_replaced() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_compiled_model_is_found_again_and_restored(way: Callable[..., nn.Module]) -> None:
-    model = way(tiny.unet(), CompileCounter())
+    model = way(unet(), CompileCounter())
     inner = getattr(model, "_orig_mod", model)
     before = (inner._compiled_call_impl, dict(model._forward_pre_hooks), dict(inner._forward_pre_hooks))
     diffattn.patch(model, **OPTIONS)

@@ -47,6 +47,7 @@ SUBSTITUTES = {
     r"\b(num_inference_steps|steps)=\d+": r"\1=2",
     r"\.compile\(\)": '.compile(backend="eager")',
     r"\bsamples=16\b": "samples=8",
+    r"(diffattn\.tune\(pipe, \[[^]]*\])": r"\1, width=256, height=256",
     r"http://127\.0\.0\.1:7860": "{page}",
 }
 """Pattern in a block -> what stands for it: hub ids become folders, many steps two."""
