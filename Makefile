@@ -12,12 +12,12 @@ demo: .venv/installed
 
 # Two processes with one thread each; then, alone on the machine, the tests that drive a browser.
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser"
 	$(BIN)/python -m pytest -m browser
 
 # Every package, without the tests that are slow or need a browser.
 test-fast: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser"
 
 # What every method and every denoiser must fulfil, with the oldest diffusers that pyproject.toml allows.
 test-oldest: $(OLDEST)/installed

@@ -2,10 +2,11 @@
 
     python pipelines/check_never_slower.py --models sd15,sdxl,sd35m,emoji-sd --out outputs/never-slower
 
-Four variants of one step take turns: exact attention; exact attention again, whose ratio shows the noise; a patch that
-knows from an earlier call which way is faster; and the first call of a patch that knows nothing and times both ways.
-The last two give the time of a first run: one first step, and the others with what it found. Rounds are kept after each
-of them; start again with the same arguments to resume.
+Five variants of one step take turns: exact attention; exact attention again, whose ratio shows the noise; the first and
+the second step of a run, patched, when it is known from earlier runs which way is faster; and the first step of a patch
+that knows nothing and times both ways. In every eighth step a patch looks again at what it may reuse, which costs as
+much as the first step of a run. From these follow the time of a whole run, and that of the first run on a machine.
+Rounds are kept after each of them; start again with the same arguments to resume.
 """
 
 import tempfile
@@ -21,6 +22,7 @@ from torch import nn
 
 import diffattn
 from diffattn.architectures.denoisers import denoisers_of
+from diffattn.architectures.processor import RENEWED_EVERY
 from diffattn.drawing.loading import embedded_models
 from diffattn.files import read_json, write_json
 from diffattn.machine import cpu_threads, describe_machine, dtype_name, resolve, where
@@ -30,7 +32,8 @@ from diffattn.measure.memory import peak_mib
 from diffattn.measure.models import MODELS
 from diffattn.tables import markdown_table
 
-EXACT, CONTROL, KNOWN, FIRST = "exact", "exact again", "patched", "first call"
+EXACT, CONTROL, START, LATER, FIRST = "exact", "exact again", "first step", "second step", "first step of all"
+RUN, FIRST_RUN = "patched run", "first run"
 PIXELS_PER_LATENT = 8
 
 
@@ -59,9 +62,11 @@ class Step:
             cache.unlink(missing_ok=True)
         with diffattn.patch(self.model, calibrate=cache) as patch:
             patch.quiet()
-            if variant == KNOWN:
+            if variant != FIRST:
                 args, kwargs = self.inputs
                 patch.begin_run(*args, **kwargs)
+            if variant == LATER:
+                self.call()
             yield
 
     def accelerated(self) -> tuple[int, int]:
@@ -74,7 +79,7 @@ class Step:
     def peaks(self) -> dict[str, float | None]:
         """The peak memory of a call, exact and patched, in MiB."""
         found = {}
-        for variant in (EXACT, KNOWN):
+        for variant in (EXACT, START):
             with self.around(variant):
                 found[variant] = peak_mib(self.call, self.device)
         return found
@@ -162,18 +167,22 @@ def _measure(
             write_json(out / "never-slower.json", results)
             typer.echo(f"{name} {size} px: round {len(timings.rounds)} of {rounds}")
 
-        calls: dict[str, Callable[[], None]] = dict.fromkeys((EXACT, CONTROL, KNOWN, FIRST), step.call)
+        calls: dict[str, Callable[[], None]] = dict.fromkeys((EXACT, CONTROL, START, LATER, FIRST), step.call)
         interleave(calls, rounds, 0, device, around=step.around, finished=done, on_round=keep)
 
 
 def ratios(entry: Mapping[str, Any], steps: int) -> dict[str, Spread]:
-    """Time over that of exact attention in the same round: of exact attention again, of a patched step, and of a first
-    run of so many steps."""
-    rounds = entry["rounds"]
+    """Time over that of exact attention in the same round: of exact attention again, of a patched run of so many steps,
+    and of the first such run."""
+    rounds, looks = entry["rounds"], -(-steps // RENEWED_EVERY)
+
+    def run(r: Mapping[str, float], first: float) -> float:
+        return (first + (looks - 1) * r[START] + (steps - looks) * r[LATER]) / (steps * r[EXACT])
+
     return {
         CONTROL: Spread.of([r[CONTROL] / r[EXACT] for r in rounds]),
-        KNOWN: Spread.of([r[KNOWN] / r[EXACT] for r in rounds]),
-        FIRST: Spread.of([(r[FIRST] + (steps - 1) * r[KNOWN]) / (steps * r[EXACT]) for r in rounds]),
+        RUN: Spread.of([run(r, r[START]) for r in rounds]),
+        FIRST_RUN: Spread.of([run(r, r[FIRST]) for r in rounds]),
     }
 
 
@@ -182,16 +191,15 @@ def table(results: Mapping[str, Any]) -> str:
     settings, rows = results["settings"], []
     for entry in results["results"]:
         found, peaks = ratios(entry, settings["steps"]), entry["peak_mib"]
-        memory = f"{peaks[KNOWN] / peaks[EXACT]:.2f}" if peaks[EXACT] else ""
+        memory = f"{peaks[START] / peaks[EXACT]:.2f}" if peaks[EXACT] else ""
         spreads = (f"{s.median:.3f} ({s.q25:.3f}–{s.q75:.3f})" for s in found.values())
         layers = "{} of {}".format(*entry["layers"])
         rows.append((entry["model"], f"{entry['size']}", layers, *spreads, memory, f"{len(entry['rounds'])}"))
-    head = ("model", "px", "layers", "exact again", "patched", f"first run of {settings['steps']}", "memory", "rounds")
-    machine = results["machine"]
+    machine, head = results["machine"], ("model", "px", "layers", CONTROL, RUN, FIRST_RUN, "memory", "rounds")
     return (
         f"{where(machine)}, {settings['dtype']}, batch {settings['batch']}, torch {machine['versions']['torch']}, "
-        f"commit {machine['commit']}. Time over that of exact attention, median and middle half.\n\n"
-        f"{markdown_table(head, rows)}\n"
+        f"commit {machine['commit']}. Time of {settings['steps']} steps over that with exact attention, median and "
+        f"middle half.\n\n{markdown_table(head, rows)}\n"
     )
 
 

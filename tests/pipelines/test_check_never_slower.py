@@ -8,7 +8,7 @@ import check_never_slower
 import pytest
 import torch
 import typer
-from check_never_slower import CONTROL, EXACT, FIRST, KNOWN, ratios, table
+from check_never_slower import CONTROL, EXACT, FIRST, FIRST_RUN, LATER, RUN, START, ratios, table
 from typer.testing import CliRunner, Result
 
 from diffattn.patching.patch import find_patch
@@ -31,7 +31,7 @@ def test_rounds_are_kept_and_a_resumed_check_adds_the_missing_ones(tmp_path: Pat
     resumed = run(tmp_path, "--rounds", "2")
     after = json.loads((tmp_path / "never-slower.json").read_text())["results"]
     assert [entry["rounds"][0] for entry in after] == [entry["rounds"][0] for entry in before]
-    assert [set(r) for entry in after for r in entry["rounds"]] == [{EXACT, CONTROL, KNOWN, FIRST}] * 4
+    assert [set(r) for entry in after for r in entry["rounds"]] == [{EXACT, CONTROL, START, LATER, FIRST}] * 4
     assert all(0 <= entry["layers"][0] <= entry["layers"][1] == 7 for entry in after)
     text = (tmp_path / "never-slower.md").read_text()
     assert text in resumed.output
@@ -55,7 +55,7 @@ def test_a_patch_is_there_where_it_should_be(tmp_path: Path) -> None:
     with torch.no_grad():
         step.accelerated()
         known = (tmp_path / "known.json").read_text()
-        for variant, patched in ((EXACT, False), (CONTROL, False), (KNOWN, True), (FIRST, True)):
+        for variant, patched in ((EXACT, False), (CONTROL, False), (START, True), (LATER, True), (FIRST, True)):
             with step.around(variant):
                 patch: Any = find_patch(model)
                 assert (patch is not None) == patched
@@ -66,15 +66,14 @@ def test_a_patch_is_there_where_it_should_be(tmp_path: Path) -> None:
     assert (tmp_path / "known.json").read_text() == known
 
 
-def test_a_first_run_is_one_first_step_and_the_others_with_what_it_found() -> None:
+def test_a_run_looks_again_in_every_eighth_step() -> None:
     entry = {
-        "model": "a", "size": 64, "layers": [1, 2], "peak_mib": {EXACT: 10.0, KNOWN: 8.0},
-        "rounds": [{EXACT: 2.0, CONTROL: 2.2, KNOWN: 1.0, FIRST: 5.0}],
+        "model": "a", "size": 64, "layers": [1, 2], "peak_mib": {EXACT: 10.0, START: 8.0},
+        "rounds": [{EXACT: 2.0, CONTROL: 2.2, START: 3.0, LATER: 1.0, FIRST: 5.0}],
     }  # fmt: skip
-    found = ratios(entry, steps=4)
-    assert {name: spread.median for name, spread in found.items()} == pytest.approx(
-        {CONTROL: 1.1, KNOWN: 0.5, FIRST: 1.0}
-    )
+    found = {name: spread.median for name, spread in ratios(entry, steps=9).items()}
+    assert found == pytest.approx({CONTROL: 1.1, RUN: (2 * 3 + 7) / 18, FIRST_RUN: (5 + 3 + 7) / 18})
+    assert ratios(entry, steps=8)[FIRST_RUN].median == pytest.approx((5 + 7) / 16)
     machine = {"cpu": "a CPU", "threads": 1, "versions": {"torch": "2"}, "commit": "c"}
-    text = table({"machine": machine, "settings": {"dtype": "float32", "batch": 1, "steps": 4}, "results": [entry]})
-    assert "| a | 64 | 1 of 2 | 1.100 (1.100–1.100) | 0.500 (0.500–0.500) | 1.000 (1.000–1.000) | 0.80 | 1 |" in text
+    text = table({"machine": machine, "settings": {"dtype": "float32", "batch": 1, "steps": 8}, "results": [entry]})
+    assert "| a | 64 | 1 of 2 | 1.100 (1.100–1.100) | 0.625 (0.625–0.625) | 0.750 (0.750–0.750) | 0.80 | 1 |" in text
