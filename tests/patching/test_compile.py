@@ -28,10 +28,10 @@ LAYERS = 4  # self-attention layers of the UNet
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def unet() -> nn.Module:
+def unet() -> Any:
     """With attention at its first level and in the middle: the fewer layers, the sooner it is compiled."""
-    kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
-    return tiny.unet(**kinds, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    return tiny.unet(down_block_types=down, up_block_types=up)
 
 
 @torch.no_grad()
