@@ -10,7 +10,7 @@ Rounds are kept after each of them; start again with the same arguments to resum
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from diffattn.tables import markdown_table
 EXACT, CONTROL, START, LATER, FIRST = "exact", "exact again", "first step", "second step", "first step of all"
 RUN, FIRST_RUN = "patched run", "first run"
 PIXELS_PER_LATENT = 8
+PIXELS_PER_TOKEN = 64  # of an embedded model, at its lowest resolution
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,34 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/never-slower"),
 ) -> None:
     """Time the steps, and write never-slower.json and never-slower.md."""
-    where_to, kind = resolve(device, dtype)
+    try:
+        where_to, kind = resolve(device, dtype)
+        names, sides = models.split(","), [int(size) for size in sizes.split(",")]
+        _check(names, sides)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     with cpu_threads(threads), torch.no_grad():
         settings = {"batch": batch, "steps": steps, "device": str(where_to), "dtype": dtype_name(kind)}
         results = _earlier(out / "never-slower.json", {"machine": describe_machine(where_to), "settings": settings})
-        for name in models.split(","):
+        for name in names:
             model = _build(name, where_to, kind)
-            for size in map(int, sizes.split(",")):
+            for size in sides:
                 _measure(results, name, model, size, (rounds, batch), where_to, out)
             del model
     (out / "never-slower.md").write_text(text := table(results))
     typer.echo(text)
+
+
+def _check(names: Sequence[str], sizes: Sequence[int]) -> None:
+    """Raise `ValueError` for a model or a size that cannot be measured, before anything is."""
+    for name in names:
+        if name not in (*MODELS, *embedded_models()):
+            raise ValueError(f"unknown model {name!r}; allowed: {', '.join((*MODELS, *embedded_models()))}")
+        for size in sizes:
+            if name in MODELS:
+                MODELS[name].shape(size)  # raises
+            elif size < PIXELS_PER_TOKEN or size % PIXELS_PER_TOKEN:
+                raise ValueError(f"sizes are multiples of {PIXELS_PER_TOKEN} pixels, got {size}")
 
 
 def _earlier(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,8 +149,6 @@ def _earlier(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
 def _build(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     if name in MODELS:
         return MODELS[name].build(device, dtype, shortened=MODELS[name].shortened(device, dtype))
-    if name not in embedded_models():
-        raise typer.BadParameter(f"unknown model {name!r}; allowed: {', '.join((*MODELS, *embedded_models()))}")
     pipe = diffattn.load_demo(name).to(device, dtype)
     return next(iter(denoisers_of(pipe).values()))
 
@@ -162,7 +178,7 @@ def _measure(
         about = {"model": name, "size": size, "layers": layers, "peak_mib": step.peaks()}
 
         def keep(timings: Timings) -> None:
-            others = [e for e in results["results"] if e is not earlier and (e["model"], e["size"]) != (name, size)]
+            others = [e for e in results["results"] if (e["model"], e["size"]) != (name, size)]
             results["results"] = [*others, about | {"rounds": [dict(r) for r in timings.rounds]}]
             write_json(out / "never-slower.json", results)
             typer.echo(f"{name} {size} px: round {len(timings.rounds)} of {rounds}")

@@ -43,9 +43,23 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     refused = run(tmp_path, "--rounds", "1", "--batch", "1")
     assert refused.exit_code == 2
     assert "other settings" in refused.output
-    unknown = run(tmp_path / "other", "--models", "nothing")
-    assert unknown.exit_code == 2
-    assert "unknown model" in unknown.output
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--models", "tiny,nothing"], "unknown model 'nothing'"),
+        (["--sizes", "64,65"], "multiples of"),
+        (["--models", "emoji-sd", "--sizes", "72"], "got 72"),
+        (["--sizes", "64,a"], "'a'"),
+        (["--device", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(tmp_path: Path, given: list[str], message: str) -> None:
+    refused = run(tmp_path / "out", *given)
+    assert refused.exit_code == 2
+    assert message in refused.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_patch_is_there_where_it_should_be(tmp_path: Path) -> None:
