@@ -40,6 +40,13 @@ MAX_KINDS = 4096
 """More kinds of calls than a cache holds, or can be given."""
 
 
+LEAST_SHARE = 0.01
+"""Of the heads: a method that counts as faster may run at least this many of them exact."""
+
+Choice = bool | float
+"""What a decision comes down to, see `Decision.choice`."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """Whether the method is used for a kind of call."""
@@ -48,10 +55,11 @@ class Decision:
     source: Source
     seconds: float | None = None  # of one call by the method
     exact_seconds: float | None = None  # of the same call done exactly
+    share: float | None = None  # see `choice`, where it is given rather than a consequence of the times
 
     def __post_init__(self) -> None:
         if not isinstance(self.faster, bool):
-            raise ValueError(f"a decision is true (use the method) or false (run exact), got {self.faster!r}")
+            raise ValueError(f"faster is true (use the method) or false (run exact), got {self.faster!r}")
         if self.source not in get_args(Source):
             raise ValueError(f"a decision's source is one of {', '.join(get_args(Source))}, got {self.source!r}")
         for value in (self.seconds, self.exact_seconds):
@@ -63,6 +71,32 @@ class Decision:
     def of(cls, seconds: float, exact_seconds: float, source: Source = "measured here") -> Self:
         """The decision for these times of one call."""
         return cls(seconds < MARGIN * exact_seconds, source, seconds, exact_seconds)
+
+    @classmethod
+    def given(cls, choice: Any) -> Self:
+        """The decision that comes down to `choice`.
+
+        Raises:
+            ValueError: not true, false, or a number above 0 and at most 1.
+        """
+        if isinstance(choice, bool):
+            return cls(choice, "as given")
+        if not isinstance(choice, int | float) or not 0 < choice <= 1:
+            raise ValueError(
+                "a decision is true (use the method), false (run exact), or the share of heads that may run exact "
+                f"beside the method, above 0 and at most 1; got {choice!r}"
+            )
+        return cls(True, "as given", share=float(choice))
+
+    @property
+    def choice(self) -> Choice:
+        """False: run exact. A number: use the method, as long as no larger share of a call's heads runs exact beside
+        it, since it would then no longer be faster. True: use it, and assume that share, since nothing was timed."""
+        if self.share is not None:
+            return self.share
+        if not self.faster or self.seconds is None or self.exact_seconds is None:
+            return self.faster
+        return max(round(MARGIN - self.seconds / self.exact_seconds, 2), LEAST_SHARE)
 
     def __str__(self) -> str:
         if self.seconds is None or self.exact_seconds is None:
@@ -187,17 +221,17 @@ def read_given(given: Any) -> dict[str, Decision]:
     """The decisions of `diffattn.patch(decisions=...)`, which a picture's record or a recipe may hold.
 
     Raises:
-        ValueError: not a mapping from kinds of calls to true or false.
+        ValueError: not a mapping from kinds of calls to true, false, or a share of heads.
     """
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(kind, str) for kind in given):
         raise ValueError(
-            f"decisions must be a mapping from kinds of calls to true or false, got {type(given).__name__}"
+            f"decisions must be a mapping from kinds of calls to true, false or a number, got {type(given).__name__}"
         )
     if len(given) > MAX_KINDS:
         raise ValueError(f"at most {MAX_KINDS} decisions can be given, got {len(given)}")
-    return {kind: Decision(faster, "as given") for kind, faster in given.items()}
+    return {kind: Decision.given(choice) for kind, choice in given.items()}
 
 
 def decision_from(entry: Any) -> Decision:
@@ -212,8 +246,8 @@ def decision_from(entry: Any) -> Decision:
 
 
 def entry_of(decision: Decision) -> dict[str, Any]:
-    """A decision as JSON types, without its source."""
-    return {name: value for name, value in asdict(decision).items() if name != "source"}
+    """A decision made here as JSON types, without its source."""
+    return {name: value for name, value in asdict(decision).items() if name not in ("source", "share")}
 
 
 def can_measure(q: Tensor) -> bool:

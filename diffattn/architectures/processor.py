@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from diffattn.architectures.decisions import (
     SECONDS_PER_RUN,
+    Choice,
     Decision,
     Decisions,
     can_measure,
@@ -42,6 +43,10 @@ from diffattn.schedules import EXACT
 
 RENEWED_EVERY = 8
 """A layer that runs exact because of its heads is looked at anew after this many calls."""
+
+ASSUMED_SHARE = 1 / 2
+"""The share of heads that may run exact, where nothing was timed, before a method that is faster without them no longer
+is; half of it below 4,096 tokens."""
 
 WAITED = "calls that ran exact because of the heads"
 """In the memory of such a layer."""
@@ -134,16 +139,23 @@ class MethodProcessor(NotPickled):
         reason = reason or self._reason_slower(phase, layout.num_tokens, device, kind)
         return reason or self._reason_fixed(phase) or ACCELERATED
 
-    def fix_heads(self, phase: int, place: int, num_tokens: int) -> None:
+    def fix_heads(self, phase: int, place: int, num_tokens: int, kind: str | None) -> None:
         """Fix the heads that compiled code runs exact in a phase: those that this call found, and those that other
-        calls at its noise level found before it; all of them where the layer gains nothing otherwise."""
+        calls at its noise level found before it; all of them where the layer gains nothing otherwise.
+
+        Args:
+            phase: of the schedule.
+            place: of the call, see `DenoiserCall`.
+            num_tokens: of the picture.
+            kind: of the call, see `decisions`; None: unknown.
+        """
         memory, method = self.run.memory.pop((self.layer.name, phase, place), {}), self.methods[phase]
         missed, heads = memory.get(EXACT_HEADS), self.layer.num_heads
         if method is None or EXACT_SHARE not in memory:
             return
         found = set() if missed is None else set(missed[1].tolist())
         found.update(self.fixed_heads.get(phase, ()) if place else ())
-        if len(found) > heads * (1.0 if method.is_size_given else _gainful_share(num_tokens)):
+        if len(found) > heads * self._most_exact(phase, num_tokens, kind):
             found = set(range(heads))
         self.fixed_heads[phase] = tuple(sorted(found))
 
@@ -160,13 +172,32 @@ class MethodProcessor(NotPickled):
         guess = method.reason_slower(num_tokens, device)
         if kind is None or not method.timed or method.is_size_given:
             return guess
-        known = self.decisions.known(kind) if self.decisions.any_known else None
-        faster = guess is None if known is None else known.faster
-        if not torch.compiler.is_compiling():  # compiled code must not depend on the run
-            faster = self.run.decided.get(kind, faster)
-        if faster:
+        choice = self._choice(kind)
+        if choice or (choice is None and guess is None):
             return None
-        return guess if guess and known is None else f"{num_tokens} tokens: exact attention is faster here"
+        is_guess = choice is None or (kind is not None and self.decisions.known(kind) is None)
+        return guess if guess and is_guess else f"{num_tokens} tokens: exact attention is faster here"
+
+    def _choice(self, kind: str | None) -> Choice | None:
+        """What was decided about a kind of call, in this run or before it; None: nothing."""
+        if kind is None:
+            return None
+        known = self.decisions.known(kind) if self.decisions.any_known else None
+        choice = None if known is None else known.choice
+        if torch.compiler.is_compiling():  # compiled code must not depend on the run
+            return choice
+        return self.run.decided.get(kind, choice)
+
+    def _most_exact(self, phase: int, num_tokens: int, kind: str | None) -> float:
+        """The largest share of heads that may run exact before a layer does in all of them."""
+        method = self.methods[phase]
+        assert method is not None
+        if not method.timed or method.is_size_given:
+            return 1.0
+        choice = self._choice(kind)
+        if choice is None or isinstance(choice, bool):
+            return ASSUMED_SHARE if num_tokens >= 4096 else ASSUMED_SHARE / 2
+        return choice
 
     def _reason_timed(
         self, call: DenoiserCall, phase: int, q: Tensor, num_tokens: int, kind: str | None, ways: "Ways"
@@ -190,7 +221,7 @@ class MethodProcessor(NotPickled):
         reason = self._reason_slower(phase, num_tokens, q.device.type, kind)
         if reason is None and torch.compiler.is_compiling():
             reason = self._reason_fixed(phase)
-        return reason or _reason_heads(ways.memory, 1.0 if settled else _gainful_share(num_tokens)) or ACCELERATED
+        return reason or _reason_heads(ways.memory, self._most_exact(phase, num_tokens, kind)) or ACCELERATED
 
     def _decide(
         self, kind: str, q: Tensor, guess: bool, method: Callable[[], Tensor], exact: Callable[[], Tensor]
@@ -214,10 +245,10 @@ class MethodProcessor(NotPickled):
                 run.timing += time.monotonic() - start
             if decision is None:
                 decision = Decision(guess, "from the table")
-            run.decided[kind] = decision.faster
+            run.decided[kind] = decision.choice
             decisions.use(self.layer.name, kind, decision)
         elif not decisions.is_noted(self.layer.name, kind):
-            known = decisions.known(kind) or Decision(run.decided[kind], "from the table")
+            known = decisions.known(kind) or Decision(bool(run.decided[kind]), "from the table")
             decisions.use(self.layer.name, kind, known)
 
     def _kind(self, phase: int, q: Tensor, k: Tensor, heads_first: bool, masked: bool) -> str | None:
@@ -325,13 +356,6 @@ def _rows(x: Tensor, group: list[int], batch: int) -> Tensor:
     if group[-1] - group[0] == len(group) - 1:
         return x[group[0] : group[-1] + 1]
     return x[torch.tensor(group, device=x.device)]
-
-
-def _gainful_share(num_tokens: int) -> float:
-    """The share of heads that may run exact before a method that is faster without them no longer is. This is no
-    measurement: whether a layer runs exact because of its heads must not depend on the clock, since it differs from
-    picture to picture."""
-    return 1 / 2 if num_tokens >= 4096 else 1 / 4
 
 
 def _reason_heads(memory: dict[str, Any] | None, most: float) -> str | None:

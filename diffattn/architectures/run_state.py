@@ -82,7 +82,7 @@ class RunState(threading.local):
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
         memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
-        decided: kinds of calls -> whether the method is used; fixed for the run from the first call of a kind on.
+        decided: kinds of calls -> what was decided (`decisions.Choice`); fixed for the run from the first such call on.
         timing: seconds spent in this run on timing kinds of calls.
         expected: what is known about the calls of a compiled denoiser whose heads are looked at.
         unchecked: phases of a run that has not yet been checked for acceleration, and what is known about its calls.
@@ -104,7 +104,7 @@ class RunState(threading.local):
         """Called once per thread, with the same `latest`."""
         self.latest = latest
         self.memory: dict[tuple[str, int, int], dict[str, Any]] = {}
-        self.decided: dict[str, bool] = {}
+        self.decided: dict[str, bool | float] = {}
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
 
     def place_after(self, level: float) -> int:

@@ -81,12 +81,12 @@ class RunFolder:
         """Whether the folder holds results that another run would overwrite."""
         return (self.path / RUN).exists() and any(next(self.path.glob(kind), None) for kind in DONE)
 
-    def decisions(self) -> dict[str, bool]:
+    def decisions(self) -> dict[str, bool | float]:
         """Kind of call -> whether the method is used, as far as decided; see `Patch.decisions`."""
         path = self.path / DECISIONS
         return read_json(path) if path.is_file() else {}
 
-    def add_decisions(self, made: Mapping[str, bool]) -> None:
+    def add_decisions(self, made: Mapping[str, bool | float]) -> None:
         """Store decisions, except for kinds of calls that already have one."""
         stored = self.decisions()
         if made.keys() - stored.keys():

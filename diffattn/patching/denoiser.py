@@ -15,7 +15,7 @@ from diffattn.architectures.plain_attention import install
 from diffattn.architectures.plug import plug_of
 from diffattn.architectures.processor import MethodProcessor
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
-from diffattn.methods.base import Grid, LayerSpec
+from diffattn.methods.base import Grid, LayerSpec, TokenLayout
 from diffattn.noise_level import Reading, TimeReader
 
 
@@ -141,13 +141,14 @@ class PatchedDenoiser:
         methods = [layer.runs.methods[phase] for layer in self.patched if layer.runs is not None and phase >= 0]
         return any(method is not None and method.checks_heads for method in methods)
 
-    def end_look(self, call: DenoiserCall) -> None:
+    def end_look(self, call: DenoiserCall, expected: Expected) -> None:
         """Fix the heads that a call has found."""
         assert isinstance(call.phase, int)
         self._looked.add((call.phase, call.place))
         for layer in self.patched:
             if layer.runs is not None:
-                layer.runs.fix_heads(call.phase, call.place, prod(call.grids[layer.spec.level]))
+                layout, kind = self._expected(layer, call.grids, self.size, call.phase, expected)
+                layer.runs.fix_heads(call.phase, call.place, layout.num_tokens, kind)
 
     def tokens(self, layer: LayerSpec) -> int | None:
         """Image tokens of a layer at the size of the last call."""
@@ -184,19 +185,27 @@ class PatchedDenoiser:
             found[layer.spec.name] = [None if reason == ACCELERATED else reason for reason in reasons]
         return found
 
-    @staticmethod
-    def _reason(layer: PatchedLayer, grids: Sequence[Grid], size: Size, phase: int, expected: Expected) -> str:
+    @classmethod
+    def _reason(cls, layer: PatchedLayer, grids: Sequence[Grid], size: Size, phase: int, expected: Expected) -> str:
         assert layer.runs is not None
         if size.exact:
             return size.exact
+        layout, kind = cls._expected(layer, grids, size, phase, expected)
+        return layer.runs.reason_exact(phase, layout, expected.device, expected.mask_rows, kind)
+
+    @staticmethod
+    def _expected(
+        layer: PatchedLayer, grids: Sequence[Grid], size: Size, phase: int, expected: Expected
+    ) -> tuple[TokenLayout, str | None]:
+        """The layout of a layer's tokens, and the kind of its calls where the batch is known."""
+        assert layer.runs is not None
         grid = grids[layer.spec.level]
         tokens = prod(grid) + sum(map(prod, size.references))
         if layer.spec.context != "none":
             tokens += size.num_context
         layout = layer.runs.layout_of(grid, size.references, tokens)
         device, rows, batch, dtype = expected
-        kind = None if batch is None else layer.runs.kind_at(phase, device, dtype, batch, tokens, rows > 0)
-        return layer.runs.reason_exact(phase, layout, device, rows, kind)
+        return layout, None if batch is None else layer.runs.kind_at(phase, device, dtype, batch, tokens, rows > 0)
 
 
 def attention_layers(prefix: str, model: nn.Module, architecture: Architecture) -> list[PatchedLayer]:

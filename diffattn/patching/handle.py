@@ -180,18 +180,22 @@ class Patch(NotPickled):
         """Accelerated calls of a layer, as counted by `report`."""
         return self._runs.tally.of(layer).get(ACCELERATED, 0)
 
-    def decisions(self) -> dict[str, bool]:
-        """Kind of call -> whether the method was used, for every kind of call so far that speed decides.
+    def decisions(self) -> dict[str, bool | float]:
+        """What was decided about every kind of call so far that speed decides.
+
+        Kind of call -> False: exact attention is faster. A number: the method is, and remains so while at most this
+        share of the heads runs exact beside it, because of `max_head_error`; with more, the whole call runs exact.
+        True: the method is assumed to be faster, since nothing was timed.
 
         Passed as `decisions`, they make `diffattn.patch` do the same again, whatever is faster then.
         """
-        return {kind: found.faster for kind, found in self._runs.decisions.used().items()}
+        return {kind: found.choice for kind, found in self._runs.decisions.used().items()}
 
-    def follow(self, decisions: Mapping[str, bool]) -> None:
+    def follow(self, decisions: Mapping[str, bool | float]) -> None:
         """From the next run on, follow these decisions; see `decisions`.
 
         Raises:
-            ValueError: not a mapping from kinds of calls to true or false.
+            ValueError: not a mapping from kinds of calls to true, false or a number above 0 and at most 1.
         """
         self._runs.decisions.replace(read_given(decisions))
 

@@ -26,7 +26,7 @@ def patch(
     layers: LayerFilter | None = None,
     schedule: Schedule | Mapping[Any, Any] | None = None,
     calibrate: bool | str | Path | None = None,
-    decisions: Mapping[str, bool] | None = None,
+    decisions: Mapping[str, bool | float] | None = None,
     **options: Any,
 ) -> Patch:
     """Make a diffusers or diffattn pipeline, or its denoiser, use another attention.

@@ -39,7 +39,7 @@ class Plan:
         schedule: Schedule | Mapping[Any, Any] | None,
         options: Mapping[str, Any],
         of_model: Sequence[LayerSpec] = (),
-        decisions: Mapping[str, bool] | None = None,
+        decisions: Mapping[str, bool | float] | None = None,
     ) -> Self:
         """The plan for the arguments of `patch`, which documents them and the `ValueError`s.
 

@@ -107,7 +107,7 @@ class Runs(NotPickled):
         """See `hook.Listener`."""
         state = self.state
         assert state.call is not None
-        denoiser.end_look(state.call)
+        denoiser.end_look(state.call, state.expected)
         state.begin(replace(state.call, looks=False))
         self._count(denoiser, state.call.phase, state.expected)
 

@@ -108,7 +108,7 @@ class PreflightRun:
         self.preset = preset or DEFAULT_PRESET
         self.method = method or default_method(self.model)
         self.device = next(self.model.parameters()).device
-        self.decisions: Mapping[str, bool] = {}
+        self.decisions: Mapping[str, bool | float] = {}
         self.height, self.width, latents = _size(pipe_or_model, self.model, height, width)
         self.latents = latents
         grids = [prod(grid) for grid in architecture_of(self.model).grids(self.model, *latents)]

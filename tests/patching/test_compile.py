@@ -195,6 +195,23 @@ def test_heads_that_were_found_stay_when_processors_are_replaced() -> None:
     assert [layer.exact_heads for layer in patch.report().layers] == [2 * heads for heads in exact_heads]
 
 
+@pytest.mark.parametrize(("share", "is_accelerated"), [(0.4, False), (0.5, True)])
+def test_compiled_layers_accelerate_as_many_heads_as_was_decided(share: float, is_accelerated: bool) -> None:
+    options: dict[str, Any] = {"num_agents": 6, "schedule": {0.0: {}}, "max_head_error": LIMIT, "calibrate": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", diffattn.DiffAttnWarning)
+        with diffattn.patch(model := unet(), **options) as patch:
+            run(model)
+            kinds = patch.decisions()
+        model = outer(unet(), CompileCounter())
+        with diffattn.patch(model, **options, decisions=dict.fromkeys(kinds, share)) as patch:
+            run(model)
+            layers = [layer for layer in patch.report().layers if layer.left_alone is None]
+    assert any(layer.accelerated and not layer.exact_heads for layer in layers)
+    assert any(layer.exact_heads for layer in layers) is is_accelerated  # one of two heads, in some layers
+    assert all(layer.accelerated for layer in layers) is is_accelerated
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_compiled_model_is_found_again_and_restored(way: Callable[..., nn.Module]) -> None:
     model = way(unet(), CompileCounter())

@@ -57,7 +57,7 @@ def test_a_method_that_is_faster_is_used_though_the_table_says_no(
     with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
         assert torch.equal(tiny.run(pipe), expected)
         assert sources(handle) == {"measured here"}
-        assert set(handle.decisions().values()) == {True}
+        assert set(handle.decisions().values()) == {0.4}  # half the time of exact attention leaves this share of it
         assert "1e+03 ms against 2e+03 ms exact, measured here" in str(handle.report())
     assert not torch.equal(expected, exact)
 
@@ -119,7 +119,7 @@ def test_decisions_are_repeated_from_a_handle_and_from_a_recipe(
     assert not cache.with_name("other.json").exists()
 
 
-def test_a_layer_most_of_whose_heads_would_run_exact_runs_exact_whatever_the_clock_says(
+def test_a_layer_runs_exact_where_heads_that_do_leave_nothing_to_gain(
     pipe: DiffusionPipeline, clock: Clock, cache: Path
 ) -> None:
     some = OPTIONS | {"num_agents": 6, "max_head_error": 0.1}  # three of four heads of some layers then run exact
@@ -129,12 +129,34 @@ def test_a_layer_most_of_whose_heads_would_run_exact_runs_exact_whatever_the_clo
     with diffattn.patch(pipe, **some, calibrate=cache) as handle:
         first, made = tiny.run(pipe), handle.decisions()
         layers = [layer for layer in handle.report().layers if layer.left_alone is None]
-    assert set(made.values()) == {True}
+    assert set(made.values()) == {0.4}
     assert any(layer.passed_through == {"75% of the heads are too far from exact attention": 3} for layer in layers)
     assert any(layer.accelerated == 4 for layer in layers)
     assert not torch.equal(first, given)
+    clock.method = 0.1  # so little that three of four heads may run exact beside it
     with diffattn.patch(pipe, **some, calibrate=False, decisions=made):
         assert torch.equal(tiny.run(pipe), first)
+    with diffattn.patch(pipe, **some, calibrate=cache.with_name("other.json")) as handle:
+        assert torch.equal(tiny.run(pipe), given)
+        assert set(handle.decisions().values()) == {0.85}
+    with diffattn.patch(pipe, **some, calibrate=False, decisions=dict.fromkeys(made, 0.75)):
+        assert torch.equal(tiny.run(pipe), given)
+    with diffattn.patch(pipe, **some, calibrate=False, decisions=dict.fromkeys(made, True)):  # a quarter is assumed
+        assert torch.equal(tiny.run(pipe), first)
+
+
+@pytest.mark.parametrize(("seconds", "choice"), [(0.1, 0.8), (0.85, 0.05), (0.8999, 0.01), (0.9, False), (3.0, False)])
+def test_the_share_of_heads_that_may_run_exact_follows_from_the_times(seconds: float, choice: float) -> None:
+    decision = Decision.of(seconds, 1.0)
+    assert decision.choice == choice
+    assert Decision.given(decision.choice).choice == choice
+    assert Decision.given(decision.choice).faster is decision.faster
+
+
+@pytest.mark.parametrize("choice", [0, 0.0, -0.1, 1.5, float("nan"), float("inf"), "0.5", None, [0.5]])
+def test_a_share_that_is_none_is_named(choice: Any) -> None:
+    with pytest.raises(ValueError, match=r"a decision is true .*above 0 and at most 1; got "):
+        Decision.given(choice)
 
 
 def test_a_given_number_of_tokens_leaves_nothing_to_time(pipe: DiffusionPipeline, clock: Clock, cache: Path) -> None:
@@ -220,7 +242,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_a_warning(
     ("given", "message"),
     [
         ({"decisions": [1]}, "decisions must be a mapping"),
-        ({"decisions": {"kind": "yes"}}, "true .use the method. or false .run exact., got 'yes'"),
+        ({"decisions": {"kind": "yes"}}, "a decision is true .* at most 1; got 'yes'"),
         ({"decisions": {1: True}}, "decisions must be a mapping"),
         ({"decisions": dict.fromkeys(map(str, range(5000)), True)}, "at most 4096 decisions can be given, got 5000"),
         ({"calibrate": 3}, "calibrate must be True, False or the path of a file, got 3"),
