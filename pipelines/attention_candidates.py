@@ -108,8 +108,8 @@ def joint_candidates(text: int) -> list[Candidate]:
     """
 
     def through(n: float, N: int, D: int, cubes: float = 0.0) -> float:  # gather and hand back, the text among both
-        n += text
-        return 2 * n * (N + text) + 2 * N * n + (2 * n**2 + cubes * n**3 / D if cubes else 0)
+        both = n + text
+        return 2 * both * (N + text) + 2 * N * both + (2 * n * both + cubes * n**3 / D if cubes else 0)
 
     def beside(keys: float, N: int) -> float:  # queries of the picture over fewer keys, those of the text over all
         return 2 * N * (keys + text) + 2 * text * (N + text)
@@ -120,7 +120,7 @@ def joint_candidates(text: int) -> list[Candidate]:
     shipped = AgentAttention(min_tokens=0)
     found = [
         Candidate("landmarks as shipped, far heads exact", _method(shipped),
-                  lambda N, D: through(shipped.count(N), N, D, 1.2) + 2 * PROBES * N,
+                  lambda N, D: through(shipped.count(N, True), N, D, 1.2) + 2 * PROBES * N,
                   lambda it: _share_exact(shipped, it)),
     ]  # fmt: skip
     for divisor in (64, 16, 4):

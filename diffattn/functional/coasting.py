@@ -14,9 +14,8 @@ from math import inf, isnan, sqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, Tokens, damp, probe_tokens
+from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, Tokens, beside, damp, probe_tokens
 from diffattn.functional.masks import MASKED
 
 LEAST_DAMPING = 1e-6
@@ -107,22 +106,21 @@ def calibrate(tokens: Tokens, damping: float, guarded: bool = False) -> tuple[Te
         guarded: for products of less than fp32's precision (TF32), with which a matrix may not be factorised: such a
             head then keeps V_A, as in `correct`. Its error is infinite either way.
     """
-    asked = torch.cat((tokens.query_landmarks, *probe_tokens(tokens.q)), dim=-2)  # [B, H, n + p, D]
-    gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
+    asked, gathered, context = tokens.gather(probe_tokens(tokens.q))
     with torch.autocast(gathered.device.type, enabled=False):
         parts = [_calibrated(part, damping, guarded, gathered.dtype) for part in _parts(asked, tokens, gathered)]
     corrected, sharpness, gamma, seen = (_joined(found) for found in zip(*parts, strict=True))
-    out, context = _broadcast(tokens, gathered, corrected)
-    return out, context, Calibration(sharpness, gamma, seen.unflatten(0, gathered.shape[:2]))
+    batch = gathered.shape[:2]
+    out = tokens.broadcast(corrected.unflatten(0, batch))
+    return out, context, Calibration(sharpness, gamma, seen.unflatten(0, batch))
 
 
 def coast(tokens: Tokens, damping: float, known: Calibration) -> tuple[Tensor, Tensor]:
     """The same as `calibrate`, with what an earlier call on tensors of the same shapes determined."""
-    asked = tokens.query_landmarks
-    gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
+    asked, gathered, context = tokens.gather(())
     with torch.autocast(gathered.device.type, enabled=False):
         corrected = [_coasted(part, damping, known, gathered.dtype) for part in _parts(asked, tokens, gathered)]
-    return _broadcast(tokens, gathered, _joined(corrected))
+    return tokens.broadcast(_joined(corrected).unflatten(0, gathered.shape[:2])), context
 
 
 @dataclass(frozen=True)
@@ -130,45 +128,62 @@ class Part:
     """Some heads h of some samples of a call.
 
     Attributes:
-        asked, key_landmarks: [h, n or n + p, D] and [h, n, D], in fp32.
+        asked, keys: Q̃ and any probes [h, n or n + p, D], and K̃ and the keys of any context [h, n + c, D], in fp32.
         gathered: what `asked` gathered [h, n or n + p, D], in fp32.
-        mask: additive, of landmarks, in fp32 [h, 1, n].
+        fixed: the values of the context [h, c, D], if there is any.
+        mask: what is added to the logits of the keys, in fp32 [h, 1, n + c].
+        is_masked: whether `mask` may mask anything.
         heads: their indices among all heads.
     """
 
     asked: Tensor
-    key_landmarks: Tensor
+    keys: Tensor
     gathered: Tensor
+    fixed: Tensor | None
     mask: Tensor | None
+    is_masked: bool
     heads: slice
+
+    @property
+    def n(self) -> int:
+        """Number of landmarks."""
+        return self.keys.shape[-2] - (0 if self.fixed is None else self.fixed.shape[-2])
 
     @property
     def kept(self) -> Tensor | None:
         """0 at landmarks that are masked, else 1 [h, 1, n]; None where none can be."""
-        return None if self.mask is None else (self.mask > MASKED).float()
+        return None if self.mask is None or not self.is_masked else (self.mask[..., : self.n] > MASKED).float()
+
+    def centred(self, weights: Tensor, mean: Tensor) -> Tensor:
+        """What `asked` gathered, without what it would gather if every landmark had the value m [h, 1, D]."""
+        if self.fixed is None:  # rows of `weights` sum to 1
+            return self.gathered - mean
+        return torch.baddbmm(self.gathered, weights, beside(mean, self.fixed, self.n), alpha=-1)
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """Logits s·Q̃ K̃ᵀ of the rows asked for and their softmax, [h, n or n + p, n]."""
-        a, b = self.asked, self.key_landmarks.mT
+        """Logits of the rows asked for and their softmax, [h, n or n + p, n + c]."""
+        a, b = self.asked, self.keys.mT
         logits = torch.baddbmm(a[..., :1], a, b, beta=0, alpha=a.shape[-1] ** -0.5)  # beta=0: the first is not read
         return logits, (logits if self.mask is None else logits + self.mask).softmax(dim=-1)
 
 
 def _parts(asked: Tensor, tokens: Tokens, gathered: Tensor) -> list[Part]:
     """All heads of all samples, in several parts where their matrices would take more memory than the queries."""
-    heads, n = asked.shape[0] * asked.shape[1], tokens.key_landmarks.shape[-2]
+    heads, keys = asked.shape[0] * asked.shape[1], tokens.all_keys
     at_once = heads
     if not torch.compiler.is_compiling():  # which would recompile for every number of parts
-        matrices = HELD * asked.shape[-2] * n * torch.finfo(torch.float32).bits // 8
+        matrices = HELD * asked.shape[-2] * keys.shape[-2] * torch.finfo(torch.float32).bits // 8
         at_once = min(max(tokens.q.numel() * tokens.q.element_size() // matrices, 1), heads)
     mask = tokens.landmark_mask
     if mask is not None:
         mask = mask.float().expand(*asked.shape[:2], 1, -1).flatten(0, 1)
-    a, b, c = (x.flatten(0, 1) for x in (asked, tokens.key_landmarks, gathered))
+    a, b, c = (x.flatten(0, 1) for x in (asked, keys, gathered))
+    fixed, is_masked = None if tokens.context is None else tokens.context.v.flatten(0, 1), tokens.key_mask is not None
     parts = []
     for start in range(0, heads, at_once):
         of = slice(start, start + at_once) if at_once < heads else slice(None)
-        parts.append(Part(a[of].float(), b[of].float(), c[of].float(), None if mask is None else mask[of], of))
+        beside_them, masks = (None if x is None else x[of] for x in (fixed, mask))
+        parts.append(Part(a[of].float(), b[of].float(), c[of].float(), beside_them, masks, is_masked, of))
     return parts
 
 
@@ -178,12 +193,13 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _calibrated(part: Part, damping: float, guarded: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """m + γ Z [h, n, D] in a dtype, λ / damping, γ, and what a `Calibration` has seen [h, 10], of some heads."""
-    exact, kept, n = part.gathered, part.kept, part.key_landmarks.shape[-2]
-    logits, w = part.weights()
-    probes, w = w[:, n:].clone(), w[:, :n] if kept is None else w[:, :n] * kept.mT
+    exact, kept, n = part.gathered, part.kept, part.n
+    logits, weights = part.weights()
     mean = _mean(exact[:, :n], kept)
-    centred = exact - mean
-    sharpness = _sharpness(logits[:, :n], w, damping, kept)
+    centred = part.centred(weights, mean)
+    probes, w = weights[:, n:, :n].clone(), _between(weights, n, kept)
+    del weights
+    sharpness = _sharpness(logits[:, :n, :n], w, damping, kept)
     del logits
     wanted, gram = w.mT @ centred[:, :n], _gram(w, sharpness, damping)
     del w
@@ -209,14 +225,21 @@ def _corrected(mean: Tensor, gamma: Tensor, z: Tensor, dtype: torch.dtype) -> Te
 
 def _coasted(part: Part, damping: float, known: Calibration, dtype: torch.dtype) -> Tensor:
     """m + γ Z [h, n, D] of some heads, in a dtype."""
-    kept, w = part.kept, part.weights()[1]
-    w = w if kept is None else w * kept.mT
+    kept, weights = part.kept, part.weights()[1]
     mean = _mean(part.gathered, kept)
-    wanted, gram = w.mT @ (part.gathered - mean), _gram(w, known.sharpness[part.heads], damping)
-    del w
+    centred, w = part.centred(weights, mean), _between(weights, part.n, kept)
+    del weights
+    wanted, gram = w.mT @ centred, _gram(w, known.sharpness[part.heads], damping)
+    del w, centred
     factor, _ = torch.linalg.cholesky_ex(gram)
     del gram
     return _corrected(mean, known.gamma[part.heads], torch.cholesky_solve(wanted, factor), dtype)
+
+
+def _between(weights: Tensor, n: int, kept: Tensor | None) -> Tensor:
+    """W [h, n, n] from the softmax of landmarks over landmarks and context [h, n or n + p, n + c]."""
+    w = weights[:, :n, :n]
+    return w if kept is None else w * kept.mT
 
 
 def _gram(w: Tensor, sharpness: Tensor, damping: float) -> Tensor:
@@ -239,12 +262,4 @@ def _sharpness(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None) -
         return damp(logits, w, damping, kept).flatten() / damping
     spread = logits.std(dim=-1, correction=0).mean(dim=-1)  # σ [h]
     sharp = spread.clamp(1, (MAX_DAMPING / damping) ** (1 / 3)).pow(3)
-    return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
-
-
-def _broadcast(tokens: Tokens, gathered: Tensor, corrected: Tensor) -> tuple[Tensor, Tensor]:
-    """Broadcast n corrected values [B·H, n, D] to the image tokens; the others have their exact answers."""
-    values = corrected.unflatten(0, gathered.shape[:2])
-    out = scaled_dot_product_attention(tokens.q, tokens.key_landmarks, values, attn_mask=tokens.landmark_mask)
-    n = tokens.key_landmarks.shape[-2]
-    return out, gathered[..., n - tokens.num_context : n, :]
+    return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ is at most 1

@@ -76,17 +76,26 @@ def landmark_attention_and_error(
 
 
 @dataclass(frozen=True)
+class Context:
+    """The c tokens of a call that have no position among those of the image, such as text or registers [B, H, c, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """One call of a layer: its image tokens, and c others that have no position among them (text, registers).
+    """One call of a layer: its image tokens, and others that have no position among them.
 
     Attributes:
         q: queries of the image tokens [B, H, N, D].
         k, v: keys and values of all tokens [B, H, M, D].
-        query_landmarks: Q̃ [B, H, n, D], of sampled image tokens and then of all c other tokens.
+        query_landmarks: Q̃ [B, H, n, D], of sampled image tokens.
         key_landmarks: K̃ [B, H, n, D], of the keys at the same places.
-        num_context: c.
+        context: the other tokens, if there are any.
         key_mask: boolean (True: attended to) or additive, broadcast to [B, H, 1, M].
-        landmark_mask: additive, for K̃, broadcast to [B, H, 1, n].
+        landmark_mask: what is added to the logits of K̃ and of the context's keys, broadcast to [B, H, 1, n + c].
     """
 
     q: Tensor
@@ -94,16 +103,39 @@ class Tokens:
     v: Tensor
     query_landmarks: Tensor
     key_landmarks: Tensor
-    num_context: int = 0
+    context: Context | None = None
     key_mask: Tensor | None = None
     landmark_mask: Tensor | None = None
+
+    def gather(self, probes: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Q̃ and probes [B, H, n + p, D], their exact answers, and those of the context [B, H, c, D]."""
+        asked = torch.cat((self.query_landmarks, *probes), dim=-2) if probes else self.query_landmarks
+        rows = asked.shape[-2]
+        every = asked if self.context is None else torch.cat((asked, self.context.q), dim=-2)
+        gathered = scaled_dot_product_attention(every, self.k, self.v, attn_mask=self.key_mask)
+        return asked, gathered[..., :rows, :], gathered[..., rows:, :]
+
+    def broadcast(self, corrected: Tensor) -> Tensor:
+        """The output of the image tokens [B, H, N, D], from the corrected values of the landmarks [B, H, n, D]."""
+        values = corrected if self.context is None else torch.cat((corrected, self.context.v), dim=-2)
+        return scaled_dot_product_attention(self.q, self.all_keys, values, attn_mask=self.landmark_mask)
+
+    @property
+    def all_keys(self) -> Tensor:
+        """K̃ and the context's keys [B, H, n + c, D]."""
+        return self.key_landmarks if self.context is None else torch.cat((self.key_landmarks, self.context.k), dim=-2)
 
 
 def landmark_attention_with_context(tokens: Tokens, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """`landmark_attention` of image tokens beside others.
 
-    The others are landmarks themselves: their keys are never dropped, and the gather step already has their exact
-    answers.
+        O = softmax(s·Q [K̃; K_C]ᵀ + b) [m + γ Z; V_C],   Z = (WᵀW + λ I)⁻¹ Wᵀ (V_A - W m - W_C V_C)
+
+    The keys and values of the context, K_C and V_C, are kept as they are; only the values of the image's landmarks are
+    corrected. A landmark represents N/n tokens and a token of the context only itself, so b, which `landmark_mask`
+    contains, is the logarithm of N/n for the former: without it the context would weigh N/n times too much. W and W_C
+    are the softmax between landmarks, and between landmarks and context. The gather step also answers the context's own
+    queries, which makes these answers exact.
 
     Args:
         tokens: of the call.
@@ -112,14 +144,13 @@ def landmark_attention_with_context(tokens: Tokens, damping: float) -> tuple[Ten
     Returns:
         The output of the image tokens [B, H, N, D], of the others [B, H, c, D], and the error of each head [B, H].
     """
-    landmarks = tokens.key_landmarks
-    asked = torch.cat((tokens.query_landmarks, *probe_tokens(tokens.q)), dim=-2)  # [B, H, n + p, D]
-    gathered = scaled_dot_product_attention(asked, tokens.k, tokens.v, attn_mask=tokens.key_mask)
-    corrected, error = correct(asked, landmarks, gathered, damping, tokens.landmark_mask)
+    asked, gathered, context = tokens.gather(probe_tokens(tokens.q))
+    fixed, is_masked = None if tokens.context is None else tokens.context.v, tokens.key_mask is not None
+    corrected, error = correct(
+        asked, tokens.all_keys, gathered, damping, tokens.landmark_mask, fixed=fixed, is_masked=is_masked
+    )
     assert error is not None  # there are probes
-    out = scaled_dot_product_attention(tokens.q, landmarks, corrected, attn_mask=tokens.landmark_mask)
-    end = landmarks.shape[-2]
-    return out, gathered[..., end - tokens.num_context : end, :], error
+    return tokens.broadcast(corrected), context, error
 
 
 Heads = tuple[Tensor, Tensor]
@@ -181,6 +212,9 @@ def correct(
     gathered: Tensor,
     damping: float = 1e-5,
     landmark_mask: Tensor | None = None,
+    *,
+    fixed: Tensor | None = None,
+    is_masked: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The middle step of `landmark_attention`: V_A -> m + γ Z [B, H, n, D], and the probes' relative error [B, H].
 
@@ -189,32 +223,35 @@ def correct(
 
     Args:
         asked: Q̃ and any probes after them [B, H, n + p, D]. Without probes γ is 1, and there is no error.
-        key_landmarks: K̃ [B, H, n, D].
+        key_landmarks: K̃, and the keys of a context [B, H, n + c, D].
         gathered: the exact attention of `asked` [B, H, n + p, D]: V_A, and that of the probes.
         damping: as in `landmark_attention`.
-        landmark_mask: additive, broadcast to [B, H, 1, n]. A masked landmark is not a key and takes no part in the
+        landmark_mask: additive, broadcast to [B, H, 1, n + c]. A masked landmark is not a key and takes no part in the
             correction, so that the result does not depend on padding.
+        fixed: the values of the context [B, H, c, D], see `landmark_attention_with_context`.
+        is_masked: whether `landmark_mask` may mask anything.
     """
-    n = key_landmarks.shape[-2]
+    n = key_landmarks.shape[-2] - (0 if fixed is None else fixed.shape[-2])
     with torch.autocast(gathered.device.type, enabled=False):
-        logits = (asked.float() * asked.shape[-1] ** -0.5) @ key_landmarks.float().mT  # [B, H, n + p, n]
+        logits = (asked.float() * asked.shape[-1] ** -0.5) @ key_landmarks.float().mT  # [B, H, n + p, n + c]
         weights = (logits if landmark_mask is None else logits + landmark_mask.float()).softmax(dim=-1)
-        w, exact = weights[..., :n, :], gathered.float()
-        values = exact[..., :n, :]
-        kept = None if landmark_mask is None else (landmark_mask.float() > MASKED).float()  # [B, H, 1, n]
+        w, exact = weights[..., :n, :n], gathered.float()
+        values, kept = exact[..., :n, :], None
+        if landmark_mask is not None and is_masked:
+            kept = (landmark_mask[..., :n].float() > MASKED).float()  # [B, H, 1, n]
         if kept is None:
             mean = values.mean(dim=-2, keepdim=True)
         else:
             w = w * kept.mT
             mean = (values * kept.mT).sum(dim=-2, keepdim=True) / kept.sum(dim=-1, keepdim=True)
-        centred = exact - mean
+        centred = exact - mean if fixed is None else exact - weights @ beside(mean, fixed, n)
         gram = w.mT @ w
-        gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :], w, damping, kept)[..., None])
+        gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :n], w, damping, kept)[..., None])
         factor, info = torch.linalg.cholesky_ex(gram)
         z = torch.cholesky_solve(w.mT @ centred[..., :n, :], factor)
         gamma, error = torch.ones_like(mean), None
         if asked.shape[-2] > n:
-            got, wanted = weights[..., n:, :] @ z, centred[..., n:, :]
+            got, wanted = weights[..., n:, :n] @ z, centred[..., n:, :]
             gamma = trust(got, wanted)
             missed = torch.linalg.vector_norm(gamma * got - wanted, dim=(-2, -1))
             size = torch.linalg.vector_norm(exact[..., n:, :], dim=(-2, -1))
@@ -222,6 +259,11 @@ def correct(
         corrected = torch.where((info == 0)[..., None, None], torch.addcmul(mean, gamma, z), values)
         # Solutions lie column by column in memory; fused attention needs channels side by side.
         return corrected.to(gathered.dtype).contiguous(), error
+
+
+def beside(mean: Tensor, fixed: Tensor, n: int) -> Tensor:
+    """n times m [..., 1, D], and then the values of the context [..., c, D], in fp32."""
+    return torch.cat((mean.expand(*mean.shape[:-2], n, -1), fixed.float()), dim=-2)
 
 
 def damp(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None = None) -> Tensor:
@@ -235,7 +277,7 @@ def damp(logits: Tensor, w: Tensor, damping: float, kept: Tensor | None = None) 
         deviations = (logits - (logits * kept).sum(dim=-1, keepdim=True) / number) * kept * kept.mT
         spread = torch.linalg.vector_norm(deviations, dim=-1).sum(dim=-1) * number[..., 0, 0] ** -1.5
     sharp = spread.clamp(1, (MAX_DAMPING / damping) ** (1 / 3)).pow(3) * damping
-    return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ = 1
+    return sharp * w.sum(dim=-2).amax(dim=-1)  # ‖W‖₁, and ‖W‖∞ is at most 1
 
 
 def trust(x: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from functools import cached_property
 from math import inf
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,6 +35,10 @@ AgentSource = Literal["pool", "merge", "landmarks"]
 DEFAULT_SCALE_EXPONENT, DEFAULT_SHORTCUT = 0.3, 0.075
 DEFAULT_AGENTS, DEFAULT_RATIO = 64, 31 / 32
 
+AGENTS_BESIDE_CONTEXT, LEAST_RATIO_BESIDE_CONTEXT = 256, 15 / 16
+"""Landmarks by default, if that is more, in joint attention: the tokens of a text cost as much anyway, and such heads
+need more landmarks."""
+
 TUNED_SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 """Ratios of landmarks to tokens that tuning chooses from."""
 
@@ -51,7 +54,8 @@ class AgentAttention(LimitedMethod):
     """Options of agent attention.
 
     The number of agents of a layer with N tokens is the larger of `num_agents` and (1 - `agent_ratio`)·N, whichever
-    are given; the larger of 64 and N/32 if neither is. A layer runs exact where agents cannot pay off: if 2·n >= N, or
+    are given. If neither is, it is the larger of 64 and N/32; for landmarks in joint attention, together with tokens of
+    a text, it is at least the smaller of 256 and N/16. A layer runs exact where agents cannot pay off: if 2·n >= N, or
     below `min_tokens`.
     """
 
@@ -179,13 +183,20 @@ class AgentAttention(LimitedMethod):
     def _thresholds(self) -> Thresholds:
         return load_thresholds()
 
-    def count(self, num_tokens: int) -> int:
-        """The number of agents n of a layer with `num_tokens` tokens, before rounding to a grid."""
+    def count(self, num_tokens: int, beside_context: bool = False) -> int:
+        """The number of agents n of a layer with `num_tokens` tokens of the picture, before rounding to a grid.
+
+        Args:
+            num_tokens: N.
+            beside_context: whether there are tokens without a position beside them.
+        """
         least, ratio = self.num_agents, self.agent_ratio
-        if least is None and ratio is None:
-            least, ratio = DEFAULT_AGENTS, DEFAULT_RATIO
-        by_ratio = 0 if ratio is None else num_tokens - int(num_tokens * ratio)
-        return max(least or 1, by_ratio)
+        if least is not None or ratio is not None:
+            return max(least or 1, 0 if ratio is None else _left(num_tokens, ratio))
+        n = max(DEFAULT_AGENTS, _left(num_tokens, DEFAULT_RATIO))
+        if not beside_context or self.source != "landmarks":
+            return n
+        return max(n, min(AGENTS_BESIDE_CONTEXT, _left(num_tokens, LEAST_RATIO_BESIDE_CONTEXT)))
 
     def reason_call(self, layer: LayerSpec, num_tokens: int, device: str, mask_rows: int) -> str | None:
         n = self.count(num_tokens)
@@ -211,7 +222,7 @@ class AgentAttention(LimitedMethod):
             return super().reason_layout(layout)
         if self.source == "pool" and (layout.rotated or len(layout.grids) > 1 or len(layout.grid) != 2):
             return "rotated tokens, and those of several pictures or frames, cannot be averaged into pooled agents"
-        n, context = self.count(layout.num_tokens), layout.num_context
+        n, context = self.count(layout.num_tokens, layout.has_context), layout.num_context
         if guard_or_true(2 * (n + context) < layout.num_tokens + context):
             return None
         return f"{n} agents and {context} tokens of context for {layout.num_tokens} of the picture: too many to pay off"
@@ -237,7 +248,7 @@ class AgentAttention(LimitedMethod):
         agents = pool_tokens(image, layout.rows_and_columns, self.count(layout.num_tokens))  # [B, H, n, D]
         if not layout.num_context:
             return self._through(agents, q, k, v, call.mask)
-        agents = torch.cat((agents, layout.context(q)), dim=2)
+        # The context is gathered from, but is no agent: its answers are not those of any part of the picture.
         out = agent_attention(image, k, v, agents, scale_exponent=self._kappa, shortcut=0, key_mask=call.mask)
         return join_exact(out.add(layout.on_grid(v), alpha=self._value_share), q, k, v, call)
 
@@ -268,3 +279,8 @@ class AgentAttention(LimitedMethod):
         else:
             out = scaled_dot_product_attention(mq, mk, mv)
         return unmerge_tokens(out, matching, merged)
+
+
+def _left(num_tokens: int, ratio: float) -> int:
+    """How many tokens are left of `num_tokens` without a share `ratio` of them."""
+    return num_tokens - int(num_tokens * ratio)

@@ -76,6 +76,11 @@ class TokenLayout:
         return sum(prod(grid) for grid in self.grids)
 
     @property
+    def has_context(self) -> bool:
+        """Whether there are tokens without a position; assumed while their number is unknown in compiled code."""
+        return not guard_or_false(self.num_context == 0)
+
+    @property
     def is_plain(self) -> bool:
         """Whether all tokens form one grid of rows and columns, and may be averaged."""
         return len(self.grids) == 1 and len(self.grid) == 2 and not self.rotated and not self.num_context

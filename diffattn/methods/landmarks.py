@@ -4,9 +4,9 @@ arXiv 2102.03902). The part of `methods.agent` that reuses what earlier calls of
 Shapes: B batch, H heads, N tokens, n landmarks, c tokens without a position on the grid, D channels per head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf, log, prod
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from diffattn.functional import sample_tokens
 from diffattn.functional.coasting import LEAST_DAMPING, Calibration, Sent, calibrate, coast
 from diffattn.functional.landmark import (
+    Context,
     Heads,
     Tokens,
     exact_at,
@@ -33,7 +34,7 @@ DEFAULT_HEAD_ERROR = 0.1
 class Landmarks:
     """The attention function of landmarks, with the options of `AgentAttention` that concern them."""
 
-    count: Callable[[int], int]  # tokens of a layer -> landmarks
+    count: Callable[[int, bool], int]  # tokens of the picture, and whether others are beside them -> landmarks
     damping: float
     max_head_error: float | None
     calibrate_every: int
@@ -41,8 +42,13 @@ class Landmarks:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layout, mask = call.layout, call.mask
         image, asked, answering = layout.on_grid(q), self._sampled(q, layout), self._sampled(k, layout)
-        masked = None if mask is None else self._sampled(_additive(mask).mT, layout).mT.to(q.dtype)
-        tokens = Tokens(image, k, v, asked, answering, layout.num_context, mask, masked)
+        if not layout.has_context:
+            masked = None if mask is None else _joined(self._sampled(_additive(mask).mT, layout)).mT.to(q.dtype)
+            tokens = Tokens(image, k, v, _joined(asked), _joined(answering), None, mask, masked)
+        else:
+            context = Context(*map(layout.context, (q, k, v)))
+            weights = self._weights(q, mask, layout, [x.shape[2] for x in asked])
+            tokens = Tokens(image, k, v, _joined(asked), _joined(answering), context, mask, weights)
         most = self._most(q, call)
         if self.damping >= LEAST_DAMPING and not torch.is_grad_enabled():
             out, text, missed = self._coasting(tokens, most, call.memory)
@@ -50,11 +56,11 @@ class Landmarks:
                 out, call.exact_heads = exact_heads(out, missed, image, k, v, mask), len(missed[0])
             elif call.fixed_heads:
                 out = exact_at(out, call.fixed_heads, image, k, v, mask)
-            return _joined(out, text, q, k, v, call)
+            return _with_context(out, text, q, k, v, call)
         out, text, error = landmark_attention_with_context(tokens, self.damping)
         if most is not None:
             out, call.exact_heads = exact_where_missed(out, error, image, k, v, most, mask)
-        return _joined(out, text, q, k, v, call)
+        return _with_context(out, text, q, k, v, call)
 
     def _most(self, q: Tensor, call: LayerCall) -> float | None:
         """The largest error of a head that does not run exact; None: heads are not checked."""
@@ -102,12 +108,12 @@ class Landmarks:
             memory[EXACT_HEADS] = known.missed
         return known.missed
 
-    def _sampled(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """[B, H, N + c, D] -> [B, H, n + c, D]: sampled tokens of the picture, then all those of the context."""
+    def _sampled(self, x: Tensor, layout: TokenLayout) -> list[Tensor]:
+        """[B, H, N + c, D] -> [B, H, n, D]: sampled tokens of the picture, and of each of its references."""
         if layout.is_plain:
-            return sample_tokens(x, layout.rows_and_columns, self.count(x.shape[2]))
+            return [sample_tokens(x, layout.rows_and_columns, self.count(x.shape[2], False))]
         on_grid, start, parts = layout.on_grid(x), 0, []
-        share = self.count(layout.num_tokens) / layout.num_tokens
+        share = self.count(layout.num_tokens, layout.has_context) / layout.num_tokens
         for grid in layout.grids:
             tokens = on_grid.narrow(2, start, prod(grid))
             start += prod(grid)
@@ -116,7 +122,24 @@ class Landmarks:
                 parts.append(pick_tokens(tokens, grid, number))
             else:
                 parts.append(sample_tokens(tokens, (grid[0], grid[1]), number))
-        return torch.cat((*parts, layout.context(x)), dim=2)
+        return parts
+
+    def _weights(self, q: Tensor, mask: Tensor | None, layout: TokenLayout, number: Sequence[int]) -> Tensor:
+        """What is added to the logits of landmarks and of the context beside them [B or 1, H or 1, 1, n + c]: the
+        logarithm of the number of tokens that each represents, and a mask.
+
+        Args:
+            q: as in a call; for dtype and device.
+            mask: of the call.
+            layout: of the call.
+            number: of landmarks, by grid.
+        """
+        sizes = [q.new_full((n,), log(prod(grid) / n)) for grid, n in zip(layout.grids, number, strict=True)]
+        weights = torch.cat((*sizes, q.new_zeros(layout.num_context)))[None, None, None]
+        if mask is None:
+            return weights
+        masked = _additive(mask).mT
+        return torch.cat((*self._sampled(masked, layout), layout.context(masked)), dim=2).mT.to(q.dtype) + weights
 
 
 @dataclass
@@ -140,7 +163,11 @@ def _reads_at_once(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _joined(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
+
+
+def _with_context(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
     """The picture's output and that of the context, whose queries may have masks of their own."""
     if call.context_mask is not None:
         text = scaled_dot_product_attention(call.layout.context(q), k, v, attn_mask=call.context_mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ import diffattn
 from diffattn.functional import sample_tokens
 from diffattn.functional import tokens as functional_tokens
 from diffattn.functional.coasting import calibrate, coast
-from diffattn.functional.landmark import Tokens, exact_heads, landmark_attention_and_error
+from diffattn.functional.landmark import (
+    Context,
+    Tokens,
+    exact_heads,
+    landmark_attention_and_error,
+    landmark_attention_with_context,
+)
 from diffattn.methods import landmarks
 
 GRID, N = (32, 32), 64
@@ -62,9 +69,11 @@ def test_other_tokens_are_answered_exactly_and_masked_keys_are_no_keys() -> None
     q, k, v = (torch.cat((smooth(2, 3, 16, s), normal(2, 3, text, 16, seed=s + 9)), dim=2) for s in range(3))
     mask = torch.ones(2, 1, 1, 1024 + text, dtype=torch.bool)
     mask[..., -masked:] = False
-    landmarks = [torch.cat((sample_tokens(x[:, :, :1024], GRID, N), x[:, :, 1024:]), dim=2) for x in (q, k)]
+    landmarks = [sample_tokens(x[:, :, :1024], GRID, N) for x in (q, k)]
     bias = torch.zeros(2, 1, 1, N + text).masked_fill(torch.arange(N + text) >= N + text - masked, -torch.inf)
-    given = Tokens(q[:, :, :1024], k, v, landmarks[0], landmarks[1], text, mask, bias)
+    bias[..., :N] = math.log(1024 / N)
+    others = Context(*(x[:, :, 1024:] for x in (q, k, v)))
+    given = Tokens(q[:, :, :1024], k, v, landmarks[0], landmarks[1], others, mask, bias)
     out, context, found = calibrate(given, 1e-5)
     exact = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(context, exact[:, :, 1024:], rtol=1e-4, atol=1e-5)
@@ -72,6 +81,9 @@ def test_other_tokens_are_answered_exactly_and_masked_keys_are_no_keys() -> None
     again, text_again = coast(given, 1e-5, found)
     torch.testing.assert_close(again, out)
     torch.testing.assert_close(text_again, context)
+    expected, _, error = landmark_attention_with_context(given, 1e-5)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(found.errors()), error, rtol=1e-2, atol=1e-3)
 
 
 def test_heads_above_the_limit_are_named_and_recomputed() -> None:

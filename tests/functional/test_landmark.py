@@ -13,13 +13,16 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 from diffattn.functional import agent_attention, landmark_attention, pool_tokens, sample_tokens
 from diffattn.functional.landmark import (
     MAX_DAMPING,
+    Context,
     Tokens,
     correct,
+    damp,
     exact_at,
     exact_where_missed,
     landmark_attention_and_error,
     landmark_attention_with_context,
     probe_tokens,
+    trust,
 )
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerCall, LayerSpec
@@ -138,16 +141,71 @@ def test_the_result_does_not_depend_on_padding() -> None:
 
     def attend(*others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (torch.cat((x, *others), dim=2) for x in (k, v))
-        asked, answering = (torch.cat((sample_tokens(x, (12, 12), 16), *others), dim=2) for x in (q, k))
-        number = sum(x.shape[2] for x in others)
+        asked, answering = (sample_tokens(x, (12, 12), 16) for x in (q, k))
+        number, context = sum(x.shape[2] for x in others), torch.cat(others, dim=2)
         masks = [torch.zeros(1, 1, 1, n + number) for n in (144, 16)]
         for mask, n in zip(masks, (144, 16), strict=True):
             mask[..., n + 3 :] = -torch.inf
-        return landmark_attention_with_context(Tokens(q, keys, values, asked, answering, number, *masks), 1e-5)
+        beside = Context(context, context, context)
+        return landmark_attention_with_context(Tokens(q, keys, values, asked, answering, beside, *masks), 1e-5)
 
     padded, alone = attend(text, padding), attend(text)
     for found, wanted in zip((padded[0], padded[1][:, :, :3], padded[2]), alone, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def beside_text(landmarks: int, weight: float, scale: float = 1.0) -> Tokens:
+    """144 tokens of a picture through landmarks, with 7 of a text beside them whose logits are up to as sharp."""
+    q, k, v = (smooth(12, 8, seed, scale=scale) for seed in range(3))
+    text = Context(*(random(1, 2, 7, 8, seed=seed) for seed in (7, 8, 9)))
+    mask = torch.zeros(1, 1, 1, landmarks + 7)
+    mask[..., :landmarks] = weight
+    asked, answering = (sample_tokens(x, (12, 12), landmarks) for x in (q, k))
+    return Tokens(q, torch.cat((k, text.k), dim=2), torch.cat((v, text.v), dim=2), asked, answering, text, None, mask)
+
+
+def test_beside_a_context_only_the_values_of_landmarks_are_corrected() -> None:
+    """The equation of `landmark_attention_with_context`, by a solver of general systems."""
+    call = beside_text(16, math.log(9))
+    assert call.context is not None
+    assert call.landmark_mask is not None
+    out, text, _ = landmark_attention_with_context(call, 1e-5)
+    keys, scale = torch.cat((call.key_landmarks, call.context.k), dim=2), 8**-0.5
+
+    def softmax(asked: Tensor) -> Tensor:
+        return (scale * asked @ keys.mT + call.landmark_mask).softmax(dim=-1)
+
+    def exact(asked: Tensor) -> Tensor:
+        return scaled_dot_product_attention(asked, call.k, call.v)
+
+    rows, gathered = softmax(call.query_landmarks), exact(call.query_landmarks)
+    w, mean, logits = rows[..., :16], gathered.mean(dim=2, keepdim=True), scale * call.query_landmarks @ keys.mT
+    damping = damp(logits[..., :16], w, 1e-5)[..., None, None] * torch.eye(16)
+    plain = torch.cat((mean.expand(-1, -1, 16, -1), call.context.v), dim=2)
+    z = torch.linalg.solve(w.mT @ w + damping, w.mT @ (gathered - rows @ plain))
+    probes = torch.cat(probe_tokens(call.q), dim=2)
+    gamma = trust(softmax(probes)[..., :16] @ z, exact(probes) - softmax(probes) @ plain)
+    plain[:, :, :16] += gamma * z
+    torch.testing.assert_close(out, softmax(call.q) @ plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(text, exact(call.context.q), rtol=1e-4, atol=1e-5)
+
+
+def test_landmarks_weigh_as_much_as_the_tokens_they_stand_for() -> None:
+    found = {}
+    for weight in (0.0, math.log(9), math.log(81)):
+        call = beside_text(16, weight, scale=0.7)
+        exact = scaled_dot_product_attention(call.q, call.k, call.v)
+        found[weight] = relative_error(landmark_attention_with_context(call, 1e-5)[0], exact)
+    assert found[math.log(9)] < 0.3 * found[0.0]
+    assert found[math.log(9)] < 0.6 * found[math.log(81)]
+
+
+def test_every_token_as_a_landmark_is_exact_attention() -> None:
+    call = beside_text(144, 0.0)
+    out, _, error = landmark_attention_with_context(call, 1e-5)
+    exact = scaled_dot_product_attention(call.q, call.k, call.v)
+    assert relative_error(out, exact) < 0.01
+    assert error.max() < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
