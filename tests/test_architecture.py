@@ -104,6 +104,7 @@ def test_a_package_imports_only_what_the_table_allows(path: Path) -> None:
     assert not wrong, f"{own} may import {allowed(own)}; {module_name(path)} imports {wrong}"
 
 
+@pytest.mark.slow
 def test_the_table_allows_nothing_that_no_file_needs() -> None:
     used = {(unit(module_name(path)), unit(name)) for path in FILES for _, name in ours(path)}
     unused = [f"{part} -> {other}" for part in MAY_IMPORT for other in allowed(part) if (part, other) not in used]

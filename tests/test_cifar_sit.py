@@ -40,6 +40,7 @@ def test_the_classifier_recognises_far_more_than_chance_would(pipe: SiTPipeline)
     assert sum(hits) / len(hits) > 0.25  # chance: 0.1
 
 
+@pytest.mark.slow
 def test_every_number_of_mediators_draws_nearly_the_same_picture(pipe: Any) -> None:
     def draw(n: int) -> Tensor:
         pipe.transformer.set_num_mediators(n)

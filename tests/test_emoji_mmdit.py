@@ -11,6 +11,7 @@ from torch import Tensor
 
 import diffattn
 from diffattn.drawing.loading import embedded_folder
+from diffattn.machine import fastest_dtype
 from diffattn.metrics.extractors import load_extractor
 from diffattn.metrics.paired import foreground_psnr
 from diffattn.metrics.reference import Reference
@@ -20,7 +21,7 @@ FOLDER = embedded_folder("emoji-mmdit")
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    found = diffattn.load_demo("emoji-mmdit", torch.bfloat16)
+    found = diffattn.load_demo("emoji-mmdit", fastest_dtype(torch.device("cpu")))
     found.set_progress_bar_config(disable=True)
     return found
 
@@ -39,8 +40,9 @@ def test_it_is_small_and_has_4096_tokens_beside_those_of_the_text(pipe: Any) -> 
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 14e6
 
 
+@pytest.mark.slow
 def test_it_has_the_autoencoder_and_tokenizer_of_emoji_sd(pipe: Any) -> None:
-    other: Any = diffattn.load_demo("emoji-sd", torch.bfloat16)
+    other: Any = diffattn.load_demo("emoji-sd", pipe.dtype)
     for name, weight in pipe.vae.state_dict().items():
         assert torch.equal(weight, other.vae.state_dict()[name])
     names: Path = FOLDER / "tokenizer" / "tokenizer.json"

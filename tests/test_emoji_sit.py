@@ -30,6 +30,7 @@ def test_it_is_small_has_elastic_mediators_and_1024_tokens(pipe: SiTPipeline) ->
     assert sum(path.stat().st_size for path in embedded_folder("emoji-sit").rglob("*") if path.is_file()) < 13e6
 
 
+@pytest.mark.slow
 def test_it_has_the_autoencoder_of_emoji_sd(pipe: SiTPipeline) -> None:
     other: Any = diffattn.load_demo("emoji-sd")
     for name, weight in pipe.vae.state_dict().items():

@@ -312,6 +312,7 @@ def watched(pipe: Any) -> Watching:
     return schedule
 
 
+@pytest.mark.slow
 def test_a_scheduler_swapped_between_runs_is_the_one_that_is_read(make_pipeline: Callable[[str], Any]) -> None:
     pipe = make_pipeline("sd")
     schedule = watched(pipe)

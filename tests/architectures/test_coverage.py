@@ -59,6 +59,7 @@ def is_covered(kind: Any) -> bool:
     return any(architecture.matches(model) for architecture in ARCHITECTURES)
 
 
+@pytest.mark.slow
 def test_every_denoiser_is_covered_or_says_why_not() -> None:
     missing = [name for name, kind in denoisers().items() if not is_covered(kind) and name not in NOT_COVERED]
     assert not missing, f"no row in diffattn.architectures, and not in NOT_COVERED: {', '.join(missing)}"

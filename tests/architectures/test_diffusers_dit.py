@@ -189,6 +189,7 @@ def test_compiled_before_patching_gives_one_graph_per_phase(model: Any, way: str
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_the_preflight_times_them(make_pipeline: Any) -> None:
     for kind, tokens in (("dit", 64), ("pixart", 64)):
         found = preflight(make_pipeline(kind), rounds=1)

@@ -104,6 +104,7 @@ def test_every_flag_of_attention_is_honoured(flags: dict[str, Any], on_map: bool
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.slow
 @given(
     flags=st.lists(st.sampled_from(sorted(FLAGS)), max_size=4),
     on_map=st.booleans(),

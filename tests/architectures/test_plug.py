@@ -159,6 +159,7 @@ def all_processors() -> Iterator[type]:
                     yield kind
 
 
+@pytest.mark.slow
 def test_every_processor_that_calls_attention_keeps_its_signature_and_its_place_in_the_source() -> None:
     found, refused = 0, {}
     for kind in all_processors():
@@ -221,6 +222,7 @@ def test_a_traceback_shows_diffusers_own_line() -> None:
     assert source[number - first][column:].startswith("F.scaled_dot_product_attention(")
 
 
+@pytest.mark.slow
 def test_nothing_of_diffusers_or_of_the_loaded_modules_changes(make_pipeline: Make) -> None:
     pipe = make_pipeline("sd")
     tiny.run(pipe)
@@ -283,6 +285,7 @@ def all_at_once(run: Callable[[int], None], number: int) -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 def test_threads_that_find_displaced_layers_together_plug_each_of_them_once() -> None:
     unet = tiny.unet()
     handle = diffattn.patch(unet, **ALWAYS)
@@ -341,6 +344,7 @@ def kernels(model: Any) -> tuple[Tensor, set[str]]:
     return out, {event.key for event in profile.key_averages() if "_scaled_dot_product" in event.key}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_backends")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_chosen_backend_reaches_the_exact_path(order: str) -> None:

@@ -134,6 +134,7 @@ def test_qwen_image_21_is_accelerated_with_its_cache_too() -> None:
     torch.testing.assert_close(cached, whole[:, -48:], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_block_masks_run_exact_and_say_so() -> None:
     case = case_of("QwenImage21Transformer2DModel")
     model, given = case.build(), inputs(case)

@@ -42,6 +42,7 @@ def test_heads_too_sharp_for_landmarks_fall_back_one_by_one() -> None:
     assert torch.dist(out, exact) < torch.dist(unchecked, exact)
 
 
+@pytest.mark.slow
 def test_kandinskys_sparse_attention_runs_exact_and_is_counted() -> None:
     config = {**case_of("Kandinsky5Transformer3DModel").config, "axes_dims": (4, 6, 6), "model_dim": 32}
     torch.manual_seed(0)

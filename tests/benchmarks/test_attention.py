@@ -49,6 +49,7 @@ def state(unet):
     ]
 
 
+@pytest.mark.slow
 def test_the_models_have_the_sizes_they_are_named_for():
     from diffusers import UNet2DConditionModel
 
@@ -61,6 +62,7 @@ def test_the_models_have_the_sizes_they_are_named_for():
     assert millions == {"sd15": 859.5, "sdxl": 2567.5}
 
 
+@pytest.mark.slow
 def test_random_weights_keep_the_output_finite_and_are_the_same_every_time(unet):
     out = run(unet)
     assert out.isfinite().all()
@@ -118,6 +120,7 @@ def test_tome_and_presets_that_cannot_run_say_why(unet, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_results_are_complete(measured):
     folder, results = measured
     assert json.loads((folder / RESULT_FILE).read_text()) == json.loads(json.dumps(results))
@@ -135,6 +138,7 @@ def test_results_are_complete(measured):
     assert results["results"][1]["variants"]["balanced"]["layers"] == 3  # 64 agents cannot serve 64 tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1e-9, float("inf")])
 def test_heads_run_exact_beyond_the_given_limit(unet, tmp_path, limit):
     given = {
@@ -176,6 +180,7 @@ def test_resume_measures_only_what_is_missing(measured):
     assert not lines
 
 
+@pytest.mark.slow
 def test_resume_goes_on_within_a_size(tmp_path):
     config = BenchmarkConfig(models=("tiny",), sizes=(64,), variants=("floor",), rounds=3, device="cpu")
 
@@ -210,6 +215,7 @@ def test_a_time_budget_leaves_a_valid_file(tmp_path):
     assert not benchmark.is_complete
 
 
+@pytest.mark.slow
 def test_table_and_plot(measured, tmp_path):
     text = table(measured[1])
     assert "tiny UNet" in text
@@ -219,6 +225,7 @@ def test_table_and_plot(measured, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_every_variant_looks_different_whatever_their_number(measured, tmp_path):
     styles = [style_of(name) for name in VARIANTS if name != SDPA]
     assert len({(s["color"], s.get("marker")) for s in styles}) == len(VARIANTS) - 1
@@ -280,6 +287,7 @@ def test_bad_configurations(options, message):
         BenchmarkConfig(**options)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     command = ["attention", "--models", "tiny", "--sizes", "64", "--variants", "floor", "--rounds", "1"]
     result = CliRunner().invoke(app, [*command, "--device", "cpu", "--out", str(tmp_path)])

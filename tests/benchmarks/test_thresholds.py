@@ -108,6 +108,7 @@ def test_reading_names_what_is_wrong(tmp_path):
             read_json(tmp_path / "a.json")
 
 
+@pytest.mark.slow
 def test_measuring_small_grids():
     results = measure_thresholds(CPU, torch.float32, sides=(8, 12), time_budget=60.0, say=lambda line: None)
     assert [r.tokens for r in results] == [64, 144]
@@ -130,6 +131,7 @@ def test_the_command_writes_the_file_that_is_read(own_file):
     assert load_thresholds()["cpu"] == data["devices"]["cpu"]
 
 
+@pytest.mark.slow
 def test_the_cache_is_filled_for_a_model(tmp_path):
     cache, out = tmp_path / "decisions.json", tmp_path / "out.json"
     words = ["thresholds", "--model", "emoji-sd", "--sizes", "128,256", "--out", str(cache), "--json", str(out)]

@@ -31,6 +31,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return measure(tmp_path_factory.mktemp("bench"), models=TRANSFORMERS, dtype="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_every_class_runs_through_the_benchmark(measured: dict[str, Any], name: str) -> None:
     (entry,) = (entry for entry in measured["results"] if entry["model"] == name)
@@ -57,6 +58,7 @@ def test_a_result_says_how_many_layers_it_has(measured: dict[str, Any]) -> None:
     assert "exact heads" in text
 
 
+@pytest.mark.slow
 def test_all_layers_on_request(tmp_path: Path) -> None:
     results = measure(tmp_path, models=("tiny-flux",), variants=(FLOOR,), rounds=1, all_layers=True)
     assert [entry["depth"] for entry in results["results"]] == ["6 layers"]
@@ -64,6 +66,7 @@ def test_all_layers_on_request(tmp_path: Path) -> None:
         Benchmark(BenchmarkConfig(models=("tiny-flux",), device="cpu", min_tokens=0, batch=1), tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_the_plot_has_a_panel_for_videos(measured: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(measured, tmp_path / "a.png")
@@ -86,6 +89,7 @@ def test_the_floor_of_a_unet_is_what_values_alone_give() -> None:
     torch.testing.assert_close(found, run(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_floor_keeps_what_stands_around_the_attention(name: str) -> None:
     row = MODELS[name]

@@ -50,6 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Help
 
 
+@pytest.mark.slow
 def test_python_m_diffattn() -> None:
     done = subprocess.run([sys.executable, "-m", "diffattn", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -163,6 +164,7 @@ def test_files_that_cannot_be_written_again_are_refused(
 # Work
 
 
+@pytest.mark.slow
 def test_generate_one_picture(models: Path, tmp_path: Path) -> None:
     out, figures = tmp_path / "new" / "cat.png", tmp_path / "also new" / "cat.json"
     found = call("generate", "--model", models / "sd", "--prompt", "a cat", "--steps", 3, "--width", 40, *EVERYWHERE,
@@ -179,6 +181,7 @@ def test_generate_one_picture(models: Path, tmp_path: Path) -> None:
     assert str(out) in found.stdout
 
 
+@pytest.mark.slow
 def test_generate_several_pictures(models: Path, tmp_path: Path) -> None:
     shared = ("generate", "--model", models / "sd", "--prompt", "", "--steps", 2, *EVERYWHERE)
     assert call(*shared, "--num-images", 2, "--seed", 3, "--out", tmp_path / "many").exit_code == 0
@@ -208,6 +211,7 @@ def test_a_prompt_makes_a_name_that_a_file_can_have(prompt: str, stem: str) -> N
     assert stem_of(prompt) == stem
 
 
+@pytest.mark.slow
 def test_generate_writes_a_file_for_a_prompt_of_long_characters(models: Path, tmp_path: Path) -> None:
     done = call(
         "generate", "--model", models / "sd", "--prompt", "𠮷" * 99, "--steps", 1, *EVERYWHERE, "--out", tmp_path
@@ -217,6 +221,7 @@ def test_generate_writes_a_file_for_a_prompt_of_long_characters(models: Path, tm
     assert record_of(file)["prompt"] == "𠮷" * 99
 
 
+@pytest.mark.slow
 def test_generate_unpatched(models: Path, tmp_path: Path) -> None:
     shared = ("generate", "--model", models / "sd", "--prompt", "a cat", "--steps", 2, "--dtype", "bfloat16")
     found = call(*shared, "--method", "none", "--out", tmp_path / "x.png", "--json", tmp_path / "x.json")
@@ -255,6 +260,7 @@ def test_info_names_this_machines_thresholds(tmp_path: Path, monkeypatch: pytest
     assert str(own) in found.stderr
 
 
+@pytest.mark.slow
 def test_info_names_the_cache_of_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def told() -> dict[str, dict[str, int]]:
         assert call("info", "--json", tmp_path / "info.json").exit_code == 0

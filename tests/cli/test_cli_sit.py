@@ -43,17 +43,20 @@ def trained(pictures, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_train_saves_configuration_and_pipeline(trained) -> None:
     config = TrainConfig.read(file=trained / "config.json")
     assert (config.run.seed, config.model.hidden_size) == (5, 16)
     assert (trained / "pipeline" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_runs_again(trained, pictures, tmp_path) -> None:
     done = call("train", "--config", trained / "config.json", "run.steps=1", "--out", tmp_path, "--device", "cpu")
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_cost_and_writes_nothing_but_its_json(pictures, tmp_path) -> None:
     file = tmp_path / "plan.json"
     done = call("train", *SMALL, "--data", pictures, "--out", tmp_path / "run", "--dry-run", "--json", file,
@@ -66,6 +69,7 @@ def test_dry_run_prints_the_cost_and_writes_nothing_but_its_json(pictures, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -110,6 +114,7 @@ def test_checkpoints_that_do_not_name_their_classes_go_on(trained, pictures, tmp
     assert "resuming at step 3" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_model_trained_on_another_path_says_so(pictures, tmp_path) -> None:
     done = call("train", *SMALL, "objective.path=gvp", "run.steps=1", "--data", pictures, "--out", tmp_path,
                 "--device", "cpu")  # fmt: skip
@@ -148,6 +153,7 @@ def test_generate_draws_a_class_with_mediators(trained, tmp_path) -> None:
     assert "horse" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_tune_writes_a_recipe(trained, tmp_path) -> None:
     recipe, file = tmp_path / "recipe.json", tmp_path / "all.json"
     words = ["tune", "--model", trained / "pipeline", "--samples", 2, "--steps", 5, "--device", "cpu"]

@@ -69,6 +69,7 @@ def test_official_weights_become_a_folder_with_the_published_outputs_and_come_ba
         torch.testing.assert_close(back[name], weight, atol=1e-6 if name == "pos_embed" else 0, rtol=0)
 
 
+@pytest.mark.slow
 def test_diffusers_and_back(tmp_path: Path) -> None:
     tiny_dit(**SOFTMAX, frequency_shift=1.0, norm_eps=1e-5).save_pretrained(tmp_path / "ours")
     converted(tmp_path / "ours", tmp_path / "theirs", "--to", "diffusers")
@@ -89,6 +90,7 @@ def test_other_frequencies_of_time_are_told_of_when_diffusers_gets_the_model(tmp
         converted(tmp_path / "ours", tmp_path / "theirs", "--to", "diffusers")
 
 
+@pytest.mark.slow
 def test_the_path_is_told_where_a_layout_has_no_room_for_it(tmp_path: Path) -> None:
     tiny_dit(**SOFTMAX, path="gvp", frequency_shift=1.0).save_pretrained(tmp_path / "ours")
     options = ("--path", "gvp", "--prediction", "velocity")
@@ -245,6 +247,7 @@ def test_a_folder_with_weights_that_are_no_numbers_is_refused(tmp_path: Path) ->
 # The number of heads.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12)])
 def test_heads_are_those_of_the_published_size_with_this_width(width: int, heads: int, tmp_path: Path) -> None:
     assert HEADS == {384: 6, 768: 12, 1024: 16, 1152: 16}

@@ -53,6 +53,7 @@ def files(place: Path) -> tuple[object, ...]:
             "cifar-classifier", "--extractor-weights", place / "extractor", "--device", "cpu")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_text_model_with_everything(place: Path, tmp_path: Path) -> None:
     words = ("evaluate", "--model", place / "sd", "--prompts", place / "prompts.txt", "--num-pictures", 3, "--steps", 2,
              "--reference", place / "large.npz", "--extractor", "cifar-classifier", "--extractor-weights",
@@ -82,6 +83,7 @@ def test_a_text_model_with_everything(place: Path, tmp_path: Path) -> None:
     assert again.stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_compare_and_what_it_refuses(place: Path, files: tuple[object, ...], tmp_path: Path) -> None:
     a, b, c = (tmp_path / f"{name}.json" for name in "abc")
     for file, more in ((a, ()), (b, ("--pictures", place / "b.npz", "--num-pictures", 8)), (c, ("--num-pictures", 6))):
@@ -133,6 +135,7 @@ def test_the_sheet_is_opened_on_demand(place: Path, tmp_path: Path, monkeypatch:
     assert "no picture viewer could be opened" in call(*words, "--out", tmp_path / "run", "--show").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["saved/b.safetensors", "b.npz"])
 def test_a_reference_is_made_once(place: Path, files: tuple[object, ...], tmp_path: Path, name: str) -> None:
     eye = ("--extractor", "cifar-classifier", "--extractor-weights", place / "extractor", "--device", "cpu")

@@ -28,6 +28,7 @@ def trained(*words: object) -> Result:
     return call("train", "--device", "cpu", *words, *SMALL)
 
 
+@pytest.mark.slow
 def test_a_class_that_is_called_a_number_is_drawn_by_its_name(tmp_path: Path) -> None:
     data = folder(tmp_path / "data", class_folders({str(i): 1 for i in range(12)}))
     assert trained("--data", data, "--out", tmp_path / "run").exit_code == 0
@@ -58,6 +59,7 @@ def test_a_class_that_is_called_a_number_is_drawn_by_its_name(tmp_path: Path) ->
     assert "pipe('2', " in code  # on the page
 
 
+@pytest.mark.slow
 def test_the_classes_that_were_chosen_are_said_before_training(tmp_path: Path) -> None:
     content = class_folders({"images/cat": 2, "images/dog": 2}) | {"README.md": b"# Pets"}
     data = folder(tmp_path / "data", content)

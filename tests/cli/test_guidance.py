@@ -46,6 +46,7 @@ def generated(model: Path, out: Path, *more: object) -> tuple[Result, float | No
     return done, json.loads((out / "a.json").read_text())["pictures"][0]["guidance"]
 
 
+@pytest.mark.slow
 def test_the_guidance_of_the_training_is_the_models_own(guided, tmp_path) -> None:
     model, _ = guided
     assert json.loads((model / "model_index.json").read_text())["guidance_scale"] == 1.75
@@ -68,6 +69,7 @@ def test_a_call_without_guidance_takes_the_models_own_and_it_survives_saving(gui
     assert not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 def test_evaluate_and_tune_draw_with_the_models_own(guided, tmp_path) -> None:
     words = ("--model", guided[0], "--num-pictures", 2, "--steps", 2, "--device", "cpu", "--paired")
     done = call("evaluate", *words, "--out", tmp_path / "e", "--json", tmp_path / "e.json")
@@ -80,6 +82,7 @@ def test_evaluate_and_tune_draw_with_the_models_own(guided, tmp_path) -> None:
     assert '"guidance": 1.75' in (tmp_path / "recipe.json").read_text()
 
 
+@pytest.mark.slow
 def test_training_without_label_dropout_warns_and_the_model_says_that_it_has_no_null_class(unguided) -> None:
     model, said = unguided
     assert "objective.label_dropout=0 trains no null class" in said
@@ -90,6 +93,7 @@ def test_training_without_label_dropout_warns_and_the_model_says_that_it_has_no_
     assert pipe.transformer.y_embedder.embedding_table.num_embeddings == 2
 
 
+@pytest.mark.slow
 def test_without_a_null_class_pictures_are_drawn_without_guidance_and_it_is_said(unguided, tmp_path) -> None:
     done, guidance = generated(unguided[0], tmp_path)
     assert guidance == 1

@@ -1,9 +1,11 @@
 """Attention slicing, which installs its own processors in every layer. More in tests/patching/test_others.py."""
 
+import pytest
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from support.coexistence import Subject, agree, assert_all_accelerated, check, coexists, processors
 
 
+@pytest.mark.slow
 @coexists(
     "attention slicing",
     "enabled before and after the patch",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from support.coexistence import Subject, agree, check, coexists
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,6 +30,7 @@ def kernels(subject: Subject) -> set[bool]:
     return set(seen.fused)
 
 
+@pytest.mark.slow
 @coexists(
     "`set_attention_backend`",
     "before the patch",
@@ -48,6 +50,7 @@ def test_before(subject: Subject) -> None:
         assert handle.report().calls_accelerated == 0
 
 
+@pytest.mark.slow
 @coexists(
     "`set_attention_backend`",
     "after the patch, and back",

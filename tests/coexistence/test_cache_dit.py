@@ -23,6 +23,7 @@ def disable(subject: Subject) -> None:
     pytest.importorskip("cache_dit").disable_cache(subject.target)
 
 
+@pytest.mark.slow
 @coexists(
     "cache-dit",
     "before the patch",
@@ -40,6 +41,7 @@ def test_before(subject: Subject) -> None:
     assert torch.equal(subject.draw(num_inference_steps=STEPS), exact)
 
 
+@pytest.mark.slow
 @coexists(
     "cache-dit",
     "after the patch",

@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from support import tiny
 from support.coexistence import FEW, Subject, agree, coexists, differ
@@ -37,6 +38,7 @@ def controlled(subject: Subject) -> Subject:
     return Subject(pipe, subject.arguments | image)
 
 
+@pytest.mark.slow
 @coexists(
     "ControlNet",
     "of the pipeline, patched with it",

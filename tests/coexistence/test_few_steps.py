@@ -5,6 +5,7 @@ import pytest
 from support.coexistence import Subject, check, coexists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @coexists(
     "few-step models",

@@ -4,11 +4,13 @@ import inspect
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from support.coexistence import Subject, check, coexists, differ, reasons
 from torch import Tensor
 
 
+@pytest.mark.slow
 @coexists(
     "classifier-free guidance",
     "on and off; in one pass, or in two (Flux)",
@@ -22,6 +24,7 @@ def test_classifier_free(subject: Subject) -> None:
     differ(check(subject, **on).accelerated, check(subject, **off).accelerated)
 
 
+@pytest.mark.slow
 @coexists(
     "`guidance_rescale`",
     "in a patched pipeline",
@@ -32,6 +35,7 @@ def test_guidance_rescale(subject: Subject) -> None:
     differ(check(subject, guidance_rescale=0.7).accelerated, subject.draw_patched())
 
 
+@pytest.mark.slow
 @coexists(
     "skip-layer guidance",
     "`skip_guidance_layers` in a patched pipeline",
@@ -44,6 +48,7 @@ def test_skip_layer(subject: Subject) -> None:
     differ(check(subject, **skipped).accelerated, own)
 
 
+@pytest.mark.slow
 @coexists(
     "perturbed-attention guidance (PAG)",
     "by the pipelines of PAG, which replace processors in every call",
@@ -84,6 +89,7 @@ GUIDERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @coexists(
     "guiders of diffusers in a `ModularPipeline`",
     "classifier-free, projected, tangential",
@@ -126,6 +132,7 @@ def guided(subject: Any, scale: float) -> Tensor:
     return latents
 
 
+@pytest.mark.slow
 @coexists(
     "guiders of diffusers",
     "perturbed attention",

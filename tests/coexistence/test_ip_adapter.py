@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from support import tiny
 from support.coexistence import Subject, agree, assert_all_accelerated, check, coexists, differ
@@ -43,6 +44,7 @@ def load(subject: Subject) -> dict[str, Any]:
     return {"ip_adapter_image_embeds": [rand(1, 1, IMAGE_DIM)], "negative_ip_adapter_image_embeds": nothing}
 
 
+@pytest.mark.slow
 @coexists(
     "IP-Adapter",
     "loaded before the patch",
@@ -57,6 +59,7 @@ def test_loaded_before(subject: Subject) -> None:
         differ(subject.draw(**arguments), accelerated)
 
 
+@pytest.mark.slow
 @coexists(
     "IP-Adapter",
     "loaded after the patch",
@@ -73,6 +76,7 @@ def test_loaded_after(subject: Subject) -> None:
     agree(check(subject, **arguments).accelerated, accelerated)
 
 
+@pytest.mark.slow
 @coexists(
     "IP-Adapter",
     "unloaded from a patched pipeline",

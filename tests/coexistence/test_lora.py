@@ -1,5 +1,6 @@
 """LoRA: weights beside the projections, which stay diffusers' own."""
 
+import pytest
 import torch
 from support.coexistence import Subject, agree, assert_all_accelerated, check, coexists, differ
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ def load(subject: Subject) -> None:
     subject.target.load_lora_weights(weights, adapter_name=ADAPTER)
 
 
+@pytest.mark.slow
 @coexists(
     "LoRA",
     "loaded before the patch",
@@ -35,6 +37,7 @@ def test_loaded_before(subject: Subject) -> None:
         agree(subject.draw(), without)
 
 
+@pytest.mark.slow
 @coexists(
     "LoRA",
     "loaded after the patch, and unloaded",
@@ -57,6 +60,7 @@ def test_loaded_after(subject: Subject) -> None:
     assert torch.equal(subject.draw(), exact)
 
 
+@pytest.mark.slow
 @coexists(
     "LoRA",
     "fused before the patch",
@@ -70,6 +74,7 @@ def test_fused_before(subject: Subject) -> None:
     agree(check(subject).accelerated, loaded)
 
 
+@pytest.mark.slow
 @coexists(
     "LoRA",
     "fused and unfused while patched",

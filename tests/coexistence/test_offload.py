@@ -5,6 +5,7 @@ import torch
 from support.coexistence import Subject, agree, assert_all_accelerated, check, coexists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 @coexists(
     "group offload",

@@ -22,6 +22,7 @@ def test_torchao(subject: Subject) -> None:
     differ(check(subject).accelerated, before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization")
 @coexists(
     "quantised Linears",
@@ -40,6 +41,7 @@ def first_query(subject: Subject) -> str:
     return next(name for name, _ in subject.denoiser.named_modules() if name.endswith("to_q"))
 
 
+@pytest.mark.slow
 @coexists(
     "`enable_layerwise_casting`",
     "weights in float8, before and after the patch",

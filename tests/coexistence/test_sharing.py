@@ -21,6 +21,7 @@ def other(subject: Subject) -> Subject:
     return Subject(pipe, subject.arguments | {"image": tiny.picture(), "strength": 1.0})
 
 
+@pytest.mark.slow
 @coexists(
     "two pipelines that share parts",
     "`from_pipe` before and after the patch",
@@ -52,6 +53,7 @@ def loaded(folder: Path, like: Subject) -> Subject:
     return Subject(pipe, like.arguments)
 
 
+@pytest.mark.slow
 @coexists(
     "`save_pretrained`",
     "of a patched pipeline",

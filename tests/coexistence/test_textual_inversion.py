@@ -1,5 +1,6 @@
 """Textual inversion: new words of the text encoder."""
 
+import pytest
 import torch
 from support import tiny
 from support.coexistence import Subject, agree, check, coexists, differ
@@ -10,6 +11,7 @@ def load(subject: Subject) -> None:
     subject.target.load_textual_inversion({"<thing>": vector}, token="<thing>")
 
 
+@pytest.mark.slow
 @coexists(
     "textual inversion",
     "loaded before and after the patch",

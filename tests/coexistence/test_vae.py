@@ -1,9 +1,11 @@
 """Tiling and slicing of the VAE, which the denoiser does not see."""
 
+import pytest
 import torch
 from support.coexistence import Subject, check, coexists, differ
 
 
+@pytest.mark.slow
 @coexists(
     "VAE tiling and slicing",
     "enabled before and after the patch",

@@ -30,6 +30,7 @@ def result() -> DemoResult:
     return run_demo(SHORT)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_a_stable_diffusion_pipeline() -> None:
     assert "emoji-sd" in embedded_models()
     pipe = diffattn.load_demo("emoji-sd")
@@ -52,6 +53,7 @@ def test_an_unknown_model_names_those_there_are() -> None:
         diffattn.load_demo("sd-1.5")
 
 
+@pytest.mark.slow
 def test_the_figures(result: DemoResult, tmp_path: Path) -> None:
     sheet, figures = result.save(tmp_path / "out")
     told = json.loads(figures.read_text())
@@ -84,6 +86,7 @@ def test_the_second_part_is_on_the_sheet_and_among_the_figures() -> None:
     assert result.mediators_verdict == f"The SiT, against 64 mediators: {dynamic}, {few} the speed."
 
 
+@pytest.mark.slow
 def test_another_size_is_timed_and_not_judged() -> None:
     result = run_demo(replace(SHORT, size=192, steps=1, rounds=1, prompts=PROMPTS[:1]))
     told = result.to_dict()
@@ -101,6 +104,7 @@ def test_every_prompt_was_trained_on() -> None:
     assert len(set(PROMPTS)) >= 20
 
 
+@pytest.mark.slow
 def test_the_pictures_compared_are_those_of_the_pipeline(result: DemoResult) -> None:
     def draw(pipe: Any, prompt: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(SHORT.seed)
@@ -119,6 +123,7 @@ def test_the_pictures_compared_are_those_of_the_pipeline(result: DemoResult) -> 
     assert result.size == plain.shape[-1]
 
 
+@pytest.mark.slow
 def test_every_picture_is_told() -> None:
     ready = Demo(DemoSettings(steps=1, rounds=1, prompts=PROMPTS[:1], preset="fast", size=192))
     pictures: list[int] = []
@@ -126,6 +131,7 @@ def test_every_picture_is_told() -> None:
     assert len(pictures) == ready.num_pictures == 4
 
 
+@pytest.mark.slow
 def test_it_says_so_if_nothing_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = tmp_path / "thresholds.json"
     never.write_text(json.dumps({"devices": {name: {"64": 10**9} for name in ("cpu", "cuda", "mps")}}))

@@ -26,6 +26,7 @@ def test_every_way_draws_the_pictures_of_the_pipeline() -> None:
         assert 0 < difference < 0.2
 
 
+@pytest.mark.slow
 def test_a_model_without_these_classes_is_left_alone() -> None:
     settings = DemoSettings(steps=1, prompts=["no name of the model"], size=None)
     assert Demo(settings).second is None

@@ -46,6 +46,7 @@ def own(pipe: Any, **given: Any) -> np.ndarray:
     return np.asarray(output.images[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_without_options_the_picture_is_the_pipelines_own(place: Path, kind: str) -> None:
     pipe: Any = tiny.pipeline(kind, place)
@@ -53,6 +54,7 @@ def test_without_options_the_picture_is_the_pipelines_own(place: Path, kind: str
     assert np.array_equal(np.asarray(draw(pipe, negative_prompt="").image), own(pipe, negative_prompt=""))
 
 
+@pytest.mark.slow
 def test_an_empty_negative_prompt_is_not_none_at_all(place: Path, tmp_path: Path) -> None:
     pipe: Any = tiny.pipeline("sdxl", place)
     plain, empty = draw(pipe), draw(pipe, negative_prompt="")
@@ -112,6 +114,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # of a NaN that is cast to an integer
 @pytest.mark.parametrize("what", SPOILT)
 def test_what_is_not_finite_is_no_picture(pipe: Any, what: str) -> None:
@@ -138,6 +141,7 @@ def test_a_sit_with_and_without_a_vae(vae: bool, value: float) -> None:
         draw(pipe, prompt="1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["", "enable_slicing", "enable_tiling"])
 def test_each_picture_of_a_batch_is_judged_alone(pipe: Any, change: str) -> None:
     faulty.spoil_word(pipe)
@@ -170,6 +174,7 @@ def test_nothing_is_read_from_the_device_between_the_steps(pipe: Any, monkeypatc
 # Blanked
 
 
+@pytest.mark.slow
 def test_a_blanked_picture_says_so(pipe: Any, tmp_path: Path) -> None:
     clean = draw(pipe)
     assert (clean.blanked, clean.record["blanked"]) == (False, False)

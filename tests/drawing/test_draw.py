@@ -66,12 +66,14 @@ def test_stable_diffusion_3_loads_without_its_third_text_encoder(tmp_path: Path)
     assert pipe.text_encoder_3 is pipe.tokenizer_3 is None
 
 
+@pytest.mark.slow
 def test_a_folder_loads_as_its_own_class_in_one_precision(folder: Path) -> None:
     pipe = load_pipeline(str(folder), torch.bfloat16)
     assert isinstance(pipe, StableDiffusionPipeline)
     assert {m.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_half_precision_weights_load_in_float32(tmp_path: Path) -> None:
     tiny.pipeline("sd", tmp_path / "tokenizer").to(dtype=torch.float16).save_pretrained(tmp_path / "half")
     pipe = load_pipeline(str(tmp_path / "half"))
@@ -218,6 +220,7 @@ def test_the_defaults_are_filled_in(pipe: DiffusionPipeline) -> None:
     patch.remove()
 
 
+@pytest.mark.slow
 def test_patched_differs_and_none_does_not(pipe: DiffusionPipeline) -> None:
     plain = np.asarray(
         pipe("a cat", num_inference_steps=3, guidance_scale=7.5, generator=torch.Generator().manual_seed(0)).images[0]  # type: ignore[operator]
@@ -226,6 +229,7 @@ def test_patched_differs_and_none_does_not(pipe: DiffusionPipeline) -> None:
     assert not np.array_equal(draw(pipe, request())[0], plain)
 
 
+@pytest.mark.slow
 def test_each_picture_can_be_drawn_again_alone(pipe: DiffusionPipeline) -> None:
     together = draw(pipe, request(num_images=3, seed=5))
     for i, picture in enumerate(together):
@@ -233,11 +237,13 @@ def test_each_picture_can_be_drawn_again_alone(pipe: DiffusionPipeline) -> None:
     assert not np.array_equal(together[0], together[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["", "a very long prompt " * 20, "crème brûlée 🍮"])
 def test_any_prompt_works(pipe: DiffusionPipeline, prompt: str) -> None:
     assert draw(pipe, request(prompt=prompt, width=40, height=24))[0].shape == (24, 40, 3)
 
 
+@pytest.mark.slow
 def test_every_step_is_told(pipe: DiffusionPipeline) -> None:
     steps = []
     ready, patch = prepare(pipe, request(num_images=2))
@@ -247,6 +253,7 @@ def test_every_step_is_told(pipe: DiffusionPipeline) -> None:
     patch.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "calls"), [(PNDMScheduler, 6), (HeunDiscreteScheduler, 9)])
 def test_every_step_is_told_once_whatever_calls_it_takes(pipe: DiffusionPipeline, kind: Any, calls: int) -> None:
     told, made = [], []
@@ -267,6 +274,7 @@ def test_guidance_of_1_and_below_is_none_for_a_sit_too() -> None:
     assert prepare(sit, replace(plain, guidance=0.0))[0].guidance == 1  # as the picture's recipe and code say
 
 
+@pytest.mark.slow
 def test_a_failure_while_drawing_leaves_the_model_to_unpatch(pipe: DiffusionPipeline) -> None:
     before = draw(pipe, request(method="none", options={}))[0]
     ready, _ = prepare(pipe, request())
@@ -283,6 +291,7 @@ def test_a_failure_while_drawing_leaves_the_model_to_unpatch(pipe: DiffusionPipe
 # Recipes
 
 
+@pytest.mark.slow
 def test_a_record_draws_the_picture_again(pipe: DiffusionPipeline, tmp_path: Path) -> None:
     asked = request(
         prompt="crème 🍮", negative_prompt="blue", num_images=2, seed=7, guidance=3.0, width=40, preset="fast"

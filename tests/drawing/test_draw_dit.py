@@ -169,6 +169,7 @@ def test_a_step_of_a_second_order_scheduler_is_told_once(dit: Any) -> None:
 # PixArt: texts
 
 
+@pytest.mark.slow
 def test_a_pixart_draws_from_text(pixart: Any) -> None:
     assert not draws_classes(pixart)
     plain = pixart("a cat", num_inference_steps=3, guidance_scale=4.5, generator=torch.Generator().manual_seed(0))
@@ -199,6 +200,7 @@ def test_a_recipe_draws_a_class_again(dit: Any, tmp_path: Path) -> None:
 # The rest of the package
 
 
+@pytest.mark.slow
 def test_the_pages_worker_draws_a_class_below_the_models_folder(folder: Path) -> None:
     worker = web.tiny_worker(folder)
     assert "dit" in worker.models.names()
@@ -237,6 +239,7 @@ def test_a_preview_of_a_dit_follows_the_class_and_not_its_absence(dit: Any) -> N
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), clean)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_dit_are_evaluated_by_class(dit: Any, tmp_path: Path) -> None:
     draw_config = DrawConfig(num_pictures=3, prompts=["goldfish", "7"], steps=2, guidance=4.0)
     given: dict[str, Any] = {"config": EvaluateConfig(), "acceleration": {"method": "agent", **EVERYWHERE}}

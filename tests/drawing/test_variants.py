@@ -118,6 +118,7 @@ def save(pipe: DiffusionPipeline, tmp_path: Path) -> Save:
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True], ids=["whole", "shards"])
 @pytest.mark.parametrize("asked", [None, "fp16"])
 def test_a_folder_with_one_variant_alone(asked: str | None, shards: bool, pipe: DiffusionPipeline, save: Save) -> None:
@@ -126,6 +127,7 @@ def test_a_folder_with_one_variant_alone(asked: str | None, shards: bool, pipe: 
     assert same(load_pipeline(str(folder), variant=asked), pipe)
 
 
+@pytest.mark.slow
 def test_shards_named_the_former_way(pipe: DiffusionPipeline, save: Save) -> None:
     folder = save("fp16", shards=True)
     former = (r"\.fp16(-\d{5}-of-\d{5})\.safetensors", r"\1.fp16.safetensors")
@@ -144,6 +146,7 @@ def test_a_file_without_an_ending_beside_a_variant(pipe: DiffusionPipeline, save
         load_pipeline(str(folder))
 
 
+@pytest.mark.slow
 def test_a_single_component_with_a_variant(pipe: DiffusionPipeline, save: Save) -> None:
     folder = save(None)
     file = folder / f"{UNET}.safetensors"
@@ -154,6 +157,7 @@ def test_a_single_component_with_a_variant(pipe: DiffusionPipeline, save: Save) 
         load_pipeline(str(folder), variant="fp16")
 
 
+@pytest.mark.slow
 def test_a_variant_beside_plain_weights_is_loaded_when_asked_for(pipe: DiffusionPipeline, save: Save) -> None:
     folder, other = save(None), save("ema", name="other")
     with torch.no_grad():
@@ -180,6 +184,7 @@ def test_an_embedded_model_has_none() -> None:
 # On the command line.
 
 
+@pytest.mark.slow
 def test_generate_takes_a_variant_and_its_record_tells(save: Save, tmp_path: Path) -> None:
     from diffattn.drawing.request import record_of
 

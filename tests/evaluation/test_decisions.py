@@ -34,6 +34,7 @@ def drawn(pipe: Any, folder: Path, given: Any, pictures: int) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("pictures/*.png"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_patch", [False, True])
 def test_a_resumed_run_decides_as_before(
     pipe: Any, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, own_patch: bool
@@ -64,6 +65,7 @@ def test_a_pipeline_that_cannot_be_patched_decides_nothing(tmp_path: Path) -> No
     assert run.decisions() == {}
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_again_from_its_record(pipe: Any, tmp_path: Path, clock: Clock) -> None:
     from diffattn.drawing.draw import generate, prepare
     from diffattn.drawing.request import Request, request_of
@@ -91,6 +93,7 @@ def test_a_picture_is_drawn_again_from_its_record(pipe: Any, tmp_path: Path, clo
         Request("tiny", "a cat", method="none", decisions={"kind": True})
 
 
+@pytest.mark.slow
 def test_the_preflight_follows_what_it_finds(
     pipe: Any, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

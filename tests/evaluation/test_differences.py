@@ -151,6 +151,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, QualityResult]:
     }
 
 
+@pytest.mark.slow
 def test_sets_are_told_apart_by_leaving_groups_out(sets: dict[str, QualityResult]) -> None:
     def of(b: str) -> dict[str, Difference]:
         return {x.score: x for x in differences(sets["plain"], sets[b])}

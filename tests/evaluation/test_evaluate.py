@@ -77,6 +77,7 @@ def save(folder: Path, images: Tensor) -> Path:
 # Pictures and references from files
 
 
+@pytest.mark.slow
 def test_an_adm_file_with_pictures_and_statistics_is_used_as_the_extractor_allows(
     place: Path, tmp_path: Path, config: EvaluateConfig, extractor: OfflineExtractor
 ) -> None:
@@ -112,6 +113,7 @@ def test_sfid_has_its_layer_in_the_protocol_and_comes_from_adm_statistics_too(
     assert stored.scores["fid"] == pytest.approx(found.scores["fid"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_folder_zip_and_npz_score_alike_and_as_torchmetrics(
     place: Path, tmp_path: Path, config: EvaluateConfig, extractor: OfflineExtractor
 ) -> None:
@@ -146,6 +148,7 @@ def test_enough_pictures_have_fid_infinity_and_a_set_is_no_distance_from_itself(
     assert abs(scores["fid_infinity"]) < scores["kid_std"] + 5
 
 
+@pytest.mark.slow
 def test_saved_references_and_adm_statistics(
     place: Path, tmp_path: Path, config: EvaluateConfig, extractor: OfflineExtractor
 ) -> None:
@@ -183,6 +186,7 @@ def drawn(folder: Path, kind: str = "pictures") -> Tensor:
     return torch.stack(pixels).permute(0, 3, 1, 2) / 255
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_drawn_and_paired_with_itself_unaccelerated(
     pipe: SiTPipeline, place: Path, tmp_path: Path, config: EvaluateConfig
 ) -> None:
@@ -257,6 +261,7 @@ def stop_after(count: int) -> Any:
     return progress
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(pipe: SiTPipeline, place: Path, tmp_path: Path, config: EvaluateConfig) -> None:
     def run(folder: str, **changes: Any) -> QualityResult:
         given: dict[str, Any] = dict(config=config, draw=DRAW, acceleration=FOUR, paired=True) | changes
@@ -283,6 +288,7 @@ def test_an_interrupted_run_goes_on(pipe: SiTPipeline, place: Path, tmp_path: Pa
         run("cut")
 
 
+@pytest.mark.slow
 def test_a_patched_pipeline_is_measured_as_it_is(
     pipe: SiTPipeline, place: Path, tmp_path: Path, config: EvaluateConfig
 ) -> None:
@@ -355,6 +361,7 @@ def test_bad_pictures_are_named_counted_and_left_out_on_demand(
         evaluate(folder, folder=tmp_path / "pairs", paired=tmp_path / "three.npz", config=config)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_the_work(
     pipe: SiTPipeline, place: Path, tmp_path: Path, config: EvaluateConfig, extractor: OfflineExtractor
 ) -> None:

@@ -56,6 +56,7 @@ def drawn(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_pictures_that_are_nan_are_counted_named_and_not_scored(
     pipe: Any, place: Path, tmp_path: Path, config: EvaluateConfig
 ) -> None:
@@ -73,6 +74,7 @@ def test_pictures_that_are_nan_are_counted_named_and_not_scored(
         assert evaluate(pipe, place / "real", folder=tmp_path / "run", config=config, draw=DRAW) == found
 
 
+@pytest.mark.slow
 def test_a_pair_needs_both_of_its_pictures(pipe: Any, tmp_path: Path) -> None:
     plain = evaluate(pipe, folder=tmp_path / "plain", draw=DRAW, acceleration=AGENTS, paired=True)
     faulty.spoil_word(pipe)
@@ -88,6 +90,7 @@ def test_a_pair_needs_both_of_its_pictures(pipe: Any, tmp_path: Path) -> None:
     assert given.scores["psnr"] == pytest.approx(found.scores["psnr"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [faulty.spoil_unet, faulty.spoil_vae])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nothing_but_nan_is_an_error(pipe: Any, tmp_path: Path, spoil: Any, value: float) -> None:
@@ -98,6 +101,7 @@ def test_nothing_but_nan_is_an_error(pipe: Any, tmp_path: Path, spoil: Any, valu
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_blanked_pictures_are_counted_named_and_not_scored(
     pipe: Any, place: Path, tmp_path: Path, config: EvaluateConfig
 ) -> None:
@@ -118,6 +122,7 @@ def test_blanked_pictures_are_counted_named_and_not_scored(
         evaluate(pipe, place / "real", folder=tmp_path / "all", config=config, draw=DRAW)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_out_of_a_sound_run(pipe: Any, tmp_path: Path) -> None:
     faulty.add_checker(pipe)
     with warnings.catch_warnings():
@@ -127,6 +132,7 @@ def test_nothing_is_left_out_of_a_sound_run(pipe: Any, tmp_path: Path) -> None:
     assert found == QualityResult.from_dict(json.loads((tmp_path / "run" / "result.json").read_text()))
 
 
+@pytest.mark.slow
 def test_guidance_that_is_not_given_is_the_pipelines_own(pipe: Any, place: Path, tmp_path: Path) -> None:
     xl: Any = tiny.pipeline("sdxl", place / "tokenizer")
     draw = replace(DRAW, num_pictures=2)
@@ -142,6 +148,7 @@ def test_guidance_that_is_not_given_is_the_pipelines_own(pipe: Any, place: Path,
     assert red.protocol.options["call.negative_prompt"] == "'red'"
 
 
+@pytest.mark.slow
 def test_the_program_says_so_and_does_not_end_with_0(pipe: Any, place: Path, tmp_path: Path) -> None:
     faulty.spoil_word(pipe)
     pipe.save_pretrained(tmp_path / "model")

@@ -71,6 +71,7 @@ def test_a_part_of_the_pictures_pairs_with_their_partners(tmp_path: Path) -> Non
         evaluate(classes, folder=tmp_path / "sizes", paired=flat, config=EvaluateConfig(limit=4))
 
 
+@pytest.mark.slow
 def test_what_a_pipeline_draws_pairs_with_files(tmp_path: Path) -> None:
     web.save_sits(tmp_path, "sit")
     pipe = SiTPipeline.from_pretrained(tmp_path / "sit")

@@ -157,6 +157,7 @@ def test_heads_that_cannot_be_factorised_keep_what_their_landmarks_gathered() ->
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_products_of_less_precision_are_not_coasted_on(precision: str, tmp_path: Path) -> None:
     pipe, before, drawn = tiny.pipeline("sd", tmp_path), torch.get_float32_matmul_precision(), []
@@ -173,6 +174,7 @@ def test_products_of_less_precision_are_not_coasted_on(precision: str, tmp_path:
 LANDMARKS: dict[str, Any] = {"num_agents": 16, "max_head_error": float("inf"), "min_tokens": 0}
 
 
+@pytest.mark.slow
 def test_runs_are_bit_equal_and_calibrations_are_renewed(tmp_path: Path) -> None:
     pipe = tiny.pipeline("sd", tmp_path)
     images = {}
@@ -184,6 +186,7 @@ def test_runs_are_bit_equal_and_calibrations_are_renewed(tmp_path: Path) -> None
     assert not torch.equal(images[3], images[100])
 
 
+@pytest.mark.slow
 def test_an_accelerator_takes_the_heads_of_a_calibration_over_in_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +212,7 @@ def test_what_was_sent_is_what_a_calibration_says() -> None:
     assert [x.tolist() for x in at_once] == [x.tolist() for x in sent] == [[1], [2]]
 
 
+@pytest.mark.slow
 def test_guidance_in_separate_calls_keeps_a_calibration_for_each() -> None:
     unet, scheduler = tiny.unet(), tiny.scheduler()
     scheduler.set_timesteps(4)

@@ -58,6 +58,7 @@ def test_matches_the_published_implementation(case: Case) -> None:
     case.assert_close(downsample_tokens(x, (p["h"], p["w"]), p["factor"])[:, 0], "out.downsampled")
 
 
+@pytest.mark.slow
 @given(
     grid=grids,
     factor=st.integers(1, 5),

@@ -166,6 +166,7 @@ def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> Non
         focused_linear_attention(**arguments)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break() -> None:
     q, k, v = (random(1, 12, 8, seed=s) for s in range(3))
     compiled = torch.compile(focused_linear_attention, fullgraph=True, backend="eager")

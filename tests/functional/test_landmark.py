@@ -170,10 +170,10 @@ def test_beside_a_context_only_the_values_of_landmarks_are_corrected() -> None:
     assert call.context is not None
     assert call.landmark_mask is not None
     out, text, _ = landmark_attention_with_context(call, 1e-5)
-    keys, scale = torch.cat((call.key_landmarks, call.context.k), dim=2), 8**-0.5
+    mask, keys, scale = call.landmark_mask, torch.cat((call.key_landmarks, call.context.k), dim=2), 8**-0.5
 
     def softmax(asked: Tensor) -> Tensor:
-        return (scale * asked @ keys.mT + call.landmark_mask).softmax(dim=-1)
+        return (scale * asked @ keys.mT + mask).softmax(dim=-1)
 
     def exact(asked: Tensor) -> Tensor:
         return scaled_dot_product_attention(asked, call.k, call.v)

@@ -110,6 +110,7 @@ def test_half_precision_is_as_near_as_its_inputs() -> None:
         assert torch.equal(out, mamba_like_linear_attention(q, k, v, grid=(6, 10), num_heads=4))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences() -> None:
     q, k, v = (random(1, 6, 8, seed=s, dtype=torch.float64).requires_grad_() for s in range(3))
 
@@ -140,6 +141,7 @@ def test_refuses_keys_that_are_not_those_of_the_grid() -> None:
         mamba_like_linear_attention(x, x[:, :2], x[:, :2], grid=(2, 2), num_heads=2)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break() -> None:
     q, k, v = (random(1, 6, 8, seed=s) for s in range(3))
     compiled = torch.compile(mamba_like_linear_attention, fullgraph=True, backend="eager")

@@ -34,6 +34,7 @@ def who_sees_whom(grid: tuple[int, ...], tiles: tuple[int, int], context: int) -
     return torch.cat((tile[:, None] == tile, torch.ones(len(tile), context, dtype=torch.bool)), dim=1)
 
 
+@pytest.mark.slow
 @given(grid=grids, tiles=counts, context=st.integers(0, 4), masked=st.booleans())
 @settings(deadline=None, max_examples=80)
 def test_a_token_sees_its_tile_and_what_has_no_place(

@@ -140,6 +140,7 @@ def matchings(draw: st.DrawFn) -> tuple[tuple[int, int], Matching, int]:
     return (h, w), matching, draw(st.integers(-2, h * w + 2))
 
 
+@pytest.mark.slow
 @given(matchings())
 @quick
 def test_merged_tokens_are_the_means_of_those_they_hold(drawn: tuple[tuple[int, int], Matching, int]) -> None:
@@ -155,6 +156,7 @@ def test_merged_tokens_are_the_means_of_those_they_hold(drawn: tuple[tuple[int, 
     torch.testing.assert_close(unmerge_tokens(merged, matching, r), expected.gather(1, slots[..., None].expand_as(x)))
 
 
+@pytest.mark.slow
 @given(matchings())
 @quick
 def test_constant_tokens_stay_constant_and_positions_are_kept(drawn: tuple[tuple[int, int], Matching, int]) -> None:
@@ -165,6 +167,7 @@ def test_constant_tokens_stay_constant_and_positions_are_kept(drawn: tuple[tuple
     assert torch.equal(every, torch.arange(h * w).expand(2, -1))  # each token is a source or a destination, once
 
 
+@pytest.mark.slow
 @given(matchings())
 @quick
 def test_merging_nothing_is_the_identity(drawn: tuple[tuple[int, int], Matching, int]) -> None:
@@ -173,6 +176,7 @@ def test_merging_nothing_is_the_identity(drawn: tuple[tuple[int, int], Matching,
     assert torch.equal(unmerge_tokens(merge_tokens(x, matching, 0), matching, 0), x)
 
 
+@pytest.mark.slow
 @given(matchings())
 @quick
 def test_heads_share_one_matching(drawn: tuple[tuple[int, int], Matching, int]) -> None:
@@ -184,6 +188,7 @@ def test_heads_share_one_matching(drawn: tuple[tuple[int, int], Matching, int]) 
     assert torch.equal(back, torch.stack([unmerge_tokens(merged[:, i], matching, r) for i in range(3)], dim=1))
 
 
+@pytest.mark.slow
 @given(grid=grids, seed=st.integers(0, 1000), data=st.data())
 @quick
 def test_random_destinations_are_one_per_full_cell(grid: tuple[int, int], seed: int, data: st.DataObject) -> None:

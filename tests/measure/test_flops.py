@@ -26,6 +26,7 @@ def test_a_softmax_model_costs_what_the_formula_says(size: int) -> None:
     assert forward_gflops(model, sample_size=size) == pytest.approx(formula(model, (size // 2) ** 2, None), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 9, 16, 64])
 def test_mediators_and_the_resizing_of_their_windows_cost_what_the_formulas_say(n: int) -> None:
     model = tiny_dit()
@@ -34,6 +35,7 @@ def test_mediators_and_the_resizing_of_their_windows_cost_what_the_formulas_say(
     assert forward_gflops(model) == forward_gflops(model, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "published"), [(None, 6.06), (4, 5.49), (16, 5.55), (64, 5.78)])
 def test_the_published_multiply_adds_of_s_2(n: int | None, published: float) -> None:
     with torch.device("meta"):
@@ -41,6 +43,7 @@ def test_the_published_multiply_adds_of_s_2(n: int | None, published: float) -> 
     assert forward_gflops(model, n) / 2 == pytest.approx(published, rel=0.01)
 
 
+@pytest.mark.slow
 def test_counting_leaves_the_model_as_it_is() -> None:
     model = tiny_dit()
     model.set_num_mediators(16)

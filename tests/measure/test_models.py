@@ -42,6 +42,7 @@ def tokens(name: str, model: nn.Module, size: int) -> list[int]:
     return [int(torch.tensor(grid).prod()) for grid in grids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_as_many_weights_and_tokens_as_published(name: str) -> None:
     row = MODELS[name]
@@ -53,6 +54,7 @@ def test_published_models_have_as_many_weights_and_tokens_as_published(name: str
     assert set(row.levels) <= set(row.attention_levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, row in PUBLISHED.items() if row.fewer])
 def test_fewer_layers_are_of_the_same_kinds_in_about_the_same_proportion(name: str) -> None:
     row = MODELS[name]
@@ -67,6 +69,7 @@ def test_fewer_layers_are_of_the_same_kinds_in_about_the_same_proportion(name: s
     assert len(kinds[1]) < len(kinds[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_of_a_tiny_model_is_finite_and_the_same_every_time(name: str, dtype: torch.dtype) -> None:
@@ -128,6 +131,7 @@ def test_the_depth_is_told() -> None:
     assert MODELS["sd15"].depth_text(shortened=False) is None
 
 
+@pytest.mark.slow
 def test_a_cpu_is_given_fewer_layers_where_the_row_has_them() -> None:
     assert MODELS["flux"].shortened("cpu", torch.bfloat16)
     assert not MODELS["sd15"].shortened("cpu", torch.bfloat16)

@@ -66,6 +66,7 @@ def test_many_values_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert paired_interval(x) == pytest.approx(whole, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [6, 20, 60])
 def test_as_many_intervals_hold_the_truth_as_they_say(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "RESAMPLES", 1000)
@@ -134,6 +135,7 @@ def covered(seeds: range, figure: Callable[[Tensor], float], without: Callable[[
     return sum(low <= truth <= high for low, high in found) / len(found)
 
 
+@pytest.mark.slow
 def test_intervals_of_fid_hold_the_truth_as_often_as_they_say() -> None:
     reference = normal(500, 4, seed=9999)
     found = covered(range(150), lambda x: fid(x, reference), lambda x, groups: fid_without(x, reference, groups))

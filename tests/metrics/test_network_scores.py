@@ -163,6 +163,7 @@ def test_all_of_them_in_one_evaluation(clip: Path, dino: Path, tmp_path: Path) -
         evaluate(tmp_path / "a.npz", folder=tmp_path / "run", paired=tmp_path / "b.npz", config=config)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_to_give(clip: Path, dino: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no CLIP model could be loaded from .*such as yuvalkirstain/PickScore_v1"):
         PickScore(dino)

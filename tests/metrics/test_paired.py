@@ -164,6 +164,7 @@ def test_latent_relative_error_of_a_scaled_copy() -> None:
         latent_relative_error(x, x[:2])
 
 
+@pytest.mark.slow
 def test_latents_are_recorded_through_a_pipeline(tmp_path: Path) -> None:
     pipe: Any = tiny.pipeline("sd", tmp_path)
     exact, patched = LatentTrace(), LatentTrace()

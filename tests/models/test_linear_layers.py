@@ -107,6 +107,7 @@ def test_circulant_blocks_match_the_published_implementation(case: FamilyCase) -
 # In the backbone.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", LINEAR)
 def test_a_model_compiles_into_one_graph(attention: str) -> None:
     model = tiny_dit(attention=attention)

@@ -50,6 +50,7 @@ def test_every_attention_trains_in_steps_on_any_grid(attention: str) -> None:
         assert idle or (parameter.grad is not None and parameter.grad.isfinite().all()), name
 
 
+@pytest.mark.slow
 def test_saved_steps_come_back_and_compile(tmp_path: Path) -> None:
     model = tiny_dit(attention=["softmax", "circulant", "mediator", "softmax"], steps=STEPS, num_layers=4)
     model.save_pretrained(tmp_path)

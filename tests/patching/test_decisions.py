@@ -75,6 +75,7 @@ def test_a_method_that_is_slower_is_not_used_and_the_report_says_why(
     assert all("exact attention is faster" in layer.note for layer in report.layers if layer.left_alone is None)
 
 
+@pytest.mark.slow
 def test_each_kind_of_call_is_timed_once_whatever_the_clock_says_later(
     pipe: DiffusionPipeline, clock: Clock, cache: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_close_times_are_measured_again_and_the_median_decides(monkeypatch: pyte
     assert found.measure("kind", lambda: nothing(1), lambda: nothing(1), torch.device("cpu")) is decision
 
 
+@pytest.mark.slow
 def test_decisions_are_repeated_from_a_handle_and_from_a_recipe(
     pipe: DiffusionPipeline, clock: Clock, cache: Path
 ) -> None:
@@ -175,6 +177,7 @@ def test_nothing_is_timed_with_gradients(pipe: DiffusionPipeline, clock: Clock, 
     assert clock.calls == 0
 
 
+@pytest.mark.slow
 def test_the_environment_switches_it_off_and_names_the_file(
     pipe: DiffusionPipeline, clock: Clock, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

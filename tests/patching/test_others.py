@@ -107,6 +107,7 @@ def test_what_displaces_our_processors_is_plugged_in_the_next_run(pipe: Diffusio
     assert not pipe.unet._forward_pre_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("displace", [name for name in DISPLACING if name != "xformers"])
 def test_where_it_runs_exact_it_is_what_it_was(pipe: DiffusionPipeline, displace: str) -> None:
     unpatched = copy.deepcopy(pipe)
@@ -208,6 +209,7 @@ def test_our_processors_that_come_back_accelerate_again(pipe: DiffusionPipeline)
     assert all(type(p) is AttnProcessor2_0 for p in pipe.unet.attn_processors.values())
 
 
+@pytest.mark.slow
 def test_processors_that_nobody_keeps_are_not_kept_by_the_patch(pipe: DiffusionPipeline) -> None:
     handle = diffattn.patch(pipe, **ALWAYS)
     for _ in range(3):

@@ -118,6 +118,7 @@ def test_the_report_says_how_many_heads_agents_missed(pipe: DiffusionPipeline) -
         assert {x.exact_heads for x in handle.report().layers} == {0}
 
 
+@pytest.mark.slow
 def test_a_layer_whose_heads_all_run_exact_calls_its_own_attention_and_is_looked_at_anew(
     pipe: DiffusionPipeline,
 ) -> None:
@@ -145,6 +146,7 @@ def test_layers_of_controlnets_are_named_and_counted(make_pipeline: Make) -> Non
     assert not pipe.controlnet._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_several_controlnets_are_all_patched(make_pipeline: Make) -> None:
     pipe: Any = make_pipeline("controlnet")
     nets = diffusers.MultiControlNetModel([pipe.controlnet, tiny.controlnet()])

@@ -40,6 +40,7 @@ def recipe(layers: list[str], schedule: Any = SCHEDULE, **own: Any) -> dict[str,
     return {"diffattn_recipe": 1, "settings": settings, "layers": copy.deepcopy(entries)}
 
 
+@pytest.mark.slow
 def test_one_schedule_for_all_layers_is_what_patch_makes_of_it(
     pipe: DiffusionPipeline, layers: list[str], tmp_path: Path
 ) -> None:

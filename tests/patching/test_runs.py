@@ -142,6 +142,7 @@ def test_two_threads_on_one_patched_denoiser_do_not_mix() -> None:
     assert handle.report().calls_accelerated == 2 * calls
 
 
+@pytest.mark.slow
 def test_two_threads_with_a_pipeline_each_around_one_patched_denoiser_do_not_mix(pipe: Any) -> None:
     handle = diffattn.patch(pipe, **FEW)
     other = type(pipe)(**(pipe.components | {"scheduler": tiny.scheduler()}), requires_safety_checker=False)
@@ -166,6 +167,7 @@ def test_two_threads_with_a_pipeline_each_around_one_patched_denoiser_do_not_mix
 UNET = tiny.unet()
 
 
+@pytest.mark.slow
 @given(
     size=st.tuples(st.integers(4, 22), st.integers(4, 22)),
     agents=st.sampled_from(["pool", "merge", "landmarks"]),

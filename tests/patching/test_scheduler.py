@@ -122,6 +122,7 @@ def test_of_a_loop_around_a_pipeline(pipe: Any, make: Callable[[], Any]) -> None
     assert found == pytest.approx(true_levels(pipe.scheduler), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_pipelines_that_take_turns_on_one_denoiser(pipe: Any) -> None:
     parts: dict[str, Any] = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
     parts["scheduler"] = EDMEulerScheduler()

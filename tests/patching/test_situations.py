@@ -126,6 +126,7 @@ def pag_pipeline(pipe: DiffusionPipeline) -> Any:
     return pag
 
 
+@pytest.mark.slow
 def test_layers_of_perturbed_attention_guidance_are_accelerated(pipe: DiffusionPipeline) -> None:
     pag = pag_pipeline(pipe)
 
@@ -332,6 +333,7 @@ def test_control_networks_of_other_architectures_are_in_the_report(pipe: Any) ->
     assert "controlnet (Other) runs unpatched: its architecture is not supported" in str(handle.report())
 
 
+@pytest.mark.slow
 def test_a_unet_with_control_net_xs_in_it_is_patched(pipe: Any) -> None:
     unet: Any = tiny.unet(layers_per_block=2)
     two: Any = (8, 8)

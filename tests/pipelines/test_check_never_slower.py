@@ -21,6 +21,7 @@ def run(out: Path, *more: str) -> Result:
     return CliRunner().invoke(app, given)
 
 
+@pytest.mark.slow
 def test_rounds_are_kept_and_a_resumed_check_adds_the_missing_ones(tmp_path: Path) -> None:
     assert run(tmp_path, "--rounds", "1").exit_code == 0
     before = json.loads((tmp_path / "never-slower.json").read_text())["results"]

@@ -227,6 +227,7 @@ def test_fewer_calls_close_to_the_exact_latents_and_nothing_left(sampled, asked)
     assert torch.equal(latents(sampled), exact)
 
 
+@pytest.mark.slow
 def test_everything_is_put_back_after_an_exception(pipe):
     def interrupt(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
         raise KeyboardInterrupt
@@ -239,6 +240,7 @@ def test_everything_is_put_back_after_an_exception(pipe):
     assert torch.equal(latents(pipe), exact)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_nothing_to_the_next(pipe):
     def interrupt(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
         if step == 6:

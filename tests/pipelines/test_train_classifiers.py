@@ -87,6 +87,7 @@ def trained(folder: Path) -> Path:
     return train_cifar(folder, "cifar")
 
 
+@pytest.mark.slow
 def test_the_export_is_an_extractor_with_figures_and_a_card(trained: Path) -> None:
     figures = json.loads((trained / "figures.json").read_text())
     assert figures["steps"] == 6
@@ -104,6 +105,7 @@ def test_the_export_is_an_extractor_with_figures_and_a_card(trained: Path) -> No
     assert extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, figures["num_features"])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_nothing_happened(folder: Path, trained: Path) -> None:
     data = load(folder / "train.zip", 32, "label", folder / "cifar-work")
     batches = photo_batches(data, 8, 0)
@@ -124,6 +126,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_happened(folder: Path, trained: Pat
         torch.testing.assert_close(one[key], two[key], atol=2e-3, rtol=1e-2, msg=key)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_a_larger_budget_and_says_so(folder: Path) -> None:
     train_cifar(folder, "longer", "--steps", 4)
     assert "larger budget" not in (folder / "longer" / "README.md").read_text()

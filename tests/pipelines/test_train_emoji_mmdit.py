@@ -155,6 +155,7 @@ def test_the_model_is_evaluated(data: Path, trained: Path, tmp_path: Path) -> No
     assert (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_is_named(data: Path, tmp_path: Path) -> None:
     for arguments, complaint in (
         (("--preset", "large"), "unknown preset 'large'; choose from cpu, cpu-512, tiny"),
@@ -178,6 +179,7 @@ def outputs(model: Denoiser, x: Tensor, ids: Tensor, t5: int) -> Tensor:
     return model.transformer(x, context, torch.cat([pooled, pooled], dim=-1), torch.tensor([300.0, 700.0])).sample
 
 
+@pytest.mark.slow
 def test_one_token_with_the_weight_of_256_gives_their_outputs_and_gradients(denoiser: Denoiser) -> None:
     set_positions(denoiser.transformer, 8)
     torch.manual_seed(1)

@@ -59,6 +59,7 @@ def self_attention_of(unet):
 # What is found.
 
 
+@pytest.mark.slow
 def test_every_self_attention_layer_of_a_unet_is_found(pipe):
     found = preflight(pipe, rounds=2)
     assert sorted(layer.name for layer in found.layers) == self_attention_of(pipe.unet)
@@ -71,6 +72,7 @@ def test_every_self_attention_layer_of_a_unet_is_found(pipe):
     assert found.weights_mib == pytest.approx(sum(p.numel() for p in pipe.unet.parameters()) * 4 / 2**20)
 
 
+@pytest.mark.slow
 def test_shares_are_shares(pipe):
     found: Any = preflight(pipe, rounds=3)
     assert found.rounds == 3
@@ -83,6 +85,7 @@ def test_shares_are_shares(pipe):
     assert 1 < found.covered_bound < found.core_bound < found.bound
 
 
+@pytest.mark.slow
 def test_what_the_preset_is_said_to_cover_is_what_a_run_accelerates(pipe):
     found = preflight(pipe, rounds=1)
     with diffattn.patch(pipe, preset="balanced") as patch:
@@ -96,6 +99,7 @@ def test_what_the_preset_is_said_to_cover_is_what_a_run_accelerates(pipe):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "phases"),
     [
@@ -109,12 +113,14 @@ def test_phases_of_a_preset(pipe, preset, phases):
     assert len(found.covered) == 3
 
 
+@pytest.mark.slow
 def test_larger_pictures_have_more_tokens_and_the_size_need_not_be_square(pipe):
     found = preflight(pipe, 64, 48, rounds=1)
     assert (found.height, found.width) == (64, 48)
     assert {layer.tokens for layer in found.layers} == {32 * 24, 16 * 12}
 
 
+@pytest.mark.slow
 def test_sdxl(make_pipeline):
     pipe = make_pipeline("sdxl")
     found = preflight(pipe, rounds=1)
@@ -122,12 +128,14 @@ def test_sdxl(make_pipeline):
     assert {layer.level for layer in found.layers} == {1, 2}
 
 
+@pytest.mark.slow
 def test_a_controlnet_by_itself():
     net = tiny.controlnet()
     found = preflight(net, 16, 16, rounds=1)
     assert sorted(layer.name for layer in found.layers) == self_attention_of(net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["softmax", "mediator"])
 def test_every_layer_of_a_sit_is_found(attention):
     pipe = sit_pipeline(attention=attention)
@@ -141,12 +149,14 @@ def test_every_layer_of_a_sit_is_found(attention):
     assert preflight(pipe, batch=1, rounds=1).gflops == pytest.approx(forward_gflops(pipe.transformer))
 
 
+@pytest.mark.slow
 def test_any_dtype(pipe):
     found = preflight(pipe.to(torch.bfloat16), rounds=1)
     assert found.dtype == "bfloat16"
     assert len(found.layers) == 7
 
 
+@pytest.mark.slow
 def test_a_time_budget_keeps_one_round(pipe):
     rounds = []
     found = preflight(pipe, rounds=50, time_budget=1e-9, on_round=lambda: rounds.append(1))
@@ -184,6 +194,7 @@ def test_the_timer_adds_up_projections_and_calls():
         assert timed["never called"].whole == 0
 
 
+@pytest.mark.slow
 def test_gflops_of_a_layer_are_those_of_its_formula():
     unet: Any = tiny.unet()
     names = self_attention_of(unet)
@@ -208,6 +219,7 @@ def test_a_weightless_copy_has_no_weights_and_leaves_the_model_its_own():
 # Nothing is left behind.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unet", "sit"])
 def test_the_pipeline_is_bit_for_bit_what_it_was(pipe, kind):
     pipe = pipe if kind == "unet" else sit_pipeline()
@@ -235,6 +247,7 @@ def test_the_pipeline_is_bit_for_bit_what_it_was(pipe, kind):
     assert torch.equal(output(), exact)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing_behind(pipe):
     before = state(pipe.unet)
 
@@ -309,6 +322,7 @@ def test_bounds():
     assert replace(found, layers=(replace(found.layers[0], gflops=None),)).attention_gflops is None
 
 
+@pytest.mark.slow
 def test_json_round_trip(pipe):
     for found in (made(), made(why_exact="x", ratio=None), preflight(pipe, rounds=2)):
         data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -374,6 +388,7 @@ def test_other_models():
         preflight("emoji-sd")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_patched_or_compiled_model_is_refused(pipe):
     with diffattn.patch(pipe), pytest.raises(ValueError, match="already patched; call diffattn"):
         preflight(pipe)
@@ -385,6 +400,7 @@ def test_a_patched_or_compiled_model_is_refused(pipe):
         preflight(torch.compile(tiny.unet()))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_unknown_conditions_need_inputs_which_may_be_given():
     unet = tiny.unet(class_embed_type="timestep")
     with pytest.raises(ValueError, match="class_embed_type='timestep'; give the arguments of one call as `inputs`"):
@@ -394,6 +410,7 @@ def test_unknown_conditions_need_inputs_which_may_be_given():
     assert len(found.layers) == 7
 
 
+@pytest.mark.slow
 def test_class_labels_of_a_unet():
     unet: UNet2DConditionModel = tiny.unet(num_class_embeds=3)
     assert len(preflight(unet, rounds=1).layers) == 7

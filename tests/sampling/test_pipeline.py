@@ -98,6 +98,7 @@ def test_heun_follows_the_reference_up_to_its_last_step() -> None:
     case.assert_close(x + (slope + v(x + slope / 9, 1.0)) / 18, "out.heun2_10.final")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sit_ode_linear", "sit_ode_linear_cfg"])
 @pytest.mark.parametrize(
     ("scheduler", "order"), [(FlowMatchEulerDiscreteScheduler, 1), (FlowMatchHeunDiscreteScheduler, 2)]
@@ -215,6 +216,7 @@ def test_a_callback_can_end_the_guidance() -> None:
     assert [len(x) for x, _, _ in record.calls] == [2, 1, 1, 1]
 
 
+@pytest.mark.slow
 @every_scheduler
 def test_a_run_never_waits_for_the_device(kind: str) -> None:
     """Tensors on "meta" have no values: whatever asked for one would raise."""
@@ -225,6 +227,7 @@ def test_a_run_never_waits_for_the_device(kind: str) -> None:
     assert found.shape == (2, 4, 16, 16)
 
 
+@pytest.mark.slow
 @every_scheduler
 def test_nor_does_a_run_that_follows_the_noise_level(kind: str) -> None:
     pipe = tiny_pipeline(SCHEDULERS[kind][0]())

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from diffattn.cli import app
+from diffattn.machine import dtype_name, fastest_dtype
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -138,9 +140,12 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 def smaller(words: Sequence[str]) -> list[str]:
-    """Words of a program with the options appended that make it small, `--help` excepted."""
+    """Words of a program with the options appended that make it small, `--help` excepted; nothing runs in a precision
+    that this machine emulates."""
     if "--help" in words:
         return [*words]
+    fastest = dtype_name(fastest_dtype(torch.device("cpu")))
+    words = [fastest if word == "bfloat16" else word for word in words]
     own = {part for word in words for part in (word, word.rsplit("/", 1)[-1])}
     extra = [options for key, options in SMALLER.items() if _applies(key.split(), words, own)]
     return [*words, *shlex.split(" ".join(extra))]

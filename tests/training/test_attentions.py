@@ -14,6 +14,7 @@ from diffattn.sampling import SiTPipeline
 ONE_STEP = ["run.steps=2", "run.save_every=1", "run.log_every=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_two_steps_with_every_attention(attention: str, pictures: Path, tmp_path: Path) -> None:
     folder = run(pictures, tmp_path, *ONE_STEP, f"model.attention={attention}")
@@ -26,6 +27,7 @@ def test_two_steps_with_every_attention(attention: str, pictures: Path, tmp_path
     assert all(x.isfinite().all() for x in last(tmp_path)[0]["model"].values())
 
 
+@pytest.mark.slow
 def test_a_mixture_in_steps_learns_from_a_teacher(pictures: Path, tmp_path: Path) -> None:
     steps = ["model.steps=[[8,1],[16,1]]", *ONE_STEP]
     teacher = run(pictures, tmp_path / "teacher", *steps, "model.attention=softmax")
@@ -45,6 +47,7 @@ def dry_run(pictures: Path, out: Path, *settings: str) -> tuple[int, str]:
     return done.exit_code, " ".join(done.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_a_dry_run_counts_every_attention(attention: str, pictures: Path, tmp_path: Path) -> None:
     code, text = dry_run(pictures, tmp_path / "run", f"model.attention={attention}")

@@ -104,6 +104,7 @@ def test_processes_see_together_what_one_sees(on_demand: LabelledDataset, world_
     assert same(together, take(4, Batches(on_demand, 6, seed=5)))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(on_demand: LabelledDataset) -> None:
     state = torch.get_rng_state()
     found = take(5, Batches(on_demand, 4, seed=5, num_workers=2), start=3)
@@ -111,6 +112,7 @@ def test_workers_change_nothing(on_demand: LabelledDataset) -> None:
     assert same(found, take(5, Batches(on_demand, 4, seed=5), start=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_unreadable_picture_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
     dataset = open_dataset(packed(tmp_path / "data.zip", {"a/bad.png": b"bad", "a/good.png": png(0)}), 8)
@@ -154,6 +156,7 @@ def test_generators_follow_from_seed_step_and_stream_alone() -> None:
     assert len(set(draws())) == len(keys)
 
 
+@pytest.mark.slow
 def test_no_two_of_many_steps_share_the_half_of_the_seed_that_torch_uses() -> None:
     for stream in (SHUFFLE, FLIP):
         assert len({mixed_seed(7, step, stream) & 0xFFFFFFFF for step in range(100_000)}) == 100_000

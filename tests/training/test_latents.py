@@ -96,6 +96,7 @@ def test_pictures_in_memory_give_the_same(latents: LatentDataset, dataset: Image
     assert len(cache_latents(in_memory(dataset), vae, latents.folder)) == 7  # not refused
 
 
+@pytest.mark.slow
 def test_workers_decode_the_same(
     latents: LatentDataset, dataset: ImageDataset, vae: AutoencoderKL, tmp_path: Path
 ) -> None:

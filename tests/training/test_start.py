@@ -153,6 +153,7 @@ def test_unreadable_sources(tmp_path) -> None:
             load_backbone(tmp_path / name, 2)
 
 
+@pytest.mark.slow
 def test_distillation_teaches_the_mediators_and_nothing_else() -> None:
     teacher = lively(DiT(**SMALL))
     student: Any = DiT(**SMALL, attention="mediator", mediators=(4,))
@@ -176,6 +177,7 @@ def test_distillation_teaches_the_mediators_and_nothing_else() -> None:
     assert not student.blocks[0].attn._forward_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["inline", "focused_linear", "mlla", "circulant"])
 def test_linear_layers_start_from_a_softmax_checkpoint_and_learn_from_it(attention: str) -> None:
     teacher = lively(DiT(**SMALL))

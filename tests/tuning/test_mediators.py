@@ -32,12 +32,14 @@ def candidates(search) -> list:
     return search.candidates()
 
 
+@pytest.mark.slow
 def test_constants_and_every_falling_choice_are_tried(search, candidates) -> None:
     assert [c.num_mediators for c in candidates] == [4, 16, 64, None, None, None]
     assert [c.thresholds for c in candidates[3:]] == [(1.1, 1.1), (1.1, 0.8), (0.8, 0.8)]
     assert len(candidates) == search.num_candidates
 
 
+@pytest.mark.slow
 def test_costs_are_counted_per_picture(pipe, candidates) -> None:
     for candidate in candidates[:3]:
         assert candidate.gflops == pytest.approx(8 * forward_gflops(pipe.transformer, candidate.num_mediators))
@@ -52,6 +54,7 @@ def test_the_largest_number_is_what_errors_refer_to(candidates) -> None:
     assert candidates[0].error > 0
 
 
+@pytest.mark.slow
 def test_guidance_counts_both_passes(pipe) -> None:
     guided = ThresholdSearch(pipe, SearchConfig(samples=2, batch=2, steps=2, guidance=3.0, ratios=(1.0,)))
     assert guided.candidates()[0].gflops == pytest.approx(4 * forward_gflops(pipe.transformer, 4))

@@ -45,6 +45,7 @@ def heard() -> Any:
     logger.removeHandler(handler)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_not_quoted_in_the_log(
     tmp_path: Path, heard: list[str], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

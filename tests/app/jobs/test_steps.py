@@ -20,6 +20,7 @@ def test_layers_are_in_the_order_in_which_a_network_runs_them() -> None:
     assert in_order(["blocks.0", "blocks.10", "blocks.2"]) == ["blocks.0", "blocks.10", "blocks.2"]
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_layers_in_their_order_with_their_tokens(tmp_path: Path) -> None:
     worker = web.tiny_worker(web.save_models(tmp_path / "models", side=64))
     list(worker.generate("a", web.ask(worker)))
@@ -40,6 +41,7 @@ def test_a_trace_has_the_layers_in_their_order_with_their_tokens(tmp_path: Path)
     assert len(trace.tokens) == len(trace.layers)
 
 
+@pytest.mark.slow
 def test_stored_steps_come_back_and_those_with_a_switch_are_preferred(tmp_path: Path) -> None:
     folder = web.save_sits(tmp_path / "models", "a", "b")
     worker = web.tiny_worker(folder)

@@ -29,6 +29,7 @@ def view(tmp_path_factory: pytest.TempPathFactory) -> FirstView:
     return replace(stored, speedup=SpeedUp(1.8, 1.7, 1.9, 3))
 
 
+@pytest.mark.slow
 def test_the_pair_has_its_figures_and_says_what_it_is(view: FirstView) -> None:
     html = shown(view, "Fast", (64, 64))
     assert "1.80× faster" in html
