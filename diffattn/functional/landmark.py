@@ -3,7 +3,8 @@
 The Nyström approximation of a softmax (Xiong et al., "Nyströmformer", AAAI 2021, arXiv 2102.03902, eq. 13), with a
 damped inverse per head in place of a fixed number of Newton-Schulz steps, and a check on a few exact answers.
 
-Shapes: B batch, H heads, N query tokens, M key tokens, n landmarks, p probes, D channels per head.
+Shapes: B batch, H heads, N query tokens, M key tokens, n landmarks, c tokens of a context, p probes, D channels per
+head.
 """
 
 from collections.abc import Sequence
