@@ -38,9 +38,7 @@ class Request:
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     recipe: Mapping[str, Any] | None = None  # for `diffattn.patch`: the method and anything not given here
-    decisions: Mapping[str, bool | float] | None = (
-        None  # for `diffattn.patch`; in a record: those that the picture follows
-    )
+    decisions: Mapping[str, bool | float] | None = None  # for `diffattn.patch`; in a record: those of the picture
     steps: int = 25
     guidance: float | None = None  # 1 or less: off; None: see `own_guidance`
     width: int | None = None  # pixels; None: what the model was trained for

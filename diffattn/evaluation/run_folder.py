@@ -82,7 +82,7 @@ class RunFolder:
         return (self.path / RUN).exists() and any(next(self.path.glob(kind), None) for kind in DONE)
 
     def decisions(self) -> dict[str, bool | float]:
-        """Kind of call -> whether the method is used, as far as decided; see `Patch.decisions`."""
+        """What was decided by timing so far; see `Patch.decisions`."""
         path = self.path / DECISIONS
         return read_json(path) if path.is_file() else {}
 

@@ -109,7 +109,7 @@ class Landmarks:
         return known.missed
 
     def _sampled(self, x: Tensor, layout: TokenLayout) -> list[Tensor]:
-        """[B, H, N + c, D] -> [B, H, n, D]: sampled tokens of the picture, and of each of its references."""
+        """[B, H, N + c, D] -> [B, H, n, D] each: sampled tokens of the picture, and of its references."""
         if layout.is_plain:
             return [sample_tokens(x, layout.rows_and_columns, self.count(x.shape[2], False))]
         on_grid, start, parts = layout.on_grid(x), 0, []

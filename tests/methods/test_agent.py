@@ -1,5 +1,6 @@
 """Agents beside tokens without a place on the grid."""
 
+from math import log
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffattn.functional import agent_attention, pool_tokens
+from diffattn.functional.landmark import Tokens
 from diffattn.methods import landmarks
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerCall, LayerSpec, TokenLayout
@@ -49,12 +51,25 @@ def test_joint_attention_has_more_landmarks_by_default(
     assert (method.count(tokens), method.count(tokens, True)) == (alone, beside)
 
 
-def test_landmarks_are_as_many_as_the_layout_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr(landmarks, "calibrate", lambda tokens, *rest: seen.append(tokens.query_landmarks.shape[2]))
+def test_landmarks_are_as_many_and_weigh_as_much_as_the_layout_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tokens] = []
+    monkeypatch.setattr(landmarks, "calibrate", lambda tokens, *rest: seen.append(tokens))
     attend = AgentAttention(min_tokens=0).build(LayerSpec("x", 0, 1, 8, context="last"))
-    for context in (0, 5):
-        q = torch.randn(1, 1, 4096 + context, 8)
+    picture, reference = (64, 64), (32, 32)
+    mask = torch.ones(1, 1, 1, 4101, dtype=torch.bool)
+    mask[..., -2:] = False
+    for grids, context, masked in (((picture,), 0, None), ((picture,), 5, mask), ((picture, reference), 5, None)):
+        layout = TokenLayout(grids, context)
+        q = torch.randn(1, 1, layout.num_tokens + context, 8)
         with torch.no_grad(), pytest.raises(TypeError):  # nothing is calibrated
-            attend(q, q, q, LayerCall(None, (64, 64), layout=TokenLayout(((64, 64),), context)))
-    assert seen == [121, 256]
+            attend(q, q, q, LayerCall(None, picture, mask=masked, layout=layout))
+    plain, beside, two = seen
+    assert [x.query_landmarks.shape[2] for x in seen] == [11**2, 16**2, 14**2 + 7**2]
+    assert plain.landmark_mask is None
+    text = torch.tensor([0, 0, 0, -torch.inf, -torch.inf])
+    weights = torch.cat((torch.full((256,), log(4096 / 256)), text))
+    torch.testing.assert_close(beside.landmark_mask, weights[None, None, None])
+    assert two.landmark_mask is not None
+    sizes = two.landmark_mask.flatten().exp()
+    torch.testing.assert_close(sizes[-5:], torch.ones(5))
+    torch.testing.assert_close(sizes[:-5].sum(), torch.tensor(5120.0))  # together they stand for every token
