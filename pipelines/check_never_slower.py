@@ -6,7 +6,8 @@ Five variants of one step take turns: exact attention; exact attention again, wh
 the second step of a run, patched, when it is known from earlier runs which way is faster; and the first step of a patch
 that knows nothing and times both ways. In every eighth step a patch looks again at what it may reuse, which costs as
 much as the first step of a run. From these follow the time of a whole run, and that of the first run on a machine.
-Rounds are kept after each of them; start again with the same arguments to resume.
+Short steps are timed in more rounds than long ones, until their times add up. Rounds are kept after each of them; start
+again with the same arguments to resume.
 """
 
 import tempfile
@@ -34,6 +35,7 @@ from diffattn.tables import markdown_table
 
 EXACT, CONTROL, START, LATER, FIRST = "exact", "exact again", "first step", "second step", "first step of all"
 RUN, FIRST_RUN = "patched run", "first run"
+MOST_ROUNDS = 100
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 64  # of an embedded model, at its lowest resolution
 
@@ -89,7 +91,11 @@ class Step:
 def main(
     models: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(MODELS)}, or embedded ones.")],
     sizes: Annotated[str, typer.Option(help="Comma-separated sides in pixels.")] = "256,512,768,1024,1536",
-    rounds: Annotated[int, typer.Option(help="Timings per variant.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Timings per variant, at least.", min=1)] = 5,
+    seconds: Annotated[
+        float,
+        typer.Option(help=f"More rounds, up to {MOST_ROUNDS}, until the timings of a size add up to this.", min=0),
+    ] = 20.0,
     steps: Annotated[int, typer.Option(help="Steps of the first run.", min=1)] = 20,
     batch: Annotated[int, typer.Option(help="Batch size of a step.", min=1)] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -110,7 +116,7 @@ def main(
         for name in names:
             model = _build(name, where_to, kind)
             for size in sides:
-                _measure(results, name, model, size, (rounds, batch), where_to, out)
+                _measure(results, name, model, size, (rounds, seconds), where_to, out)
             del model
     (out / "never-slower.md").write_text(text := table(results))
     typer.echo(text)
@@ -158,15 +164,15 @@ def _measure(
     name: str,
     model: nn.Module,
     size: int,
-    how_often: tuple[int, int],
+    at_least: tuple[int, float],
     device: torch.device,
     out: Path,
 ) -> None:
-    """All variants of one model at one size, unless they have been measured."""
-    rounds, batch = how_often
+    """All variants of one model at one size, unless they have been measured in enough rounds and seconds."""
+    batch = results["settings"]["batch"]
     earlier = next((e for e in results["results"] if (e["model"], e["size"]) == (name, size)), None)
     done = [] if earlier is None else earlier["rounds"]
-    if len(done) >= rounds:
+    if _enough(done, *at_least):
         return
     side = size // PIXELS_PER_LATENT
     inputs = (
@@ -181,10 +187,16 @@ def _measure(
             others = [e for e in results["results"] if (e["model"], e["size"]) != (name, size)]
             results["results"] = [*others, about | {"rounds": [dict(r) for r in timings.rounds]}]
             write_json(out / "never-slower.json", results)
-            typer.echo(f"{name} {size} px: round {len(timings.rounds)} of {rounds}")
+            typer.echo(f"{name} {size} px: round {len(timings.rounds)}")
 
         calls: dict[str, Callable[[], None]] = dict.fromkeys((EXACT, CONTROL, START, LATER, FIRST), step.call)
-        interleave(calls, rounds, 0, device, around=step.around, finished=done, on_round=keep)
+        while not _enough(done, *at_least):
+            more = interleave(calls, len(done) + 1, 0, device, around=step.around, finished=done, on_round=keep)
+            done = list(more.rounds)
+
+
+def _enough(done: Sequence[Mapping[str, float]], rounds: int, seconds: float) -> bool:
+    return len(done) >= rounds and (len(done) >= MOST_ROUNDS or sum(sum(r.values()) for r in done) >= seconds)
 
 
 def ratios(entry: Mapping[str, Any], steps: int) -> dict[str, Spread]:

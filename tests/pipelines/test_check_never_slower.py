@@ -17,7 +17,8 @@ from diffattn.patching.patch import find_patch
 def run(out: Path, *more: str) -> Result:
     app = typer.Typer()
     app.command()(check_never_slower.main)
-    given = ["--models", "tiny", "--sizes", "64,128", "--device", "cpu", "--dtype", "float32", "--out", str(out), *more]
+    given = ["--models", "tiny", "--sizes", "64,128", "--device", "cpu", "--dtype", "float32"]
+    given += ["--seconds", "0", "--out", str(out), *more]
     return CliRunner().invoke(app, given)
 
 
@@ -37,6 +38,24 @@ def test_rounds_are_kept_and_a_resumed_check_adds_the_missing_ones(tmp_path: Pat
     text = (tmp_path / "never-slower.md").read_text()
     assert text in resumed.output
     assert text.count("| tiny |") == 2
+
+
+def test_short_steps_are_timed_until_their_times_add_up() -> None:
+    times = {EXACT: 1.0, CONTROL: 1.0, START: 1.0, LATER: 1.0, FIRST: 1.0}
+    enough = check_never_slower._enough
+    assert not enough([times] * 3, rounds=2, seconds=20)
+    assert enough([times] * 4, rounds=2, seconds=20)
+    assert not enough([times] * 4, rounds=5, seconds=20)
+    assert enough([times] * 100, rounds=2, seconds=1000)
+
+
+@pytest.mark.slow
+def test_a_size_takes_more_rounds_where_its_steps_are_short(tmp_path: Path) -> None:
+    assert run(tmp_path, "--rounds", "1", "--sizes", "64", "--seconds", "0.5").exit_code == 0
+    (entry,) = json.loads((tmp_path / "never-slower.json").read_text())["results"]
+    assert 1 < len(entry["rounds"]) <= check_never_slower.MOST_ROUNDS
+    before = sum(sum(r.values()) for r in entry["rounds"][:-1])
+    assert before < 0.5 or len(entry["rounds"]) == check_never_slower.MOST_ROUNDS
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:

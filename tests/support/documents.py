@@ -79,7 +79,7 @@ SMALLER = {
     "compare_peers.py quality": "--model tiny-sd --pictures 1 --batch 2 --steps 4 --rounds 1 --warm-up 0 --threads 1"
     " --device cpu --dtype float32",
     "compare_peers.py quality --reference": "--kid-pictures 4 --every 1 --seed-sets 1",
-    "check_never_slower.py": "--models tiny --sizes 64 --rounds 1 --device cpu --dtype float32",
+    "check_never_slower.py": "--models tiny --sizes 64 --rounds 1 --seconds 0 --device cpu --dtype float32",
     "attention_error.py": "--steps 3 --prompts tent --size 128",
     "compare_linear.py cores": "--tokens 64 --mediators 4 --rounds 1 --width 24 --heads 2",
     "compare_linear.py train": "--subjects softmax,inline --second-seeds 0 --samples 4 --steps 2 --batch 4 --rounds 1"
