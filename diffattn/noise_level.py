@@ -74,7 +74,7 @@ class NoiseLevels:
             return Reading(to_come[:1], to_come, self._run, self._known())
         values = values_of(timestep)
         if self.scheduler is None:
-            convention = training or _stable_diffusion()
+            convention = training or self._meaning()
             levels = [convention(t) for t in values]
             return Reading(levels, levels, None, all(convention.covers(t) for t in values))
         if isinstance(getattr(self.scheduler, "timesteps", None), Tensor):

@@ -2,23 +2,25 @@
 
     python pipelines/check_never_slower.py --models sd15,sdxl,sd35m,emoji-sd --out outputs/never-slower
 
-Five variants of one step take turns: exact attention; exact attention again, whose ratio shows the noise; the first and
-the second step of a run, patched, when it is known from earlier runs which way is faster; and the first step of a patch
-that knows nothing and times both ways. In every eighth step a patch looks again at what it may reuse, which costs as
-much as the first step of a run. From these follow the time of a whole run, and that of the first run on a machine.
-Short steps are timed in more rounds than long ones, until their times add up. Rounds are kept after each of them; start
-again with the same arguments to resume.
+Five variants of one step take turns: exact attention; exact attention again, whose ratio shows the noise; the first
+and the second step of a scheduler's run, patched, when it is known from earlier runs which way is faster; and the first
+step of a patch that knows nothing and times both ways. In the second step a patch reuses what it found in the first; in
+every eighth step it looks again, which costs as much as the first step of a run. From these follow the time of a whole
+run, and that of the first run on a machine. Short steps are timed in more rounds than long ones, until their times add
+up. Rounds are kept after each of them; start again with the same arguments to resume.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
 import diffattn
@@ -31,10 +33,12 @@ from diffattn.measure.denoiser_inputs import make_denoiser_inputs
 from diffattn.measure.interleave import Spread, Timings, interleave
 from diffattn.measure.memory import peak_mib
 from diffattn.measure.models import MODELS
+from diffattn.noise_level import NUM_TRAIN_TIMESTEPS
 from diffattn.tables import markdown_table
 
 EXACT, CONTROL, START, LATER, FIRST = "exact", "exact again", "first step", "second step", "first step of all"
 RUN, FIRST_RUN = "patched run", "first run"
+SCHEDULED = 20  # time steps of the run that the timed ones are the first of
 MOST_ROUNDS = 100
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 64  # of an embedded model, at its lowest resolution
@@ -48,10 +52,27 @@ class Step:
     inputs: tuple[Any, Any]
     device: torch.device
     folder: Path
+    scheduler: SchedulerMixin  # found by the patch, which only reuses what it finds where it knows the run
 
-    def call(self) -> None:
+    def at(self, step: int) -> tuple[Any, Any]:
+        """The arguments of a step of the run, with its time step as pipelines pass it."""
         args, kwargs = self.inputs
+        time = self.scheduler.timesteps[step]
+        if _is_unet(self.model):
+            return (args[0], time, *args[2:]), kwargs
+        if "timestep" not in kwargs:
+            return self.inputs  # a time of its own, by which the patch cannot know the run
+        given = kwargs["timestep"]
+        times = time.expand(len(given))
+        return args, kwargs | {"timestep": times if given.max() > 1 else (times / NUM_TRAIN_TIMESTEPS).to(given.dtype)}
+
+    def call(self, step: int = 1) -> None:
+        args, kwargs = self.at(step)
         self.model(*args, **kwargs)
+
+    def calls(self) -> dict[str, Callable[[], None]]:
+        """What is timed of every variant."""
+        return {name: partial(self.call, 2 if name == LATER else 1) for name in (EXACT, CONTROL, START, LATER, FIRST)}
 
     @contextmanager
     def around(self, variant: str) -> Iterator[None]:
@@ -66,7 +87,7 @@ class Step:
         with diffattn.patch(self.model, calibrate=cache) as patch:
             patch.quiet()
             if variant != FIRST:
-                args, kwargs = self.inputs
+                args, kwargs = self.at(0)
                 patch.begin_run(*args, **kwargs)
             if variant == LATER:
                 self.call()
@@ -179,7 +200,7 @@ def _measure(
         MODELS[name].inputs(model, size, batch) if name in MODELS else make_denoiser_inputs(model, side, side, batch)
     )
     with tempfile.TemporaryDirectory() as folder:
-        step = Step(model, inputs, device, Path(folder))
+        step = Step(model, inputs, device, Path(folder), _scheduler(model))
         layers = step.accelerated()
         about = {"model": name, "size": size, "layers": layers, "peak_mib": step.peaks()}
 
@@ -189,10 +210,21 @@ def _measure(
             write_json(out / "never-slower.json", results)
             typer.echo(f"{name} {size} px: round {len(timings.rounds)}")
 
-        calls: dict[str, Callable[[], None]] = dict.fromkeys((EXACT, CONTROL, START, LATER, FIRST), step.call)
+        calls = step.calls()
         while not _enough(done, *at_least):
             more = interleave(calls, len(done) + 1, 0, device, around=step.around, finished=done, on_round=keep)
             done = list(more.rounds)
+
+
+def _scheduler(model: nn.Module) -> SchedulerMixin:
+    """A scheduler of the kind that the model is used with, prepared for a run."""
+    scheduler: Any = DDIMScheduler() if _is_unet(model) else FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(SCHEDULED)
+    return scheduler
+
+
+def _is_unet(model: nn.Module) -> bool:
+    return "UNet" in type(model).__name__
 
 
 def _enough(done: Sequence[Mapping[str, float]], rounds: int, seconds: float) -> bool:

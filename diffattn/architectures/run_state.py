@@ -79,6 +79,7 @@ class RunState(threading.local):
         bypassed: whether the denoiser's `forward` has since been entered without its hooks.
         schedule: this run's own copy of the schedule.
         noise_levels: reads the time steps of the scheduler in use.
+        schedulers: the same for every scheduler that the last search for it met, by the scheduler's id.
         last_level: highest noise level of the call before; a rise begins a new run.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
         memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
@@ -103,6 +104,7 @@ class RunState(threading.local):
     def __init__(self, latest: Latest) -> None:
         """Called once per thread, with the same `latest`."""
         self.latest = latest
+        self.schedulers: dict[int, NoiseLevels] = {}
         self.memory: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.decided: dict[str, bool | float] = {}
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)

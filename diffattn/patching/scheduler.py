@@ -1,6 +1,6 @@
 """Finds the scheduler that made a denoiser's time step: that of the running pipeline or sampling loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -32,7 +32,7 @@ class SchedulerInUse:
             return last.read(timestep, training)
         scheduler, is_sure = self._find(timestep)
         if last is None or last.scheduler is not scheduler:
-            self._state.noise_levels = last = NoiseLevels(scheduler)
+            self._state.noise_levels = last = self._state.schedulers.get(id(scheduler)) or NoiseLevels(scheduler)
         reading = last.read(timestep, training)
         if is_sure or scheduler is None:
             return reading
@@ -42,18 +42,28 @@ class SchedulerInUse:
         """The scheduler (None if none is found), and whether it certainly made the time step."""
         if self._own is not None and NoiseLevels(self._own).made(timestep):
             return self._own, True
-        seen = list({id(s): s for frame in callers() for s in schedulers_in(frame)}.values())  # nearest first
-        for scheduler in seen:
-            if NoiseLevels(scheduler).made(timestep):
-                return scheduler, True
+        seen = self._levels_of(s for frame in callers() for s in schedulers_in(frame))
+        for levels in seen:
+            if levels.made(timestep):
+                return levels.scheduler, True
         pipe = next((p for frame in callers() if (p := self._pipeline(frame)) is not None), None)
         if pipe is not None:
             return getattr(pipe, "scheduler", None), True
         values = values_of(timestep)
-        for scheduler in (self._own, *seen):
-            if scheduler is not None and NoiseLevels(scheduler).contains(values):
-                return scheduler, True
+        for levels in seen:
+            if levels.contains(values):
+                return levels.scheduler, True
         return self._own, False
+
+    def _levels_of(self, schedulers: Iterable[Any]) -> list[NoiseLevels]:
+        """Those of the pipeline's own scheduler, and then of the given ones, nearest first.
+
+        They are kept until the next search, so that a run's time steps are not converted anew in each of its calls.
+        """
+        before = self._state.schedulers
+        kept = {id(s): before.get(id(s)) or NoiseLevels(s) for s in (self._own, *schedulers) if s is not None}
+        self._state.schedulers = kept
+        return list(kept.values())
 
     def _pipeline(self, frame: FrameType) -> Pipeline | None:
         """The pipeline whose method a frame is, if it holds the denoiser."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import typer
 from check_never_slower import CONTROL, EXACT, FIRST, FIRST_RUN, LATER, RUN, START, ratios, table
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner, Result
 
 from diffattn.patching.patch import find_patch
@@ -85,7 +86,7 @@ def test_bad_input_is_refused_before_anything_is_measured(tmp_path: Path, given:
 def test_a_patch_is_there_where_it_should_be(tmp_path: Path) -> None:
     model = check_never_slower.MODELS["tiny"].build("cpu", torch.float32)
     inputs = check_never_slower.MODELS["tiny"].inputs(model, 256, 1)  # smaller ones need not be timed
-    step = check_never_slower.Step(model, inputs, torch.device("cpu"), tmp_path)
+    step = check_never_slower.Step(model, inputs, torch.device("cpu"), tmp_path, check_never_slower._scheduler(model))
     with torch.no_grad():
         step.accelerated()
         known = (tmp_path / "known.json").read_text()
@@ -98,6 +99,39 @@ def test_a_patch_is_there_where_it_should_be(tmp_path: Path) -> None:
                     assert (tmp_path / "new.json").exists() == (variant == FIRST)
             assert find_patch(model) is None
     assert (tmp_path / "known.json").read_text() == known
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-sd3"])
+def test_the_second_step_reuses_what_the_first_has_found(tmp_path: Path, name: str) -> None:
+    kind = check_never_slower.MODELS[name]
+    model = kind.build("cpu", torch.float32)
+    scheduler = check_never_slower._scheduler(model)
+    step = check_never_slower.Step(model, kind.inputs(model, 256, 1), torch.device("cpu"), tmp_path, scheduler)
+    cache = tmp_path / "known.json"
+    with torch.no_grad():
+        step.accelerated()
+        known = json.loads(cache.read_text())
+        for kinds in known["machines"].values():
+            for decision in kinds.values():
+                decision.update(faster=True, seconds=1.0, exact_seconds=3.0)
+        cache.write_text(json.dumps(known))
+        counts = {}
+        for variant, call in step.calls().items():
+            with step.around(variant), Operations() as operations:
+                call()
+            counts[variant] = operations.number
+    assert counts[LATER] < counts[START]
+    assert counts[EXACT] == counts[CONTROL] <= counts[LATER]
 
 
 def test_a_run_looks_again_in_every_eighth_step() -> None:
