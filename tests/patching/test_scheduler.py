@@ -17,6 +17,7 @@ from diffusers import (
 )
 from support import tiny
 from support.patching import FEW, Make, call
+from torch.overrides import TorchFunctionMode
 
 import diffattn
 from diffattn import DiffAttnWarning
@@ -98,6 +99,35 @@ def test_of_a_loop_of_ones_own(make: Callable[[], Any], as_number: bool) -> None
     draw(scheduler := make())
     assert true_levels(scheduler) == levels_seen(handle)
     assert handle.report().runs == 1
+
+
+class CountConversions(TorchFunctionMode):
+    """Counts how often a scheduler's time steps are copied to the host."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        self.scheduler, self.number = scheduler, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.Tensor.tolist and args[0] is self.scheduler.timesteps
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("whose", ["of the loop", "of the pipeline"])
+def test_a_loop_with_numbers_converts_the_time_steps_once_per_run(pipe: Any, whose: str) -> None:
+    handle = diffattn.patch(pipe if whose == "of the pipeline" else pipe.unet, **FEW, schedule=SCHEDULE)
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(6)
+    times = scheduler.timesteps.tolist()
+    with CountConversions(scheduler) as conversions:
+        for t in times:
+            call(pipe.unet, timestep=t)
+        assert conversions.number == 1
+        scheduler.set_timesteps(6)  # a run of its own
+        for t in times:
+            call(pipe.unet, timestep=t)
+        assert conversions.number == 2
+    assert handle.report().runs == 2
 
 
 class Studio:

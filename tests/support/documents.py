@@ -70,7 +70,6 @@ SMALLER = {
     "diffattn train": TWO_STEPS,
     "diffattn train sit-256": "--dry-run data.vae=tiny-sd/vae data.size=32 model.mediators=[4]",
     "diffattn evaluate": f"{FEW_STEPS} --num-pictures 4 --extractor emoji-classifier",
-    "diffattn evaluate emoji-mmdit": "--width 128 --height 128 --dtype float32",
     "diffattn evaluate reference": "--size 32 --extractor emoji-classifier --device cpu",
     "diffattn bench thresholds": "--time-budget 0.01 --device cpu --dtype float32",
     "diffattn bench attention": f"--models tiny --sizes 64 {QUICK_BENCH}",
