@@ -15,8 +15,11 @@ Pipeline = DiffusionPipeline | ModularPipeline
 CONTROL = ("controlnet", "adapter", "unconditional_transformer")
 """Attribute names of the networks that a pipeline calls in every step besides its denoiser."""
 
-DENOISER = ("unet", "transformer", "decoder", "prior")
-"""Attribute names of the denoiser of a pipeline."""
+DENOISER = ("unet", "transformer", "transformer_2", "decoder", "prior")
+"""Attribute names of the denoiser of a pipeline, of which the first that is there is the main one."""
+
+EXPERTS = ("transformer_2",)
+"""Attribute names of denoisers that take over from the main one at some noise level, as in Wan 2.2."""
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -49,14 +52,19 @@ def denoisers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     if not isinstance(main, nn.Module):
         raise TypeError(f"{type(pipe_or_model).__name__} has no denoiser (unet or transformer)")
     architecture_of(uncompiled(main))
-    return {"": main} | {f"{name}.": net for name, net in _control_networks(pipe_or_model) if _is_supported(net)}
+    return {"": main} | {f"{name}.": net for name, net in _other_networks(pipe_or_model) if _is_supported(net)}
+
+
+def draws(prefix: str) -> bool:
+    """Whether the denoiser with this prefix of layer names draws, rather than steering the one that does."""
+    return prefix.removesuffix(".") in ("", *EXPERTS)
 
 
 def uncovered_networks(pipe_or_model: Any) -> list[str]:
-    """One sentence for every control network of a pipeline that `denoisers_of` excludes, with the reason."""
+    """One sentence for every other network of a pipeline that `denoisers_of` excludes, with the reason."""
     return [
         f"{name} ({type(uncompiled(net)).__name__}) runs unpatched: {_reason_uncovered(uncompiled(net))}"
-        for name, net in _control_networks(pipe_or_model)
+        for name, net in _other_networks(pipe_or_model)
         if not _is_supported(net)
     ]
 
@@ -67,10 +75,14 @@ def self_attention_layers(model: nn.Module) -> list[tuple[LayerSpec, Any]]:
     return [(spec, module) for spec, module in architecture_of(inner).layers(inner) if not spec.is_cross_attention]
 
 
-def _control_networks(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, network) of everything that steers the denoiser, including the members of multi-networks."""
+def _other_networks(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(name, network) of what takes over from the denoiser or steers it, including the members of multi-networks."""
     if not isinstance(pipe, Pipeline):
         return
+    for name in EXPERTS:
+        expert = getattr(pipe, name, None)
+        if isinstance(expert, nn.Module) and expert is not denoiser_of(pipe):
+            yield name, expert
     for name in CONTROL:
         network = getattr(pipe, name, None)
         if not isinstance(network, nn.Module) or isinstance(network, ControlNetXSAdapter):  # copied into the UNet

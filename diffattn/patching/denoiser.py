@@ -86,12 +86,16 @@ class PatchedDenoiser:
     Attributes:
         model: the denoiser, compiled or not.
         layers: all of its attention layers, in order.
+        draws: whether it draws, rather than steering the denoiser that does.
         grids: rows and columns of the tokens by level, of the last call.
         compiled: whether any part of it was compiled at the start of the run.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture, layers: Sequence[PatchedLayer]) -> None:
+    def __init__(
+        self, model: nn.Module, architecture: Architecture, layers: Sequence[PatchedLayer], *, draws: bool = True
+    ) -> None:
         self.model = model
+        self.draws = draws
         self.architecture = architecture
         self.layers = list(layers)
         self.grids: list[Grid] = []

@@ -16,7 +16,7 @@ from torch import nn
 from diffattn.architectures import Architecture, architecture_of
 from diffattn.architectures.base import Size
 from diffattn.architectures.decisions import read_given
-from diffattn.architectures.denoisers import Pipeline, denoisers_of, uncompiled, uncovered_networks
+from diffattn.architectures.denoisers import Pipeline, denoisers_of, draws, uncompiled, uncovered_networks
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, HEADS, NotPickled
 from diffattn.patching.decision_cache import cache_for
@@ -54,7 +54,8 @@ class Patch(NotPickled):
         for prefix, model in denoisers.items():
             for layer in layers[prefix]:
                 self._build(layer, architectures[prefix])
-            self._runs.denoisers.append(PatchedDenoiser(model, architectures[prefix], layers[prefix]))
+            denoiser = PatchedDenoiser(model, architectures[prefix], layers[prefix], draws=draws(prefix))
+            self._runs.denoisers.append(denoiser)
         self._hooks = [RunHook(self, self._runs, denoiser) for denoiser in self._runs.denoisers]
         if not any(layer.runs for layer in self._layers):
             why = Counter(layer.reason for layer in self._layers if not layer.spec.is_cross_attention)

@@ -98,7 +98,7 @@ class Runs(NotPickled):
             state.expected = expected
         elif compiled:
             self._count(denoiser, phase, expected)
-        if denoiser is self.denoisers[0]:  # not its ControlNets
+        if denoiser.draws:
             self.num_calls += 1
             state.trace.append(self._entry(reading, phase))
         return looks

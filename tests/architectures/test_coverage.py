@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import pytest
@@ -11,6 +11,7 @@ from diffusers import SanaControlNetModel, SanaTransformer2DModel
 
 import diffattn
 from diffattn.architectures import ARCHITECTURES, NOT_COVERED
+from diffattn.architectures.denoisers import CONTROL, DENOISER, EXPERTS
 
 ALLOWED = (
     "no quadratic self-attention",
@@ -89,3 +90,29 @@ def test_linear_attention_is_refused_with_the_reason(kind: Any) -> None:
     model = kind(**SANA)
     with pytest.raises(TypeError, match=f"nothing to accelerate in {kind.__name__}: no quadratic self-attention"):
         diffattn.patch(model)
+
+
+ELSEWHERE = {
+    "image_unet": "the deprecated Versatile Diffusion, whose pipelines are refused: they have no denoiser",
+    "text_unet": "the deprecated Versatile Diffusion",
+    "prior_prior": "the prior of Stable Cascade in one pipeline with its decoder: 576 tokens",
+    "super_res_first": "UnCLIP: without attention",
+    "super_res_last": "UnCLIP: without attention",
+}
+"""Parts of pipelines that are of a covered class and run exact -> why."""
+
+
+@pytest.mark.slow
+def test_no_denoiser_of_a_pipeline_is_overlooked() -> None:
+    kinds = {kind for kind in denoisers().values() if is_covered(kind)}
+    found: dict[str, set[str]] = {}
+    for pipeline in (getattr(diffusers, name) for name in dir(diffusers)):
+        if inspect.isclass(pipeline) and issubclass(pipeline, diffusers.DiffusionPipeline):
+            for part in inspect.signature(pipeline.__init__).parameters.values():
+                if kinds & {part.annotation, *get_args(part.annotation)}:
+                    found.setdefault(part.name, set()).add(pipeline.__name__)
+    assert {"unet", "transformer", "transformer_2", "controlnet"} <= set(found)
+    overlooked = {
+        name: where for name, where in found.items() if name not in {*DENOISER, *EXPERTS, *CONTROL, *ELSEWHERE}
+    }
+    assert not overlooked, f"attention of these parts of pipelines would run exact without a word: {overlooked}"

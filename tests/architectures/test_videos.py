@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Kandinsky5Transformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, Kandinsky5Transformer3DModel, WanPipeline
 from support.denoisers import CASES
 from support.denoisers.case import Case
 
@@ -14,6 +14,7 @@ import diffattn
 from diffattn.architectures import architecture_of
 
 FEW: Any = {"num_agents": 6, "max_head_error": 0.5, "min_tokens": 0}
+EVERY_HEAD: Any = FEW | {"max_head_error": float("inf")}
 
 
 def case_of(name: str) -> Case:
@@ -88,6 +89,65 @@ def test_layers_over_a_few_frames_are_listed_with_their_reason(name: str) -> Non
         case.call(model, given)
     left = {layer.left_alone for layer in handle.report().layers if not layer.accelerated}
     assert left == {"temporal layer of a few frames", "cross-attention"}
+
+
+def wan_with_experts(*names: str, boundary: float) -> WanPipeline:
+    """A Wan 2.2 pipeline with these of its two denoisers; the second takes over below a share of the time steps."""
+    torch.manual_seed(0)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "transformer", "transformer_2"))
+    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[True] * 3)
+    experts = {name: case_of("WanTransformer3DModel").build(seed) for seed, name in enumerate(names)}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = WanPipeline(**parts | experts, vae=vae, scheduler=scheduler, boundary_ratio=boundary)  # type: ignore[arg-type]
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn_by_experts(pipe: WanPipeline) -> torch.Tensor:
+    text = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(3))
+    settings: Any = {"num_frames": 9, "height": 64, "width": 96, "num_inference_steps": 4, "guidance_scale": 1.0}
+    noise = torch.Generator().manual_seed(4)
+    return pipe(prompt_embeds=text, generator=noise, output_type="latent", return_dict=False, **settings)[0]
+
+
+def test_both_denoisers_of_wan_2_2_are_accelerated_in_one_run() -> None:
+    pipe = wan_with_experts("transformer", "transformer_2", boundary=0.8)
+    exact = drawn_by_experts(pipe)
+    calls = dict.fromkeys(("transformer", "transformer_2"), 0)
+    with diffattn.patch(pipe, **EVERY_HEAD) as handle:
+        hooks = [
+            getattr(pipe, name).register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+            for name in calls
+        ]
+        out = drawn_by_experts(pipe)
+        report, trace = handle.report(), handle.trace()
+    for hook in hooks:
+        hook.remove()
+    assert all(calls.values())
+    accelerated = {layer.name: layer.accelerated for layer in report.layers if layer.accelerated}
+    assert accelerated == {
+        **{f"blocks.{i}.attn1": calls["transformer"] for i in range(2)},
+        **{f"transformer_2.blocks.{i}.attn1": calls["transformer_2"] for i in range(2)},
+    }
+    assert (report.runs, report.calls) == (1, 4)
+    levels = [entry["noise_level"] for entry in trace]
+    assert levels == sorted(levels, reverse=True)
+    assert len(set(levels)) == 4
+    assert not torch.equal(out, exact)
+    assert torch.equal(drawn_by_experts(pipe), exact)
+
+
+def test_the_second_denoiser_of_wan_2_2_alone_is_accelerated() -> None:
+    pipe = wan_with_experts("transformer_2", boundary=1.1)
+    exact = drawn_by_experts(pipe)
+    with diffattn.patch(pipe, **EVERY_HEAD) as handle:
+        out = drawn_by_experts(pipe)
+        report = handle.report()
+    assert {layer.name: layer.accelerated for layer in report.layers if layer.accelerated} == {
+        "blocks.0.attn1": 4,
+        "blocks.1.attn1": 4,
+    }
+    assert not torch.equal(out, exact)
 
 
 def test_frames_that_are_given_do_not_lower_the_noise_level() -> None:
