@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import diffattn
@@ -52,7 +52,9 @@ class Step:
     inputs: tuple[Any, Any]
     device: torch.device
     folder: Path
-    scheduler: SchedulerMixin  # found by the patch, which only reuses what it finds where it knows the run
+    scheduler: (
+        DDIMScheduler | FlowMatchEulerDiscreteScheduler
+    )  # found by the patch, which only reuses what it finds where it knows the run
 
     def at(self, step: int) -> tuple[Any, Any]:
         """The arguments of a step of the run, with its time step as pipelines pass it."""
@@ -216,9 +218,9 @@ def _measure(
             done = list(more.rounds)
 
 
-def _scheduler(model: nn.Module) -> SchedulerMixin:
+def _scheduler(model: nn.Module) -> Any:
     """A scheduler of the kind that the model is used with, prepared for a run."""
-    scheduler: Any = DDIMScheduler() if _is_unet(model) else FlowMatchEulerDiscreteScheduler()
+    scheduler = DDIMScheduler() if _is_unet(model) else FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(SCHEDULED)
     return scheduler
 
