@@ -52,9 +52,7 @@ class Step:
     inputs: tuple[Any, Any]
     device: torch.device
     folder: Path
-    scheduler: (
-        DDIMScheduler | FlowMatchEulerDiscreteScheduler
-    )  # found by the patch, which only reuses what it finds where it knows the run
+    scheduler: Any  # found by the patch, which only reuses what it finds where it knows the run
 
     def at(self, step: int) -> tuple[Any, Any]:
         """The arguments of a step of the run, with its time step as pipelines pass it."""
