@@ -7,6 +7,7 @@ from math import log
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from diffattn.models.attention import ATTENTION
 from diffattn.models.attention_layer import AttentionOptions, TokenConv
@@ -47,7 +48,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # sums of the blocks inherit the layout
 
 
 class TimestepEmbedder(nn.Module):
@@ -86,13 +87,27 @@ class LabelEmbedder(nn.Module):
             )
 
 
+class TanhGELU(nn.GELU):
+    """GELU by the tanh formula, as official checkpoints have it.
+
+    In bf16 on a CPU by the exact formula: that kernel is four times as fast, and the two differ by less than 0.0005,
+    while bf16 rounds values between 1 and 2 by up to 0.004.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x) if x.dtype == torch.bfloat16 and x.device.type == "cpu" else super().forward(x)
+
+
 class MLP(nn.Module):
     """[B, N, C] -> [B, N, C]"""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU(approximate="tanh")
+        self.act = TanhGELU()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,10 +139,15 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         if self.cpe1 is not None:
             x = x + self.cpe1(x, grid)
-        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, grid, num_mediators)
+        x = torch.addcmul(x, gate_a, self.attn(modulated(self.norm1(x), shift_a, scale_a), grid, num_mediators))
         if self.cpe2 is not None:
             x = x + self.cpe2(x, grid)
-        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+        return torch.addcmul(x, gate_m, self.mlp(modulated(self.norm2(x), shift_m, scale_m)))
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale)·x + shift of x [B, N, C], with shift and scale [B, 1, C]."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def _silent_conv(dim: int) -> TokenConv:
@@ -148,7 +168,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        return self.linear(modulated(self.norm_final(x), shift, scale))
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
