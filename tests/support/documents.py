@@ -68,6 +68,7 @@ SMALLER = {
     "diffattn tune --min-speedup": "--min-speedup 1.0001",
     "diffattn tune --budget": "--samples 2",
     "diffattn train": TWO_STEPS,
+    "diffattn train optim.lr=0.002": "--dry-run",
     "diffattn train sit-256": "--dry-run data.vae=tiny-sd/vae data.size=32 model.mediators=[4]",
     "diffattn evaluate": f"{FEW_STEPS} --num-pictures 4 --extractor emoji-classifier",
     "diffattn evaluate reference": "--size 32 --extractor emoji-classifier --device cpu",
