@@ -87,18 +87,16 @@ class LabelEmbedder(nn.Module):
             )
 
 
-class TanhGELU(nn.GELU):
+class TanhGELU(nn.Module):
     """GELU by the tanh formula, as official checkpoints have it.
 
     In bf16 on a CPU by the exact formula: that kernel is four times as fast, and the two differ by less than 0.0005,
     while bf16 rounds values between 1 and 2 by up to 0.004.
     """
 
-    def __init__(self) -> None:
-        super().__init__(approximate="tanh")
-
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(x) if x.dtype == torch.bfloat16 and x.device.type == "cpu" else super().forward(x)
+        is_slow = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        return gelu(x, approximate="none" if is_slow else "tanh")
 
 
 class MLP(nn.Module):
@@ -107,7 +105,7 @@ class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = TanhGELU()
+        self.act: nn.Module = TanhGELU()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
