@@ -52,6 +52,8 @@ class LayerPlug(MethodProcessor):
         reason = self._reason_together(call, q.shape[0]) or self._reason_call(q, k, given, heads_first)
         if reason is None:
             reason = self._reason_layer(attn)
+        key = self._settling(call, q, k) if given.get("attn_mask") is None else None
+        reason = reason or self._settled(key)
         if reason is not None:
             self._count(call, reason)
             return function(q, k, v, *args, **kwargs)
@@ -80,9 +82,10 @@ class LayerPlug(MethodProcessor):
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
             memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
             ways = Ways(by_method, lambda: function(q, k, v, **named), memory)
-            if reason is None:
-                kind = self._kind(phase, q, k, heads_first, mask is not None)
-                reason = self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
+            kind = None if reason else self._kind(phase, q, k, heads_first, mask is not None)
+            reason = reason or self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
+            self._settle(key, reason)
+            reason = reason or self._reason_heads(phase, layout.num_tokens, kind, memory) or ACCELERATED
             if (phase, reason) not in counted:  # once, however many groups the samples form
                 counted.add((phase, reason))
                 self._count(call, reason)

@@ -115,6 +115,10 @@ class SiTProcessor(MethodProcessor):
     ) -> Tensor:
         """All samples are in one phase: [B, H, N, D]."""
         x, q, k, v = tensors
+        key = self._settling(call, q, k)
+        if reason := self._settled(key):
+            self._count(call, reason)
+            return self._exact(layer, x, q, k, v, grid, num_mediators)
         layout = self.layout_of(grid, (), q.shape[2])
 
         def by_method(memory: dict[str, Any] | None, is_trial: bool) -> tuple[Tensor, LayerCall]:
@@ -129,9 +133,10 @@ class SiTProcessor(MethodProcessor):
 
         ways = Ways(by_method, exact, self._memory(call, phase))
         reason = self.reason_impossible(phase, layout, q.device.type, mask_rows=0)
-        if reason is None:
-            kind = self._kind(phase, q, k, heads_first=True, masked=False)
-            reason = self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
+        kind = None if reason else self._kind(phase, q, k, heads_first=True, masked=False)
+        reason = reason or self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
+        self._settle(key, reason)
+        reason = reason or self._reason_heads(phase, layout.num_tokens, kind, ways.memory) or ACCELERATED
         self._count(call, reason)
         if reason != ACCELERATED:
             return exact()

@@ -201,8 +201,8 @@ class MethodProcessor(NotPickled):
 
     def _reason_timed(
         self, call: DenoiserCall, phase: int, q: Tensor, num_tokens: int, kind: str | None, ways: "Ways"
-    ) -> str:
-        """Why a call that the method can take runs exact, or `ACCELERATED`, after deciding which is faster.
+    ) -> str | None:
+        """Why a call that the method can take runs exact, whatever its heads, or None, after deciding which is faster.
 
         Args:
             call: of the denoiser.
@@ -221,7 +221,36 @@ class MethodProcessor(NotPickled):
         reason = self._reason_slower(phase, num_tokens, q.device.type, kind)
         if reason is None and torch.compiler.is_compiling():
             reason = self._reason_fixed(phase)
-        return reason or _reason_heads(ways.memory, self._most_exact(phase, num_tokens, kind)) or ACCELERATED
+        return reason
+
+    def _reason_heads(self, phase: int, num_tokens: int, kind: str | None, memory: dict[str, Any] | None) -> str | None:
+        """Why a call runs exact because too many of its heads would, or None; arguments as in `_reason_timed`, and
+        `LayerCall.memory`. From time to time the method looks at the heads anew."""
+        most = self._most_exact(phase, num_tokens, kind)
+        share = 0.0 if memory is None else memory.get(EXACT_SHARE, 0.0)
+        if memory is None or (share <= most and share < 1):
+            return None
+        memory[WAITED] = memory.get(WAITED, 0) + 1
+        if memory[WAITED] >= RENEWED_EVERY:
+            memory.clear()
+        return f"{share:.0%} of the heads are too far from exact attention"
+
+    def _settling(self, call: DenoiserCall, q: Tensor, k: Tensor) -> tuple[Any, ...] | None:
+        """What decides, within a run, whether an unmasked call runs exact, apart from its heads; None where that cannot
+        be told from the call's shapes."""
+        if torch.compiler.is_compiling() or not isinstance(call.phase, int) or call.contexts is not None:
+            return None
+        of_call = (call.phase, tuple(call.grids), call.references, call.context_first)
+        return (self.layer.name, *of_call, q.shape, k.shape, q.dtype, q.device)
+
+    def _settled(self, key: tuple[Any, ...] | None) -> str | None:
+        """Why such a call ran exact before in this run, and does again; None: not known."""
+        return None if key is None else self.run.settled.get(key)
+
+    def _settle(self, key: tuple[Any, ...] | None, reason: str | None) -> None:
+        """Keep a reason for the calls that follow in this run."""
+        if key is not None and reason is not None:
+            self.run.settled[key] = reason
 
     def _decide(
         self, kind: str, q: Tensor, guess: bool, method: Callable[[], Tensor], exact: Callable[[], Tensor]
@@ -356,20 +385,3 @@ def _rows(x: Tensor, group: list[int], batch: int) -> Tensor:
     if group[-1] - group[0] == len(group) - 1:
         return x[group[0] : group[-1] + 1]
     return x[torch.tensor(group, device=x.device)]
-
-
-def _reason_heads(memory: dict[str, Any] | None, most: float) -> str | None:
-    """Why a call runs exact because too many of its heads would, or None; from time to time the method looks at the
-    heads anew.
-
-    Args:
-        memory: see `LayerCall.memory`.
-        most: the largest share of heads that run exact beside the method.
-    """
-    share = 0.0 if memory is None else memory.get(EXACT_SHARE, 0.0)
-    if memory is None or (share <= most and share < 1):
-        return None
-    memory[WAITED] = memory.get(WAITED, 0) + 1
-    if memory[WAITED] >= RENEWED_EVERY:
-        memory.clear()
-    return f"{share:.0%} of the heads are too far from exact attention"

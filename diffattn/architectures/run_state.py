@@ -84,6 +84,7 @@ class RunState(threading.local):
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
         memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
         decided: kinds of calls -> what was decided (`decisions.Choice`); fixed for the run from the first such call on.
+        settled: calls of a layer, see `MethodProcessor._settling` -> why they run exact for the rest of the run.
         timing: seconds spent in this run on timing kinds of calls.
         expected: what is known about the calls of a compiled denoiser whose heads are looked at.
         unchecked: phases of a run that has not yet been checked for acceleration, and what is known about its calls.
@@ -107,6 +108,7 @@ class RunState(threading.local):
         self.schedulers: dict[int, NoiseLevels] = {}
         self.memory: dict[tuple[str, int, int], dict[str, Any]] = {}
         self.decided: dict[str, bool | float] = {}
+        self.settled: dict[tuple[Any, ...], str] = {}
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
 
     def place_after(self, level: float) -> int:
@@ -118,6 +120,7 @@ class RunState(threading.local):
         self.trace.clear()
         self.memory.clear()
         self.decided.clear()
+        self.settled.clear()
         self.timing = 0.0
 
     def begin(self, call: DenoiserCall) -> None:

@@ -48,9 +48,10 @@ class PatchedLayer:
     def look(self) -> str | None:
         """The class of the processor that replaced ours; None if it is still ours or wraps it."""
         there = self.module.processor
-        if self.processor is not None and self.is_ours(there):
-            self.processor = there  # perhaps an earlier one, which a caller kept and put back
-        if self.processor is None or any(part is self.processor for part in (there, *_attributes(there))):
+        if there is not self.processor and self.processor is not None and self.is_ours(there):
+            self.processor = there  # an earlier one, which a caller kept and put back
+        is_there = there is self.processor or any(part is self.processor for part in _attributes(there))
+        if self.processor is None or is_there:
             self.displaced_by, self.is_reported = None, False
         else:
             self.displaced_by = "the layer's own attention" if there is None else type(there).__name__

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from support.patching import Make
 import diffattn
 from diffattn.architectures import decisions
 from diffattn.architectures.decisions import Decision
+from diffattn.architectures.processor import MethodProcessor
 from diffattn.patching import decision_cache
 from diffattn.patching.patch import find_patch
 
@@ -102,6 +104,48 @@ def test_close_times_are_measured_again_and_the_median_decides(monkeypatch: pyte
     decision = found.measure("kind", lambda: nothing(1), lambda: nothing(1), torch.device("cpu"))
     assert decision == Decision(True, "measured here", 0.85, 1.0)
     assert found.measure("kind", lambda: nothing(1), lambda: nothing(1), torch.device("cpu")) is decision
+
+
+def test_a_first_call_that_prepares_a_kernel_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], {"method": 0, "exact": 0}
+
+    def call(name: str, first: float, later: float) -> torch.Tensor:
+        calls[name] += 1
+        now[0] += first if calls[name] == 1 else later
+        return torch.zeros(1)
+
+    monkeypatch.setattr(decisions, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = decisions.Decisions(measures=True).measure(
+        "kind", lambda: call("method", 9.0, 1.5), lambda: call("exact", 3.0, 1.0), torch.device("cpu")
+    )
+    assert not found.faster
+    assert (found.seconds, found.exact_seconds) == (pytest.approx(1.5), pytest.approx(1.0))
+
+
+def test_why_a_layer_runs_exact_is_found_once_per_run(
+    pipe: DiffusionPipeline, clock: Clock, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    original = MethodProcessor.reason_impossible
+
+    def counted(self: MethodProcessor, *args: Any) -> str | None:
+        asked.append(self.layer.name)
+        return original(self, *args)
+
+    def exact() -> dict[str, int]:
+        layers = [layer for layer in handle.report().layers if layer.left_alone is None]
+        return {layer.name: sum(layer.passed_through.values()) for layer in layers}
+
+    clock.method = 10.0
+    with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
+        tiny.run(pipe)
+        monkeypatch.setattr(MethodProcessor, "reason_impossible", counted)
+        for steps in (3, 6):
+            asked.clear()
+            before = exact()
+            tiny.run(pipe, num_inference_steps=steps)
+            assert {name: n - before[name] for name, n in exact().items()} == dict.fromkeys(before, steps)
+            assert all(asked.count(name) <= 2 for name in before)  # by the check of the whole run, and by the layer
 
 
 @pytest.mark.slow
