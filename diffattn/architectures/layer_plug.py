@@ -125,7 +125,8 @@ class LayerPlug(MethodProcessor):
         call = self._current_call()
         if call is None:
             return False
-        reason = "called as cross-attention" if context is not None else self._reason_together(call, x.shape[0])
+        is_cross = context is not None and context is not x  # Kandinsky 3 passes a layer's own tokens as context
+        reason = "called as cross-attention" if is_cross else self._reason_together(call, x.shape[0])
         reason = reason or self._reason_layer(attn)
         if reason is None and (attn.norm_q is not None or attn.norm_k is not None):
             reason = f"{type(self.original).__name__} leaves out the layer's norms of queries and keys"

@@ -67,6 +67,21 @@ def test_every_layer_is_accelerated_and_close_to_exact(case: Case) -> None:
 
 
 @every_case
+def test_default_processors_are_accelerated_as_well(case: Case) -> None:
+    model, given = case.build(), inputs(case)
+    if not hasattr(model, "set_default_attn_processor"):
+        pytest.skip("diffusers has no other processors for it")
+    with diffattn.patch(model, **FEW):
+        expected = case.call(model, given)
+    model.set_default_attn_processor()
+    with diffattn.patch(model, **FEW) as handle:
+        out = case.call(model, given)
+        report = handle.report()
+    assert (report.calls_accelerated, report.calls_passed_through) == (case.num_calls(2), 0), str(report)
+    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)  # rounding, amplified by random weights
+
+
+@every_case
 def test_the_grid_is_where_the_tokens_lie(case: Case) -> None:
     model, given = case.build(), inputs(case)
     with diffattn.patch(model, **FEW) as handle:
