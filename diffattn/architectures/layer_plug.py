@@ -126,6 +126,7 @@ class LayerPlug(MethodProcessor):
         if call is None:
             return False
         is_cross = context is not None and context is not x  # Kandinsky 3 passes a layer's own tokens as context
+        is_cross = is_cross and not self.layer.keys_only  # the context's keys are added to those
         reason = "called as cross-attention" if is_cross else self._reason_together(call, x.shape[0])
         reason = reason or self._reason_layer(attn)
         if reason is None and (attn.norm_q is not None or attn.norm_k is not None):

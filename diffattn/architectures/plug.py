@@ -23,8 +23,11 @@ from functools import cache, wraps
 from typing import Any, NoReturn, Self, cast
 
 from diffusers.models.attention_processor import (
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
     AttnProcessor,
     AttnProcessor2_0,
+    SlicedAttnAddedKVProcessor,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
@@ -43,7 +46,10 @@ HEADS_FIRST = {
 OTHER_KEYS = re.compile(r"ip_|img|image")
 """Names of keys that are not the layer's own tokens: those of an image prompt."""
 
-STAND_INS = dict.fromkeys((AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor), AttnProcessor2_0)
+STAND_INS: dict[type, type] = {
+    **dict.fromkeys((AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor), AttnProcessor2_0),
+    **dict.fromkeys((AttnAddedKVProcessor, SlicedAttnAddedKVProcessor), AttnAddedKVProcessor2_0),
+}
 """Processors that call neither function -> one that computes the same and does; in exact calls the original runs."""
 
 CACHE = "kv_cache"

@@ -83,11 +83,15 @@ class UNetArchitecture:
                 spec = attention.spec_of(name, module, _level(name, num_levels))
                 if isinstance(model, Kandinsky3UNet):  # passes a layer's own tokens as if they were context
                     spec = replace(spec, is_cross_attention=not name.endswith("attentions.0.attention"))
+                if _adds_keys(module):
+                    spec = replace(spec, is_cross_attention=False, context="first", keys_only=True)
                 if OVER_FRAMES.search(name):
                     spec = replace(spec, exact=TEMPORAL)
                 yield spec, module
 
     def reason_exact(self, module: nn.Module) -> str | None:
+        if _adds_keys(module):
+            return attention.reason_unplugged(getattr(module, "processor", None))
         return attention.reason_exact(module)
 
     def entry(self, model: Any) -> nn.Module:
@@ -119,6 +123,12 @@ class UNetArchitecture:
 
     def replaced(self, **parts: Any) -> Replaced:
         return attention.replaced(**parts)
+
+
+def _adds_keys(module: nn.Module) -> bool:
+    """Whether a layer attends to its own tokens and, before them, to keys of a text or a picture, as those of DeepFloyd
+    IF and Kandinsky 2 do."""
+    return getattr(module, "added_kv_proj_dim", None) is not None and not getattr(module, "only_cross_attention", True)
 
 
 def _config(model: nn.Module) -> Any:

@@ -67,18 +67,26 @@ def test_every_layer_is_accelerated_and_close_to_exact(case: Case) -> None:
 
 
 @every_case
-def test_default_processors_are_accelerated_as_well(case: Case) -> None:
+def test_other_processors_of_diffusers_are_accelerated_as_well(case: Case) -> None:
     model, given = case.build(), inputs(case)
     if not hasattr(model, "set_default_attn_processor"):
         pytest.skip("diffusers has no other processors for it")
     with diffattn.patch(model, **FEW):
         expected = case.call(model, given)
     model.set_default_attn_processor()
+    assert_the_same(case, model, given, expected)
+    if case.name.startswith("UNet") and hasattr(model, "set_attention_slice"):
+        model.set_attention_slice(1)
+        assert_the_same(case, model, given, expected)
+
+
+def assert_the_same(case: Case, model: nn.Module, given: dict[str, Any], expected: Tensor) -> None:
+    """With a patch, every layer is accelerated, and the output is as expected."""
     with diffattn.patch(model, **FEW) as handle:
         out = case.call(model, given)
         report = handle.report()
     assert (report.calls_accelerated, report.calls_passed_through) == (case.num_calls(2), 0), str(report)
-    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)  # rounding, amplified by random weights
+    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)  # random weights amplify what is rounded
 
 
 @every_case

@@ -51,6 +51,16 @@ def i2vgen(batch: int, rng: torch.Generator) -> dict[str, Any]:
     }
 
 
+def added_keys(batch: int, rng: torch.Generator) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT)
+    mask[-1, 4:] = 0
+    return {
+        "sample": normal(batch, 4, side(16), side(12), rng=rng),
+        "encoder_hidden_states": normal(batch, TEXT, 12, rng=rng),
+        "encoder_attention_mask": mask,
+    }
+
+
 def kandinsky3(batch: int, rng: torch.Generator) -> dict[str, Any]:
     return {
         "sample": normal(batch, 4, side(16), side(12), rng=rng),
@@ -82,6 +92,17 @@ TWO_LEVELS: dict[str, Any] = {
 }  # fmt: skip
 
 UNETS = (
+    Case(
+        "UNet2DConditionModel added keys",
+        TWO_LEVELS | {
+            "block_out_channels": (16, 16), "attention_head_dim": 8, "encoder_hid_dim": 12,
+            "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        },
+        added_keys, grid=(8, 6), time=whole, time_dtype=torch.int64, num_layers=4, context=TEXT,
+        scheduler=DDPMScheduler,
+    ),
     Case(
         "UNet2DModel",
         {
