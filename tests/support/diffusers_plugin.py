@@ -18,6 +18,7 @@ import pytest
 from diffusers import DiffusionPipeline
 
 import diffattn
+from diffattn.architectures.denoisers import denoiser_of
 from diffattn.patching.patch import find_patch
 
 OPTIONS: Any = {"num_agents": 4, "max_head_error": float("inf"), "min_tokens": 0}
@@ -32,9 +33,12 @@ class Watch:
         self.refused: Counter[str] = Counter()
 
     def patch(self, pipe: DiffusionPipeline) -> None:
-        """Patch a pipeline that is not patched, or keep the reason why it cannot be."""
+        """Patch a pipeline whose denoiser is not patched, or keep the reason why it cannot be."""
         try:
-            if find_patch(pipe) is None:
+            denoiser = denoiser_of(pipe)
+            if find_patch(pipe if denoiser is None else denoiser) is None:
+                if find_patch(pipe) is not None:  # a ControlNet that an earlier pipeline shares
+                    diffattn.unpatch(pipe)
                 self.patches.append(diffattn.patch(pipe, "agent", **OPTIONS))
         except (TypeError, ValueError) as error:
             self.refused[f"{type(pipe).__name__}: {type(error).__name__}: {error}"] += 1
