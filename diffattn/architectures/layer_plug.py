@@ -12,7 +12,9 @@ from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffattn.architectures.processor import MethodProcessor, Ways, by_phase
+from diffattn.architectures.by_phase import by_phase
+from diffattn.architectures.faster import Ways
+from diffattn.architectures.processor import MethodProcessor
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import AttentionFn, LayerCall, TokenLayout
 
@@ -82,7 +84,7 @@ class LayerPlug(MethodProcessor):
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
             memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
             ways = Ways(by_method, lambda: function(q, k, v, **named), memory)
-            kind = None if reason else self._kind(phase, q, k, heads_first, mask is not None)
+            kind = None if reason else self.faster.kind(phase, q, k, heads_first, mask is not None)
             reason = reason or self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
             self._settle(key, reason)
             reason = reason or self._reason_heads(phase, layout.num_tokens, kind, memory) or ACCELERATED

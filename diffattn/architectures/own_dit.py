@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffattn.architectures.base import Replaced, Size
+from diffattn.architectures.by_phase import by_phase
 from diffattn.architectures.dit_time import read_dit_time
-from diffattn.architectures.processor import MethodProcessor, Ways, by_phase
+from diffattn.architectures.faster import Ways
+from diffattn.architectures.processor import MethodProcessor
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
 from diffattn.methods.base import LayerCall, LayerSpec
 from diffattn.models import DiT
@@ -133,7 +135,7 @@ class SiTProcessor(MethodProcessor):
 
         ways = Ways(by_method, exact, self._memory(call, phase))
         reason = self.reason_impossible(phase, layout, q.device.type, mask_rows=0)
-        kind = None if reason else self._kind(phase, q, k, heads_first=True, masked=False)
+        kind = None if reason else self.faster.kind(phase, q, k, heads_first=True, masked=False)
         reason = reason or self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)
         self._settle(key, reason)
         reason = reason or self._reason_heads(phase, layout.num_tokens, kind, ways.memory) or ACCELERATED

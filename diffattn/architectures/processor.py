@@ -1,7 +1,6 @@
 """The processor that runs a method in one attention layer, and decides call by call whether it does."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -9,16 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from diffattn.architectures.decisions import (
-    SECONDS_PER_RUN,
-    Choice,
-    Decision,
-    Decisions,
-    can_measure,
-    kind_of,
-    kind_text,
-    label_of,
-)
+from diffattn.architectures.decisions import Decisions
+from diffattn.architectures.faster import Faster, Ways
 from diffattn.architectures.run_state import (
     ACCELERATED,
     EXACT_PHASE,
@@ -44,36 +35,8 @@ from diffattn.schedules import EXACT
 RENEWED_EVERY = 8
 """A layer that runs exact because of its heads is looked at anew after this many calls."""
 
-ASSUMED_SHARE = 1 / 2
-"""The share of heads that may run exact, where nothing was timed, before a method that is faster without them no longer
-is; half of it below 4,096 tokens."""
-
 WAITED = "calls that ran exact because of the heads"
 """In the memory of such a layer."""
-
-
-class Ways:
-    """A call of attention by a method, and the same call done exactly."""
-
-    def __init__(
-        self,
-        method: Callable[[dict[str, Any] | None, bool], tuple[Tensor, LayerCall]],
-        exact: Callable[[], Tensor],
-        memory: dict[str, Any] | None,
-    ) -> None:
-        """`method`: the call, given its memory and whether it is a trial; both as in `LayerCall`."""
-        self._method = method
-        self.exact = exact
-        self.memory = memory
-        self._scratch: dict[str, Any] | None = None if memory is None else {}
-
-    def method(self) -> tuple[Tensor, LayerCall]:
-        """The output, and what the method says about the call."""
-        return self._method(self.memory, False)
-
-    def trial(self) -> Tensor:
-        """The method alone, to be timed."""
-        return self._method(self._scratch, True)[0]
 
 
 class MethodProcessor(NotPickled):
@@ -92,8 +55,7 @@ class MethodProcessor(NotPickled):
         self.layer = layer
         self.original = original
         self.methods = tuple(methods)
-        self.labels = tuple(label_of(m) if m else None for m in methods)
-        self.decisions = Decisions() if decisions is None else decisions
+        self.faster = Faster(layer, self.methods, run, Decisions() if decisions is None else decisions)
         self.functions: tuple[AttentionFn | None, ...] = tuple(m.build(layer) if m else None for m in methods)
         self.run = run
         self.tally = tally
@@ -133,11 +95,26 @@ class MethodProcessor(NotPickled):
             layout: of the tokens.
             device: torch device type.
             mask_rows: see `AttentionMethod.reason_call`.
-            kind: of the call, see `decisions`; None: guess which is faster.
+            kind: of the call, see `Faster`.
         """
         reason = self.reason_impossible(phase, layout, device, mask_rows)
-        reason = reason or self._reason_slower(phase, layout.num_tokens, device, kind)
+        reason = reason or self.faster.reason_slower(phase, layout.num_tokens, device, kind)
         return reason or self._reason_fixed(phase) or ACCELERATED
+
+    def reason_impossible(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str | None:
+        """Why a call in a phase must run exact, whichever is faster, or None; arguments as in `reason_exact`."""
+        if phase == EXACT_PHASE:
+            return "the noise level is not known"
+        method = self.methods[phase]
+        if method is None:
+            return f"{EXACT} by schedule"
+        context = layout.num_context  # unknown while compiling a processor that drops the padding of the text
+        if guard_or_false(context < 0) or (self.layer.context == "none" and context):
+            tokens = layout.num_tokens + layout.num_context
+            return f"{tokens} tokens do not form the layer's grid of {'x'.join(map(str, layout.grid))}"
+        if reason := method.reason_layout(layout):
+            return reason
+        return method.reason_call(self.layer, layout.num_tokens, device, mask_rows)
 
     def fix_heads(self, phase: int, place: int, num_tokens: int, kind: str | None) -> None:
         """Fix the heads that compiled code runs exact in a phase: those that this call found, and those that other
@@ -147,7 +124,7 @@ class MethodProcessor(NotPickled):
             phase: of the schedule.
             place: of the call, see `DenoiserCall`.
             num_tokens: of the picture.
-            kind: of the call, see `decisions`; None: unknown.
+            kind: of the call, see `Faster`.
         """
         memory, method = self.run.memory.pop((self.layer.name, phase, place), {}), self.methods[phase]
         missed, heads = memory.get(EXACT_HEADS), self.layer.num_heads
@@ -155,7 +132,7 @@ class MethodProcessor(NotPickled):
             return
         found = set() if missed is None else set(missed[1].tolist())
         found.update(self.fixed_heads.get(phase, ()) if place else ())
-        if len(found) > heads * self._most_exact(phase, num_tokens, kind):
+        if len(found) > heads * self.faster.most_exact(phase, num_tokens, kind):
             found = set(range(heads))
         self.fixed_heads[phase] = tuple(sorted(found))
 
@@ -165,42 +142,8 @@ class MethodProcessor(NotPickled):
             return None
         return "most heads are too far from exact attention"
 
-    def _reason_slower(self, phase: int, num_tokens: int, device: str, kind: str | None) -> str | None:
-        """Why exact attention is used where the method could run, or None."""
-        method = self.methods[phase]
-        assert method is not None
-        guess = method.reason_slower(num_tokens, device)
-        if kind is None or not method.timed or method.is_size_given:
-            return guess
-        choice = self._choice(kind)
-        if choice or (choice is None and guess is None):
-            return None
-        is_guess = choice is None or (kind is not None and self.decisions.known(kind) is None)
-        return guess if guess and is_guess else f"{num_tokens} tokens: exact attention is faster here"
-
-    def _choice(self, kind: str | None) -> Choice | None:
-        """What was decided about a kind of call, in this run or before it; None: nothing."""
-        if kind is None:
-            return None
-        known = self.decisions.known(kind) if self.decisions.any_known else None
-        choice = None if known is None else known.choice
-        if torch.compiler.is_compiling():  # compiled code must not depend on the run
-            return choice
-        return self.run.decided.get(kind, choice)
-
-    def _most_exact(self, phase: int, num_tokens: int, kind: str | None) -> float:
-        """The largest share of heads that may run exact before a layer does in all of them."""
-        method = self.methods[phase]
-        assert method is not None
-        if not method.timed or method.is_size_given:
-            return 1.0
-        choice = self._choice(kind)
-        if choice is None or isinstance(choice, bool):
-            return ASSUMED_SHARE if num_tokens >= 4096 else ASSUMED_SHARE / 2
-        return choice
-
     def _reason_timed(
-        self, call: DenoiserCall, phase: int, q: Tensor, num_tokens: int, kind: str | None, ways: "Ways"
+        self, call: DenoiserCall, phase: int, q: Tensor, num_tokens: int, kind: str | None, ways: Ways
     ) -> str | None:
         """Why a call that the method can take runs exact, whatever its heads, or None, after deciding which is faster.
 
@@ -212,13 +155,9 @@ class MethodProcessor(NotPickled):
             kind: of the call; None: do not decide.
             ways: the call by the method, and exactly.
         """
-        chosen = self.methods[phase]
-        assert chosen is not None
-        settled = not chosen.timed or chosen.is_size_given
-        if kind is not None and not call.compiled and not settled:
-            guess = chosen.reason_slower(num_tokens, q.device.type) is None
-            self._decide(kind, q, guess, ways.trial, ways.exact)
-        reason = self._reason_slower(phase, num_tokens, q.device.type, kind)
+        if kind is not None and not call.compiled:
+            self.faster.decide(phase, num_tokens, kind, q, ways)
+        reason = self.faster.reason_slower(phase, num_tokens, q.device.type, kind)
         if reason is None and torch.compiler.is_compiling():
             reason = self._reason_fixed(phase)
         return reason
@@ -226,7 +165,7 @@ class MethodProcessor(NotPickled):
     def _reason_heads(self, phase: int, num_tokens: int, kind: str | None, memory: dict[str, Any] | None) -> str | None:
         """Why a call runs exact because too many of its heads would, or None; arguments as in `_reason_timed`, and
         `LayerCall.memory`. From time to time the method looks at the heads anew."""
-        most = self._most_exact(phase, num_tokens, kind)
+        most = self.faster.most_exact(phase, num_tokens, kind)
         share = 0.0 if memory is None else memory.get(EXACT_SHARE, 0.0)
         if memory is None or (share <= most and share < 1):
             return None
@@ -251,65 +190,6 @@ class MethodProcessor(NotPickled):
         """Keep a reason for the calls that follow in this run."""
         if key is not None and reason is not None:
             self.run.settled[key] = reason
-
-    def _decide(
-        self, kind: str, q: Tensor, guess: bool, method: Callable[[], Tensor], exact: Callable[[], Tensor]
-    ) -> None:
-        """Decide whether this run uses the method for a kind of call, unless that is settled: by what is known, by
-        timing both, or by a guess.
-
-        Args:
-            kind: of the call.
-            q: the queries.
-            guess: whether the method is used if nothing is known and nothing can be timed.
-            method, exact: the call by the method, and exactly.
-        """
-        run, decisions = self.run, self.decisions
-        if kind not in run.decided:
-            decision, device = decisions.known(kind), q.device
-            has_time = device.type == "cpu" or run.timing <= SECONDS_PER_RUN
-            if decision is None and decisions.measures and has_time and can_measure(q):
-                start = time.monotonic()
-                decision = decisions.measure(kind, method, exact, device)
-                run.timing += time.monotonic() - start
-            if decision is None:
-                decision = Decision(guess, "from the table")
-            run.decided[kind] = decision.choice
-            decisions.use(self.layer.name, kind, decision)
-        elif not decisions.is_noted(self.layer.name, kind):
-            known = decisions.known(kind) or Decision(bool(run.decided[kind]), "from the table")
-            decisions.use(self.layer.name, kind, known)
-
-    def _kind(self, phase: int, q: Tensor, k: Tensor, heads_first: bool, masked: bool) -> str | None:
-        """The kind of a call, see `kind_of`; None where it is not needed. Compiled code cannot name sizes that vary: it
-        only looks up what is known."""
-        label = self.labels[phase]
-        if label is None or (torch.compiler.is_compiling() and not self.decisions.any_known):
-            return None
-        return kind_of(label, q, k, heads_first, masked)
-
-    def kind_at(self, phase: int, device: str, dtype: torch.dtype, batch: int, tokens: int, masked: bool) -> str | None:
-        """The kind of a call that is expected of the layer."""
-        label, layer = self.labels[phase] if phase >= 0 else None, self.layer
-        if label is None or layer.keys_only:
-            return None
-        shape = (batch, layer.num_heads, tokens, layer.head_dim)
-        return kind_text(label, device, dtype, shape, masked=masked)
-
-    def reason_impossible(self, phase: int, layout: TokenLayout, device: str, mask_rows: int) -> str | None:
-        """Why a call in a phase must run exact, whichever is faster, or None; arguments as in `reason_exact`."""
-        if phase == EXACT_PHASE:
-            return "the noise level is not known"
-        method = self.methods[phase]
-        if method is None:
-            return f"{EXACT} by schedule"
-        context = layout.num_context  # unknown while compiling a processor that drops the padding of the text
-        if guard_or_false(context < 0) or (self.layer.context == "none" and context):
-            tokens = layout.num_tokens + layout.num_context
-            return f"{tokens} tokens do not form the layer's grid of {'x'.join(map(str, layout.grid))}"
-        if reason := method.reason_layout(layout):
-            return reason
-        return method.reason_call(self.layer, layout.num_tokens, device, mask_rows)
 
     def _current_call(self) -> DenoiserCall | None:
         """The current call; None outside the denoiser (which is counted), and once the patch is removed."""
@@ -350,38 +230,3 @@ class MethodProcessor(NotPickled):
     def _fixed_now(self, phase: int) -> tuple[int, ...]:
         """See `LayerCall.fixed_heads`."""
         return self.fixed_heads.get(phase, ()) if torch.compiler.is_compiling() else ()
-
-
-def by_phase(phases: int | tuple[Any, ...], run: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """`run(phase, *tensors)`: once, or for the samples of each phase together.
-
-    Args:
-        phases: of the batch, or one per sample, perhaps with more that distinguishes samples.
-        run: returns a tensor [B, ...] for the samples passed to it.
-        tensors: [B, ...], or [B·heads, ...] sample by sample, or [1, ...] for all samples.
-    """
-    if isinstance(phases, int):
-        return run(phases, *tensors)
-    groups = {phase: [i for i, p in enumerate(phases) if p == phase] for phase in sorted(set(phases))}
-    if len(groups) == 1:
-        return run(phases[0], *tensors)
-    out: Tensor | None = None
-    for phase, group in groups.items():
-        part = run(phase, *(None if x is None else _rows(x, group, len(phases)) for x in tensors))
-        if out is None:
-            out = part.new_empty(len(phases), *part.shape[1:])
-        out[torch.tensor(group, device=part.device)] = part
-    assert out is not None
-    return out
-
-
-def _rows(x: Tensor, group: list[int], batch: int) -> Tensor:
-    """The samples `group` of a tensor with a batch dimension, or of a mask repeated per head or for all; where they
-    follow each other, a view."""
-    if x.shape[0] == 1:
-        return x
-    if x.shape[0] != batch:
-        return _rows(x.unflatten(0, (batch, -1)), group, batch).flatten(0, 1)
-    if group[-1] - group[0] == len(group) - 1:
-        return x[group[0] : group[-1] + 1]
-    return x[torch.tensor(group, device=x.device)]

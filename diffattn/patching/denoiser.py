@@ -210,7 +210,9 @@ class PatchedDenoiser:
             tokens += size.num_context
         layout = layer.runs.layout_of(grid, size.references, tokens)
         device, rows, batch, dtype = expected
-        return layout, None if batch is None else layer.runs.kind_at(phase, device, dtype, batch, tokens, rows > 0)
+        if batch is None:
+            return layout, None
+        return layout, layer.runs.faster.kind_at(phase, device, dtype, batch, tokens, rows > 0)
 
 
 def attention_layers(prefix: str, model: nn.Module, architecture: Architecture) -> list[PatchedLayer]:
