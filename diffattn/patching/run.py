@@ -216,9 +216,9 @@ class Runs(NotPickled):
                 if not isinstance(before, LayerPlug) or not layer.look() or layer.is_ours(there):
                     continue
                 if denoiser.architecture.reason_exact(layer.module) is None:
-                    names = ("layer", "methods", "run", "tally", "decisions")
-                    parts = {name: getattr(before, name) for name in names}
-                    layer.renew(denoiser.architecture.replaced(original=there, owner=before.owner, **parts))
+                    parts = {name: getattr(before, name) for name in ("layer", "methods", "run", "tally", "owner")}
+                    decisions = before.faster.decisions
+                    layer.renew(denoiser.architecture.replaced(original=there, decisions=decisions, **parts))
                     assert layer.runs is not None
                     layer.runs.fixed_heads = before.fixed_heads
 
