@@ -4,12 +4,13 @@ The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import exp, inf, log, sqrt
 from operator import mul
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -38,10 +39,13 @@ class Convention(NamedTuple):
 class TimeReader(Protocol):
     """Turns the time step of a denoiser call into noise levels."""
 
-    def read(self, timestep: Tensor | float, training: Convention | None = None) -> Reading:
+    def read(self, timestep: Tensor | float, training: Convention | None = None, rounding: float = 0.0) -> Reading:
         """The noise level of a time step, a number or a tensor [] or [B]: one, or one per sample if they differ.
 
-        `training`: the denoiser's training schedule, used if no scheduler is known; None: Stable Diffusion's.
+        Args:
+            timestep: of a scheduler.
+            training: the denoiser's training schedule, used if no scheduler is known; None: Stable Diffusion's.
+            rounding: how far the time step may be from the scheduler's own that it was computed from.
         """
         ...
 
@@ -63,41 +67,59 @@ class NoiseLevels:
         self._steps: Tensor | None = None  # the run's time steps
         self._steps_version = 0
         self._steps_levels: list[float] = []
-        self._level_at: dict[float, float] = {}
+        self._times: list[float] = []
+        self._place_of: dict[float, int] = {}
         self._run: object = None
 
-    def read(self, timestep: Tensor | float, training: Convention | None = None) -> Reading:
+    def read(self, timestep: Tensor | float, training: Convention | None = None, rounding: float = 0.0) -> Reading:
         """See `TimeReader`."""
-        position = self._position(timestep)
+        position = self.position_of(timestep)
         if position is not None:
-            to_come = self._schedule()[position:]
-            return Reading(to_come[:1], to_come, self._run, self._known())
+            return self.at(position)
         values = values_of(timestep)
         if self.scheduler is None:
             convention = training or self._meaning()
             levels = [convention(t) for t in values]
             return Reading(levels, levels, None, all(convention.covers(t) for t in values))
-        if isinstance(getattr(self.scheduler, "timesteps", None), Tensor):
-            self._schedule()
-        levels = [self._level_at[t] if t in self._level_at else self._level(t) for t in values]
+        places = [self.nearest(t, rounding) for t in values]
+        own = self._steps_levels
+        levels = [self._level(t) if i is None else own[i] for i, t in zip(places, values, strict=True)]
         return Reading(levels, levels, None, self._known())
+
+    def at(self, position: int) -> Reading:
+        """The meaning of the time step at a place in the scheduler's run."""
+        to_come = self._schedule()[position:]
+        return Reading(to_come[:1], to_come, self._run, self._known())
 
     def made(self, timestep: Tensor | float) -> bool:
         """Whether a time step is a view of the scheduler's own."""
-        return self._position(timestep) is not None
+        return self.position_of(timestep) is not None
 
-    def contains(self, values: Sequence[float]) -> bool:
-        """Whether all given time steps are among those of the scheduler's run."""
+    def nearest(self, value: float, rounding: float = 0.0) -> int | None:
+        """The place in the scheduler's run of the time step nearest to a number, if it is no further than `rounding`;
+        the first of equal ones."""
         if not isinstance(getattr(self.scheduler, "timesteps", None), Tensor):
-            return False
+            return None
         self._schedule()
-        return all(t in self._level_at for t in values)
+        if (found := self._place_of.get(value)) is not None or not rounding:
+            return found
+        found = min(range(len(self._times)), key=lambda i: abs(self._times[i] - value), default=None)
+        return found if found is not None and abs(self._times[found] - value) <= rounding else None
+
+    def contains(self, values: Sequence[float], rounding: float = 0.0) -> bool:
+        """Whether all given time steps are among those of the scheduler's run, apart from rounding."""
+        return all(self.nearest(t, rounding) is not None for t in values)
+
+    def is_near(self, position: int, value: float, rounding: float) -> bool:
+        """Whether the time step at a place in the scheduler's run is a number, apart from rounding."""
+        self._schedule()
+        return abs(self._times[position] - value) <= rounding
 
     def covers(self, values: Sequence[float]) -> bool:
         """Whether all given numbers are valid time steps of the scheduler."""
         return all(self._meaning().covers(t) for t in values)
 
-    def _position(self, timestep: Tensor | float) -> int | None:
+    def position_of(self, timestep: Tensor | float) -> int | None:
         """Index into the scheduler's time steps of which `timestep` is a view, if it is one."""
         steps = getattr(self.scheduler, "timesteps", None)
         if not isinstance(timestep, Tensor) or not isinstance(steps, Tensor):
@@ -118,7 +140,8 @@ class NoiseLevels:
             self._convention = None  # tables of σ belong to a run
             times = steps.tolist()
             self._steps_levels = _sigma_levels(self.scheduler, times) or [self._level(t) for t in times]
-            self._level_at = dict(zip(times, self._steps_levels, strict=True))
+            self._times = times
+            self._place_of = {t: i for i, t in reversed(list(enumerate(times)))}
             self._steps, self._steps_version = steps, version
             self._run = object()
         return self._steps_levels
@@ -133,6 +156,18 @@ class NoiseLevels:
 
     def _known(self) -> bool:
         return self._meaning() is not UNKNOWN
+
+
+def rounding_of(timestep: Tensor | float, largest: float = NUM_TRAIN_TIMESTEPS) -> float:
+    """How far a time step may be from the one that it was computed from, in the dtype of its tensor and by a few
+    operations; of a number, in float32.
+
+    Args:
+        timestep: the number or tensor that a denoiser was given.
+        largest: of such time steps.
+    """
+    dtype = timestep.dtype if isinstance(timestep, Tensor) else torch.float32
+    return 4 * largest * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def values_of(timestep: Tensor | float) -> list[float]:
@@ -156,7 +191,7 @@ def _convention_of(scheduler: Any) -> Convention:
     """The convention of one scheduler for its time steps."""
     if scheduler is None:
         return _stable_diffusion()
-    config = scheduler.config
+    config = _config_of(scheduler)
     trained_on = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
     if _is_flow_matching(scheduler):
         inverted = bool(config.get("invert_sigmas"))  # σ and the time step then rise from noise to data
@@ -176,8 +211,14 @@ FLOWS = ("FlowMatch", "FlowMap", "EulerAncestralRF", "Piflow", "MiniMaxH3")
 """Parts of the names of schedulers of flow matching, whose configurations do not say so."""
 
 
+def _config_of(scheduler: Any) -> Mapping[str, Any]:
+    """A scheduler's configuration; empty for one that has none as diffusers' have."""
+    config = getattr(scheduler, "config", None)
+    return config if isinstance(config, Mapping) else {}
+
+
 def _is_flow_matching(scheduler: Any) -> bool:
-    config = scheduler.config
+    config = _config_of(scheduler)
     return (
         any(name in kind.__name__ for kind in type(scheduler).__mro__ for name in FLOWS)
         or config.get("prediction_type") == "flow_prediction"
@@ -195,9 +236,9 @@ def _sigma_levels(scheduler: Any, times: Sequence[float]) -> list[float] | None:
         if (s - r) * (t - u) < 0 or (s == r and t != u):
             return None  # not prepared yet, or with additional σ between the steps (KDPM2, DPM-Solver's SDE)
     if _is_flow_matching(scheduler):
-        inverted = bool(scheduler.config.get("invert_sigmas"))
+        inverted = bool(_config_of(scheduler).get("invert_sigmas"))
         return [min(max(1 - s if inverted else s, 0.0), 1.0) for s in values]
-    sigma_data = scheduler.config.get("sigma_data", 1.0)
+    sigma_data = _config_of(scheduler).get("sigma_data", 1.0)
     return [level_of_sigma(s / sigma_data) for s in values]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from diffattn.architectures.base import Size
 from diffattn.architectures.transformers import TransformerFamily
 from diffattn.methods.base import LayerSpec
-from diffattn.noise_level import Reading, TimeReader, values_of
+from diffattn.noise_level import Reading, TimeReader, rounding_of, values_of
 
 OFFSET = 0.008  # of the cosine schedule
 
@@ -37,7 +37,7 @@ class CascadeFamily(TransformerFamily):
 
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         found = [_noise_level(ratio) for ratio in values_of(time)]
-        return Reading(found, found, None)
+        return Reading(found, found, levels.read(time, rounding=rounding_of(time, 1)).run)
 
 
 def _noise_level(ratio: float) -> float:

@@ -147,15 +147,14 @@ class Decisions(NotPickled):
 
     Attributes:
         measures: whether kinds of calls that are not known are timed.
-        changed: whether anything was timed since `changed` was last set to False.
     """
 
     def __init__(self, made: Mapping[str, Decision] | None = None, measures: bool = False) -> None:
         self._made: dict[str, Decision] = dict(made or {})
         self._used: dict[str, dict[str, Decision]] = {}  # layer -> kind -> decision
         self._lock = threading.Lock()
+        self._new: dict[str, dict[str, Decision]] = {}  # device -> kind -> decision, since `take_new`
         self.measures = measures
-        self.changed = False
 
     @property
     def any_known(self) -> bool:
@@ -173,7 +172,7 @@ class Decisions(NotPickled):
         with self._lock:
             if kind not in self._made:
                 self._made[kind] = Decision.of(*_seconds(method, exact, device))
-                self.changed = True
+                self._new.setdefault(str(device), {})[kind] = self._made[kind]
             return self._made[kind]
 
     def use(self, layer: str, kind: str, decision: Decision) -> None:
@@ -195,11 +194,16 @@ class Decisions(NotPickled):
         with self._lock:
             return {kind: decision for found in self._used.values() for kind, decision in found.items()}
 
-    def measured(self, device: str) -> dict[str, Decision]:
-        """What was timed by this patch on a type of device."""
+    @property
+    def any_new(self) -> bool:
+        """Whether anything was timed since `take_new`."""
+        return bool(self._new)
+
+    def take_new(self) -> dict[str, dict[str, Decision]]:
+        """What was timed since this was last called: device -> kind of call -> decision."""
         with self._lock:
-            mine = {kind: found for kind, found in self._made.items() if found.source == "measured here"}
-        return {kind: found for kind, found in mine.items() if f": {device}, " in kind}
+            new, self._new = self._new, {}
+        return new
 
     def add_known(self, known: Mapping[str, Decision]) -> None:
         """Add earlier decisions, except where there is one already."""

@@ -1,5 +1,6 @@
 """The denoisers of a pipeline, and their self-attention layers."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,7 +62,23 @@ def denoisers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     if not isinstance(main, nn.Module):
         raise TypeError(f"{type(pipe_or_model).__name__} has no denoiser (unet or transformer)")
     architecture_of(uncompiled(main))
-    return {"": main} | {f"{name}.": net for name, net in _other_networks(pipe_or_model) if _is_supported(net)}
+    others = {f"{name}.": net for name, net in _other_networks(pipe_or_model) if _is_supported(net)}
+    once = {id(uncompiled(net)): name for name, net in reversed({"": main, **others}.items())}  # the first name of each
+    return {"": main} | {name: net for name, net in others.items() if once[id(uncompiled(net))] == name}
+
+
+def argument_names(model: nn.Module) -> list[str]:
+    """The names of the arguments of a denoiser's forward; of the class that it is derived from, where its own hands on
+    whatever it is given."""
+    names: list[str] = []
+    for kind in type(model).__mro__:
+        if "forward" not in vars(kind):
+            continue
+        parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+        names = names or [parameter.name for parameter in parameters]
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            return [parameter.name for parameter in parameters]
+    return names
 
 
 def draws(prefix: str) -> bool:

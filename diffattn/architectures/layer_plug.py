@@ -82,7 +82,7 @@ class LayerPlug(MethodProcessor):
             reason = self.reason_impossible(phase, layout, q.device.type, rows)
             if self.layer.keys_only and q.shape[tokens] != layout.num_tokens:
                 reason = f"{q.shape[tokens]} queries, which are not the picture's {layout.num_tokens}"
-            memory = self._memory(call, phase) if place == call.phase else None  # groups differ from call to call
+            memory = self._memory(call, phase, None if place == call.phase else place)
             ways = Ways(by_method, lambda: function(q, k, v, **named), memory)
             kind = None if reason else self.faster.kind(phase, q, k, heads_first, mask is not None)
             reason = reason or self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)

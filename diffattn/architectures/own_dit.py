@@ -133,7 +133,7 @@ class SiTProcessor(MethodProcessor):
         def exact() -> Tensor:
             return self._exact(layer, x, q, k, v, grid, num_mediators)
 
-        ways = Ways(by_method, exact, self._memory(call, phase))
+        ways = Ways(by_method, exact, self._memory(call, phase, None if phase == call.phase else phase))
         reason = self.reason_impossible(phase, layout, q.device.type, mask_rows=0)
         kind = None if reason else self.faster.kind(phase, q, k, heads_first=True, masked=False)
         reason = reason or self._reason_timed(call, phase, q, layout.num_tokens, kind, ways)

@@ -20,7 +20,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, NoReturn, Self, cast
+from typing import Any, Self, cast
 
 from diffusers.models.attention_processor import (
     AttnAddedKVProcessor,
@@ -112,7 +112,11 @@ class _Plugged:
 
     __slots__ = ()
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the processor that it replaced if its patch was removed, and something else put it back since."""
+        original = genuine(self)
+        if original is not self:
+            return original.__reduce_ex__(protocol)
         NotPickled.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
         raise AssertionError
 

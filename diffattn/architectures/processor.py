@@ -126,12 +126,13 @@ class MethodProcessor(NotPickled):
             num_tokens: of the picture.
             kind: of the call, see `Faster`.
         """
-        memory, method = self.run.memory.pop((self.layer.name, phase, place), {}), self.methods[phase]
-        missed, heads = memory.get(EXACT_HEADS), self.layer.num_heads
-        if method is None or EXACT_SHARE not in memory:
+        method, heads = self.methods[phase], self.layer.num_heads
+        memories = self.run.taken((self.layer.name, phase, place))
+        if method is None or not memories:
             return
-        found = set() if missed is None else set(missed[1].tolist())
-        found.update(self.fixed_heads.get(phase, ()) if place else ())
+        found = set(self.fixed_heads.get(phase, ()) if place else ())
+        for missed in (memory.get(EXACT_HEADS) for memory in memories):
+            found.update(() if missed is None else missed[1].tolist())
         if len(found) > heads * self.faster.most_exact(phase, num_tokens, kind):
             found = set(range(heads))
         self.fixed_heads[phase] = tuple(sorted(found))
@@ -210,12 +211,13 @@ class MethodProcessor(NotPickled):
             return f"a batch of {batch} where {len(call.contexts)} samples have texts of their own lengths"
         return None
 
-    def _memory(self, call: DenoiserCall, phase: int) -> dict[str, Any] | None:
-        """See `LayerCall.memory`."""
+    def _memory(self, call: DenoiserCall, phase: int, group: Any = None) -> dict[str, Any] | None:
+        """See `LayerCall.memory`; `group`: what the samples of this part of the call share, where it is a part only."""
         compiled = torch.compiler.is_compiling() or (call.compiled and not call.looks)
         if compiled or call.place < 0 or torch.is_grad_enabled():
             return None
-        return self.run.memory.setdefault((self.layer.name, phase, call.place), {})
+        place = call.place if group is None else (call.place, call.phase, call.contexts, group)
+        return self.run.memory_of((self.layer.name, phase, place))
 
     def _count(self, call: DenoiserCall, reason: str) -> None:
         if not (call.compiled or torch.compiler.is_compiling()):

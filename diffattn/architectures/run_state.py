@@ -10,8 +10,8 @@ from typing import Any, NoReturn, Self
 
 import torch
 
-from diffattn.methods.base import Grid
-from diffattn.noise_level import NoiseLevels
+from diffattn.methods.base import EXACT_SHARE, Grid
+from diffattn.noise_level import NoiseLevels, Reading
 from diffattn.schedules import Schedule
 
 ACCELERATED = "accelerated"
@@ -80,9 +80,12 @@ class RunState(threading.local):
         schedule: this run's own copy of the schedule.
         noise_levels: reads the time steps of the scheduler in use.
         schedulers: the same for every scheduler that the last search for it met, by the scheduler's id.
-        last_level: highest noise level of the call before; a rise begins a new run.
+        last_level: highest noise level of the call before.
+        last_to_come: how many noise levels were to come then.
         scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
-        memory: (layer, phase, place of the call) -> what its method keeps for later calls of the run.
+        memory: (layer, phase, place of the call, or of a group of its samples; see `memory_of`) -> what its method
+            keeps for later calls of the run.
+        turns: the same keys -> how often they were asked for in the current call.
         decided: kinds of calls -> what was decided (`decisions.Choice`); fixed for the run from the first such call on.
         settled: calls of a layer, see `MethodProcessor._settling` -> why they run exact for the rest of the run.
         timing: seconds spent in this run on timing kinds of calls.
@@ -97,6 +100,7 @@ class RunState(threading.local):
     schedule: Schedule | None = None
     noise_levels: NoiseLevels | None = None
     last_level: float = -1.0
+    last_to_come: int = 0
     scheduler_run: object | None = None
     timing: float = 0.0
     expected: Any = None
@@ -106,14 +110,40 @@ class RunState(threading.local):
         """Called once per thread, with the same `latest`."""
         self.latest = latest
         self.schedulers: dict[int, NoiseLevels] = {}
-        self.memory: dict[tuple[str, int, int], dict[str, Any]] = {}
+        self.memory: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.turns: Counter[tuple[str, int, Any]] = Counter()
         self.decided: dict[str, bool | float] = {}
         self.settled: dict[tuple[Any, ...], str] = {}
         self.trace: deque[dict[str, Any]] = deque(maxlen=LONGEST_TRACE)
 
+    def memory_of(self, key: tuple[str, int, Any]) -> dict[str, Any]:
+        """The memory of a call of a layer; of the first, second, … one where the layer is called several times in one
+        call of the denoiser, as by processors that attend for one sample after another."""
+        turn = self.turns[key]
+        self.turns[key] += 1
+        return self.memory.setdefault((*key, turn) if turn else key, {})
+
+    def taken(self, key: tuple[str, int, int]) -> list[dict[str, Any]]:
+        """Take away the memories of a layer in a phase and at a place, also of groups of samples, that say which heads
+        ran exact."""
+
+        def matches(other: tuple[Any, ...]) -> bool:
+            place = other[2][0] if isinstance(other[2], tuple) else other[2]
+            return (*other[:2], place) == key
+
+        return [m for k in list(self.memory) if matches(k) and EXACT_SHARE in (m := self.memory.pop(k))]
+
     def place_after(self, level: float) -> int:
         """The index of the next call among those at its noise level; call this before setting `last_level`."""
         return self.call.place + 1 if self.call is not None and level == self.last_level else 0
+
+    def goes_back(self, reading: Reading) -> bool:
+        """Whether a call cannot follow the one before in a run: it is earlier among the scheduler's time steps or,
+        where those are not known, its noise level is higher. (Some samplers' own levels rise a little now and then.)
+        """
+        if reading.run is None:
+            return max(reading.levels) > self.last_level
+        return len(reading.to_come) > self.last_to_come
 
     def forget(self) -> None:
         """Drop what belongs to the previous run."""
@@ -127,6 +157,7 @@ class RunState(threading.local):
         """Begin a call of the denoiser in this thread."""
         self.call = self.latest.call = call
         self.inside, self.bypassed = True, False
+        self.turns.clear()
 
     def current(self) -> DenoiserCall | None:
         """The call of this thread; in a thread that never called the denoiser, the latest of any.

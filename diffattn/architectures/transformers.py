@@ -14,7 +14,7 @@ from diffattn.architectures import plain_attention as attention
 from diffattn.architectures.base import Replaced, Size
 from diffattn.architectures.plug import reason_unplugged
 from diffattn.methods.base import Grid, LayerSpec
-from diffattn.noise_level import NUM_TRAIN_TIMESTEPS, Convention, Reading, TimeReader, values_of
+from diffattn.noise_level import NUM_TRAIN_TIMESTEPS, Convention, Reading, TimeReader, rounding_of, values_of
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class TransformerFamily:
     def read_time(self, model: nn.Module, time: Any, levels: TimeReader) -> Reading:
         if isinstance(time, Tensor) and time.ndim > 1:  # one per token or frame, lower for those that are given
             time = time.flatten(1).amax(1)
-        return levels.read(self.time.timesteps(time), self.training)
+        return levels.read(self.time.timesteps(time), self.training, rounding_of(time))
 
     def replaced(self, **parts: Any) -> Replaced:
         return attention.replaced(**parts)
@@ -184,15 +184,16 @@ def own_patch(config: Any) -> Sequence[int]:
 
 
 _READ: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
-"""Results of `read_once`, by tensor: a run passes the same ones in every step."""
+"""Results of `read_once`, with the tensor's version, by tensor: a run passes the same ones in every step."""
 
 
 def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
-    """`read(tensor)`, remembered from the first call with this tensor."""
+    """`read(tensor)`, remembered from the first call with this tensor until it is changed in place."""
+    version = 0 if tensor.is_inference() else tensor._version
     found = _READ.get(tensor)
-    if found is None:
-        _READ[tensor] = found = read(tensor)
-    return found
+    if found is None or found[0] != version:
+        _READ[tensor] = found = (version, read(tensor))
+    return found[1]
 
 
 def grids_of(ids: Tensor, first: int = 0) -> list[Grid]:

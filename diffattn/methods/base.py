@@ -170,7 +170,7 @@ class AttentionMethod(ABC):
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Build from named options; an unknown one raises `ValueError` listing the allowed ones."""
         allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        unknown = sorted(set(options) - set(allowed))
+        unknown = sorted(map(str, set(options) - set(allowed)))
         if unknown:
             raise ValueError(
                 f"unknown option {', '.join(unknown)} of method {cls.name!r}; allowed: {', '.join(allowed)}"

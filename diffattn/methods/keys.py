@@ -23,6 +23,9 @@ from diffattn.methods.base import (
 from diffattn.methods.limited import LimitedMethod
 from diffattn.methods.options import check, is_int
 
+MAX_FACTOR = 1024
+"""A cell of more rows and columns than any grid has is the whole grid, as this one is of most."""
+
 TUNED = ((2, False), (2, True), (4, False), (4, True))
 """Factors that tuning chooses from, and whether means are taken."""
 
@@ -37,7 +40,7 @@ class DownsampledKeys(LimitedMethod):
     one by one.
     """
 
-    factor: int = 2  # rows and columns of a cell, 2 or more
+    factor: int = 2  # rows and columns of a cell, 2 to MAX_FACTOR
     pooled: bool = False  # means over the cells instead of their first tokens; rotated tokens then run exact
     min_tokens: int | None = None  # layers with fewer tokens run exact; None: as timed, else 1,024
     max_level: int | None = None  # deepest level that is accelerated, 0 is the highest resolution; None: all
@@ -53,7 +56,8 @@ class DownsampledKeys(LimitedMethod):
     }
 
     def __post_init__(self) -> None:
-        check(is_int(self.factor, 2), "factor", self.factor, "a whole number, 2 or more")
+        within = is_int(self.factor, 2) and self.factor <= MAX_FACTOR
+        check(within, "factor", self.factor, f"a whole number from 2 to {MAX_FACTOR}")
         check(isinstance(self.pooled, bool), "pooled", self.pooled, "True or False")
         self.check_limits()
 

@@ -16,4 +16,9 @@ def is_int(value: object, least: int) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number; True and False are not numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False

@@ -99,7 +99,7 @@ def _driver() -> str:
 
 
 def _machines(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - false, too, where a folder must not be entered
         return {}
     found = read_json(path).get("machines")
     if not isinstance(found, dict) or not all(isinstance(entries, dict) for entries in found.values()):

@@ -141,7 +141,7 @@ class PatchedDenoiser:
             self._looked_at, self._looked = self.grids, set()
         if not self.compiled or not isinstance(phase, int) or place < 0 or (phase, place) in self._looked:
             return False
-        if torch.is_grad_enabled() or any(hasattr(m, "_diffusers_hook") for m in uncompiled(self.model).modules()):
+        if torch.is_grad_enabled() or any(map(_has_hooks, uncompiled(self.model).modules())):
             return False
         methods = [layer.runs.methods[phase] for layer in self.patched if layer.runs is not None and phase >= 0]
         return any(method is not None and method.checks_heads for method in methods)
@@ -219,3 +219,9 @@ def attention_layers(prefix: str, model: nn.Module, architecture: Architecture) 
     """Every attention layer of a denoiser, named with the prefix; nothing is changed."""
     layers = architecture.layers(uncompiled(model))
     return [PatchedLayer(replace(spec, name=prefix + spec.name), module) for spec, module in layers]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether diffusers' hooks run with a module; pipelines that name a context for caches leave an empty registry."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(registry.hooks)

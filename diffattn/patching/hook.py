@@ -1,13 +1,12 @@
 """The hooks of one denoiser: they report each call to the run, from outside any compiled code."""
 
-import inspect
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffattn.architectures.base import Size
-from diffattn.architectures.denoisers import uncompiled
+from diffattn.architectures.denoisers import argument_names, uncompiled
 from diffattn.architectures.run_state import NotPickled
 from diffattn.patching.denoiser import PatchedDenoiser
 
@@ -50,7 +49,7 @@ class RunHook(NotPickled):
         self.listener = listener
         self.denoiser = denoiser
         self.outside: OutsideCompiled | None = None
-        self._names = list(inspect.signature(type(uncompiled(denoiser.model)).forward).parameters)[1:]
+        self._names = argument_names(uncompiled(denoiser.model))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Registered with `register_forward_pre_hook(..., with_kwargs=True)`."""

@@ -181,6 +181,6 @@ def _schedule(schedule: Any) -> Schedule:
 
 
 def _lookup(what: str, name: str, table: Mapping[str, Any]) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"unknown {what}: {name!r}; allowed: {', '.join(table)}")
     return table[name]

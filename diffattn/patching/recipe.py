@@ -52,7 +52,7 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if type(version) is not int or version != VERSION:
         raise ValueError(f"recipe has version {_short(version)}; this diffattn reads version {VERSION}")
     allowed = TUNED_KEYS if is_tuned(recipe) else (*KEYS, "protocol")
-    if unknown := sorted(set(recipe) - set(allowed)):
+    if unknown := sorted(map(str, set(recipe) - set(allowed))):
         raise ValueError(f"unknown recipe key {_some(unknown)}; allowed: {', '.join(allowed)}")
     if not is_tuned(recipe):
         _check_types(recipe)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffattn.architectures.base import Size
-from diffattn.architectures.decisions import Decisions
+from diffattn.architectures.decisions import Decision, Decisions
 from diffattn.architectures.layer_plug import LayerPlug
 from diffattn.architectures.run_state import (
     ACCELERATED,
@@ -76,12 +77,12 @@ class Runs(NotPickled):
         grids = denoiser.set_size(size)  # of this call: the denoiser may serve another thread in between
         scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
         reading = denoiser.read_time(time, scheduler)
-        begins = state.schedule is None or max(reading.levels) > state.last_level
-        begins = begins or reading.run is not state.scheduler_run
+        begins = state.schedule is None or reading.run is not state.scheduler_run or state.goes_back(reading)
         if begins:
             self._begin_run(sample, size, reading, expected)
         place = -1 if reading.run is None else 0 if begins else state.place_after(max(reading.levels))
         state.last_level, state.scheduler_run = max(reading.levels), reading.run
+        state.last_to_come = len(reading.to_come)
         assert state.schedule is not None
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE
@@ -118,10 +119,9 @@ class Runs(NotPickled):
             self._check_reachable()
         if self.state.call is None or not self.state.call.looks:  # else it failed while heads were looked for
             self._check_heads()
-        if self.decisions.changed and self.cache is not None:
-            self.decisions.changed = False
-            for device in map(torch.device, sorted(self._looked_up)):
-                self._keep(self.cache, device)
+        if self.decisions.any_new and self.cache is not None:
+            for device, found in self.decisions.take_new().items():
+                self._keep(self.cache, torch.device(device), found)
 
     def _check_heads(self) -> None:
         """Warn about a run in which hardly any head of any layer can be accelerated."""
@@ -144,9 +144,9 @@ class Runs(NotPickled):
             self._looked_up.add(str(device))
             self.decisions.add_known(self.cache.read(device))
 
-    def _keep(self, cache: DecisionCache, device: torch.device) -> None:
+    def _keep(self, cache: DecisionCache, device: torch.device, found: Mapping[str, Decision]) -> None:
         try:
-            cache.add(device, self.decisions.measured(device.type))
+            cache.add(device, found)
         except (OSError, ValueError) as error:
             self._warn_once("cache", f"what is faster here could not be stored for later runs: {error}")
 

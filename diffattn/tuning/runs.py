@@ -3,7 +3,6 @@
 Shapes: B samples, c channels, h, w of the latents; with guidance a call has 2B rows, first those without the prompt.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from diffusers import DiTPipeline
 from torch import Tensor, nn
 
 from diffattn.architectures import architecture_of
-from diffattn.architectures.denoisers import denoisers_of, is_compiled
+from diffattn.architectures.denoisers import argument_names, denoisers_of, is_compiled
 from diffattn.drawing.draw import call_arguments, prepare
 from diffattn.drawing.request import UNPATCHED, Request
 from diffattn.noise_level import NoiseLevels
@@ -118,8 +117,7 @@ class PipelineRuns:
         if self._taken is None:
             return
         architecture = architecture_of(model)
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(argument_names(model), args, strict=False)) | kwargs
         reading = architecture.read_time(model, architecture.timestep(given), self._levels)
         kept = {name: _copy(value) for name, value in kwargs.items()}
         self._taken.append(Call(tuple(map(_copy, args)), kept, max(reading.levels)))

@@ -26,6 +26,9 @@ COMPILED = {
 }  # fmt: skip
 """Text before, behind and of several lengths; masks; videos."""
 
+VIEWS = {"OmniGenTransformer2DModel", "MiniMaxH3Transformer3DModel", "UVit2DModel"}
+"""Their schedulers, as the pipelines configure them, have time steps of another kind than these tests pass."""
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -165,6 +168,23 @@ def test_the_noise_level_is_the_schedulers(case: Case) -> None:
             entry = handle.last_call()
             assert entry is not None
             assert entry["noise_level"] == pytest.approx(noise_level_of(scheduler, i), abs=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:100% of the heads run exact:diffattn.DiffAttnWarning")
+@every_case
+def test_the_calls_of_a_run_know_what_the_first_one_found(case: Case) -> None:
+    """The time that a pipeline passes, however it is scaled and rounded, belongs to the run of its scheduler."""
+    if case.name.split()[0] in VIEWS:
+        pytest.skip("its pipeline passes time steps of another kind, or none")
+    scheduler = case.scheduler()
+    scheduler.set_timesteps(9)
+    model, given = case.build(), inputs(case)
+    handle = diffattn.patch(model, **FEW | {"max_head_error": 1e-9})
+    for t in scheduler.timesteps[:3]:
+        case.call(model, given, level=float(t) / 1000)
+    report, calls = handle.report(), case.num_calls(2)
+    assert (report.runs, report.calls_accelerated, report.calls_passed_through) == (1, calls, 2 * calls)
+    assert all("of the heads are too far" in reason for layer in report.layers for reason in layer.passed_through)
 
 
 @every_case

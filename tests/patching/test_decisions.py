@@ -332,6 +332,33 @@ def test_the_warning_that_nothing_is_accelerated_waits_for_the_measurement(
         tiny.run(pipe)
 
 
+def test_times_are_kept_for_the_number_of_threads_that_they_were_measured_with(clock: Clock, cache: Path) -> None:
+    unet, before = tiny.unet(), torch.get_num_threads()
+    try:
+        with diffattn.patch(unet, **OPTIONS, calibrate=cache):
+            for threads, batch in ((2, 1), (1, 2)):
+                torch.set_num_threads(threads)
+                with torch.no_grad():
+                    unet(torch.randn(batch, 4, 16, 16), 10, torch.randn(batch, 4, tiny.WIDTH))
+    finally:
+        torch.set_num_threads(before)
+    machines = json.loads(cache.read_text())["machines"]
+    batches = {key.rpartition(", ")[2]: {kind.rpartition(", ")[2][0] for kind in machines[key]} for key in machines}
+    assert batches == {"2 threads": {"1"}, "1 threads": {"2"}}
+
+
+def test_a_cache_in_a_folder_that_must_not_be_entered_is_empty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = Path.stat
+
+    def refused(path: Path, **how: Any) -> Any:  # as for a user who may not enter the folder; root always may
+        if path == cache:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert decision_cache.DecisionCache(cache).read(torch.device("cpu")) == {}
+
+
 def test_real_clock_and_threads(pipe: DiffusionPipeline, cache: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 from typing import Any
 
 import diffusers
@@ -259,6 +261,17 @@ def test_our_processors_that_come_back_after_removal_are_the_original(pipe: Diff
     torch.testing.assert_close(tiny.run(pipe), accelerated, atol=1e-4, rtol=1e-3)
     again.remove()
     assert torch.equal(tiny.run(pipe), original)
+
+
+def test_our_processors_that_come_back_after_removal_are_saved_as_the_original(pipe: DiffusionPipeline) -> None:
+    handle = diffattn.patch(pipe, **FEW)
+    ours = self_attention(pipe.unet)[MID].processor
+    with pytest.raises(pickle.PicklingError, match=r"diffattn\.unpatch"):
+        pickle.dumps(ours)
+    handle.remove()
+    self_attention(pipe.unet)[MID].set_processor(ours)
+    assert type(pickle.loads(pickle.dumps(ours))) is AttnProcessor2_0
+    torch.save(pipe.unet, io.BytesIO())
 
 
 def test_fused_projections_before_patching_are_used(pipe: DiffusionPipeline) -> None:

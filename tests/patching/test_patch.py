@@ -163,6 +163,36 @@ def test_several_controlnets_are_all_patched(make_pipeline: Make) -> None:
     assert torch.equal(tiny.run(pipe, image=pictures), original)
 
 
+def test_a_controlnet_that_is_used_twice_is_patched_once(make_pipeline: Make) -> None:
+    pipe: Any = make_pipeline("controlnet")
+    nets = diffusers.MultiControlNetModel([pipe.controlnet] * 2)
+    twice = type(pipe)(**(pipe.components | {"controlnet": nets}), requires_safety_checker=False)
+    twice.set_progress_bar_config(disable=True)
+    handle = diffattn.patch(twice, **FEW)
+    names = {layer.name.rpartition(".down_blocks")[0] for layer in handle.report().layers}
+    assert "controlnet.0" in names
+    assert "controlnet.1" not in names
+    tiny.run(twice, image=[tiny.picture()] * 2)
+    assert all(layer.accelerated for layer in handle.report().layers if layer.left_alone is None)
+
+
+class Passing(UNet2DConditionModel):
+    """A UNet of one's own, which hands on what it is given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_subclass_that_hands_on_its_arguments_is_accelerated(pipe: DiffusionPipeline) -> None:
+    with diffattn.patch(pipe, **FEW):
+        expected = tiny.run(pipe)
+    model = Passing.from_config(pipe.unet.config).eval()
+    model.load_state_dict(pipe.unet.state_dict())
+    pipe.unet = model
+    with diffattn.patch(pipe, **FEW):
+        assert torch.equal(tiny.run(pipe), expected)
+
+
 def test_a_run_with_nothing_accelerated_warns_once_with_the_reason(pipe: DiffusionPipeline) -> None:
     diffattn.patch(pipe, **(ALWAYS | {"min_tokens": 1000}))
     reason = "256 tokens: exact attention is faster below 1000"
@@ -237,6 +267,11 @@ def test_a_unet_that_stays_exact_beside_an_unpatched_controlnet_warns(make_pipel
         ({"recipe": {"options": 5}}, "options.*5"),
         ({"recipe": {"schedule": 5}}, "schedule.*5"),
         ({"recipe": ["agent"]}, "recipe"),
+        ({"recipe": {1: 2, "x": 3}}, "unknown recipe key"),
+        ({"recipe": {"options": {1: 2}}}, "unknown option 1 of method 'agent'"),
+        ({"max_head_error": 10**400}, "max_head_error must be"),
+        ({"method": ["agent"]}, r"unknown method: \['agent'\]"),
+        ({"method": "keys", "factor": 10**30}, "factor must be"),
         ({"recipe": "no/such/file.json"}, "recipe 'no/such/file.json' is not a readable JSON file"),
     ],
     ids=lambda value: str(value).partition(' at 0x')[0],

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -39,6 +41,7 @@ def pipe(make_pipeline: Make) -> DiffusionPipeline:
         ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, 6),
         ("LCMScheduler", {}, 6),
         ("EDMEulerScheduler", {}, 6),
+        ("KDPM2AncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, 11),
     ],
 )
 def test_a_run_falls_through_its_phases_once_with_any_scheduler(
@@ -55,6 +58,49 @@ def test_a_run_falls_through_its_phases_once_with_any_scheduler(
         assert phases == sorted(phases)
         assert set(phases) == {0, 1, 2}
         assert (handle.report().runs, handle.report().calls) == (runs, calls * runs)
+
+
+def test_levels_that_rise_a_little_within_a_run_do_not_begin_another(pipe: DiffusionPipeline) -> None:
+    """Those of KDPM2's pairs of steps do, since it rounds them to whole time steps."""
+    pipe.scheduler = diffusers.KDPM2AncestralDiscreteScheduler.from_config(
+        pipe.scheduler.config, use_karras_sigmas=True
+    )
+    schedule = {"kind": "latent_change", "entries": [{"num_agents": 4}, {}], "thresholds": [0.95], "first": 1}
+    handle = diffattn.patch(pipe, **FEW, schedule=schedule)
+    for runs in (1, 2):
+        tiny.run(pipe, num_inference_steps=20)
+        levels, phases = ([entry[name] for entry in handle.trace()] for name in ("noise_level", "phase"))
+        assert handle.report().runs == runs
+        assert len(phases) == 39
+        assert any(b > a for a, b in pairwise(levels))
+        assert phases == sorted(phases)
+        assert set(phases) == {0, 1}
+
+
+class Foreign:
+    """A scheduler that has nothing of diffusers' but what a pipeline calls."""
+
+    order, init_noise_sigma = 1, 1.0
+
+    def set_timesteps(self, number: int, device: Any = None) -> None:
+        self.timesteps = torch.linspace(999, 0, number)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample
+
+    def step(self, noise: Tensor, timestep: Tensor, sample: Tensor, **more: Any) -> tuple[Tensor]:
+        return (sample - 0.1 * noise,)
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(num_train_timesteps=1000)])
+def test_a_scheduler_that_is_not_of_diffusers_is_drawn_with(pipe: DiffusionPipeline, config: Any) -> None:
+    pipe.scheduler = scheduler = Foreign()
+    if config is not None:
+        scheduler.config = config
+    handle = diffattn.patch(pipe, **FEW)
+    tiny.run(pipe, num_inference_steps=4)
+    assert (handle.report().runs, handle.report().calls_passed_through) == (1, 0)
+    assert [entry["noise_level"] for entry in handle.trace()] == [None] * 4
 
 
 def test_an_aborted_run_leaves_nothing_behind(pipe: DiffusionPipeline) -> None:

@@ -1,5 +1,6 @@
 """The scheduler that is read is the one that draws, whoever owns the denoiser; unknown ones are reported."""
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from support import tiny
+from support import tiny, tiny_joint
+from support.denoisers import CASES
 from support.patching import FEW, Make, call
 from torch.overrides import TorchFunctionMode
 
@@ -198,3 +200,72 @@ def test_a_schedule_that_does_not_need_the_level_runs_on(schedule: Any) -> None:
         call(unet, timestep=t)
     assert (handle.report().runs, handle.report().calls_accelerated) == (1, 21)
     assert handle.trace()[0]["noise_level"] is None
+
+
+# Pipelines that scale the time step, so that it is no view of the scheduler's.
+
+LIMITED: Any = FEW | {"max_head_error": 1e-9, "calibrate": False}
+heads_run_exact = pytest.mark.filterwarnings("default::diffattn.DiffAttnWarning")
+
+
+def draw_flux(pipe: Any, steps: int) -> None:
+    pipe("a cat", num_inference_steps=steps, height=64, width=64, max_sequence_length=16, output_type="latent")
+
+
+@heads_run_exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_and_rounded_time_step_is_that_of_the_loop(tmp_path: Any, dtype: torch.dtype) -> None:
+    """In bfloat16 several of a hundred steps are the same number."""
+    pipe = tiny_joint.flux_pipeline(tmp_path).to(dtype)
+    handle = diffattn.patch(pipe, **LIMITED)
+    with pytest.warns(DiffAttnWarning, match="100% of the heads run exact"):
+        draw_flux(pipe, 100)
+    found = [entry["noise_level"] for entry in handle.trace()]
+    assert found == pytest.approx(pipe.scheduler.sigmas[:100].tolist(), abs=1e-4)
+    report = handle.report()
+    layers = len([layer for layer in report.layers if layer.left_alone is None])
+    every = pipe.transformer.config.num_layers + pipe.transformer.config.num_single_layers
+    assert layers == every
+    looks = -(-100 // 9)  # heads are looked at in the first call, and again after every eight that ran exact
+    assert (report.calls_accelerated, report.calls_passed_through) == (looks * every, (100 - looks) * every)
+
+
+@heads_run_exact
+def test_every_picture_of_one_step_is_a_run(tmp_path: Any) -> None:
+    handle = diffattn.patch(pipe := tiny_joint.flux_pipeline(tmp_path), **FEW)
+    for runs in (1, 2, 3):
+        draw_flux(pipe, 1)
+        assert (handle.report().runs, len(handle.trace())) == (runs, 1)
+
+
+@heads_run_exact
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_pipeline_that_names_contexts_for_caches_has_its_heads_checked_when_compiled(tmp_path: Any) -> None:
+    """`cache_context` leaves an empty registry of hooks on the denoiser."""
+    pipe = tiny_joint.flux_pipeline(tmp_path)
+    pipe.transformer.compile(backend="eager")
+    handle = diffattn.patch(pipe, **LIMITED)
+    draw_flux(pipe, 3)
+    assert hasattr(pipe.transformer, "_diffusers_hook")
+    layers = [layer for layer in handle.report().layers if layer.left_alone is None]
+    assert all(layer.passed_through == {"most heads are too far from exact attention": 3} for layer in layers)
+
+
+def test_by_hand_a_scaled_time_step_belongs_to_a_run_only_in_a_loop(tmp_path: Any) -> None:
+    pipe = tiny_joint.flux_pipeline(tmp_path)
+    pipe.scheduler.set_timesteps(4)
+    times = pipe.scheduler.timesteps.tolist()
+    case = next(case for case in CASES if case.name == "FluxTransformer2DModel")
+    given = case.inputs(2, torch.Generator().manual_seed(1))
+    handle = diffattn.patch(model := case.build(), **LIMITED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DiffAttnWarning)  # that all heads run exact
+        for t in pipe.scheduler.timesteps:
+            case.call(model, given, float(t) / 1000)
+    assert handle.report().calls_passed_through == 3 * case.num_calls(2)
+    del t
+    handle.remove()
+    handle = diffattn.patch(model, **LIMITED)
+    for time in times:
+        case.call(model, given, time / 1000)
+    assert handle.report().calls_passed_through == 0
