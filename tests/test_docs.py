@@ -64,6 +64,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pictures(place / "samples.npz", pictures(4, 32))
     write_pictures(place / "VIRTUAL_imagenet256_labeled.npz", pictures(6, 32))
     (place / "prompts.txt").write_text("T-Rex\ntent\n")
+    late = {"method": "mediator", "schedule": {"0.7": {"num_mediators": 16}, "0.0": {"num_mediators": 64}}}
+    (place / "late.json").write_text(json.dumps(late))
     (place / "models").mkdir()
     return place
 

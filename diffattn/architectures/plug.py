@@ -50,7 +50,8 @@ STAND_INS: dict[type, type] = {
     **dict.fromkeys((AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor), AttnProcessor2_0),
     **dict.fromkeys((AttnAddedKVProcessor, SlicedAttnAddedKVProcessor), AttnAddedKVProcessor2_0),
 }
-"""Processors that call neither function -> one that computes the same and does; in exact calls the original runs."""
+"""Processors that call neither function -> one that computes the same and does. The original runs in calls that the
+method cannot take; where exact attention only proves faster or closer, this one does."""
 
 CACHE = "kv_cache"
 """The argument of processors that passes a cache of keys and values."""
