@@ -179,7 +179,8 @@ def test_the_calls_of_a_run_know_what_the_first_one_found(case: Case) -> None:
     scheduler = case.scheduler()
     scheduler.set_timesteps(9)
     model, given = case.build(), inputs(case)
-    handle = diffattn.patch(model, **FEW | {"max_head_error": 1e-9})
+    limited: dict[str, Any] = FEW | {"max_head_error": 1e-9}
+    handle = diffattn.patch(model, **limited)
     for t in scheduler.timesteps[:3]:
         case.call(model, given, level=float(t) / 1000)
     report, calls = handle.report(), case.num_calls(2)

@@ -186,7 +186,8 @@ class Passing(UNet2DConditionModel):
 def test_a_subclass_that_hands_on_its_arguments_is_accelerated(pipe: DiffusionPipeline) -> None:
     with diffattn.patch(pipe, **FEW):
         expected = tiny.run(pipe)
-    model = Passing.from_config(pipe.unet.config).eval()
+    model: Any = Passing.from_config(pipe.unet.config)
+    model.eval()
     model.load_state_dict(pipe.unet.state_dict())
     pipe.unet = model
     with diffattn.patch(pipe, **FEW):

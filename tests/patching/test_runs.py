@@ -80,6 +80,8 @@ def test_levels_that_rise_a_little_within_a_run_do_not_begin_another(pipe: Diffu
 class Foreign:
     """A scheduler that has nothing of diffusers' but what a pipeline calls."""
 
+    config: Any
+
     order, init_noise_sigma = 1, 1.0
 
     def set_timesteps(self, number: int, device: Any = None) -> None:

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from support import tiny, tiny_joint
 from support.denoisers import CASES
+from support.denoisers.case import Case
 from support.patching import FEW, Make, call
 from torch.overrides import TorchFunctionMode
 
@@ -251,6 +252,11 @@ def test_a_pipeline_that_names_contexts_for_caches_has_its_heads_checked_when_co
     assert all(layer.passed_through == {"most heads are too far from exact attention": 3} for layer in layers)
 
 
+def draw_by_hand(case: Case, model: Any, given: Any, scheduler: Any) -> None:
+    for t in scheduler.timesteps:
+        case.call(model, given, float(t) / 1000)
+
+
 def test_by_hand_a_scaled_time_step_belongs_to_a_run_only_in_a_loop(tmp_path: Any) -> None:
     pipe = tiny_joint.flux_pipeline(tmp_path)
     pipe.scheduler.set_timesteps(4)
@@ -260,10 +266,8 @@ def test_by_hand_a_scaled_time_step_belongs_to_a_run_only_in_a_loop(tmp_path: An
     handle = diffattn.patch(model := case.build(), **LIMITED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DiffAttnWarning)  # that all heads run exact
-        for t in pipe.scheduler.timesteps:
-            case.call(model, given, float(t) / 1000)
+        draw_by_hand(case, model, given, pipe.scheduler)
     assert handle.report().calls_passed_through == 3 * case.num_calls(2)
-    del t
     handle.remove()
     handle = diffattn.patch(model, **LIMITED)
     for time in times:
