@@ -5,9 +5,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 MAX_DEPTH = 32  # nesting of objects and lists
 MAX_DIGITS = 20  # of an integer; Python's are unlimited, and overflow when combined with floats
@@ -76,8 +79,28 @@ def _line_of(before: str) -> int:
     return len(_LINE_END.findall(before)) + 1
 
 
+class CannotWrite(OSError):
+    """Something could not be written, for example on a full disk: the message names it, `strerror` is the reason."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise `CannotWrite` for a file or folder that the block fails to write, since the system rarely names it."""
+    try:
+        yield
+    except CannotWrite:  # names a part of it
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
+        failure = CannotWrite(f"cannot write to {str(path)!r}: {reason}")
+        failure.strerror = reason
+        raise failure from error
+
+
 def write_whole(path: Path, write: Callable[[Path], object], *, flush: bool = False) -> None:
     """Replace a file atomically: readers see the old file or the new one, even after an interrupt.
+
+    A link keeps its place, and the file that it leads to is replaced. A device or a pipe is written as it is.
 
     Args:
         path: the file; its folder is created if missing.
@@ -86,8 +109,16 @@ def write_whole(path: Path, write: Callable[[Path], object], *, flush: bool = Fa
         flush: only return once the contents are on disk, so that not even a power cut can lose them.
 
     Raises:
-        OSError: the folder or the file cannot be written; an existing file is untouched.
+        CannotWrite: the folder or the file cannot be written; an existing file is untouched.
     """
+    with writing(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            write(path)
+        else:
+            _replace(path.resolve() if path.is_symlink() else path, write, flush)
+
+
+def _replace(path: Path, write: Callable[[Path], object], flush: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
     os.close(handle)

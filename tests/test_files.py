@@ -1,11 +1,25 @@
 """Files are replaced whole or not at all; hostile JSON is refused with a message."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support.full_disk import full_disk
 
-from diffattn.files import MAX_DEPTH, decode_text, read_json, read_lines, read_text, split_lines, write_whole
+from diffattn.files import (
+    MAX_DEPTH,
+    CannotWrite,
+    decode_text,
+    read_json,
+    read_lines,
+    read_text,
+    split_lines,
+    write_json,
+    write_whole,
+)
 from diffattn.patching.recipe import read_recipe
 
 
@@ -100,3 +114,41 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, flush: bool) -> 
     assert (file.read_text(), [*file.parent.iterdir()]) == ("old", [file])
     write_whole(file, lambda part: part.write_text("new"), flush=flush)
     assert (file.read_text(), file.stat().st_mode & 0o777) == ("new", 0o644)
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"old": 1})
+    tensors = {"x": torch.zeros(999)}
+    for write in (lambda part: part.write_text("x" * 999), lambda part: save_file(tensors, part)):
+        with full_disk(), pytest.raises(CannotWrite) as failure:
+            write_whole(file, write)
+        assert str(failure.value) == f"cannot write to {str(file)!r}: File too large"
+        assert failure.value.strerror == "File too large"
+    assert (read_json(file), [*tmp_path.iterdir()]) == ({"old": 1}, [file])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("folder", "Is a directory"), ("file/a", "File exists"), ("file/a/b", "Not a directory")]
+)
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match=rf"^cannot write to '.*/{name}': {reason}$"):
+        write_json(tmp_path / name, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real/a.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(real)
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert read_json(real) == {"a": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert json.loads(os.read(reader, 99)) == {"a": 1}
+    os.close(reader)
+    assert pipe.is_fifo()

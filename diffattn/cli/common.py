@@ -21,7 +21,7 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class OneLineErrors(TyperGroup):
-    """A command group that reports bad input as one line on stderr and exits with code 2."""
+    """A command group that reports bad input, and failures to write, as one line on stderr and exits with code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
@@ -30,6 +30,10 @@ class OneLineErrors(TyperGroup):
         except typer.Abort:
             sys.exit(1)
         except Exception as error:
+            from diffattn.files import CannotWrite
+
+            if isinstance(error, CannotWrite):
+                fail(str(error))
             if not hasattr(error, "format_message"):  # not raised by typer: a bug, so keep its traceback
                 raise
             if type(error).__name__ == "NoArgsIsHelpError":
@@ -123,11 +127,23 @@ def _check_place(path: Path, folder: bool) -> None:
         fail(f"cannot write to {str(path)!r}: no permission")
 
 
+def check_apart(file: Path | None, *others: Path | None) -> None:
+    """Fail early if a file has the path of another output, or of a folder that is made for it."""
+    for other in others:
+        if file is None or other is None:
+            continue
+        mine, theirs = file.absolute(), other.absolute()
+        if mine == theirs or mine in theirs.parents:
+            fail(f"cannot write to {str(file)!r}: that is the place of another output, {str(other)!r}")
+
+
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
-    """Write results if a file was given, creating its folder."""
+    """Write results if a file was given, creating its folder; a failure leaves an older file untouched."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        from diffattn.files import write_whole
+
+        text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_options(pairs: list[str]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def convert(
         model, layout = read_model(source, options)
         try:
             write_model(model, dest, to, num_mediators=num_mediators, dtype=wanted)
-        except OSError as error:
-            fail(str(error))
+        except OSError as error:  # the system's own errors have a reason and do not name the file
+            fail(f"cannot write to {str(dest)!r}: {error.strerror}" if error.strerror else str(error))
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     parameters = sum(p.numel() for p in model.parameters())
     write_json(json, {"source": str(source), "from": layout, "dest": str(dest), "to": to,

@@ -8,6 +8,7 @@ import typer
 
 from diffattn.cli.common import (
     bad_input,
+    check_apart,
     check_writable,
     fail,
     loading,
@@ -46,6 +47,10 @@ from diffattn.cli.options import (
 
 PICTURES = 1000  # drawn by default
 OUT = Path("outputs/evaluate")
+DRAWING = {"variant", "method", "preset", "option", "recipe", "paired", "steps", "guidance", "width", "height", "batch",
+           "seed", "dtype"}  # fmt: skip
+"""Parameters that only say how pictures are drawn."""
+
 REFERENCE = "What to score against: a folder, a zip, an .npz (pictures, or mu and sigma), or a saved reference."
 NUM_PICTURES = "How many pictures to draw, or to take from those given, with a share from every folder."
 SPREAD = "How many to take, spread evenly over the classes."
@@ -110,8 +115,9 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     check_writable(out, folder=True)
-    check_writable(json)
-    check_writable(save_npz)
+    for file, other in ((json, save_npz), (save_npz, json)):
+        check_writable(file)
+        check_apart(file, out, other)
     with loading(model or str(pictures)), bad_input():
         from diffattn.evaluation import EvaluateConfig, load_prompts
         from diffattn.evaluation.run_folder import processes
@@ -121,6 +127,8 @@ def evaluate(
             raise ValueError("give either --model (to draw pictures) or --pictures")
         if paired and paired_with is not None:
             raise ValueError("give either --paired or --paired-with")
+        if model is None:
+            _refuse_drawing(context)
         among, place = processes(choose_device(device))
         words = None if prompts is None else load_prompts(prompts)
         config = EvaluateConfig(
@@ -209,6 +217,17 @@ def _extractor(name: str, model: str | None) -> str:
     return (own or "inception") if name == "auto" else name
 
 
+def _refuse_drawing(context: typer.Context) -> None:
+    """Raise `ValueError` for given options that only say how pictures are drawn."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in DRAWING and getattr(context.get_parameter_source(parameter.name), "name", "") != "DEFAULT"
+    ]
+    if given:
+        raise ValueError(f"--pictures are not drawn: leave out {', '.join(given)}, or give --model instead")
+
+
 def _subject(
     model: str | None,
     pictures: Path | None,
@@ -223,8 +242,6 @@ def _subject(
     from diffattn.evaluation import DrawConfig
 
     if model is None:
-        if paired or any(given.values()):
-            raise ValueError("--paired, --variant and acceleration options need --model")
         return pictures, DrawConfig(), None, None
     subject, acceleration, name = _load(model, place, dtype, given, paired)
     if sampling["num_pictures"] is None:
@@ -252,14 +269,13 @@ def _load(
         if paired or preset or options or recipe:
             raise ValueError(f"method {UNPATCHED!r} takes no --paired, preset, options or recipe")
         return pipe, None, f"{model} unaccelerated"
-    found: dict[str, Any] = {"method": method or default_method(pipe), "preset": preset, **options}
-    if recipe is not None:
-        found["recipe"] = read_recipe(recipe)
+    own = {} if recipe is None else {"recipe": read_recipe(recipe)}
+    found = {"method": method or default_method(pipe), "preset": preset, **own}
     plan = Plan.read(found["method"], preset, found.get("recipe"), None, None, options)
     if recipe is not None and method not in (None, plan.method):
         raise ValueError(f"the recipe is for method {plan.method!r}, not {method!r}")
     words = [model, plan.method, plan.preset or "", str(recipe or ""), jsonlib.dumps(options) if options else ""]
-    return pipe, found, " ".join(word for word in words if word)
+    return pipe, found | options, " ".join(word for word in words if word)
 
 
 def _run(subject: Any, reference: Any, *, npz: Path | None, **given: Any) -> Any:

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from diffattn.cli.common import bad_input, check_writable, fail, loading, progress, read_options, stdout, write_json
+from diffattn.cli.common import (
+    bad_input,
+    check_apart,
+    check_writable,
+    fail,
+    loading,
+    progress,
+    read_options,
+    stdout,
+    write_json,
+)
 from diffattn.cli.options import (
     Device,
     Dtype,
@@ -56,6 +66,7 @@ def generate(
     """
     names = _names(out, prompt, seed, num_images)
     check_writable(json)
+    check_apart(json, *names)
     with loading(model), bad_input():
         from diffattn.drawing.draw import prepare
         from diffattn.drawing.loading import load_pipeline

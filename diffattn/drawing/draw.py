@@ -10,14 +10,16 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffattn.architectures.denoisers import denoiser_of
+from diffattn.architectures.denoisers import denoiser_of, denoisers_of
 from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, draws_classes, why_unguided
 from diffattn.drawing.loading import EMBEDDED
 from diffattn.drawing.request import UNPATCHED, Picture, Request
-from diffattn.drawing.sizes import check_size, default_size, pixels_per_latent, size_arguments
+from diffattn.drawing.sizes import drawn_size, pixels_per_latent, size_arguments
 from diffattn.machine import dtype_name, versions
+from diffattn.patching.default_method import layers_of
 from diffattn.patching.patch import Patch, find_patch, patch
+from diffattn.patching.plan import Plan
 from diffattn.sampling import SiTPipeline
 
 OF_VIDEOS = {"num_frames", "frames", "video_length", "video"}
@@ -46,15 +48,11 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
     if draws_classes(pipe):
         class_ids(pipe, [request.prompt])
         check_null_class(pipe, 1.0 if guidance is None else guidance)
-    width, height = request.width, request.height
-    if width is None or height is None:
-        own_width, own_height = default_size(pipe)
-        width = own_width if width is None else width
-        height = own_height if height is None else height
-    check_size(pipe, width, height)
+    width, height = drawn_size(pipe, request.width, request.height)
     found, preset, method = None, request.preset, request.method
     if method != UNPATCHED:
         given = {"recipe": request.recipe, "decisions": request.decisions}
+        _check_options(pipe, request)
         found = patch(pipe, method, preset=preset, **given, **request.options)
         preset, method = found.plan.preset, found.plan.method
         if request.method not in (None, method):
@@ -64,6 +62,12 @@ def prepare(pipe: DiffusionPipeline, request: Request) -> tuple[Request, Patch |
             found.remove()
             raise ValueError(error)
     return replace(request, width=width, height=height, method=method, preset=preset, guidance=guidance), found
+
+
+def _check_options(pipe: Any, request: Request) -> None:
+    """Raise `ValueError` for what is no option of the method, also for the other arguments of `patch`."""
+    layers = layers_of(denoisers_of(pipe))
+    Plan.read(request.method, request.preset, request.recipe, None, None, request.options, layers)
 
 
 def own_guidance(pipe: Any, model: str = "") -> float | None:

@@ -18,10 +18,23 @@ def size_arguments(pipe: Any, width: int | None, height: int | None) -> dict[str
         ValueError: another size for a `DiTPipeline`.
     """
     if isinstance(pipe, DiTPipeline):
-        own = default_size(pipe)
-        check_size(pipe, own[0] if width is None else width, own[1] if height is None else height)
+        drawn_size(pipe, width, height)
         return {}
     return {name: size for name, size in (("width", width), ("height", height)) if size is not None}
+
+
+def drawn_size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
+    """Width and height of what is drawn: as given, and a side that is not given as in `default_size`.
+
+    Raises:
+        ValueError: see `check_size` and `default_size`.
+    """
+    if width is None or height is None:
+        own_width, own_height = default_size(pipe)
+        width = own_width if width is None else width
+        height = own_height if height is None else height
+    check_size(pipe, width, height)
+    return width, height
 
 
 def check_size(pipe: Pipeline, width: int, height: int) -> None:

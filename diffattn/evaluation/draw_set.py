@@ -16,10 +16,10 @@ from torch import Tensor
 from diffattn.drawing.batch import Batch, NotFinite, draw_batch, to_pictures
 from diffattn.drawing.classes import check_null_class, class_ids, class_names, draws_classes, num_classes
 from diffattn.drawing.draw import guidance_for
-from diffattn.drawing.sizes import size_arguments
+from diffattn.drawing.sizes import drawn_size, size_arguments
 from diffattn.evaluation.picture_set import ProgressBar, no_progress
 from diffattn.evaluation.run_folder import RunFolder
-from diffattn.files import write_whole
+from diffattn.files import write_whole, writing
 from diffattn.metrics.paired import LatentTrace
 from diffattn.patching.patch import Patch, find_patch, patch
 
@@ -65,9 +65,16 @@ class DrawConfig:
             raise ValueError("there are no prompts")
 
 
-def with_own_guidance(pipe: Any, config: DrawConfig) -> DrawConfig:
-    """The same with the guidance that the pipeline draws with, see `guidance_for`."""
-    return replace(config, guidance=guidance_for(pipe, config.guidance))
+def with_own_values(pipe: Any, config: DrawConfig) -> DrawConfig:
+    """The same with the guidance that the pipeline draws with, see `guidance_for`, and with both sides if one is given.
+
+    Raises:
+        ValueError: a size that the pipeline cannot draw.
+    """
+    width, height = config.width, config.height
+    if width is not None or height is not None:  # given one side, pipelines of diffusers ignore it
+        width, height = drawn_size(pipe, width, height)
+    return replace(config, guidance=guidance_for(pipe, config.guidance), width=width, height=height)
 
 
 def subjects(pipe: Any, config: DrawConfig) -> list[Any]:
@@ -150,7 +157,8 @@ def draw_set(
     """
     todo = subjects(pipe, config)
     for kind in (PICTURES, UNACCELERATED):
-        (run.path / kind).mkdir(parents=True, exist_ok=True)
+        with writing(run.path / kind):
+            (run.path / kind).mkdir(parents=True, exist_ok=True)
     shares = list(run.mine(config.num_pictures, config.batch))
     outer, inner = (None, acceleration) if paired else (acceleration, None)
     with accelerated(pipe, outer), progress("drawing", len(shares)) as advance:

@@ -20,11 +20,11 @@ from diffattn.evaluation.draw_set import (
     drawn_titles,
     picture_name,
     subjects,
-    with_own_guidance,
+    with_own_values,
 )
 from diffattn.evaluation.identity import Evaluated, describe_patch, device_label, identity, protocol_of, subject_name
 from diffattn.evaluation.left_out import LeftOut, drawn_pictures
-from diffattn.evaluation.networks import OF_PAIRS, OF_PROMPTS, Networks, asked_for
+from diffattn.evaluation.networks import LPIPS_WEIGHTS, OF_PAIRS, OF_PROMPTS, Networks, asked_for
 from diffattn.evaluation.picture_set import PictureSet, ProgressBar, no_progress, open_pictures
 from diffattn.evaluation.quality import QualityResult
 from diffattn.evaluation.references import Source, open_reference
@@ -89,11 +89,11 @@ def evaluate(
     config, draw = config or EvaluateConfig(), draw or DrawConfig()
     is_pipeline = isinstance(subject, DiffusionPipeline)
     if is_pipeline:
-        draw = with_own_guidance(subject, draw)
+        draw = with_own_values(subject, draw)
+    if (alone := asked_for(config, (*OF_PAIRS, LPIPS_WEIGHTS))) and not paired:
+        raise ValueError(f"there are no pairs for {' and '.join(alone)}: give paired, or pictures to compare with")
     if reference is None and not paired and not asked_for(config, OF_PROMPTS):
-        raise ValueError("there is nothing to measure: give a reference, a CLIP model, or paired")
-    if (alone := asked_for(config, OF_PAIRS)) and not paired:
-        raise ValueError(f"{' and '.join(alone)} compare pairs: give paired, or pictures to compare with")
+        raise ValueError("there is nothing to measure: give a reference, a model for clip or pickscore, or paired")
     if acceleration is not None and not is_pipeline:
         raise ValueError("pictures cannot be accelerated: acceleration is for a pipeline")
     if paired is True and acceleration is None:

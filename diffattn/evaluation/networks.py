@@ -1,6 +1,6 @@
 """The networks that score pictures: against prompts, and in pairs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,9 @@ OF_PROMPTS: Mapping[str, Callable[..., ClipScore | PickScore]] = {"clip": ClipSc
 
 OF_PAIRS: Mapping[str, Callable[..., ImageSimilarity]] = {"clip_i": clip_similarity, "dino_i": dino_similarity}
 """The same for pairs; LPIPS is separate since its input differs."""
+
+LPIPS_WEIGHTS = "lpips_weights"
+"""Field of `EvaluateConfig`."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Networks:
         return found if self.lpips is None else found | {"lpips": self.lpips.hash}
 
 
-def asked_for(config: EvaluateConfig, kinds: Mapping[str, object]) -> Sequence[str]:
-    """The scores of `OF_PROMPTS` or of `OF_PAIRS` that a configuration requests."""
+def asked_for(config: EvaluateConfig, kinds: Iterable[str]) -> Sequence[str]:
+    """The scores of `OF_PROMPTS` or of `OF_PAIRS`, or other fields, that a configuration requests."""
     return [name for name in kinds if getattr(config, name) is not None]
 
 

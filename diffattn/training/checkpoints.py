@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffattn.files import writing
+
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 CHECKSUMS = "checksums"  # of the state: file of tensors -> SHA-256
@@ -46,10 +48,20 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[s
         keep: checkpoints to keep, this one included.
 
     Raises:
-        OSError: it could not be written (e.g. a full disk); existing checkpoints are untouched.
+        CannotWrite: it could not be written (e.g. a full disk); existing checkpoints are untouched.
     """
+    final = folder_of(root, step)
+    with writing(final):
+        replaced = _write_checkpoint(root, final, tensors, state)
+    for old in (*replaced, *map(_put_aside, complete(root)[:-keep])):
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write_checkpoint(root: Path, final: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> list[Path]:
+    """Write a checkpoint under a temporary name and put it in place. → one of the same step, put aside to be deleted"""
     root.mkdir(parents=True, exist_ok=True)
-    final, temporary = folder_of(root, step), root / f".writing-{step:08d}"
+    temporary = root / f".writing-{final.name.removeprefix('step-')}"
     _remove_leftovers(root)
     try:
         temporary.mkdir()
@@ -65,9 +77,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[s
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in (*replaced, *map(_put_aside, complete(root)[:-keep])):
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    return replaced
 
 
 def complete(root: Path) -> list[Path]:
@@ -161,10 +171,7 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:  # also raised for a full disk
-        raise OSError(str(error)) from error
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     _flush(path)
 
 

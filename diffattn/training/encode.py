@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffattn.data.datasets import ImageDataset, InMemoryDataset, LabelledDataset
-from diffattn.files import read_json, write_json, write_whole
+from diffattn.files import CannotWrite, read_json, write_json, write_whole
 from diffattn.training.latent_dataset import FORMAT, INDEX, LABELS, shard_name
 
 STALE = 3600.0
@@ -107,13 +106,22 @@ def _begin(folder: Path, dataset: LabelledDataset, vae: Any, shard_size: int) ->
         )
     else:
         index["shape"] = list(_latent_shape(vae, dataset.shape))
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         _write_tensors(folder / LABELS, {"labels": dataset.labels.contiguous()})
         write_json(folder / INDEX, index)
     for part in folder.glob(".*.part"):
         if not _in_use(part):
             part.unlink(missing_ok=True)
     return index
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the folder of the cached latents (data.cache) cannot be created at {str(folder)!r}: {error.strerror}"
+        ) from error
 
 
 def _in_use(part: Path) -> bool:
@@ -220,7 +228,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Replace the file atomically, once its contents are on disk."""
     try:
         write_whole(path, lambda part: save_file(tensors, part), flush=True)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except CannotWrite as error:
         raise OSError(
-            f"the latents could not be written to {str(path.parent)!r}: {error}; complete shards will be reused"
+            f"the latents could not be written to {str(path.parent)!r}: {error.strerror}; "
+            "complete shards will be reused"
         ) from error

@@ -106,6 +106,13 @@ BAD = {
     "preset": ("generate --prompt x --model {}/sd --preset nothing", "balanced, fast, pooled, paper"),
     "option": ("generate --prompt x --model {}/sd --option nothing=3", "num_agents"),
     "option without value": ("generate --prompt x --model {}/sd --option num_agents", "key=value"),
+    "a method as option": ("generate --prompt x --model {}/sd --option method=agent", "unknown option method of"),
+    "a preset as option": ("generate --prompt x --model {}/sd --option preset=fast", "unknown option preset of"),
+    "layers as option": (
+        "generate --prompt x --model {}/sd --method agent --option layers=1",
+        "unknown option layers of method 'agent'; allowed: ",
+    ),
+    "calibrate as option": ("generate --prompt x --model {}/sd --option calibrate=1", "unknown option calibrate of"),
     "agents": ("generate --prompt x --model {}/sd --option num_agents=0", "1 or more"),
     "agents for every token": ("generate --prompt x --model {}/sd --option num_agents=100000", "below the 256 tokens"),
     "agents as a word": ("generate --prompt x --model {}/sd --option num_agents=many", "num_agents"),

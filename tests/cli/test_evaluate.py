@@ -192,7 +192,13 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         ((), "give either --model (to draw pictures) or --pictures"),
         (("--model", "sit", "--pictures", "a.npz"), "give either --model"),
         (("--pictures", "a.npz"), "there is nothing to measure"),
-        (("--pictures", "a.npz", "--paired"), "need --model"),
+        (("--pictures", "a.npz", "--paired"), "leave out --paired, or give --model instead"),
+        (("--pictures", "a.npz", "--paired-with", "a.npz", "--steps", 3, "--seed", 0, "--dtype", "auto"),
+         "--pictures are not drawn: leave out --steps, --seed, --dtype, or give --model instead"),
+        (("--pictures", "a.npz", "--paired-with", "a.npz", "--width", 0, "--height", 0, "--guidance", 0, "--batch", 1),
+         "leave out --guidance, --width, --height, --batch, or give"),
+        (("--pictures", "a.npz", "--reference", "b.npz", "--variant", "fp16", "--method", "agent", "--preset", "fast",
+          "--option", "x=1", "--recipe", "x"), "leave out --variant, --method, --preset, --option, --recipe, or give"),
         (("--pictures", "a.npz", "--paired", "--paired-with", "b.npz"), "either --paired or --paired-with"),
         (("--pictures", "a.npz", "--paired-with", "b.npz"), "as many pictures on both sides, got 8 and 10"),
         (("--pictures", "a.npz", "--reference", "b.npz"), "pip install 'diffattn[inception]'"),
@@ -204,7 +210,16 @@ def test_skip_bad(place: Path, files: tuple[object, ...], tmp_path: Path) -> Non
         (("--pictures", "a.npz", "--clip", "sit", "--prompts", "empty.txt"), "has no prompts"),
         (("--pictures", "a.npz", "--clip", "sit", "--prompts", "prompts.txt"), "no CLIP model could be loaded"),
         (("--pictures", "a.npz", "--clip", "sit"), "need the prompts"),
-        (("--pictures", "a.npz", "--clip-i", "sit"), "there is nothing to measure"),
+        (("--pictures", "a.npz", "--clip-i", "sit"), "there are no pairs for clip_i: give paired, or pictures to"),
+        (("--pictures", "a.npz", "--reference", "b.npz", "--lpips-weights", "alexnet.safetensors"),
+         "there are no pairs for lpips_weights"),
+        (("--model", "sd", "--prompts", "prompts.txt", "--paired-with", "a.npz", "--width", 33),
+         "width 33 is not a positive multiple of 8 pixels; nearest: 32 or 40"),
+        (("--model", "sd", "--prompts", "prompts.txt", "--paired-with", "a.npz", "--width", 0, "--height", 64),
+         "width 0 is not a positive multiple of 8"),
+        (("--model", "sd", "--prompts", "prompts.txt", "--paired-with", "a.npz", "--width", 64, "--height", -64),
+         "height -64 is not a positive multiple of 8"),
+        (("--model", "sit", "--paired", "--method", "mediator", "--option", "recipe=x"), "unknown option recipe of"),
         (("--pictures", "a.npz", "--paired-with", "a.npz", "--dino-i", "sit"), "no DINO model could be loaded"),
         (("--pictures", "no.npz", "--paired-with", "b.npz"), "no.npz' is not a readable .npz file"),
         (("--pictures", "a.npz", "--paired-with", "a.npz", "--worst-pairs", -1), "0 or more, got -1"),
@@ -231,6 +246,20 @@ def test_bad_input_is_one_line(place: Path, tmp_path: Path, words: tuple[object,
     assert done.exit_code == 2, done.output
     assert message in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("side", "size"), [("--width", (64, 32)), ("--height", (32, 64))])
+def test_one_side_is_enough_for_a_size(place: Path, tmp_path: Path, side: str, size: tuple[int, int]) -> None:
+    """diffusers' pipelines draw their own size if they are given one side only."""
+    width, height = size
+    write_pictures(tmp_path / "pairs.npz", random_pictures(2, size=64)[:, :, :height, :width])
+    done = call("evaluate", "--model", place / "sd", "--prompts", place / "prompts.txt", "--num-pictures", 2, "--steps",
+                1, side, 64, "--paired-with", tmp_path / "pairs.npz", "--device", "cpu",
+                "--out", tmp_path / "run")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert {Image.open(file).size for file in (tmp_path / "run/pictures").glob("*.png")} == {size}
+    drawn = json.loads((tmp_path / "run/run.json").read_text())["draw"]
+    assert (drawn["width"], drawn["height"]) == size
 
 
 def test_nan_pictures_are_one_line(place: Path, tmp_path: Path) -> None:

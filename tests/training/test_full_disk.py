@@ -1,37 +1,17 @@
 """A full disk: files that may not grow, which the system reports as it does a disk without space."""
 
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from diffusers import AutoencoderKL
+from support.full_disk import full_disk, limited
 from support.tiny_training import TINY, run
 
 from diffattn.training import checkpoints
 
-resource = pytest.importorskip("resource")
 PROGRAM = Path(__file__).parents[2] / "pipelines/train.py"
-
-
-def limited() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """Within, no file grows beyond half a kilobyte."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    limited()
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_grids_figures_and_checkpoints_that_cannot_be_written_do_not_end_a_run(pictures, tmp_path) -> None:

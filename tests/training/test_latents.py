@@ -65,6 +65,16 @@ def stop_after(pictures: int) -> Callable[[int, int], None]:
     return progress
 
 
+# Where it is kept.
+
+
+def test_a_cache_that_is_no_folder_is_named(dataset: ImageDataset, vae: AutoencoderKL, tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    for cache, reason in ((tmp_path / "afile", "File exists"), (tmp_path / "afile/inside", "Not a directory")):
+        with pytest.raises(OSError, match=rf"latents \(data.cache\) cannot be created at '{cache}': {reason}"):
+            cache_latents(dataset, vae, cache)
+
+
 # What is kept.
 
 
