@@ -81,8 +81,8 @@ class RunState(threading.local):
         noise_levels: reads the time steps of the scheduler in use.
         schedulers: the same for every scheduler that the last search for it met, by the scheduler's id.
         last_level: highest noise level of the call before.
-        last_to_come: how many noise levels were to come then.
-        scheduler_run: which setting of the scheduler's time steps that call was in, None if unknown.
+        scheduler_run: which setting of the scheduler's time steps the run is in, None if unknown.
+        last_to_come: how many of them were to come when this was last known.
         memory: (layer, phase, place of the call, or of a group of its samples; see `memory_of`) -> what its method
             keeps for later calls of the run.
         turns: the same keys -> how often they were asked for in the current call.
@@ -137,13 +137,19 @@ class RunState(threading.local):
         """The index of the next call among those at its noise level; call this before setting `last_level`."""
         return self.call.place + 1 if self.call is not None and level == self.last_level else 0
 
-    def goes_back(self, reading: Reading) -> bool:
-        """Whether a call cannot follow the one before in a run: it is earlier among the scheduler's time steps or,
-        where those are not known, its noise level is higher. (Some samplers' own levels rise a little now and then.)
-        """
+    def is_left_by(self, reading: Reading) -> bool:
+        """Whether a call is not in the run of the one before: it is in another run of a scheduler, or earlier in the
+        same one (some samplers' own levels rise a little now and then), or its noise level is higher where that is all
+        that is known."""
         if reading.run is None:
             return max(reading.levels) > self.last_level
-        return len(reading.to_come) > self.last_to_come
+        return reading.run is not self.scheduler_run or len(reading.to_come) > self.last_to_come
+
+    def follow(self, reading: Reading, begins: bool) -> None:
+        """Note where the run is; of a call whose place among the time steps is unknown, only the level."""
+        self.last_level = max(reading.levels)
+        if begins or reading.run is not None:
+            self.scheduler_run, self.last_to_come = reading.run, len(reading.to_come)
 
     def forget(self) -> None:
         """Drop what belongs to the previous run."""

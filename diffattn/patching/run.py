@@ -77,12 +77,11 @@ class Runs(NotPickled):
         grids = denoiser.set_size(size)  # of this call: the denoiser may serve another thread in between
         scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
         reading = denoiser.read_time(time, scheduler)
-        begins = state.schedule is None or reading.run is not state.scheduler_run or state.goes_back(reading)
+        begins = state.schedule is None or state.is_left_by(reading)
         if begins:
             self._begin_run(sample, size, reading, expected)
         place = -1 if reading.run is None else 0 if begins else state.place_after(max(reading.levels))
-        state.last_level, state.scheduler_run = max(reading.levels), reading.run
-        state.last_to_come = len(reading.to_come)
+        state.follow(reading, begins)
         assert state.schedule is not None
         state.schedule.observe(sample, reading.levels)
         phase = state.schedule.phase() if self._is_enough(reading) else EXACT_PHASE

@@ -273,3 +273,16 @@ def test_by_hand_a_scaled_time_step_belongs_to_a_run_only_in_a_loop(tmp_path: An
     for time in times:
         case.call(model, given, time / 1000)
     assert handle.report().calls_passed_through == 0
+
+
+def test_a_time_that_is_not_among_the_steps_does_not_end_the_run(pipe: Any) -> None:
+    """As of a pipeline that evaluates its denoiser between two of the scheduler's steps."""
+    handle = diffattn.patch(pipe.unet, **FEW, schedule=SCHEDULE)
+    pipe.scheduler.set_timesteps(4)
+    for t in pipe.scheduler.timesteps[:3]:
+        call(pipe.unet, timestep=t)
+        call(pipe.unet, timestep=t - 7)
+    assert handle.report().runs == 1
+    assert [entry["phase"] for entry in handle.trace()] == sorted(entry["phase"] for entry in handle.trace())
+    call(pipe.unet, timestep=900)
+    assert handle.report().runs == 2
