@@ -20,9 +20,12 @@ from diffattn.machine import describe_machine, dtype_name
 from diffattn.measure.interleave import interleave
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.base import LayerCall, LayerSpec
-from diffattn.methods.thresholds import MERGE
+from diffattn.methods.thresholds import MERGE, Thresholds, min_tokens_for, read_thresholds, shipped_file
 
 NUM_AGENTS = (16, 64, 256, 1024)
+NAMES = (*map(str, NUM_AGENTS), MERGE)
+"""The entries of a row of the table."""
+
 SIDES = (8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128)  # of square grids: 64 to 16,384 tokens
 HEAD_DIMS = (40, 64)  # Stable Diffusion 1.x at the highest resolution; 2.x and XL
 HEADS, BATCH = 8, 2
@@ -112,32 +115,72 @@ def _variants(
 def thresholds_from(results: list[SizeResult], margin: float = MARGIN) -> dict[str, int]:
     """Agents -> the smallest number of tokens from which they are faster up to the largest measured one.
 
-    Agents that are not faster at the largest number measured get one token more than that: beyond what was
-    measured they count as faster, because exact attention grows with the square of the tokens.
+    Agents that are not faster at the largest number of tokens, or were not measured there, are left out.
     """
     row: dict[str, int] = {}
-    largest = max(result.tokens for result in results)
-    for name in (*map(str, NUM_AGENTS), MERGE):
-        smallest = (largest if name == MERGE else max(largest, 2 * int(name))) + 1
+    for name in NAMES:
         for result in sorted(results, key=lambda result: result.tokens, reverse=True):
             if result.ratios.get(name, margin) >= margin:
                 break
-            smallest = result.tokens
-        row[name] = smallest
+            row[name] = result.tokens
     return row
+
+
+def row_from(results: list[SizeResult], device: str, before: Thresholds) -> dict[str, int | None]:
+    """The row of a device: as measured, and for agents that were not faster what can be said nevertheless.
+
+    These keep the number of tokens that they have in the table `before` if it lies beyond what was measured;
+    otherwise the measurement contradicts it, and there is none.
+    """
+    found, row = thresholds_from(results), {}
+    for name in NAMES:
+        assumed = min_tokens_for(before, device, None if name == MERGE else int(name))
+        beyond = assumed is not None and assumed > _measured_up_to(results, name)
+        row[name] = found.get(name, assumed if beyond else None)
+    return row
+
+
+def lines_from(results: list[SizeResult], row: Mapping[str, int | None]) -> list[str]:
+    """One line per number of agents: what was measured, and what is assumed beyond.
+
+    Args:
+        results: measured.
+        row: from `row_from`.
+    """
+    found, lines = thresholds_from(results), []
+    for name, tokens in row.items():
+        who = "merged agents" if name == MERGE else f"{name} agents"
+        up_to = _measured_up_to(results, name)
+        if name in found:
+            lines.append(f"{who} are faster from {tokens} tokens up")
+            continue
+        measured = f"are not faster up to {up_to} tokens" if up_to else "were not measured"
+        then = f"assumed faster from {tokens} up, as in the package"
+        lines.append(f"{who} {measured}; {'exact attention until a call is timed' if tokens is None else then}")
+    return lines
+
+
+def _measured_up_to(results: list[SizeResult], name: str) -> int:
+    """The largest number of tokens at which these agents were measured; 0 if they were not."""
+    return max((result.tokens for result in results if name in result.ratios), default=0)
 
 
 def save_thresholds(path: Path, device: torch.device, dtype: torch.dtype, results: list[SizeResult]) -> dict[str, int]:
     """Put a device's row into a table, new or existing, and leave the other devices' rows alone.
 
+    Args:
+        path: the table.
+        device, dtype: what was measured.
+        results: at least one.
+
     Returns:
-        The row: number of agents -> tokens.
+        What was measured of the row, see `thresholds_from`; `row_from` fills in the rest from the package's table.
 
     Raises:
         ValueError: the file exists but is not a table.
     """
     data = read_json(path) if path.is_file() else {}
-    row = thresholds_from(results)
+    row = row_from(results, device.type, read_thresholds(shipped_file()))
     measured = {
         "machine": describe_machine(device),
         "dtype": dtype_name(dtype),
@@ -154,4 +197,4 @@ def save_thresholds(path: Path, device: torch.device, dtype: torch.dtype, result
             raise ValueError(f"{str(path)!r} is not a table of thresholds: {key!r} is not an object")
         section[device.type] = value
     write_json(path, data)
-    return row
+    return thresholds_from(results)

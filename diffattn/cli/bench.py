@@ -6,11 +6,12 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from diffattn.cli.common import bad_input, check_writable, fail, loading, stdout, write_json
+from diffattn.cli.common import bad_input, check_apart, check_writable, fail, loading, stdout, write_json
 from diffattn.cli.options import Device, FastestDtype, JsonFile, Resume, Threads
 
 NOT_FINISHED = 1
 FEW_STEPS = 4  # enough to reach every noise level of the presets
+BUDGET = 1.7  # minutes for the thresholds
 
 T = TypeVar("T")
 app = typer.Typer(
@@ -80,6 +81,7 @@ def attention(
     """
     check_writable(out, folder=True)
     check_writable(json)
+    check_apart(json, out)
     with bad_input():
         from diffattn.benchmarks.attention import Benchmark, BenchmarkConfig
         from diffattn.benchmarks.attention_report import plot, table
@@ -133,6 +135,7 @@ def mediator(
     """
     check_writable(out, folder=True)
     check_writable(json)
+    check_apart(json, out)
     with bad_input():
         from diffattn.benchmarks.mediator_report import plot, table
         from diffattn.benchmarks.mediators import MediatorBenchmark, MediatorBenchmarkConfig
@@ -157,7 +160,10 @@ def mediator(
 def thresholds(
     device: Device = "auto",
     dtype: FastestDtype = "auto",
-    time_budget: Annotated[float, typer.Option(help="Minutes; grids that would take longer are skipped.")] = 1.7,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(help="Without --model: minutes; grids that would take longer are skipped.", show_default="1.7"),
+    ] = None,
     shipped: Annotated[
         bool, typer.Option("--shipped", help="Overwrite the table inside the package (for maintainers).")
     ] = False,
@@ -172,21 +178,33 @@ def thresholds(
     sizes: Annotated[
         str | None, typer.Option(help="With --model: side lengths of its pictures. [default: the model's own]")
     ] = None,
-    preset: Annotated[str, typer.Option(help="With --model: the preset that is timed.")] = "balanced",
+    preset: Annotated[
+        str | None, typer.Option(help="With --model: the preset that is timed.", show_default="balanced")
+    ] = None,
 ) -> None:
     """Measure the number of tokens from which agents beat exact attention on this machine; diffattn then uses it.
+
+    Agents that were not faster at any size measured keep the package's number of tokens, unless that was measured too.
 
     With --model, time every kind of attention call of one model instead, as the first run of `diffattn.patch` does.
     """
     check_writable(out)
     check_writable(json)
+    check_apart(json, out)
     if model is not None:
         if shipped:
             fail("--model fills this machine's cache; it cannot be combined with --shipped")
-        _fill_cache(model, None if sizes is None else _list(sizes, "sizes", int), preset, (device, dtype), out, json)
+        if time_budget is not None:
+            fail(f"--time-budget {time_budget:g} applies to the measurement without --model")
+        with bad_input():
+            sides = None if sizes is None else _list(sizes, "sizes", int)
+        _fill_cache(model, sides, preset or "balanced", (device, dtype), out, json)
         return
+    for option, value in {"--sizes": sizes, "--preset": preset}.items():
+        if value is not None:
+            fail(f"{option} {value!r} applies to a model: give --model too")
     with bad_input():
-        from diffattn.benchmarks.thresholds import measure_thresholds, save_thresholds
+        from diffattn.benchmarks.thresholds import lines_from, measure_thresholds, save_thresholds
         from diffattn.machine import resolve
         from diffattn.methods.thresholds import read_thresholds, shipped_file, user_file
 
@@ -197,11 +215,15 @@ def thresholds(
             read_thresholds(path)
         found_device, found_dtype = resolve(device, dtype)
     check_writable(path)
-    results = measure_thresholds(found_device, found_dtype, time_budget=_seconds(time_budget) or 0, say=_say)
-    row = save_thresholds(path, found_device, found_dtype, results)
-    write_json(json, {"file": str(path), "device": found_device.type, "thresholds": row})
-    for num_agents, tokens in row.items():
-        stdout.print(f"{num_agents} agents are faster from {tokens} tokens up")
+    minutes = BUDGET if time_budget is None else time_budget
+    results = measure_thresholds(found_device, found_dtype, time_budget=_seconds(minutes) or 0, say=_say)
+    if not results:
+        fail(f"--time-budget must be enough minutes for the smallest grid, got {minutes:g}")
+    measured = save_thresholds(path, found_device, found_dtype, results)
+    row = read_thresholds(path)[found_device.type]
+    write_json(json, {"file": str(path), "device": found_device.type, "thresholds": row, "measured": measured})
+    for line in lines_from(results, row):
+        _say(line)
     stdout.print(f"written to {path}", markup=False)
 
 

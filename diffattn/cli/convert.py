@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffattn.cli.common import bad_input, check_writable, fail, loading, stdout, write_json
+from diffattn.cli.common import bad_input, check_apart, check_writable, fail, loading, stdout, write_json
 from diffattn.cli.options import JsonFile
 
 
@@ -65,6 +65,7 @@ def convert(
     """
     check_writable(dest, folder=to != "official")
     check_writable(json)
+    check_apart(json, dest)
     with loading(str(source)), bad_input():
         import torch
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from diffattn.cli.common import bad_input, check_writable, loading, progress, stdout, write_json
+from diffattn.cli.common import bad_input, check_apart, check_writable, loading, progress, stdout, write_json
 from diffattn.cli.options import Device, FastestDtype, JsonFile, Seed
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def demo(
     """
     check_writable(out, folder=True)
     check_writable(json)
+    check_apart(json, out)
     with loading(model), bad_input():
         from diffattn.demo import Demo, DemoSettings
         from diffattn.drawing.batch import NotFinite

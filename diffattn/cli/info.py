@@ -100,7 +100,7 @@ def _print_preflight(found: Any, by_layer: bool) -> None:
     table = Table(title="self-attention in one denoiser call (core: without the projections)", title_justify="left")
     head, *rows = found.group_rows()
     for name in head:
-        table.add_column(name, justify="left" if name == head[-1] else "right")
+        table.add_column(name, justify="left" if name == head[-1] else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     stdout.print(table)
@@ -128,12 +128,12 @@ def _capabilities(json: Path | None) -> None:
     _print("supported denoisers", dict.fromkeys(found["architectures"], ""))
     _print("attention of a DiT to train (diffattn train model.attention=…)", found["backbone_attention"])
     for name, method in found["methods"].items():
-        stdout.print(_method(name, method))
+        _print_method(name, method)
     models = found["embedded_models"].items()
     _print("embedded models", {n: f"{m['what']}{'' if m['installed'] else ' (not installed)'}" for n, m in models})
     thresholds = found["thresholds"]
     rows = {
-        device: ", ".join(f"{agents} agents: {tokens}" for agents, tokens in row.items())
+        device: ", ".join(f"{agents} agents: {'not known' if x is None else x}" for agents, x in row.items())
         for device, row in thresholds["devices"].items()
     }
     _print(f"tokens from which agents are assumed to pay until timed ({thresholds['file']})", rows)
@@ -144,28 +144,29 @@ def _capabilities(json: Path | None) -> None:
 
 def _print(title: str, rows: Mapping[str, str]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
+    for _ in range(2 if any(rows.values()) else 1):
+        table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(*filter(None, (name, text)))
     stdout.print(table)
 
 
-def _method(name: str, method: Mapping[str, Any]) -> Table:
-    """One row per option, one column per preset; the last row shows what changes with the noise level."""
+def _print_method(name: str, method: Mapping[str, Any]) -> None:
+    """One row per option and one column per preset; below, what changes with the noise level."""
     table = Table(title=f"method {name}: options and presets", title_justify="left")
-    presets = method["presets"].values()
-    for head in ("option", "default", *method["presets"]):
-        table.add_column(head)
+    presets = method["presets"]
+    for head in ("option", "default", *presets):
+        table.add_column(head, overflow="fold")
     for option, default in method["options"].items():
-        values = (str(x["options"][option]) if option in x["options"] else "" for x in presets)
+        values = (str(x["options"][option]) if option in x["options"] else "" for x in presets.values())
         table.add_row(option, str(default), *values)
-    table.add_section()
-    table.add_row("by noise level (1 noise, 0 data)", "", *(_schedule(x["schedule"]) for x in presets))
-    return table
+    stdout.print(table)
+    by_level = {preset: _schedule(x["schedule"]) for preset, x in presets.items() if x["schedule"] is not None}
+    if by_level:
+        _print(f"method {name}: by noise level (1 noise, 0 data)", by_level)
 
 
-def _schedule(schedule: Mapping[str, Any] | None) -> str:
-    if schedule is None:
-        return "always the same"
+def _schedule(schedule: Mapping[str, Any]) -> str:
     lines = (f"from {u}: {x if isinstance(x, str) else _words(x) or 'as above'}" for u, x in schedule.items())
     return "\n".join(lines)
 

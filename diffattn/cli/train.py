@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffattn.cli.common import BAD_INPUT, bad_input, check_writable, fail, stdout, write_json
+from diffattn.cli.common import BAD_INPUT, bad_input, check_apart, check_writable, fail, stdout, write_json
 from diffattn.cli.options import JsonFile
 
 
@@ -58,6 +58,7 @@ def train(
 
         read = TrainConfig.read(preset, config, settings or (), options)
         check_writable(Path(read.run.out), folder=True)
+        check_apart(json, Path(read.run.out))
         setup = set_up(read, device, _say)
     for line in setup.plan.lines():
         setup.say(line)

@@ -7,6 +7,7 @@ import typer
 
 from diffattn.cli.common import (
     bad_input,
+    check_apart,
     check_writable,
     fail,
     loading,
@@ -62,13 +63,14 @@ def tune(
 
     With --prompts and --max-error or --min-speedup: chooses the cheapest setting for every self-attention layer and
     band of noise levels, draws every prompt with and without the recipe, and promises the measured mean error plus two
-    standard errors.
+    standard errors, at most --max-error, and the speed-up.
 
     For a SiT with mediators, with --budget: finds the thresholds at which it switches to more mediators. For every
     choice it prints the counted GFLOPs per picture and the relative error of the latents against the most mediators.
     """
     check_writable(json)
     check_writable(out)
+    check_apart(json, out)
     by_error: dict[str, Any] = dict(
         zip(BY_ERROR, (prompts, max_error, min_speedup, bands, cost, width, height, presets), strict=True)
     )
@@ -153,17 +155,20 @@ def _rival_line(rival: Any) -> str:
 
 def _thresholds(pipe: Any, model: str, budget: float | None, config: dict[str, Any]) -> dict[str, Any]:
     """A recipe with thresholds for mediators, and every candidate."""
+    from dataclasses import replace
+
     from diffattn.drawing.classes import unguided_note
     from diffattn.drawing.draw import guidance_for
     from diffattn.tuning.mediators import SearchConfig, ThresholdSearch, best_within, thresholds_recipe
 
     share = 0.9 if budget is None else budget
-    note = unguided_note(pipe, config.get("guidance"))
-    config = config | {"guidance": guidance_for(pipe, config.get("guidance"), model)}
+    given = config.get("guidance")
+    note = unguided_note(pipe, given)
     with bad_input():
         if not 0 < share <= 1:
             raise ValueError(f"--budget must be above 0 and at most 1, got {share}")
-        search = ThresholdSearch(pipe, SearchConfig(**config))
+        checked = SearchConfig(**config)  # as given: `guidance_for` raises what is out of range
+        search = ThresholdSearch(pipe, replace(checked, guidance=guidance_for(pipe, given, model)))
     with progress("drawing with every choice", total=search.num_candidates) as advance:
         candidates = search.candidates(lambda _: advance())
     most = max(c.gflops for c in candidates if c.num_mediators)

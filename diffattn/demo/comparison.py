@@ -17,10 +17,12 @@ from torch import Tensor
 
 from diffattn.demo.mediators import MODEL, MediatorRow, Mediators
 from diffattn.drawing.batch import NotFinite, draw_batch, to_pictures
-from diffattn.drawing.draw import own_guidance
+from diffattn.drawing.draw import prepare
 from diffattn.drawing.loading import embedded_models, load_demo
+from diffattn.drawing.request import UNPATCHED as NO_METHOD
+from diffattn.drawing.request import Request
 from diffattn.drawing.sheet import amplified, comparison_sheet, with_time_bars
-from diffattn.drawing.sizes import check_size, default_size, size_arguments
+from diffattn.drawing.sizes import default_size, size_arguments
 from diffattn.files import write_whole
 from diffattn.machine import choose_device, choose_dtype, describe_device, dtype_name, fastest_dtype, versions
 from diffattn.measure.interleave import Timings, interleave
@@ -66,13 +68,19 @@ class DemoSettings:
     mediators: bool = True  # also the SiT with mediators, where the prompts are its classes and the size is its own
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be 1 or more, got {self.rounds}")
         if not self.prompts:
             raise ValueError("prompts must contain at least one")
-        if self.guidance is not None and (not math.isfinite(self.guidance) or self.guidance < 0):
-            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+        self.requests()  # checks steps, guidance and seed
+
+    def requests(self) -> list[Request]:
+        """What is drawn unpatched, a picture per prompt."""
+        shared = Request(
+            self.model, "", method=NO_METHOD, steps=self.steps, guidance=self.guidance, width=self.size,
+            height=self.size, seed=self.seed,
+        )  # fmt: skip
+        return [replace(shared, prompt=prompt) for prompt in self.prompts]
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,8 @@ class Demo:
     """Two copies of the model, one unpatched and one patched, ready to run.
 
     Raises:
-        ValueError, TypeError: from the settings, see `load_demo`, `choose_device`, `choose_dtype` and `patch`.
+        ValueError, TypeError: from the settings, see `load_demo`, `choose_device`, `choose_dtype`, `prepare` and
+            `patch`; more steps than the scheduler has.
     """
 
     def __init__(self, settings: DemoSettings) -> None:
@@ -174,11 +183,13 @@ class Demo:
         is_auto = settings.dtype == "auto"
         self.dtype = fastest_dtype(self.device) if is_auto else choose_dtype(settings.dtype, self.device)
         self.pipes = {name: self._load(settings.model) for name in (UNPATCHED, PATCHED)}
-        self.native = default_size(self.pipes[UNPATCHED])
-        self.width, self.height = self.native if settings.size is None else (settings.size, settings.size)
-        check_size(self.pipes[UNPATCHED], self.width, self.height)
-        guidance = own_guidance(self.pipes[UNPATCHED], settings.model)
-        self.guidance = guidance if settings.guidance is None else settings.guidance
+        exact: Any = self.pipes[UNPATCHED]
+        self.native = default_size(exact)
+        (first, _), *_ = [prepare(exact, request) for request in settings.requests()]
+        assert first.width is not None
+        assert first.height is not None
+        self.width, self.height, self.guidance = first.width, first.height, first.guidance
+        exact.scheduler.set_timesteps(settings.steps)  # refuses now what it would refuse at the first picture
         self.patch: Patch = patch(self.pipes[PATCHED], settings.method, preset=settings.preset)
         self.settings = replace(settings, method=self.patch.plan.method, guidance=self.guidance)
         self.second = self._second_part()

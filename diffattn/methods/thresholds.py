@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-Thresholds = Mapping[str, Mapping[str, int]]
-"""device type -> number of agents (landmarks), or `MERGE` -> smallest number of tokens at which they were faster."""
+Thresholds = Mapping[str, Mapping[str, int | None]]
+"""device type -> number of agents (landmarks), or `MERGE` -> smallest number of tokens at which they were faster; None
+where they were slower up to the largest number that was measured."""
 
 MERGE = "merge"
 """The row for agents merged by similarity, which cost more than others whatever their number."""
@@ -36,7 +37,7 @@ def load_thresholds() -> Thresholds:
     return table | read_thresholds(own) if own.is_file() else table
 
 
-def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
+def read_thresholds(path: Path) -> dict[str, dict[str, int | None]]:
     """The table of one file.
 
     Raises:
@@ -44,7 +45,7 @@ def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
     """
     try:
         table = json.loads(path.read_text())["devices"]
-        return {device: {_key(n): int(tokens) for n, tokens in _row(row).items()} for device, row in table.items()}
+        return {device: {_key(n): _tokens(x) for n, x in _row(row).items()} for device, row in table.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} does not contain thresholds ({type(error).__name__}: {error}); "
@@ -52,7 +53,7 @@ def read_thresholds(path: Path) -> dict[str, dict[str, int]]:
         ) from None
 
 
-def _row(row: Mapping[str, int]) -> Mapping[str, int]:
+def _row(row: Mapping[str, int | None]) -> Mapping[str, int | None]:
     if not set(row) - {MERGE}:
         raise ValueError("a device without numbers of agents")
     return row
@@ -62,14 +63,18 @@ def _key(key: str) -> str:
     return key if key == MERGE else str(int(key))
 
 
-def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> int:
-    """Smallest number of tokens at which agents are faster than exact attention on a device type.
+def _tokens(tokens: int | None) -> int | None:
+    return None if tokens is None else int(tokens)
+
+
+def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> int | None:
+    """Smallest number of tokens at which agents are faster than exact attention on a device type; None: not known.
 
     Args:
         table: from `load_thresholds`.
         device: torch device type; an unmeasured one counts as "cuda".
         num_agents: number of landmarks or pooled agents; interpolated linearly between measured numbers, and in
-            proportion above the largest. None: agents merged by similarity.
+            proportion above the largest; not known beside a number that is not. None: agents merged by similarity.
     """
     row = table.get(device, table["cuda"])
     pooled = {int(n): tokens for n, tokens in row.items() if n != MERGE}
@@ -77,14 +82,19 @@ def min_tokens_for(table: Thresholds, device: str, num_agents: int | None) -> in
     if num_agents is None:
         return row.get(MERGE, pooled[largest])
     if num_agents > largest:
-        return pooled[largest] * num_agents // largest
+        most = pooled[largest]
+        return None if most is None else most * num_agents // largest
     above = min([n for n in pooled if n >= num_agents])  # lists, which compiled code can take
     below = max([n for n in pooled if n <= num_agents] or [above])
-    if above == below:
-        return pooled[above]
-    return pooled[below] + (pooled[above] - pooled[below]) * (num_agents - below) // (above - below)
+    low, high = pooled[below], pooled[above]
+    if low is None or high is None:
+        return None
+    return low if above == below else low + (high - low) * (num_agents - below) // (above - below)
 
 
-def below_smallest(smallest: int, num_tokens: int) -> str | None:
-    """The reason that exact attention is faster, if there are fewer than `smallest` tokens; otherwise None."""
+def below_smallest(smallest: int | None, num_tokens: int) -> str | None:
+    """The reason that exact attention counts as faster with fewer than `smallest` tokens, or where that is not known
+    (None); otherwise None."""
+    if smallest is None:
+        return f"{num_tokens} tokens: exact attention was faster at all sizes measured by diffattn bench thresholds"
     return f"{num_tokens} tokens: exact attention is faster below {smallest}" if num_tokens < smallest else None

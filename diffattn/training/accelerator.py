@@ -24,6 +24,9 @@ REFUSED = {
 }
 """Launcher variables of unsupported features -> their names. Training replicates (DDP) or shards (FSDP2) the model."""
 
+DEVICES = ("cpu", "auto")
+"""What a run can be told to train on; which GPU is the launcher's choice, and "auto" follows it."""
+
 A_YEAR = 365 * 24 * 60.0  # minutes
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "bf16": "bf16"}
 
@@ -33,11 +36,14 @@ def make_accelerator(config: TrainConfig, device: str = "auto") -> Accelerator:
 
     Args:
         config: its precision, trackers, folder and timeout.
-        device: "cpu", or "auto" for accelerate's choice.
+        device: one of `DEVICES`.
 
     Raises:
-        ValueError: the launcher asks for something that training does not support; the message names it.
+        ValueError: another device, or the launcher asks for something that training does not support; the message names
+            it.
     """
+    if device not in DEVICES:
+        raise ValueError(f"device must be {' or '.join(DEVICES)} (accelerate's choice), got {device!r}")
     _check_launcher()
     trackers = [name for name in config.run.trackers if name != "tensorboard" or find_spec("tensorboard")]
     accelerator = Accelerator(

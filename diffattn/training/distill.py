@@ -65,7 +65,7 @@ class Distillation:
     its MLPs are never run.
 
     Raises:
-        ValueError: the teacher has another number of layers, or layers of another width.
+        ValueError: the teacher has another number of layers, layers of another width, or attention other than softmax.
     """
 
     def __init__(self, student: DiT, teacher: DiT) -> None:
@@ -81,6 +81,9 @@ class Distillation:
         self._taught = [i for i, b in enumerate(student.blocks) if b.attn.learns]  # type: ignore[union-attr]
         if not self._taught:
             raise ValueError("objective.distill: this model has no mediator layers or others to teach")
+        if set(teacher.attention) != {"softmax"}:
+            label = teacher.attention_label
+            raise ValueError(f"objective.distill: the teacher's attention must be softmax in every layer, got {label}")
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -15,6 +15,13 @@ AT_LEAST: Mapping[str, float] = {
 }  # fmt: skip
 """Field -> its minimum. Precision and recall of the evaluation need 4 pictures."""
 
+AT_MOST: Mapping[str, int] = {
+    "data.size": 2**14, "data.num_workers": 256, "model.hidden_size": 2**16, "model.num_layers": 1000,
+    "objective.bins": 1000, "optim.batch": 2**20, "run.sample_steps": 10**4, "run.eval_samples": 10**7,
+}  # fmt: skip
+"""Field -> its maximum: beyond any run, but within what would exhaust a machine before the first step. The same on
+every machine, since a configuration is also read where it was not written."""
+
 POSITIVE = (
     "model.mlp_ratio",
     "model.position_scale",
@@ -53,6 +60,10 @@ def check_ranges(sections: Mapping[str, Mapping[str, Any]]) -> None:
     fields = {f"{section}.{name}": x for section, values in sections.items() for name, x in values.items()}
     for name, least in AT_LEAST.items():
         _check(fields[name] >= least, name, f"at least {least}", fields[name])
+    for name, most in AT_MOST.items():
+        _check(fields[name] <= most, name, f"at most {most}", fields[name])
+    most = 2**63 - 1 - fields["run.eval_samples"]  # the evaluation draws with the seeds that follow
+    _check(fields["run.seed"] <= most, "run.seed", f"at most {most}", fields["run.seed"])
     for name in POSITIVE:
         _check(fields[name] is None or fields[name] > 0, name, "more than 0", fields[name])
     for name in SHARES:

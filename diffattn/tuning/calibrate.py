@@ -127,7 +127,10 @@ def calibrate(
 
 def _exact_run(runs: PipelineRuns, index: int) -> tuple[Tensor, list[Call]]:
     """Final latents and all calls."""
-    latents, calls = runs.latents_and_calls(index)
+    try:
+        latents, calls = runs.latents_and_calls(index)
+    except ValueError as error:  # some bad input, such as the number of steps, is only noticed by the scheduler
+        raise CannotTune(f"the unpatched pipeline cannot draw {runs.requests[index].prompt!r}: {error}") from error
     if not bool(torch.isfinite(latents).all()):
         raise CannotTune(f"the unpatched pipeline draws values that are not finite: {runs.requests[index].prompt!r}")
     return latents, calls

@@ -7,11 +7,13 @@ number of mediators from the same noise. The answer is the closest pair within t
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffattn.drawing.request import Request
 from diffattn.measure.flops import forward_gflops
 from diffattn.methods.mediator import MediatorAttention
 from diffattn.patching.patch import patch
@@ -41,8 +43,13 @@ class SearchConfig:
         for name in ("samples", "batch", "steps", "first"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not self.ratios or min(self.ratios) <= 0:
+        if not self.ratios or not all(0 < ratio < inf for ratio in self.ratios):
             raise ValueError(f"ratios must be numbers above 0, got {self.ratios}")
+        # Those who use the rest know its ranges.
+        Request("", "", steps=self.steps, guidance=self.guidance, seed=self.seed, num_images=self.samples)
+        LatentChangeSchedule(
+            [{}, {}], self.ratios[:1], first=self.first, distance=self.distance, per_sample=self.per_sample
+        )
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def _one(
     sample = _sample(c)
     config = run_config(c, subject, seed, sample)
     say(f"{name}: training")
-    folder = train(set_up(config, c.device, say))
+    folder = train(set_up(config, "cpu" if c.device == "cpu" else "auto", say))
     drawn = _pipeline(folder, c.device).to(choose_dtype(c.dtype, torch.device(c.device)))
     model = _pipeline(folder, c.device).transformer
     real = open_dataset(c.reference, config.data.size)

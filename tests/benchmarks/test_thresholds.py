@@ -9,13 +9,24 @@ from typer.testing import CliRunner
 from diffattn.benchmarks.thresholds import (
     NUM_AGENTS,
     SizeResult,
+    lines_from,
     measure_thresholds,
+    row_from,
     save_thresholds,
     thresholds_from,
 )
 from diffattn.cli.bench import app
 from diffattn.files import read_json, write_json
-from diffattn.methods.thresholds import MERGE, load_thresholds, min_tokens_for, read_thresholds, shipped_file, user_file
+from diffattn.methods.agent import AgentAttention
+from diffattn.methods.thresholds import (
+    MERGE,
+    below_smallest,
+    load_thresholds,
+    min_tokens_for,
+    read_thresholds,
+    shipped_file,
+    user_file,
+)
 
 CPU = torch.device("cpu")
 TABLE = {"cpu": {"16": 256, "64": 1024}, "cuda": {"16": 4096}}
@@ -42,6 +53,22 @@ def test_an_unknown_device_counts_as_cuda():
     assert min_tokens_for(TABLE, "mps", 16) == 4096
     assert min_tokens_for(TABLE, "cpu", None) == 1024  # no row of its own: as the largest number of agents
     assert min_tokens_for({"cuda": {"16": 4096, MERGE: 9}}, "cuda", None) == 9
+
+
+def test_beside_a_number_that_is_not_known_nothing_is_known():
+    table = {"cuda": {"16": 256, "64": None, MERGE: None}}
+    found = {agents: min_tokens_for(table, "cuda", agents) for agents in (8, 16, 17, 64, 100, None)}
+    assert found == {8: 256, 16: 256, 17: None, 64: None, 100: None, None: None}
+    assert below_smallest(256, 255) == "255 tokens: exact attention is faster below 256"
+    assert below_smallest(256, 256) is None
+    assert "exact attention was faster at all sizes measured" in (below_smallest(None, 10**6) or "")
+
+
+def test_unknown_thresholds_run_exact(own_file):
+    write_json(own_file, {"devices": {"cpu": {"16": 256, "64": None}}})
+    agents = {n: AgentAttention(num_agents=n, agent_ratio=None) for n in (16, 64)}
+    assert agents[16].reason_slower(10**6, "cpu") is None
+    assert "exact attention was faster" in (agents[64].reason_slower(10**6, "cpu") or "")
 
 
 def test_the_shipped_table_is_complete_and_says_what_is_measured():
@@ -73,9 +100,29 @@ def test_a_damaged_file_is_named(own_file, text):
 
 
 def test_the_smallest_number_of_tokens_from_which_agents_stay_faster():
-    assert thresholds_from(RESULTS) == {"16": 256, "64": 1024, "256": 1025, "1024": 2049, "merge": 1025}
+    assert thresholds_from(RESULTS) == {"16": 256, "64": 1024}
     dip = [SizeResult(64, 3, {"16": 0.5}), SizeResult(256, 3, {"16": 0.95}), SizeResult(1024, 3, {"16": 0.5})]
     assert thresholds_from(dip)["16"] == 1024
+
+
+def test_agents_that_were_not_faster_keep_what_is_not_contradicted():
+    slow = [
+        SizeResult(576, 3, {"16": 2.0, "64": 4.0, "256": 9.0, MERGE: 3.0}),
+        SizeResult(2304, 3, {"16": 0.1, "64": 1.0, "256": 2.0, "1024": 5.0, MERGE: 1.0}),
+    ]
+    before = {"cpu": {"16": 400, "64": 400, "256": 2304, "1024": 9216, MERGE: 4096}, "cuda": {}}
+    row = row_from(slow, "cpu", before)
+    assert row == {"16": 2304, "64": None, "256": None, "1024": 9216, MERGE: 4096}
+    assert lines_from(slow, row) == [
+        "16 agents are faster from 2304 tokens up",
+        "64 agents are not faster up to 2304 tokens; exact attention until a call is timed",
+        "256 agents are not faster up to 2304 tokens; exact attention until a call is timed",
+        "1024 agents are not faster up to 2304 tokens; assumed faster from 9216 up, as in the package",
+        "merged agents are not faster up to 2304 tokens; assumed faster from 4096 up, as in the package",
+    ]
+    few = slow[:1]
+    assert row_from(few, "cpu", before)["1024"] == 9216
+    assert lines_from(few, row_from(few, "cpu", before))[3].startswith("1024 agents were not measured; assumed")
 
 
 def test_saving_keeps_other_devices(own_file):
@@ -83,7 +130,8 @@ def test_saving_keeps_other_devices(own_file):
     data = read_json(own_file)
     data["devices"]["cuda"], data["status"]["cuda"] = {"16": 7}, "measured"
     write_json(own_file, data)
-    row = save_thresholds(own_file, CPU, torch.float32, RESULTS[:2])
+    assert save_thresholds(own_file, CPU, torch.float32, RESULTS[:2]) == {"16": 256}
+    row = row_from(RESULTS[:2], "cpu", read_thresholds(shipped_file()))
     data = read_json(own_file)
     assert data["devices"] == {"cuda": {"16": 7}, "cpu": row}
     assert data["status"] == {"cuda": "measured", "cpu": "measured"}
@@ -129,6 +177,25 @@ def test_the_command_writes_the_file_that_is_read(own_file):
     data = json.loads(own_file.read_text())
     assert data["status"] == {"cpu": "measured"}
     assert load_thresholds()["cpu"] == data["devices"]["cpu"]
+    largest = max(map(int, data["measured"]["cpu"]["time_ratios"]))
+    assert all(tokens is None or tokens != largest + 1 for tokens in data["devices"]["cpu"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--sizes", "64"], "--sizes '64' applies to a model: give --model too"),
+        (["--preset", "fast"], "--preset 'fast' applies to a model: give --model too"),
+        (["--model", "emoji-sd", "--sizes", "x"], "--sizes takes numbers separated by commas, got 'x'"),
+        (["--model", "emoji-sd", "--time-budget", "2"], "--time-budget 2 applies to the measurement without --model"),
+        (["--time-budget", "1e-9"], "--time-budget must be enough minutes for the smallest grid, got 1e-09"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(own_file, words, says):
+    done = CliRunner().invoke(app, ["thresholds", "--device", "cpu", *words])
+    assert done.exit_code == 2
+    assert done.stderr == f"diffattn: {says}\n"
+    assert not own_file.exists()
 
 
 @pytest.mark.slow

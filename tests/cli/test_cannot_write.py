@@ -85,6 +85,11 @@ def test_a_file_that_turns_out_to_be_a_folder_is_one_sentence(place: Path, tmp_p
         (("evaluate", "--pictures", "x", "--save-npz", "a", "--json", "a"), "a", "a"),
         (("generate", "--prompt", "x", "--out", "x.png", "--json", "x.png"), "x.png", "x.png"),
         (("generate", "--prompt", "x", "--out", "new", "--json", "new"), "new", "new/x-0.png"),
+        (("tune", "--model", "x", "--out", "r.json", "--json", "r.json"), "r.json", "r.json"),
+        (("demo", "--out", "new", "--json", "new"), "new", "new"),
+        (("bench", "attention", "--out", "new", "--json", "new"), "new", "new"),
+        (("bench", "thresholds", "--out", "t.json", "--json", "t.json"), "t.json", "t.json"),
+        (("convert", "x", "new", "--to", "diffusers", "--json", "new"), "new", "new"),
     ],
 )
 def test_two_outputs_in_one_place_are_refused_before_the_work(

@@ -153,6 +153,36 @@ def test_generate_draws_a_class_with_mediators(trained, tmp_path) -> None:
     assert "horse" in unknown.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--distance", "l3"], "distance must be 'l1' or 'l2', got 'l3'"),
+        (["--seed", -1], "seed must be at least 0 and below 2^63, got -1"),
+        (["--guidance", -3], "guidance must be 0 or more, got -3"),
+    ],
+)
+def test_tuning_refuses_what_is_out_of_range(trained, tmp_path, words, says) -> None:
+    done = call("tune", "--model", trained / "pipeline", "--device", "cpu", *words, "--out", tmp_path / "a.json")
+    assert done.exit_code == 2
+    assert says in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_training_refuses_devices_that_it_would_not_use(pictures, tmp_path, device) -> None:
+    done = call("train", *SMALL, "--data", pictures, "--out", tmp_path / "run", "--device", device, "--dry-run")
+    assert done.exit_code == 2
+    assert done.stderr == f"diffattn: device must be cpu or auto (accelerate's choice), got {device!r}\n"
+
+
+@pytest.mark.slow
+def test_a_teacher_with_mediators_is_refused_before_the_first_step(trained, pictures, tmp_path) -> None:
+    done = call("train", *SMALL, f"objective.distill={trained / 'pipeline'}", "--data", pictures, "--out", tmp_path,
+                "--device", "cpu")  # fmt: skip
+    assert done.exit_code == 2
+    assert "objective.distill: the teacher's attention must be softmax in every layer, got mediator" in done.stderr
+
+
 @pytest.mark.slow
 def test_tune_writes_a_recipe(trained, tmp_path) -> None:
     recipe, file = tmp_path / "recipe.json", tmp_path / "all.json"

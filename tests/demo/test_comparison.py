@@ -159,7 +159,21 @@ def test_the_verdict(result: DemoResult, speedup: float, spread: tuple[float, fl
     assert replace(result, speedup=speedup, spread=spread).verdict.startswith(words)
 
 
-@pytest.mark.parametrize("changes", [{"steps": 0}, {"rounds": 0}, {"prompts": ()}, {"guidance": math.nan}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 0}, {"rounds": 0}, {"prompts": ()}, {"guidance": math.nan}, {"seed": -1}, {"seed": 10**23}],
+    ids=str,
+)
 def test_bad_settings(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         DemoSettings(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"steps": 1001}, "1001 cannot be larger than"), ({"model": "cifar-sit"}, "unknown class name 'footprints'")],
+    ids=str,
+)
+def test_what_the_model_cannot_draw_is_refused_before_the_first_picture(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Demo(replace(SHORT, **changes))

@@ -76,8 +76,8 @@ def test_rotated_tokens_are_never_averaged() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"factor": 1}, "factor must be a whole number, 2 or more, got 1"),
-    ({"factor": 2.0}, "factor must be a whole number, 2 or more, got 2.0"),
+    ({"factor": 1}, "factor must be a whole number from 2 to 1024, got 1"),
+    ({"factor": 2.0}, "factor must be a whole number from 2 to 1024, got 2.0"),
     ({"factor": True}, "got True"),
     ({"pooled": 1}, "pooled must be True or False, got 1"),
 ])  # fmt: skip

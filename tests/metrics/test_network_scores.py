@@ -182,7 +182,7 @@ def test_what_does_not_fit_says_what_to_give(clip: Path, dino: Path, tmp_path: P
         clip_similarity(tmp_path)
     write_pictures(tmp_path / "a.npz", pictures(2))
     config = EvaluateConfig(clip=clip, clip_i=clip, dino_i=dino, prompts=PROMPTS)
-    with pytest.raises(ValueError, match="clip_i and dino_i compare pairs: give paired"):
+    with pytest.raises(ValueError, match="there are no pairs for clip_i and dino_i: give paired"):
         evaluate(tmp_path / "a.npz", folder=tmp_path / "run", config=config)
     with pytest.raises(ValueError, match="CLIP score and PickScore need the prompts"):
         evaluate(tmp_path / "a.npz", folder=tmp_path / "run", config=EvaluateConfig(pickscore=clip))

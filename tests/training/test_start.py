@@ -240,6 +240,11 @@ def test_distillation_needs_matching_layers_and_mediators() -> None:
         Distillation(DiT(**{**SMALL, "num_layers": 3}, attention="mediator", mediators=(4,)), teacher)
     with pytest.raises(ValueError, match="no mediator layers"):
         Distillation(DiT(**SMALL), teacher)
+    student = DiT(**SMALL, attention="mediator", mediators=(4,))
+    for attention in ("mediator", "agent", ("softmax", "inline")):
+        other = DiT(**SMALL, attention=attention, mediators=(4,))
+        with pytest.raises(ValueError, match=r"must be softmax in every layer, got .*(mediator|agent|softmax\+inline)"):
+            Distillation(student, other)
     with pytest.raises(ValueError, match="no mediator layers"):
         freeze_backbone(DiT(**SMALL))
 

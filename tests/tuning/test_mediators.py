@@ -87,6 +87,16 @@ def test_what_cannot_be_searched(pipe) -> None:
         SearchConfig(samples=0)
     with pytest.raises(ValueError, match="ratios must be numbers above 0"):
         SearchConfig(ratios=(0.5, -1.0))
+    with pytest.raises(ValueError, match="ratios must be numbers above 0"):
+        SearchConfig(ratios=(float("nan"),))
+    with pytest.raises(ValueError, match="distance must be 'l1' or 'l2', got 'l3'"):
+        SearchConfig(distance="l3")
+    for seed in (-1, 10**23, 2**63 - 16):  # each of the 32 pictures has its own
+        with pytest.raises(ValueError, match=rf"seed must be at least 0 and below 2\^63, got {seed}"):
+            SearchConfig(seed=seed)
+    for guidance in (-3.0, float("nan")):
+        with pytest.raises(ValueError, match=f"guidance must be 0 or more, got {guidance}"):
+            SearchConfig(guidance=guidance)
     single = SiTPipeline(tiny_dit(mediators=(4,)), FlowMatchEulerDiscreteScheduler(shift=1))
     with pytest.raises(ValueError, match="two numbers of mediators"):
         ThresholdSearch(single, CONFIG)

@@ -249,7 +249,8 @@ def test_the_recipe_keeps_its_promise_and_the_pipeline_is_left_alone(pipe: Diffu
         errors = [relative_error(latents(pipe, i, p), exact[i]) for i, p in enumerate(PROMPTS)]
     assert errors == pytest.approx(tuned.recipe["verified"]["error_per_prompt"], rel=1e-3)
     assert 0 < sum(errors) / 3 < tuned.verified.promise <= 0.01
-    assert tuned.recipe["promised"] == {"error": 0.01, "speedup": tuned.speedup}
+    assert tuned.recipe["promised"] == {"error": tuned.verified.promise, "speedup": tuned.speedup}
+    assert tuned.recipe["protocol"]["max_error"] == 0.01
     assert tuned.speedup > 1.05
     assert tuned.verified.expected_speedup == pytest.approx(tuned.speedup, rel=1e-3)  # counted both times
     assert not pipe.unet._forward_pre_hooks  # type: ignore[attr-defined]
@@ -284,7 +285,7 @@ def test_a_least_speed_up_is_reached_at_the_first_rung_that_does(pipe: Diffusion
     found = diffattn.tune(pipe, PROMPTS[:2], min_speedup=wanted, probed=1, on_call=lambda: calls.append(None), **SMALL)
     assert len(calls) <= workload(pipe, PROMPTS[:2], min_speedup=wanted, probed=1, **SMALL).total
     assert wanted <= found.speedup < tuned.speedup
-    assert found.recipe["promised"] == {"error": found.verified.promise, "speedup": wanted}
+    assert found.recipe["promised"] == {"error": found.verified.promise, "speedup": found.speedup}
     assert found.verified.error < tuned.verified.error * 1.2
     with pytest.raises(CannotTune, match=r"a speed-up of 9 cannot be reached: .* gives 1\.\d+$"):
         diffattn.tune(pipe, PROMPTS[:1], min_speedup=9.0, **SMALL)
@@ -296,8 +297,8 @@ def test_what_is_promised_is_measured_once_more(pipe: DiffusionPipeline, monkeyp
     monkeypatch.setattr(Search, "speedup", lambda search, recipe: next(times["now"]))
     times["now"] = iter([2.0, 1.6, 1.6, 1.6, 1.6, 1.4, 1.45, 1.52])  # all cheap; the search; again, and one rung on
     found = diffattn.tune(pipe, PROMPTS[:1], min_speedup=1.5, checks=4, **SMALL)
-    assert found.recipe["promised"]["speedup"] == 1.5
-    assert found.recipe["verified"]["speedup"] == found.speedup == 1.52
+    assert found.recipe["protocol"]["min_speedup"] == 1.5
+    assert found.recipe["promised"]["speedup"] == found.recipe["verified"]["speedup"] == found.speedup == 1.52
     times["now"] = iter([2.0, *[1.6] * 4, *[1.4] * 4])
     with pytest.raises(CannotTune, match=r"a speed-up of 1\.5 was measured once, but not again: 1\.4 at most"):
         diffattn.tune(pipe, PROMPTS[:1], min_speedup=1.5, checks=4, **SMALL)
