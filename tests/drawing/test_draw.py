@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -134,8 +135,8 @@ def test_a_name_that_is_nothing(name: str) -> None:
         load_pipeline(name)
 
 
-@pytest.mark.slow  # the hub's client tries again five times
-def test_a_hub_id_that_cannot_be_fetched_is_named() -> None:
+def test_a_hub_id_that_cannot_be_fetched_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else its client tries again for long
     with pytest.raises(ValueError, match="diffattn-tests/there-is-no-such-model"):
         load_pipeline("diffattn-tests/there-is-no-such-model")
 
