@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from diffattn.cli.common import bad_input, check_apart, check_writable, fail, loading, stdout, write_json
+from diffattn.cli.common import bad_input, check_outputs, check_writable, fail, loading, stdout, write_json
 from diffattn.cli.options import Device, FastestDtype, JsonFile, Resume, Threads
 
 NOT_FINISHED = 1
@@ -79,9 +79,7 @@ def attention(
 
     Results are written after every round, so you can interrupt at any time and resume with --resume.
     """
-    check_writable(out, folder=True)
-    check_writable(json)
-    check_apart(json, out)
+    check_outputs(json, out, folder=True)
     with bad_input():
         from diffattn.benchmarks.attention import Benchmark, BenchmarkConfig
         from diffattn.benchmarks.attention_report import plot, table
@@ -133,9 +131,7 @@ def mediator(
     Each comparison reports the time ratio, counted GFLOPs and peak memory of a call. Sizes that do not fit in memory
     are skipped. Results are written after every round, so you can interrupt at any time and resume with --resume.
     """
-    check_writable(out, folder=True)
-    check_writable(json)
-    check_apart(json, out)
+    check_outputs(json, out, folder=True)
     with bad_input():
         from diffattn.benchmarks.mediator_report import plot, table
         from diffattn.benchmarks.mediators import MediatorBenchmark, MediatorBenchmarkConfig
@@ -188,9 +184,7 @@ def thresholds(
 
     With --model, time every kind of attention call of one model instead, as the first run of `diffattn.patch` does.
     """
-    check_writable(out)
-    check_writable(json)
-    check_apart(json, out)
+    check_outputs(json, out)
     if model is not None:
         if shipped:
             fail("--model fills this machine's cache; it cannot be combined with --shipped")

@@ -137,6 +137,19 @@ def check_apart(file: Path | None, *others: Path | None) -> None:
             fail(f"cannot write to {str(file)!r}: that is the place of another output, {str(other)!r}")
 
 
+def check_outputs(json: Path | None, out: Path | None, *, folder: bool = False) -> None:
+    """Fail early if one of a command's two outputs cannot be written, or if they are in one place.
+
+    Args:
+        json: the file of the results.
+        out: the main output.
+        folder: whether `out` is a folder.
+    """
+    check_writable(out, folder=folder)
+    check_writable(json)
+    check_apart(json, out)
+
+
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
     """Write results if a file was given, creating its folder; a failure leaves an older file untouched."""
     if path is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffattn.cli.common import bad_input, check_apart, check_writable, fail, loading, stdout, write_json
+from diffattn.cli.common import bad_input, check_outputs, fail, loading, stdout, write_json
 from diffattn.cli.options import JsonFile
 
 
@@ -63,9 +63,7 @@ def convert(
     Official files are DiT, SiT and published mediator checkpoints. Only tensors and plain values are read from a .pt
     file; code in it is never run. Weights are written as safetensors.
     """
-    check_writable(dest, folder=to != "official")
-    check_writable(json)
-    check_apart(json, dest)
+    check_outputs(json, dest, folder=to != "official")
     with loading(str(source)), bad_input():
         import torch
 

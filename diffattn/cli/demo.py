@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from diffattn.cli.common import bad_input, check_apart, check_writable, loading, progress, stdout, write_json
+from diffattn.cli.common import bad_input, check_outputs, loading, progress, stdout, write_json
 from diffattn.cli.options import Device, FastestDtype, JsonFile, Seed
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def demo(
     the figures give times and similarity. A second model, a SiT with mediators, then draws the same names with all of
     its mediators, with as many as the time step needs, and with the fewest.
     """
-    check_writable(out, folder=True)
-    check_writable(json)
-    check_apart(json, out)
+    check_outputs(json, out, folder=True)
     with loading(model), bad_input():
         from diffattn.demo import Demo, DemoSettings
         from diffattn.drawing.batch import NotFinite

@@ -7,8 +7,7 @@ import typer
 
 from diffattn.cli.common import (
     bad_input,
-    check_apart,
-    check_writable,
+    check_outputs,
     fail,
     loading,
     progress,
@@ -68,9 +67,7 @@ def tune(
     For a SiT with mediators, with --budget: finds the thresholds at which it switches to more mediators. For every
     choice it prints the counted GFLOPs per picture and the relative error of the latents against the most mediators.
     """
-    check_writable(json)
-    check_writable(out)
-    check_apart(json, out)
+    check_outputs(json, out)
     by_error: dict[str, Any] = dict(
         zip(BY_ERROR, (prompts, max_error, min_speedup, bands, cost, width, height, presets), strict=True)
     )
