@@ -34,7 +34,12 @@ def load_thresholds() -> Thresholds:
     """
     table = dict(read_thresholds(shipped_file()))
     own = user_file()
-    return table | read_thresholds(own) if own.is_file() else table
+    return table | read_thresholds(own) if exists(own) else table
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file, as far as one can see: not in a folder that must not be entered."""
+    return os.path.isfile(path)  # noqa: PTH113 - `Path.is_file` raises there
 
 
 def read_thresholds(path: Path) -> dict[str, dict[str, int | None]]:

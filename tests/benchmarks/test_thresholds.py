@@ -1,6 +1,8 @@
 """Thresholds: which row decides, this machine's own file, and the command that measures."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,3 +214,18 @@ def test_the_cache_is_filled_for_a_model(tmp_path):
     assert set(stored) == {kind for kinds in timed.values() for kind in kinds}
     wrong = CliRunner().invoke(app, ["thresholds", "--model", "emoji-sd", "--shipped"])
     assert wrong.exit_code != 0
+
+
+def test_a_table_in_a_folder_that_must_not_be_entered_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(own := tmp_path / "thresholds.json"))
+    stat = Path.stat
+
+    def refused(path: Path, **how: Any) -> Any:  # as for a user who may not enter the folder; root always may
+        if path == own:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert load_thresholds() == read_thresholds(shipped_file())
