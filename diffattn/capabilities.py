@@ -7,10 +7,11 @@ import torch
 
 from diffattn.architectures import ARCHITECTURES
 from diffattn.drawing.loading import EMBEDDED, embedded_models
+from diffattn.files import is_there
 from diffattn.machine import describe_devices, versions
 from diffattn.methods import METHODS
 from diffattn.methods.base import AttentionMethod
-from diffattn.methods.thresholds import exists, load_thresholds, user_file
+from diffattn.methods.thresholds import load_thresholds, user_file
 from diffattn.models.attention import ATTENTION
 from diffattn.patching.decision_cache import cache_for
 
@@ -32,7 +33,7 @@ def capabilities() -> dict[str, Any]:
             name: {"what": model.what, "installed": name in embedded_models()} for name, model in EMBEDDED.items()
         },
         "decisions": _decisions(),
-        "thresholds": {"file": str(own) if exists(own) else "shipped with diffattn", "devices": load_thresholds()},
+        "thresholds": {"file": str(own) if is_there(own) else "shipped with diffattn", "devices": load_thresholds()},
     }
 
 

@@ -79,6 +79,11 @@ def _line_of(before: str) -> int:
     return len(_LINE_END.findall(before)) + 1
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file, as far as one can see: not in a folder that must not be entered."""
+    return os.path.isfile(path)  # noqa: PTH113 - `Path.is_file` raises there
+
+
 class CannotWrite(OSError):
     """Something could not be written, for example on a full disk: the message names it, `strerror` is the reason."""
 

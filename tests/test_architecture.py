@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "schedules": "",
     "tables": "",
     "noise_level": "",
-    "methods": "functional schedules",
+    "methods": "files functional schedules",
     "models": "functional",
     "architectures": "methods models noise_level schedules",
     "patching": "architectures files machine methods noise_level schedules tables",
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "demo": "drawing files machine measure metrics patching",
     "app.jobs": "architectures drawing evaluation files machine measure methods metrics models patching schedules",
     "app.page": "app.jobs",
-    "capabilities": "architectures drawing machine methods models patching",
+    "capabilities": "architectures drawing files machine methods models patching",
     "cli": "app.jobs app.page benchmarks capabilities demo drawing evaluation files machine methods metrics models"
     " patching preflight training tuning",
     "__main__": "cli",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
+from diffattn.files import is_there
+
 Thresholds = Mapping[str, Mapping[str, int | None]]
 """device type -> number of agents (landmarks), or `MERGE` -> smallest number of tokens at which they were faster; None
 where they were slower up to the largest number that was measured."""
@@ -34,12 +36,7 @@ def load_thresholds() -> Thresholds:
     """
     table = dict(read_thresholds(shipped_file()))
     own = user_file()
-    return table | read_thresholds(own) if exists(own) else table
-
-
-def exists(path: Path) -> bool:
-    """Whether there is such a file, as far as one can see: not in a folder that must not be entered."""
-    return os.path.isfile(path)  # noqa: PTH113 - `Path.is_file` raises there
+    return table | read_thresholds(own) if is_there(own) else table
 
 
 def read_thresholds(path: Path) -> dict[str, dict[str, int | None]]:

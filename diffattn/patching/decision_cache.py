@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffattn.architectures.decisions import MAX_KINDS, Decision, decision_from, entry_of
-from diffattn.files import read_json, write_json
+from diffattn.files import is_there, read_json, write_json
 from diffattn.machine import cpu_name, versions
 
 SWITCH = "DIFFATTN_CALIBRATE"
@@ -99,7 +99,7 @@ def _driver() -> str:
 
 
 def _machines(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):  # noqa: PTH113 - false, too, where a folder must not be entered
+    if not is_there(path):
         return {}
     found = read_json(path).get("machines")
     if not isinstance(found, dict) or not all(isinstance(entries, dict) for entries in found.values()):

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support.closed_folder import close
 from typer.testing import CliRunner
 
 from diffattn.benchmarks.thresholds import (
@@ -220,12 +220,5 @@ def test_a_table_in_a_folder_that_must_not_be_entered_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFATTN_THRESHOLDS", str(own := tmp_path / "thresholds.json"))
-    stat = Path.stat
-
-    def refused(path: Path, **how: Any) -> Any:  # as for a user who may not enter the folder; root always may
-        if path == own:
-            raise PermissionError(13, "Permission denied")
-        return stat(path, **how)
-
-    monkeypatch.setattr(Path, "stat", refused)
+    close(own, monkeypatch)
     assert load_thresholds() == read_thresholds(shipped_file())

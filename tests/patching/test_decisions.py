@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from support import tiny
 from support.clock import Clock, clock
+from support.closed_folder import close
 from support.patching import Make
 
 import diffattn
@@ -348,14 +349,7 @@ def test_times_are_kept_for_the_number_of_threads_that_they_were_measured_with(c
 
 
 def test_a_cache_in_a_folder_that_must_not_be_entered_is_empty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stat = Path.stat
-
-    def refused(path: Path, **how: Any) -> Any:  # as for a user who may not enter the folder; root always may
-        if path == cache:
-            raise PermissionError(13, "Permission denied")
-        return stat(path, **how)
-
-    monkeypatch.setattr(Path, "stat", refused)
+    close(cache, monkeypatch)
     assert decision_cache.DecisionCache(cache).read(torch.device("cpu")) == {}
 
 
