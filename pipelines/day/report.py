@@ -63,7 +63,14 @@ def _step(result: Record) -> Rows:
 
 
 def _thresholds(result: Record) -> Rows:
-    return [(str(number), f"{tokens:,}") for number, tokens in result["thresholds"].items()]
+    """Every number of landmarks that was measured, also those that were faster nowhere."""
+    faster, last = result["thresholds"], {}
+    for tokens, ratios in sorted(result["time_ratios"].items(), key=lambda pair: int(pair[0])):
+        last |= {name: (int(tokens), ratio) for name, ratio in ratios.items()}
+    return [
+        (name, f"{faster[name]:,}" if name in faster else f"not up to {tokens:,}", f"{ratio:.2f} at {tokens:,}")
+        for name, (tokens, ratio) in last.items()
+    ]
 
 
 def _launched(result: Record) -> Rows:
@@ -123,7 +130,7 @@ SECTIONS = (
     Section(
         thresholds.KIND,
         "Thresholds",
-        ("landmarks", "faster from (tokens)"),
+        ("landmarks", "faster from (tokens)", "time / exact"),
         _thresholds,
         f"To use them: `DIFFATTN_THRESHOLDS={thresholds.FILE}`, or `diffattn bench thresholds` on the same machine.",
     ),

@@ -11,9 +11,11 @@ import torch
 import typer
 from day.alone import fastest_exact
 from day.item import Item, Setting
+from day.report import markdown
 from day.run import BEGUN, CONDITIONS, DONE, FAILED, OUT_OF_MEMORY, TABLE, TO_DO, UNFINISHED, Day
 from typer.testing import CliRunner
 
+from diffattn.machine import describe_machine
 from diffattn.measure.interleave import Timings
 
 CPU = torch.device("cpu")
@@ -101,6 +103,15 @@ def test_the_table_has_a_section_for_every_kind(rehearsed: tuple[Path, str]) -> 
     widths = {line.count("|") for line in text.partition("## Whole steps")[2].partition("##")[0].splitlines() if line}
     assert len(widths - {0}) == 1
     assert "Not measured" not in text
+
+
+def test_landmarks_that_are_faster_nowhere_stand_in_the_table() -> None:
+    ratios = {"1024": {"16": 0.5, "64": 1.25}, "256": {"16": 1.5}, "4096": {"16": 0.25, "64": 1.5}}
+    record = {"kind": "thresholds", "result": {"complete": True, "thresholds": {"16": 1024}, "time_ratios": ratios}}
+    machine = describe_machine(CPU)
+    text = markdown({"machine": machine, "tiny": False, "dtype": "float32"}, [record])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:] == [["16", "1,024", "0.25 at 4,096"], ["64", "not up to 4,096", "1.50 at 4,096"]]
 
 
 @pytest.mark.slow
