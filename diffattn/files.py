@@ -25,7 +25,28 @@ BYTE_ORDER_MARKS = {
 }
 """Byte-order mark -> encoding. Text without a mark is UTF-8."""
 
+NOWHERE = Path(os.devnull, "no home directory")
+"""Stands for the folder of a user who has none: nothing is in it, and nothing can be written to it."""
+
 _LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def user_folder(variable: str, name: str) -> Path:
+    """A folder of the user.
+
+    Args:
+        variable: the environment variable that names it.
+        name: its usual name in the home directory.
+
+    Returns:
+        `NOWHERE` if neither is known, as for services without a home directory.
+    """
+    if given := os.environ.get(variable):
+        return Path(given)
+    try:
+        return Path.home() / name
+    except RuntimeError:
+        return NOWHERE
 
 
 def decode_text(data: bytes) -> str:

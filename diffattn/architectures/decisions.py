@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from statistics import median
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -25,10 +24,13 @@ MARGIN = 0.9
 """A method counts as faster when it takes less than this share of the time of exact attention."""
 
 ROUNDS = 3
-"""Method and exact attention are timed this often, in turns …"""
+"""Method and exact attention are timed this often, in turns, and the shortest time of each counts …"""
 
 CLEAR = 1.6
-"""… or once if one takes this many times as long as the other."""
+"""… or twice if one takes this many times as long as the other in both rounds …"""
+
+LONG = 0.05
+"""… or once if calls take this many seconds or longer: shorter ones can be delayed that much by other work."""
 
 REPEATS = 3
 """Calls per timing on an accelerator, where the first one hides the work of launching the next."""
@@ -264,17 +266,24 @@ def can_measure(q: Tensor) -> bool:
 
 
 def _seconds(method: Callable[[], Tensor], exact: Callable[[], Tensor], device: torch.device) -> tuple[float, float]:
-    """Seconds of one call of each, in the round with the median ratio."""
+    """Seconds of one call of each: the shortest, since other work on the machine can only make a call longer."""
     for call in (exact, method):  # a first call also prepares what later ones reuse, such as a kernel of this shape
         call()
     rounds: list[tuple[float, float]] = []
-    for _ in range(ROUNDS):
+    while len(rounds) < ROUNDS:
         exact_seconds = _clock(exact, device)
         rounds.append((_clock(method, device), exact_seconds))
-        if not 1 / CLEAR < rounds[0][0] / rounds[0][1] < CLEAR:
-            return rounds[0]
-    middle = median(mine / theirs for mine, theirs in rounds)
-    return next(pair for pair in rounds if pair[0] / pair[1] == middle)
+        enough = len(rounds) >= 2 or min(rounds[0]) >= LONG
+        if enough and {_clearly_faster(*pair) for pair in rounds} in ({True}, {False}):
+            break
+    mine, theirs = zip(*rounds, strict=True)
+    return min(mine), min(theirs)
+
+
+def _clearly_faster(seconds: float, exact_seconds: float) -> bool | None:
+    """Whether the method is the faster one; None: it takes about as long."""
+    ratio = seconds / exact_seconds
+    return None if 1 / CLEAR < ratio < CLEAR else ratio < 1
 
 
 def _clock(call: Callable[[], Tensor], device: torch.device) -> float:

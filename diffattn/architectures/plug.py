@@ -121,6 +121,12 @@ class _Plugged:
         NotPickled.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
         raise AssertionError
 
+    def __copy__(self) -> Any:
+        """A copy of the processor that it replaces."""
+        plug = plug_of(self)
+        assert plug is not None
+        return copy.copy(plug.original)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         plug = copy.deepcopy(plug_of(self), memo)  # with its patch, which refers to this processor again
         assert plug is not None

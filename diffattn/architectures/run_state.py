@@ -26,6 +26,9 @@ OUTSIDE = "called outside a call of the denoiser, for instance by model.forward"
 EXACT_PHASE = -1
 """The phase of a call whose noise level is needed but unknown: exact attention."""
 
+MOST_PLACES = 256
+"""Calls at one noise level that are told apart; a pipeline with so many draws one picture after another at it."""
+
 LONGEST_TRACE = 10_000
 """Maximum calls in a trace; a model that is called at one noise level forever keeps the last ones."""
 
@@ -81,6 +84,7 @@ class RunState(threading.local):
         noise_levels: reads the time steps of the scheduler in use.
         schedulers: the same for every scheduler that the last search for it met, by the scheduler's id.
         last_level: highest noise level of the call before.
+        place: index of the last call whose run is known among those at its noise level.
         scheduler_run: which setting of the scheduler's time steps the run is in, None if unknown.
         last_to_come: how many of them were to come when this was last known.
         memory: (layer, phase, place of the call, or of a group of its samples; see `memory_of`) -> what its method
@@ -100,6 +104,7 @@ class RunState(threading.local):
     schedule: Schedule | None = None
     noise_levels: NoiseLevels | None = None
     last_level: float = -1.0
+    place: int = 0
     last_to_come: int = 0
     scheduler_run: object | None = None
     timing: float = 0.0
@@ -134,8 +139,10 @@ class RunState(threading.local):
         return [m for k in list(self.memory) if matches(k) and EXACT_SHARE in (m := self.memory.pop(k))]
 
     def place_after(self, level: float) -> int:
-        """The index of the next call among those at its noise level; call this before setting `last_level`."""
-        return self.call.place + 1 if self.call is not None and level == self.last_level else 0
+        """The index of the next call among those at its noise level, and -1 from `MOST_PLACES` on; call this before
+        setting `last_level`."""
+        self.place = self.place + 1 if level == self.last_level else 0
+        return self.place if self.place < MOST_PLACES else -1
 
     def is_left_by(self, reading: Reading) -> bool:
         """Whether a call is not in the run of the one before: it is in another run of a scheduler, or earlier in the
@@ -157,7 +164,7 @@ class RunState(threading.local):
         self.memory.clear()
         self.decided.clear()
         self.settled.clear()
-        self.timing = 0.0
+        self.timing, self.place = 0.0, 0
 
     def begin(self, call: DenoiserCall) -> None:
         """Begin a call of the denoiser in this thread."""

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from diffattn.architectures.denoisers import self_attention_layers, uncompiled
+from diffattn.architectures.denoisers import denoisers_of, self_attention_layers, uncompiled
 from diffattn.benchmarks.floor import OwnValues
 from diffattn.methods.agent import AgentAttention
 from diffattn.methods.keys import DownsampledKeys
@@ -93,7 +93,7 @@ def _patched(
 def _floor(model: nn.Module, levels: Collection[int]) -> Iterator[Coverage]:
     """No attention; see `floor`."""
     plan = Plan(FLOOR, None, (OwnValues(),), constant(), lambda spec: spec.level in levels, {})
-    with Patch(model, plan, calibrate=False) as handle:
+    with Patch(model, denoisers_of(model), plan, calibrate=False) as handle:
         yield lambda: handle.report().layers_accelerated
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from diffattn.files import is_there
+from diffattn.files import is_there, user_folder
 
 Thresholds = Mapping[str, Mapping[str, int | None]]
 """device type -> number of agents (landmarks), or `MERGE` -> smallest number of tokens at which they were faster; None
@@ -20,7 +20,7 @@ def user_file() -> Path:
     """The file of this machine's own measurements; `DIFFATTN_THRESHOLDS` overrides its path."""
     if path := os.environ.get("DIFFATTN_THRESHOLDS"):
         return Path(path)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "diffattn" / "thresholds.json"
+    return user_folder("XDG_CONFIG_HOME", ".config") / "diffattn" / "thresholds.json"
 
 
 def shipped_file() -> Path:

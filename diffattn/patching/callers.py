@@ -6,7 +6,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from diffusers import SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffattn.architectures.denoisers import Pipeline
 
@@ -29,6 +29,16 @@ def stacklevel() -> int:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(SKIPPED):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def is_called(model: nn.Module) -> bool:
+    """Whether a module is being called, hooks and all, rather than its `forward` alone."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def schedulers_in(frame: FrameType) -> Iterator[Any]:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from diffattn.architectures.decisions import MAX_KINDS, Decision, decision_from, entry_of
-from diffattn.files import is_there, read_json, write_json
+from diffattn.files import is_there, read_json, user_folder, write_json
 from diffattn.machine import cpu_name, versions
 
 SWITCH = "DIFFATTN_CALIBRATE"
 """Environment variable: "0" keeps `diffattn.patch` from timing, unless `calibrate` is given; a path names the cache."""
+
+WORDS = {"0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}
+"""Values of the variable that are no paths, in lower or upper case; such a file has to be named as "./off"."""
 
 MAX_MACHINES = 64
 """Machines in one file; the oldest are dropped."""
@@ -61,7 +64,7 @@ def cache_for(calibrate: bool | str | Path | None) -> DecisionCache | None:
     """
     if calibrate is None:
         given = os.environ.get(SWITCH) or "1"
-        calibrate = given == "1" if given in ("0", "1") else Path(given)
+        calibrate = WORDS.get(given.lower(), Path(given))
     if calibrate is False:
         return None
     if calibrate is True:
@@ -73,7 +76,7 @@ def cache_for(calibrate: bool | str | Path | None) -> DecisionCache | None:
 
 def user_cache() -> Path:
     """The file in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffattn" / "decisions.json"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "diffattn" / "decisions.json"
 
 
 def machine_key(device: torch.device) -> str:

@@ -5,8 +5,9 @@ objects.
 """
 
 import copy
+import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from torch import nn
 from diffattn.architectures import Architecture, architecture_of
 from diffattn.architectures.base import Size
 from diffattn.architectures.decisions import read_given
-from diffattn.architectures.denoisers import Pipeline, denoisers_of, draws, uncompiled, uncovered_networks
+from diffattn.architectures.denoisers import Pipeline, draws, uncompiled, uncovered_networks
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, HEADS, NotPickled
 from diffattn.patching.decision_cache import cache_for
@@ -28,23 +29,40 @@ from diffattn.patching.run import Runs
 from diffattn.patching.target import Target
 
 SHARED = "pipelines made from this one with from_pipe share its denoiser and are patched too"
+REPLACED = "the pipeline draws with another {} since, which is not patched: unpatch it, and patch it again"
+ELSEWHERE = "{} belongs to the patch of another pipeline, and is left to it"
+
+CHANGING = threading.RLock()
+"""Held while a model is patched or restored, so that two threads do not patch the same one."""
 
 
 class Patch(NotPickled):
     """A patched model, made by `diffattn.patch`."""
 
-    def __init__(self, target: Pipeline | nn.Module, plan: Plan, calibrate: bool | str | Path | None = None) -> None:
-        """Patch a pipeline or a denoiser that is not patched yet; `calibrate` as in `diffattn.patch`.
+    def __init__(
+        self,
+        target: Pipeline | nn.Module,
+        denoisers: Mapping[str, nn.Module],
+        plan: Plan,
+        calibrate: bool | str | Path | None = None,
+        left_out: Sequence[str] = (),
+    ) -> None:
+        """Patch denoisers that are not patched yet.
+
+        Args:
+            target: a pipeline or a denoiser.
+            denoisers: of the target, see `denoisers_of`.
+            plan: what to do.
+            calibrate: as in `diffattn.patch`.
+            left_out: names of the target's networks that are left to another patch.
 
         Raises:
-            TypeError: the architecture is not supported.
             ValueError: an option or a layer that the model does not allow; no layer to patch; a damaged cache of
                 decisions.
         """
         self._target = Target(target)
-        self._uncovered = uncovered_networks(target)
+        self._notes = [*uncovered_networks(target), *(ELSEWHERE.format(name) for name in left_out)]
         self._removed = False
-        denoisers = denoisers_of(target)
         architectures = {prefix: architecture_of(uncompiled(model)) for prefix, model in denoisers.items()}
         layers = {prefix: attention_layers(prefix, model, architectures[prefix]) for prefix, model in denoisers.items()}
         specs = [layer.spec for found in layers.values() for layer in found]
@@ -103,17 +121,18 @@ class Patch(NotPickled):
 
     def remove(self) -> None:
         """Restore everything except processors that others have replaced since. Idempotent."""
-        for layer in self._layers:
-            if layer.runs is not None:
-                ours = layer.module.processor
-                is_ours = layer.is_ours(ours)
-                for runs in layer.all_runs:
-                    runs.active = False
-                if is_ours:
-                    install(layer.module, runs_of(ours).original)  # type: ignore[union-attr]
-        for hook in self._hooks:
-            hook.unregister()
-        self._removed = True
+        with CHANGING:
+            for layer in self._layers:
+                if layer.runs is not None:
+                    ours = layer.module.processor
+                    is_ours = layer.is_ours(ours)
+                    for runs in layer.all_runs:
+                        runs.active = False
+                    if is_ours:
+                        install(layer.module, runs_of(ours).original)  # type: ignore[union-attr]
+            for hook in self._hooks:
+                hook.unregister()
+            self._removed = True
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +146,8 @@ class Patch(NotPickled):
             self._runs.displaced()
         tokens = {x.spec.name: d.tokens(x.spec) for d in self._runs.denoisers for x in d.patched}
         shared = (SHARED,) if self._target.is_pipeline else ()
+        other = None if self._removed else self._target.replaced(self._runs.denoisers[0].model)
+        replaced = () if other is None else (REPLACED.format(type(uncompiled(other)).__name__),)
         return Report(
             model=self._model_name,
             method=self.plan.method,
@@ -135,7 +156,7 @@ class Patch(NotPickled):
             runs=self._runs.num_runs,
             calls=self._runs.num_calls,
             removed=self._removed,
-            notes=(*self._uncovered, *shared),
+            notes=(*replaced, *self._notes, *shared),
         )
 
     def explain(

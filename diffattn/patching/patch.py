@@ -1,20 +1,24 @@
 """`patch` and `unpatch`; only they and the `Patch` they create modify a user's model."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from diffattn.architectures.denoisers import Pipeline, denoisers_of, uncompiled
+from diffattn.architectures.denoisers import Pipeline, denoisers_of, draws, uncompiled
 from diffattn.patching.default_method import layers_of
 from diffattn.patching.denoiser import runs_of
-from diffattn.patching.handle import Patch
+from diffattn.patching.handle import CHANGING, Patch
 from diffattn.patching.hook import hooks_of
 from diffattn.patching.plan import LayerFilter, Plan
 from diffattn.schedules import Schedule
 
 __all__ = ["Patch", "find_patch", "patch", "unpatch"]
+
+_MADE: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Patch]] = weakref.WeakKeyDictionary()
+"""What was patched -> its patches, whatever it draws with by now."""
 
 
 def patch(
@@ -35,7 +39,8 @@ def patch(
     shares the denoiser and hence the patch. Compile first, then patch.
 
     Args:
-        pipe_or_model: a pipeline with a supported denoiser (its ControlNets are patched with it), or a denoiser.
+        pipe_or_model: a pipeline with a supported denoiser, or a denoiser. The ControlNets that the pipeline has now
+            are patched with it, except those that belong to the patch of another pipeline.
         method: a name in `diffattn.METHODS`; None: the one that suits the model, see `default_method`.
         preset: a named set of options; "balanced" if neither `preset`, `recipe` nor `schedule` is given.
         recipe: a mapping, or the path of a JSON file, with any of method, preset, options, layers, schedule.
@@ -61,26 +66,32 @@ def patch(
             was tuned for a model with other layers; no layer to patch; a model that is already patched; decisions of
             another form; a damaged cache.
     """
-    denoisers = denoisers_of(pipe_or_model)
-    plan = Plan.read(method, preset, recipe, layers, schedule, options, layers_of(denoisers), decisions)
-    for model in denoisers.values():
-        if _patches_of(model):
-            raise ValueError(
-                f"this {type(uncompiled(model)).__name__} is already patched, perhaps through a pipeline that "
-                "shares it; call diffattn.unpatch first"
-            )
-    return Patch(pipe_or_model, plan, calibrate)
+    every = denoisers_of(pipe_or_model)
+    with CHANGING:
+        patched = [prefix for prefix, model in every.items() if _patches_of(model)]
+        for prefix in patched:
+            if draws(prefix):
+                raise ValueError(
+                    f"this {type(uncompiled(every[prefix])).__name__} is already patched, perhaps through a pipeline "
+                    "that shares it; call diffattn.unpatch first"
+                )
+        denoisers = {prefix: model for prefix, model in every.items() if prefix not in patched}
+        plan = Plan.read(method, preset, recipe, layers, schedule, options, layers_of(denoisers), decisions)
+        left_out = [prefix.removesuffix(".") for prefix in patched]
+        made = Patch(pipe_or_model, denoisers, plan, calibrate, left_out)
+        _MADE.setdefault(pipe_or_model, weakref.WeakSet()).add(made)
+    return made
 
 
 def unpatch(pipe_or_model: Pipeline | nn.Module) -> None:
-    """Remove the patch of a pipeline or denoiser, if it has one.
+    """Remove the patch of a pipeline or denoiser, if it has one; also where the pipeline's denoiser was replaced since.
+    A ControlNet that belongs to the patch of another pipeline stays patched.
 
     Raises:
         TypeError: the architecture is not supported.
     """
-    for model in denoisers_of(pipe_or_model).values():
-        for found in _patches_of(model):
-            found.remove()
+    for found in (*_drawing_patches(pipe_or_model), *_MADE.get(pipe_or_model, ())):
+        found.remove()
 
 
 def find_patch(pipe_or_model: Pipeline | nn.Module) -> Patch | None:
@@ -89,8 +100,13 @@ def find_patch(pipe_or_model: Pipeline | nn.Module) -> Patch | None:
     Raises:
         TypeError: the architecture is not supported.
     """
-    found = [found for model in denoisers_of(pipe_or_model).values() for found in _patches_of(model)]
-    return found[0] if found else None
+    return next(iter(_drawing_patches(pipe_or_model)), None)
+
+
+def _drawing_patches(pipe_or_model: Pipeline | nn.Module) -> list[Patch]:
+    """The patches on what a pipeline draws with."""
+    found = denoisers_of(pipe_or_model).items()
+    return [patch for prefix, model in found if draws(prefix) for patch in _patches_of(model)]
 
 
 def _patches_of(model: nn.Module) -> list[Patch]:

@@ -60,6 +60,7 @@ class Plan:
             options = {**recipe.get("options", {}), **options}
         elif preset is None and schedule is None:
             preset = DEFAULT_PRESET
+        _check_filter(layers)
         if method is None:
             method = method_for([layer for layer in of_model if _is_chosen(layer, layers)] or of_model)
         kind = _lookup("method", method, METHODS)
@@ -84,6 +85,7 @@ class Plan:
         """The plan of a tuned recipe. In each phase, `methods` has the method of the first accelerated layer."""
         if not alone:
             raise ValueError("a tuned recipe is complete: it cannot be combined with a preset, schedule or options")
+        _check_filter(layers)
         found = LayerRecipe.read(recipe)
         phases = range(len(found.schedule.phases))
         methods = tuple(next((m[p] for m in found.methods.values() if m[p]), None) for p in phases)
@@ -155,6 +157,13 @@ class Plan:
                 f"layers must be a list of self-attention layers of this model, got {', '.join(wrong)}; "
                 f"they are: {', '.join(names)}"
             )
+
+
+def _check_filter(layers: Any) -> None:
+    """Raise `ValueError` if this does not select layers."""
+    is_names = isinstance(layers, Collection) and all(isinstance(name, str) for name in layers)
+    if layers is not None and not callable(layers) and not is_names:
+        raise ValueError(f"layers must be a list of names, or a function of a LayerSpec, got {layers!r}")
 
 
 def _is_chosen(layer: LayerSpec, layers: LayerFilter | None) -> bool:

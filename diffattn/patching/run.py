@@ -25,7 +25,7 @@ from diffattn.architectures.run_state import (
 )
 from diffattn.methods.base import EXACT_SHARE
 from diffattn.noise_level import Reading
-from diffattn.patching.callers import is_kept_by_caller, stacklevel
+from diffattn.patching.callers import is_called, is_kept_by_caller, stacklevel
 from diffattn.patching.decision_cache import DecisionCache
 from diffattn.patching.denoiser import Expected, PatchedDenoiser, PatchedLayer
 from diffattn.patching.hook import DiffAttnWarning
@@ -73,7 +73,7 @@ class Runs(NotPickled):
     ) -> bool:
         """See `hook.Listener`."""
         self.look_up(sample.device)
-        state, expected = self.state, Expected(sample.device.type, mask_rows, sample.shape[0], sample.dtype)
+        state, expected = self.state, _expected(sample, mask_rows)
         grids = denoiser.set_size(size)  # of this call: the denoiser may serve another thread in between
         scheduler = SchedulerInUse(state, self.denoisers[0].model, self._target.scheduler)
         reading = denoiser.read_time(time, scheduler)
@@ -151,8 +151,8 @@ class Runs(NotPickled):
 
     def enter_forward(self, denoiser: PatchedDenoiser) -> None:
         """See `hook.Listener`."""
-        if self.state.inside:
-            return
+        if self.state.inside and (denoiser.compiled or is_called(denoiser.model)):
+            return  # else Ctrl+C ended the last call before it could say so
         self.state.bypassed = True
         name = type(denoiser.model).__name__
         self._warn_once(
@@ -278,3 +278,11 @@ class Runs(NotPickled):
             "options": options,
             "change": getattr(self.state.schedule, "change", None),
         }
+
+
+def _expected(sample: Tensor, mask_rows: int) -> Expected:
+    """What the latents of a call say about its attention, whose precision under autocast is not theirs."""
+    device, dtype = sample.device.type, sample.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return Expected(device, mask_rows, sample.shape[0], dtype)

@@ -3,7 +3,9 @@
 import weakref
 from typing import Any, Self
 
-from diffattn.architectures.denoisers import Pipeline
+from torch import nn
+
+from diffattn.architectures.denoisers import Pipeline, denoiser_of, uncompiled
 from diffattn.architectures.run_state import NotPickled
 
 
@@ -18,6 +20,12 @@ class Target(NotPickled):
     def is_pipeline(self) -> bool:
         """Whether it is a pipeline that still exists."""
         return isinstance(self._ref(), Pipeline)
+
+    def replaced(self, model: nn.Module) -> Any:
+        """What the pipeline draws with by now instead of a denoiser; None if it still draws with that, or is gone."""
+        pipe = self._ref()
+        now = denoiser_of(pipe) if isinstance(pipe, Pipeline) else model
+        return None if not isinstance(now, nn.Module) or uncompiled(now) is uncompiled(model) else now
 
     @property
     def scheduler(self) -> Any:

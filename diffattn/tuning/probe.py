@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from diffattn.architectures.denoisers import denoisers_of
 from diffattn.measure.flops import count_gflops
 from diffattn.measure.interleave import interleave
 from diffattn.methods.base import (
@@ -121,7 +122,7 @@ def probing(pipe: Any, settings: Sequence[Setting], log: Log) -> Any:
         ValueError: there are no such layers.
     """
     probe = Probe(tuple(s.method for s in settings), log)
-    with Patch(pipe, Plan(probe.name, None, (probe,), constant(), None, {})) as patch:
+    with Patch(pipe, denoisers_of(pipe), Plan(probe.name, None, (probe,), constant(), None, {})) as patch:
         yield patch
 
 

@@ -85,6 +85,28 @@ def test_compile_then_patch_is_one_graph_per_phase(way: Callable[..., nn.Module]
     assert_close(steps(model), exact)
 
 
+@pytest.mark.filterwarnings("ignore:diffattn accelerates no layer")
+@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
+def test_under_autocast_the_report_follows_the_precision_that_layers_compute_in(faster: torch.dtype) -> None:
+    def draw() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return steps(model)
+
+    model = unet()
+    options: dict[str, Any] = dict(num_agents=8, max_head_error=math.inf)
+    with diffattn.patch(model, **options, calibrate=False) as patch:
+        draw()
+        kinds = {kind.replace("bfloat16", "{}") for kind in patch.decisions()}
+    assert all("{}" in kind for kind in kinds)
+    model.compile(backend="eager")
+    exact = draw()
+    decided = {kind.format(name): name in str(faster) for kind in kinds for name in ("float32", "bfloat16")}
+    patch = diffattn.patch(model, **options, calibrate=False, decisions=decided)
+    found = draw()
+    assert torch.equal(torch.stack(found), torch.stack(exact)) is (faster is torch.float32)
+    assert bool(patch.report().calls_accelerated) is (faster is torch.bfloat16)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_calls_are_counted_in_compiled_code(way: Callable[..., nn.Module]) -> None:
     model = way(unet(), CompileCounter())

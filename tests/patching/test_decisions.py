@@ -85,7 +85,7 @@ def test_each_kind_of_call_is_timed_once_whatever_the_clock_says_later(
     with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
         first = tiny.run(pipe)
         timed = clock.calls
-        assert timed == 2 * len(handle.decisions())  # in turns, and once, since one is twice as fast
+        assert timed == 2 * len(handle.decisions())  # in turns, and once, since calls are long and one is twice as fast
         clock.method = 10.0
         assert torch.equal(tiny.run(pipe), first)
     with diffattn.patch(pipe, **OPTIONS, calibrate=cache) as handle:
@@ -97,14 +97,38 @@ def test_each_kind_of_call_is_timed_once_whatever_the_clock_says_later(
     assert clock.calls > timed
 
 
-def test_close_times_are_measured_again_and_the_median_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 1.2, 1.0, 0.8, 1.0, 0.85])
-    monkeypatch.setattr(decisions, "_clock", lambda call, device: next(times))
+def measured(times: list[float], monkeypatch: pytest.MonkeyPatch) -> tuple[Decision, int]:
+    """What is decided where calls take these times, exact ones first, and how many of them were needed."""
+    clock = iter(times)
+    monkeypatch.setattr(decisions, "_clock", lambda call, device: next(clock))
     found = decisions.Decisions(measures=True)
-    nothing = torch.zeros
-    decision = found.measure("kind", lambda: nothing(1), lambda: nothing(1), torch.device("cpu"))
-    assert decision == Decision(True, "measured here", 0.85, 1.0)
-    assert found.measure("kind", lambda: nothing(1), lambda: nothing(1), torch.device("cpu")) is decision
+    decision = found.measure("kind", lambda: torch.zeros(1), lambda: torch.zeros(1), torch.device("cpu"))
+    assert found.measure("kind", lambda: torch.zeros(1), lambda: torch.zeros(1), torch.device("cpu")) is decision
+    return decision, len(times) - len(list(clock))
+
+
+def test_close_times_are_measured_again_and_the_shortest_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured([1.0, 1.2, 1.0, 0.8, 1.0, 0.85, 1.0, 1.0], monkeypatch)
+    assert found == (Decision(True, "measured here", 0.8, 1.0), 6)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "faster", "calls"),
+    [
+        ([5.0, 1.0, 0.2, 1.0, 0.2, 1.0], False, 6),  # the first exact call was interrupted
+        ([0.2, 1.0, 5.0, 1.0, 0.2, 1.0], False, 6),  # the second was
+        ([2.0, 9.0, 2.0, 1.0, 2.0, 1.0], True, 6),  # the method was
+        ([2.0, 1.0, 2.0, 1.0], True, 4),
+        ([0.2, 1.0, 0.2, 1.0], False, 4),
+        ([200.0, 100.0], True, 2),  # nothing interrupts for that long
+        ([200.0, 150.0, 200.0, 100.0, 200.0, 100.0], True, 6),
+    ],
+)
+def test_a_call_that_other_work_interrupts_does_not_decide(
+    milliseconds: list[float], faster: bool, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decision, timed = measured([x / 1e3 for x in milliseconds], monkeypatch)
+    assert (decision.faster, timed) == (faster, calls)
 
 
 def test_a_first_call_that_prepares_a_kernel_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,16 +251,17 @@ def test_the_environment_switches_it_off_and_names_the_file(
     pipe: DiffusionPipeline, clock: Clock, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    monkeypatch.setenv("DIFFATTN_CALIBRATE", "0")
-    with diffattn.patch(pipe, **OPTIONS):
-        tiny.run(pipe)
+    for value in ("0", "false", "Off"):
+        monkeypatch.setenv("DIFFATTN_CALIBRATE", value)
+        with diffattn.patch(pipe, **OPTIONS):
+            tiny.run(pipe)
     assert clock.calls == 0
     monkeypatch.setenv("DIFFATTN_CALIBRATE", str(cache))
     with diffattn.patch(pipe, **OPTIONS):
         tiny.run(pipe)
     assert clock.calls > 0
     assert cache.is_file()
-    for value in ("1", "", None):
+    for value in ("1", "yes", "", None):
         if value is None:
             monkeypatch.delenv("DIFFATTN_CALIBRATE")
         else:

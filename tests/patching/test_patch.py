@@ -254,6 +254,8 @@ def test_a_unet_that_stays_exact_beside_an_unpatched_controlnet_warns(make_pipel
         ({"min_tokens": -1}, "min_tokens must be .*got -1"),
         ({"max_level": -1}, "max_level must be .*got -1"),
         ({"layers": ["attn1"]}, "got attn1; they are: down_blocks.0"),
+        ({"layers": 5}, "layers must be a list of names, or a function of a LayerSpec, got 5"),
+        ({"layers": [MID, 5]}, "layers must be a list of names"),
         ({"layers": MID}, "layers must be a list of self-attention layers of this model, got mid_block"),
         ({"layers": []}, "nothing to patch in UNet2DConditionModel: .*not among the chosen layers"),
         ({"layers": lambda layer: layer.level == 5}, "not among the chosen layers"),

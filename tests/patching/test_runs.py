@@ -20,6 +20,7 @@ from torch import Tensor
 
 import diffattn
 from diffattn.architectures.base import Size
+from diffattn.architectures.run_state import MOST_PLACES
 
 
 @pytest.fixture
@@ -117,6 +118,21 @@ def test_an_aborted_run_leaves_nothing_behind(pipe: DiffusionPipeline) -> None:
             tiny.run(pipe, callback_on_step_end=stop)  # after the first step: the next run starts at the same level
         assert torch.equal(tiny.run(pipe), expected)
         assert handle.report().runs == runs + 1
+
+
+def test_one_time_step_used_for_many_pictures_keeps_no_more_than_some() -> None:
+    unet = tiny.unet()
+    scheduler = tiny.scheduler()
+    scheduler.set_timesteps(1)
+    handle = diffattn.patch(unet, **FEW)
+    t, state, kept = scheduler.timesteps[0], handle._runs.state, set[int]()
+    for number in range(MOST_PLACES + 50):
+        call(unet, timestep=t)
+        if number >= MOST_PLACES:
+            kept.add(len(state.memory))
+    assert len(kept) == 1
+    assert max(place for _, _, place in state.memory) == MOST_PLACES - 1
+    assert handle.report().calls_passed_through == 0
 
 
 class EveryOther:

@@ -178,6 +178,13 @@ def test_a_patched_model_cannot_be_pickled_and_says_what_to_do(
     pickle.dumps(pipe)
 
 
+def test_a_copy_of_a_patched_processor_is_one_of_the_original(pipe: Any) -> None:
+    attn = self_attention(pipe.unet)[MID]
+    kind = type(attn.processor)
+    diffattn.patch(pipe, **FEW)
+    assert type(copy.copy(attn.processor)).__mro__ == kind.__mro__
+
+
 def test_nor_be_sent_to_another_process(pipe: Any) -> None:
     diffattn.patch(pipe, **FEW)
     process = multiprocessing.get_context("spawn").Process(target=print, args=(pipe.unet,))
@@ -204,6 +211,25 @@ def test_a_forward_without_the_hooks_runs_exact_and_is_said_once() -> None:
     assert handle.report().calls_accelerated == 7
     reason = "called outside a call of the denoiser, for instance by model.forward"
     assert row(handle).passed_through == {reason: 3}
+
+
+def test_after_an_interrupted_call_a_forward_without_the_hooks_is_exact() -> None:
+    unet = tiny.unet()
+    exact = forward(unet, 900)
+    handle = diffattn.patch(unet, **PHASES)
+    expected = call(unet, timestep=900)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    stopping = unet.mid_block.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call(unet, timestep=900)
+    stopping.remove()
+    with pytest.warns(DiffAttnWarning, match=r"forward was called directly"):
+        assert torch.equal(forward(unet, 900), exact)
+    assert row(handle).accelerated == 1
+    assert torch.equal(call(unet, timestep=900), expected)
 
 
 def test_a_forward_without_the_hooks_is_exact_with_gradients_too() -> None:
