@@ -27,6 +27,8 @@ def record_of_file(path: Path) -> dict[str, Any]:
 def settings_of_record(record: Mapping[str, Any], models: Models, limits: Limits) -> dict[str, Any]:
     """The value of each of `SETTINGS` for a picture's record, which is untrusted.
 
+    A guidance below 1, which is off like 1, becomes 1: on the page 0 stands for the model's own.
+
     Raises:
         ValueError: its settings are not allowed here; the message says which.
     """
@@ -34,6 +36,8 @@ def settings_of_record(record: Mapping[str, Any], models: Models, limits: Limits
         raise ValueError("a record must be an object")
     given = {name: record.get(name) for name in SETTINGS}
     given |= {"num_images": 1, **_way(record)}
+    if type(given["guidance"]) in (int, float) and 0 <= given["guidance"] < 1:
+        given["guidance"] = 1.0
     read_given(record.get("decisions"))
     return checked_settings(given, models, limits)
 

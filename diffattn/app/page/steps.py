@@ -8,7 +8,7 @@ import gradio as gr
 from diffattn.app.jobs import RunTrace, Worker
 from diffattn.app.jobs.suited import plain_name
 from diffattn.app.page.charts import steps_chart
-from diffattn.app.page.shared import QUICK, note
+from diffattn.app.page.shared import QUICK, WORD, cut, note, toast
 
 EMPTY = "Draw something under Generate or Compare first: its steps are shown here."
 GENERATED, COMPARED = "Generate", "Compare: "
@@ -38,9 +38,13 @@ def tab(worker: Worker, latest: gr.State, traces: gr.State, drawn: Any, compared
     def time_steps(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[str, Trace | None]:
         """The steps of one of this client's latest runs ("Generate", or "Compare: " and an acceleration), as a chart
         (HTML) and as data."""
-        trace = latest if run == GENERATED else traces.get(str(run).removeprefix(COMPARED))
-        if trace is None:
+        if run == GENERATED and latest is None:
             return nothing_yet, None
+        runs = {COMPARED + name: found for name, found in traces.items()} | ({GENERATED: latest} if latest else {})
+        if not isinstance(run, str) or run not in runs:
+            has = ", ".join(runs) or "none yet"
+            raise toast(ValueError(f"no such run: {cut(repr(run), WORD)}; this client's latest runs: {has}"))
+        trace = runs[run]
         return _scrolling(steps_chart(RunTrace.from_dict(trace))), trace
 
     def redrawn(run: str, latest: Trace | None, traces: Mapping[str, Trace]) -> tuple[Any, ...]:

@@ -40,6 +40,26 @@ def test_a_picture_drawn_from_its_own_file_is_the_same(worker: Worker, tmp_path:
     assert again.pictures[0].image.tobytes() == first.pictures[0].image.tobytes()
 
 
+@pytest.mark.parametrize("guidance", [0, 0.5])
+def test_a_picture_without_guidance_is_drawn_again_without(worker: Worker, guidance: float) -> None:
+    asked = web.ask(worker, width=64, height=64, guidance=guidance, acceleration="none")
+    first: Any = list(worker.generate("a", asked))[-1]
+    record = dict(first.pictures[0].record)
+    assert record["guidance"] == guidance
+    settings: Any = settings_of_record(record, worker.models, worker.limits)
+    assert settings["guidance"] == 1  # 0 would be the model's own on the page
+    again: Any = list(worker.generate("a", worker.limits.request(**settings)))[-1]
+    assert again.pictures[0].image.tobytes() == first.pictures[0].image.tobytes()
+
+
+@pytest.mark.slow
+def test_the_code_of_a_picture_names_what_was_decided(worker: Worker) -> None:
+    drawn: Any = list(worker.generate("a", web.ask(worker, width=64, height=64, acceleration="agent/fast")))[-1]
+    decisions = drawn.pictures[0].record["decisions"]
+    assert decisions
+    assert f"decisions={decisions}" in drawn.code
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::diffattn.DiffAttnWarning")  # that nothing is accelerated
 @pytest.mark.parametrize("faster", [True, False])

@@ -96,7 +96,7 @@ def test_generate_gives_png_files_with_recipes_and_the_code(client: Client) -> N
     assert [record_of(Path(file))["seed"] for file in files] == [record["seed"] for record in records] == [7, 8]
     assert all(record["seconds"] > 0 for record in records)
     assert "manual_seed(7)" in code
-    assert "diffattn.patch(pipe, 'agent', preset='fast')" in code
+    assert f"diffattn.patch(pipe, 'agent', preset='fast', decisions={records[0]['decisions']})" in code
 
 
 def test_a_recipe_goes_before_the_acceleration_and_is_compared(client: Client, tmp_path: Path) -> None:
@@ -134,7 +134,10 @@ def test_time_steps_of_every_variant_of_a_comparison(client: Client) -> None:
     assert "every step ran exact attention" not in charts[1]
     assert [data["title"] for data in found] == ["none", "agent/fast"]
     assert client.predict("Generate", api_name="/time_steps")[1] is None
-    assert client.predict("Compare: agent/pooled", api_name="/time_steps")[1] is None
+    with pytest.raises(FAILS, match=r"no such run.*agent/pooled.*Compare: none, Compare: agent/fast"):
+        client.predict("Compare: agent/pooled", api_name="/time_steps")
+    with pytest.raises(FAILS, match="no such run.*agent/fast"):
+        client.predict("agent/fast", api_name="/time_steps")
 
 
 def test_compare_and_its_pairs(client: Client) -> None:
