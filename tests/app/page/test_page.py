@@ -136,7 +136,7 @@ def test_time_steps_of_every_variant_of_a_comparison(client: Client) -> None:
     assert client.predict("Generate", api_name="/time_steps")[1] is None
     with pytest.raises(FAILS, match=r"no such run.*agent/pooled.*Compare: none, Compare: agent/fast"):
         client.predict("Compare: agent/pooled", api_name="/time_steps")
-    with pytest.raises(FAILS, match="no such run.*agent/fast"):
+    with pytest.raises(FAILS, match=r"no such run.*agent/fast"):
         client.predict("agent/fast", api_name="/time_steps")
 
 
