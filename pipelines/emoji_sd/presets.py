@@ -38,6 +38,7 @@ class Preset:
     vocab: int
     stages: tuple[Stage, ...]
     vae_held_out: int | None = None  # every n-th picture is kept from the autoencoder; None: none
+    vae_muon: bool = False  # as in `Stage`
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -80,11 +81,11 @@ PRESETS = {
         ),
     ),
     # two CPU cores with bfloat16, from the weights that `cpu` gives: 512×512 pictures, the same names, one level more
-    # below the deepest. About 40 minutes for the decoder, 75 for UNet and text encoder
+    # below the deepest. About 50 minutes for the decoder, 75 for UNet and text encoder
     "cpu-512": Preset(
         size=512, every=8, keep=True,
         vae_channels=(16, 32, 64, 64), vae_layers=1, vae_crops=(128, 256, 128, 256, 512),
-        vae_pixels=2**17, vae_lr=1e-3, vae_budget=Budget(samples=100_000), vae_held_out=16,
+        vae_pixels=2**17, vae_lr=4e-4, vae_budget=Budget(samples=50_000), vae_held_out=16, vae_muon=True,
         unet_channels=(32, 64, 128, 128), unet_heads=(1, 2, 4, 4), text_width=128, vocab=2048,
         stages=(
             Stage(64, 8, 6e-4, Budget(samples=25_000), 0.25, 0.995, 0.998, 1.5, muon=True, key_strides=(4, 2)),

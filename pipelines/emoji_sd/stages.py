@@ -66,7 +66,8 @@ def train_vae(job: Job, pictures: Pictures) -> AutoencoderKL:
     """→ the EMA autoencoder, in eval mode. From a start only its decoder is trained."""
     p = job.preset
     kept, _ = held_out_of_vae(len(pictures), p.vae_held_out)
-    cfg, curves = job.loop(p.vae_budget, p.vae_pixels // p.vae_crops[0] ** 2), Curves(p.vae_lr, ema=0.998)
+    cfg = job.loop(p.vae_budget, p.vae_pixels // p.vae_crops[0] ** 2)
+    curves = Curves(p.vae_lr, ema=0.998, final_ema=0.999, muon=p.vae_muon)
     if job.start is None:
         with torch.random.fork_rng():
             torch.manual_seed(job.seed)

@@ -120,7 +120,7 @@ def decoder_loss(
         with autocast(device, dtype):
             y = vae.decode(z.to(device).contiguous(memory_format=torch.channels_last)).sample
         y, x = y.float(), x.to(device)
-        return reconstruction_loss(y, x) + 0.1 * log_error(y, x)
+        return reconstruction_loss(y, x) + 0.3 * log_error(y, x)
 
     return loss_of
 
