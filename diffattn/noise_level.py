@@ -1,6 +1,7 @@
 """Converts a scheduler's time steps to noise levels, on the host and without synchronising the device.
 
-The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1 is pure noise, 0 is data.
+The noise level is u = σ/(1 + σ), σ the ratio of noise to signal amplitude: 1 is pure noise, 0 is data. Of flow matching
+it is the time, whatever the path, which a scheduler does not know.
 """
 
 from bisect import bisect_left

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from diffattn.data.walking import is_wanted, walk
 
+UNCOMPRESSED = (".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".tga")
+"""Pictures whose sizes do not follow from what they show."""
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _SIGNATURE = b"PK\3\4"
 
@@ -34,7 +37,7 @@ class Files(Protocol):
         ...
 
     def signatures(self, rows: Tensor) -> list[str]:
-        """What distinguishes two versions of a file without reading it, for each of the rows, int64 [n]."""
+        """What distinguishes two versions of a file, for each of the rows, int64 [n]; most are not read for it."""
         ...
 
 
@@ -69,7 +72,18 @@ class Folder:
         return (self.path / self.names[row]).read_bytes()
 
     def signatures(self, rows: Tensor) -> list[str]:
-        return [str(size) for size in self.sizes[rows].tolist()]
+        """The sizes, and of uncompressed pictures their checksums too."""
+        found = []
+        for row, size in zip(rows.tolist(), self.sizes[rows].tolist(), strict=True):
+            checked = self.names[row].lower().endswith(UNCOMPRESSED)
+            found.append(f"{size} {zlib.crc32(self._read_if_there(row))}" if checked else str(size))
+        return found
+
+    def _read_if_there(self, row: int) -> bytes:
+        try:
+            return self.read(row)
+        except OSError:
+            return b""  # reported when the picture is decoded
 
 
 class Zip:

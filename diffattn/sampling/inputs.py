@@ -5,6 +5,7 @@ Shapes: B images, c channels, H height and W width of the latents (of the pixels
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -36,12 +37,19 @@ def check_velocity_model(transformer: Any) -> None:
 def check_scheduler(scheduler: Any, transformer: Any) -> None:
     """Raise `TypeError` if the scheduler does not sample velocity models, `ValueError` if it follows another path.
 
-    Only the SDE depends on the path; models saved without one were trained on the linear path.
+    Only samplers that add noise depend on the path; models saved without one were trained on the linear path.
     """
     if not isinstance(scheduler, SCHEDULERS):
         allowed = ", ".join(allowed.__name__ for allowed in SCHEDULERS)
         raise TypeError(f"a velocity model is sampled with one of {allowed}; got {type(scheduler).__name__}")
     trained = transformer.config.get("path", "linear")
+    if scheduler.config.get("invert_sigmas"):
+        raise ValueError("the scheduler's invert_sigmas must be False: this model's time falls from noise to data")
+    if scheduler.config.get("stochastic_sampling") and trained != "linear":
+        raise ValueError(
+            f"stochastic_sampling follows the linear path, but the transformer was trained on {trained!r}: use "
+            f"EulerMaruyamaScheduler(path={trained!r})"
+        )
     if isinstance(scheduler, EulerMaruyamaScheduler) and scheduler.config["path"] != trained:
         raise ValueError(
             f"the scheduler's path is {scheduler.config['path']!r}, but the transformer was trained on {trained!r}: "
@@ -49,14 +57,25 @@ def check_scheduler(scheduler: Any, transformer: Any) -> None:
         )
 
 
-def check_at_least_1(name: str, number: int) -> None:
-    """Raise `ValueError` for a number below 1."""
+def check_at_least_1(name: str, number: Any) -> None:
+    """Raise `TypeError` for what is no whole number, and `ValueError` for one below 1."""
+    _check_whole(name, number)
     if number < 1:
         raise ValueError(f"{name} must be 1 or more, got {number}")
 
 
+def _check_whole(name: str, number: Any) -> None:
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a whole number, got {number!r}")
+
+
 def check_guidance(config: Any, scale: float, channels: int | None) -> None:
-    """Raise `ValueError` for guidance that a transformer of this configuration does not support."""
+    """Raise `ValueError` for guidance that a transformer of this configuration does not support, `TypeError` for what
+    is no number."""
+    if not isinstance(scale, Real):
+        raise TypeError(f"guidance_scale must be a number, got {scale!r}")
+    if channels is not None:
+        _check_whole("guidance_channels", channels)
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance_scale must be 0 or more, got {scale}")
     if scale != 1 and not config.null_class:
@@ -88,7 +107,11 @@ def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
 
 
 def check_generators(generator: Generators | None, batch: int) -> None:
-    """Raise `ValueError` for a list that does not have one generator for each of the B images."""
+    """Raise `TypeError` for what is no generator, and `ValueError` for a list that does not have one for each of the B
+    images."""
+    for one in generator if isinstance(generator, list) else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, or a list of them, got {type(one).__name__}")
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"give one generator, or one for each of the {batch} images; got {len(generator)}")
 
@@ -106,6 +129,7 @@ def latent_shape(
         latents: the user's own, whose shape is checked; None: there are none.
 
     Raises:
+        TypeError: a size that is no whole number.
         ValueError: a size that is not a multiple of what the transformer draws, or latents of another shape.
     """
     own = config.sample_size
@@ -114,6 +138,8 @@ def latent_shape(
         rows, columns = latents.shape[-2:]
     unit = config.patch_size * scale_factor
     for name, size in (("height", height), ("width", width)):
+        if size is not None:
+            _check_whole(name, size)
         if size is not None and (size < 1 or size % unit):
             raise ValueError(f"{name} must be a positive multiple of {unit} pixels, got {size}")
     rows = rows if height is None else height // scale_factor

@@ -5,8 +5,8 @@ Later ones override earlier ones: defaults, preset, file, `section.field=value` 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
@@ -40,7 +40,7 @@ class DataConfig:
 class ModelConfig:
     """The backbone, see `diffattn.models.DiT`."""
 
-    size: str | None = None  # "S/2" to "XL/8"; sets patch_size, hidden_size, num_layers and num_heads
+    size: str | None = None  # "S/2" to "XL/8": the next four fields, unless they are given as well
     patch_size: int = 2
     hidden_size: int = 384
     num_layers: int = 12
@@ -97,7 +97,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     eps: float = 1e-8
     schedule: str = "constant"  # after the warm-up: "constant", "cosine" or "linear"
-    final_lr: float = 0.0  # at the last step, as a share of the peak; not for "constant"
+    final_lr: float = 0.0  # towards which it falls, as a share of the peak: reached after the last step; not "constant"
     warmup: int = 0  # steps of linear warm-up
     clip: float = 1.0  # maximum gradient norm; 0 disables clipping
     ema: float = 0.9999  # decay of the averaged weights, ramped up as (1 + step)/(10 + step)
@@ -149,6 +149,9 @@ class TrainConfig:
         check_one_of("run.precision", self.run.precision, ("auto", "fp32", "bf16"))
         if self.model.size is not None:
             check_one_of("model.size", self.model.size, tuple(MODEL_PRESETS))
+            sizes = MODEL_PRESETS[self.model.size]
+            if all(getattr(self.model, name) == getattr(ModelConfig, name) for name in sizes):  # none is given
+                object.__setattr__(self, "model", replace(self.model, **sizes))
         check_ranges(asdict(self))
 
     @classmethod
@@ -172,8 +175,11 @@ class TrainConfig:
             _merge(values, PRESETS[preset])
         if file is not None:
             _merge(values, _read_file(file))
+        given: dict[str, dict[str, Any]] = {}
         for setting in settings:
-            _merge(values, _parsed(setting))
+            for section, entries in _parsed(setting).items():
+                given.setdefault(section, {}).update(entries)
+        _merge(values, given)
         for name, value in (options or {}).items():
             if value is not None:
                 section, _, item = name.partition(".")
@@ -182,8 +188,9 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Self:
-        """The inverse of `to_dict`; missing fields get their defaults."""
+        """The inverse of `to_dict`; missing fields get their defaults, and those that `model.size` sets its values."""
         _known("section", values, [f.name for f in fields(cls)])
+        values = {name: _with_sizes(name, entries) for name, entries in values.items()}
         sections = {}
         for section in fields(cls):
             kind = section.default_factory
@@ -219,17 +226,17 @@ class TrainConfig:
         names = ("patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "attention", "mediators",
                  "attention_options", "steps", "qk_norm", "learn_sigma", "norm_eps", "frequency_shift",
                  "position_scale")  # fmt: skip
-        given = {name: getattr(self.model, name) for name in names} | {"path": self.objective.path}
-        return given | (dict(MODEL_PRESETS[self.model.size]) if self.model.size else {})
+        return {name: getattr(self.model, name) for name in names} | {"path": self.objective.path}
 
 
-def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """ "section.field: old value -> new value" for every difference that prevents resuming."""
+def differing_fields(old: TrainConfig, new: TrainConfig, free: Collection[str] = FREE_TO_CHANGE) -> list[str]:
+    """ "section.field: old value -> new value" for every difference that prevents resuming; `free`: fields that may
+    differ."""
     differing = []
     for section, values in old.to_dict().items():
         for name, value in values.items():
             other = new.to_dict()[section][name]
-            if value != other and f"{section}.{name}" not in FREE_TO_CHANGE:
+            if value != other and f"{section}.{name}" not in free:
                 differing.append(f"{section}.{name}: {value!r} -> {other!r}")
     return differing
 
@@ -243,7 +250,13 @@ def _merge(values: dict[str, dict[str, Any]], more: Mapping[str, Mapping[str, An
     for section, entries in more.items():
         if not isinstance(entries, Mapping):
             raise ValueError(f"{section!r} must be a section with fields, got {entries!r}")
-        values.setdefault(section, {}).update(entries)
+        values.setdefault(section, {}).update(_with_sizes(section, entries))
+
+
+def _with_sizes(section: str, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a section, with those that `model.size` sets where it is among them and they are not."""
+    size = entries.get("size") if section == "model" else None
+    return {**MODEL_PRESETS[size], **entries} if isinstance(size, str) and size in MODEL_PRESETS else entries
 
 
 def _read_file(file: str | Path) -> Mapping[str, Any]:

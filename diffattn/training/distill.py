@@ -16,7 +16,7 @@ def freeze_backbone(model: DiT) -> None:
     Raises:
         ValueError: there are no such weights.
     """
-    own = _own_parameters(model)
+    own = own_parameters(model)
     if not own:
         raise ValueError(
             "model.freeze_backbone: this model has no mediator layers or others with weights of their own, "
@@ -26,7 +26,8 @@ def freeze_backbone(model: DiT) -> None:
         parameter.requires_grad_(name in own)
 
 
-def _own_parameters(model: DiT) -> set[str]:
+def own_parameters(model: DiT) -> set[str]:
+    """Names of the weights that a softmax model does not have."""
     own = set()
     for i, block in enumerate(model.blocks):
         attention: Any = block.attn
@@ -42,7 +43,7 @@ def check_frozen(model: DiT, new: Sequence[str]) -> None:
         model: before or after `freeze_backbone`.
         new: the parameters not taken from `model.start`.
     """
-    own = _own_parameters(model)
+    own = own_parameters(model)
     untrained = [name for name in new if name not in own]
     if untrained == ["y_embedder.embedding_table.weight"]:
         raise ValueError(
@@ -75,7 +76,7 @@ class Distillation:
         for name in ("num_layers", "hidden_size", "num_heads"):
             if ours[name] != theirs[name]:
                 raise ValueError(f"objective.distill: the teacher's {name} is {theirs[name]}, the model's {ours[name]}")
-        self._errors: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # output and target of every layer
         if student.steps != teacher.steps:
             raise ValueError("objective.distill: the teacher's layers must be as wide as the model's: the same steps")
         self._taught = [i for i, b in enumerate(student.blocks) if b.attn.learns]  # type: ignore[union-attr]
@@ -88,7 +89,7 @@ class Distillation:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Compare every call of the student within the block; `loss` then gives the error of the latest call."""
-        self._errors.clear()
+        self._pairs.clear()
         handles = [
             self.student.blocks[i].attn.register_forward_hook(self._hook(self.teacher.blocks[i].attn))  # type: ignore[union-attr,arg-type]
             for i in self._taught
@@ -104,11 +105,12 @@ class Distillation:
             x, grid, _ = inputs
             with torch.no_grad():
                 target = teacher(x, grid, 0).float()
-            error = (output.float() - target).square().mean()
-            self._errors.append(error / target.square().mean().clamp_min(1e-12))
+            # compared in `loss`: what is computed here would be missing when gradient checkpointing repeats the layer
+            self._pairs.append((output, target))
 
         return compare
 
     def loss(self) -> Tensor:
         """Mean over layers of the relative squared errors of the latest call."""
-        return torch.stack(self._errors).mean()
+        errors = [(o.float() - t).square().mean() / t.square().mean().clamp_min(1e-12) for o, t in self._pairs]
+        return torch.stack(errors).mean()

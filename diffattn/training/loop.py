@@ -6,7 +6,7 @@ Shapes: B samples of one process in one step.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,19 @@ from diffattn.training import checkpoints, state
 from diffattn.training.batches import Batches
 from diffattn.training.config import OptimConfig, TrainConfig, differing_fields
 from diffattn.training.distill import Distillation
+from diffattn.training.finite import NonFiniteLoss, check_finite
 from diffattn.training.log import StepDone, StepLog, TrainProgress
 from diffattn.training.muon import MuonWithAdamW
 from diffattn.training.objective import Draw, LossBins, VelocityLoss, draw
 from diffattn.training.processes import agree, asked_to_stop, on_main, shared
+from diffattn.training.ranges import FREE_TO_CHANGE
 from diffattn.training.resume import HINT, Saved, without_null_class
 from diffattn.training.signals import Stopped, StopRequest
 
 
-class NonFiniteLoss(RuntimeError):
-    """Training stopped after too many steps in a row whose loss or gradient was not finite."""
-
-
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of one step: linear warm-up, then constant, half a cosine, or a linear decay to the last step."""
+    """Learning rate of one step, from 0: linear warm-up, then constant, or along half a cosine or a line to
+    `final_lr`, which step `steps` would have."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = min((step - config.warmup) / max(steps - config.warmup, 1), 1.0)
@@ -67,6 +66,7 @@ class Trainer:
             and evaluation.
         progress: of the run so far.
         stop: set when a signal asks the run to stop.
+        weights: each of `ranges.WEIGHTS` -> hash of the weights there, or None.
     """
 
     config: TrainConfig
@@ -77,6 +77,7 @@ class Trainer:
     on_step: Callable[["Trainer", StepLog], None] | None = None
     progress: TrainProgress = field(default_factory=TrainProgress)
     stop: StopRequest = field(default_factory=StopRequest)
+    weights: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.loss_of = VelocityLoss(self.config.objective, self.model.config["num_classes"])
@@ -110,7 +111,7 @@ class Trainer:
         """
         if "classes" in saved.state:  # missing from checkpoints of earlier versions
             check_classes(self.batches.dataset.class_names, saved.state["classes"])
-        differing = differing_fields(TrainConfig.from_dict(saved.state["config"]), self.config)
+        differing = self._differing(TrainConfig.from_dict(saved.state["config"]), saved.state.get("weights"))
         if saved.state["data"] != self.batches.fingerprint:
             differing.append("the pictures (another data.source, or changed files)")
         if differing:
@@ -123,6 +124,18 @@ class Trainer:
         checkpoints.restore_random_states(saved.tensors["random"])
         self.progress = TrainProgress(**saved.state["progress"])
         self.saved_step = self.progress.step
+        self.weights = saved.state.get("weights", self.weights)
+        start = saved.state["config"]["model"]["start"]  # which the run began from
+        self.config = replace(self.config, model=replace(self.config.model, start=start))
+
+    def _differing(self, before: TrainConfig, weights: dict[str, str | None] | None) -> list[str]:
+        """What prevents resuming a run of this configuration that had these weights; None: not known, as in checkpoints
+        of earlier versions, where paths are compared."""
+        if weights is None:
+            return differing_fields(before, self.config, FREE_TO_CHANGE - {"data.vae", "objective.distill"})
+        compared = {name: found for name, found in self.weights.items() if name != "model.start"}  # by `run`
+        changed = [f"the weights of {name}" for name, found in compared.items() if found != weights.get(name)]
+        return [*differing_fields(before, self.config), *changed]
 
     def check_processes(self) -> None:
         """Compare step and weights over all processes, every one of which must call it.
@@ -139,6 +152,7 @@ class Trainer:
 
         Raises:
             OSError: it could not be written; on every process.
+            NonFiniteLoss: the weights are not finite; on every process.
         """
         writes = self.accelerator.is_main_process
         tensors = {
@@ -153,9 +167,16 @@ class Trainer:
             "classes": list(self.batches.dataset.class_names),
             "progress": vars(self.progress),
             "ema_step": self.ema.optimization_step,
+            "weights": self.weights,
         }
         step, keep = self.progress.step, self.config.run.keep
-        on_main(self.accelerator, lambda: checkpoints.save(self.root, step, tensors, rest, keep))
+
+        def write() -> None:
+            for part in ("model", "ema"):
+                check_finite(tensors[part], f"the checkpoint of step {step}")
+            checkpoints.save(self.root, step, tensors, rest, keep)
+
+        on_main(self.accelerator, write)
         self.saved_step = step
 
     # --- steps ---
@@ -192,7 +213,7 @@ class Trainer:
         """Write a periodic checkpoint; training continues if that fails."""
         try:
             self.save()
-        except OSError as error:
+        except (OSError, NonFiniteLoss) as error:
             log.say(f"checkpoint at step {self.progress.step} not written: {error}; {self._what_is_there()}")
 
     def _what_is_there(self) -> str:

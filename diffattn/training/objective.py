@@ -113,9 +113,9 @@ class LossBins:
         """Means by bin from sums over all processes [2, bins]: "loss/t0.0-0.1" and so on; then resets."""
         self.sums.zero_()
         loss, count = total.tolist()
-        width = 1 / self.bins
+        width, digits = 1 / self.bins, 2 if self.bins <= 100 else 3
         return {
-            f"loss/t{i * width:.2g}-{(i + 1) * width:.2g}": a / n
+            f"loss/t{i * width:.{digits}g}-{(i + 1) * width:.{digits}g}": a / n
             for i, (a, n) in enumerate(zip(loss, count, strict=True))
             if n
         }

@@ -10,9 +10,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from diffattn.measure.flops import forward_gflops
 from diffattn.models import DiT
 from diffattn.training.config import TrainConfig
+from diffattn.training.distill import freeze_backbone, own_parameters
+from diffattn.training.muon import is_inner_matrix
 
-OPTIMIZER_BYTES = 4 * (1 + 1 + 2 + 1)
-"""Per parameter, in fp32: weight, gradient, two moments of AdamW, average."""
+BYTES = 4
+"""Of a number in fp32, in which weights, gradients, moments and averages are kept."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def make_plan(
 ) -> TrainPlan:
     """Count parameters, floating-point operations and bytes on the meta device: nothing is computed.
 
+    A teacher is assumed to be as large as the model without what mediators and others add.
+
     Args:
         config: the run.
         arguments: of the `DiT`.
@@ -80,16 +84,17 @@ def make_plan(
     hardware = hardware or Hardware(precision=config.run.precision.replace("auto", "fp32"))
     with torch.device("meta"):
         model = DiT(**arguments)
+    if config.model.freeze_backbone:
+        freeze_backbone(model)
     micro = max(config.optim.batch // hardware.processes // config.optim.accumulation, 1)
     numbers = model.mediators or (None,)
-    trained = sum(p.numel() for p in model.parameters())
     item_bytes = 2 if hardware.precision == "bf16" else 4
     holders = hardware.processes if hardware.sharded else 1
     return TrainPlan(
-        parameters=trained,
+        parameters=sum(p.numel() for p in model.parameters()),
         gflops={model.attention_label if n is None else str(n): forward_gflops(model, n) for n in numbers},
-        weight_gib=trained * OPTIMIZER_BYTES / holders / 2**30,
-        activation_gib=micro * _saved_bytes(model) * item_bytes / 4 / 2**30,
+        weight_gib=BYTES * (_numbers_kept(model, config.optim.name) / holders + _taught(config, model)) / 2**30,
+        activation_gib=micro * _saved_bytes(model, config.run.gradient_checkpointing) * item_bytes / BYTES / 2**30,
         steps=config.run.steps,
         batch=config.optim.batch,
         batch_per_process=micro,
@@ -98,8 +103,41 @@ def make_plan(
     )
 
 
-def _saved_bytes(model: DiT) -> int:
-    """Bytes that one sample's forward pass keeps for the backward pass, in fp32, without weights."""
+def _numbers_kept(model: DiT, optimizer: str) -> int:
+    """How many numbers a run keeps: every weight and its average; of those trained also the gradient, and the moments,
+    of which AdamW has two and Muon one."""
+    kept = 0
+    for name, parameter in model.named_parameters():
+        moments = 1 if optimizer == "muon" and is_inner_matrix(name, parameter) else 2
+        kept += parameter.numel() * (2 + (1 + moments) * parameter.requires_grad)
+    return kept
+
+
+def _taught(config: TrainConfig, model: DiT) -> int:
+    """About how many weights a teacher has, which every process holds: those that the model has without its own."""
+    if config.objective.distill is None:
+        return 0
+    own = own_parameters(model)
+    return sum(p.numel() for name, p in model.named_parameters() if name not in own)
+
+
+def _saved_bytes(model: DiT, checkpointing: bool) -> float:
+    """Bytes that one sample's forward pass keeps for the backward pass, in fp32, without weights.
+
+    With gradient checkpointing: what is outside the blocks, the input of every block, and the inside of one block.
+    """
+    kept = _kept_bytes(model)
+    if not checkpointing:
+        return kept
+    rows, columns = model.grid
+    model.enable_gradient_checkpointing()
+    outside = _kept_bytes(model)
+    inputs = sum(step.width * len(step.blocks) for step in model.steps) * rows * columns
+    return outside + BYTES * inputs + (kept - outside) / len(model.blocks)
+
+
+def _kept_bytes(model: DiT) -> int:
+    """See `_saved_bytes`, of a model as it is."""
     parameters = {id(p) for p in model.parameters()}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # kept alive, so that no id is reused

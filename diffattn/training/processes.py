@@ -13,11 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from diffattn.training.finite import NonFiniteLoss
 from diffattn.training.signals import Stopped, StopRequest
 
 T = TypeVar("T")
 
-KINDS: dict[str, type[Exception]] = {"OSError": OSError, "ValueError": ValueError}
+KINDS: dict[str, type[Exception]] = {
+    "OSError": OSError, "ValueError": ValueError, "NonFiniteLoss": NonFiniteLoss,
+}  # fmt: skip
 """Errors that are re-raised as the same type on the other processes; any other becomes a `RuntimeError` there."""
 
 _SHARED = "on_every_process"

@@ -8,10 +8,10 @@ AT_LEAST: Mapping[str, float] = {
     "data.size": 1, "data.num_workers": 0,
     "model.patch_size": 1, "model.hidden_size": 1, "model.num_layers": 1, "model.num_heads": 1, "model.norm_eps": 0,
     "objective.bins": 1, "objective.distill_weight": 0,
-    "optim.batch": 1, "optim.accumulation": 1, "optim.lr": 0, "optim.weight_decay": 0, "optim.eps": 0,
+    "optim.batch": 1, "optim.accumulation": 1, "optim.lr": 0, "optim.weight_decay": 0,
     "optim.warmup": 0, "optim.clip": 0,
     "run.steps": 1, "run.seed": 0, "run.log_every": 1, "run.save_every": 1, "run.keep": 1, "run.sample_every": 0,
-    "run.sample_steps": 1, "run.guidance": 0, "run.eval_every": 0, "run.eval_samples": 4, "run.max_bad_steps": 1,
+    "run.sample_steps": 1, "run.guidance": 1, "run.eval_every": 0, "run.eval_samples": 4, "run.max_bad_steps": 1,
 }  # fmt: skip
 """Field -> its minimum. Precision and recall of the evaluation need 4 pictures."""
 
@@ -27,6 +27,7 @@ POSITIVE = (
     "model.position_scale",
     "objective.logit_std",
     "objective.min_snr",
+    "optim.eps",
     "run.timeout_minutes",
 )
 SHARES = ("objective.label_dropout", "optim.ema", "optim.final_lr")
@@ -40,12 +41,15 @@ PATH_FIELDS = frozenset(
 )  # fmt: skip
 """Fields in which the machines of one run may differ: paths, and how data are read."""
 
+WEIGHTS = ("data.vae", "model.start", "objective.distill")
+"""Fields that name weights, which are compared instead of their paths."""
+
 FREE_TO_CHANGE = frozenset(
     {
         "data.source", "data.cache", "data.in_memory", "data.num_workers", "run.out", "run.steps", "run.log_every",
         "run.save_every", "run.keep", "run.sample_every", "run.sample_steps", "run.guidance", "run.eval_every",
         "run.eval_samples", "run.extractor", "run.trackers", "run.max_bad_steps", "run.compile",
-        "run.timeout_minutes", "run.gradient_checkpointing", "optim.accumulation", "objective.bins", "model.start",
+        "run.timeout_minutes", "run.gradient_checkpointing", "optim.accumulation", "objective.bins", *WEIGHTS,
     }
 )  # fmt: skip
 """Fields in which a resumed run may differ from the run it continues."""

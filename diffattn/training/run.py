@@ -18,14 +18,16 @@ from diffattn.files import write_json
 from diffattn.models import DiT
 from diffattn.training import state
 from diffattn.training.batches import Batches
+from diffattn.training.config import TrainConfig
 from diffattn.training.distill import Distillation, check_frozen, freeze_backbone
 from diffattn.training.encode import Encoding, vae_hash
+from diffattn.training.finite import check_finite
 from diffattn.training.latents import cache_together
 from diffattn.training.lock import locked
 from diffattn.training.log import StepLog
 from diffattn.training.loop import Trainer
 from diffattn.training.processes import agree, on_main
-from diffattn.training.resume import agreed_checkpoint
+from diffattn.training.resume import Saved, agreed_checkpoint
 from diffattn.training.samples import pipeline_of
 from diffattn.training.setup import Say, TrainSetup
 from diffattn.training.signals import Stopped, StopRequest, listening
@@ -52,7 +54,7 @@ def train(setup: TrainSetup) -> Path:
         trainer = _trainer(setup, stop)
         trainer.check_processes()
         _announce(setup, trainer)
-        _write_config(setup)
+        _write_config(setup, trainer.config)
         run = setup.config.run
         log = StepLog(setup.accelerator, run.log_every, run.steps, setup.config.optim.batch, setup.say)
         _start_trackers(setup)
@@ -71,6 +73,8 @@ def _trainer(setup: TrainSetup, stop: StopRequest) -> Trainer:
     examples = prepared(setup, stop)
     torch.manual_seed(config.run.seed)
     start = config.model.start if saved is None else None
+    if saved is not None:
+        on_main(accelerator, lambda: _check_start(config.model.start, saved))
     if start and (names := class_names_of(start)):
         check_classes(setup.dataset.class_names, names)
     if start and accelerator.num_processes > 1:
@@ -90,10 +94,28 @@ def _trainer(setup: TrainSetup, stop: StopRequest) -> Trainer:
         device=accelerator.device,
     )  # fmt: skip
     teacher, watcher = teacher_of(setup, model), Watcher(setup, stop)
-    trainer = Trainer(config, model, batches, accelerator, teacher, watcher, stop=stop)
+    weights = {
+        "data.vae": None if setup.vae is None else vae_hash(setup.vae),
+        "model.start": weights_hash(start),
+        "objective.distill": weights_hash(config.objective.distill),
+    }
+    trainer = Trainer(config, model, batches, accelerator, teacher, watcher, stop=stop, weights=weights)
     if saved is not None:
         trainer.resume(saved)
     return trainer
+
+
+def _check_start(start: str | None, saved: Saved) -> None:
+    """Raise `ValueError` if a run that is to be resumed began from other weights than the configuration's."""
+    before, hashes = saved.state["config"]["model"]["start"], saved.state.get("weights")
+    if start in (None, before):
+        return
+    if hashes is None or weights_hash(start) != hashes["model.start"]:
+        began = "fresh weights" if before is None else f"model.start={before!r}"
+        raise ValueError(
+            f"{saved.folder} began from {began}, not from {start!r}: leave out model.start to resume it, or choose "
+            "another run.out"
+        )
 
 
 def _check_inputs(setup: TrainSetup) -> None:
@@ -118,11 +140,11 @@ def _announce(setup: TrainSetup, trainer: Trainer) -> None:
     setup.say(f"batch {batch} in total, {batch // hardware.processes} per process; {hardware}")
 
 
-def _write_config(setup: TrainSetup) -> None:
+def _write_config(setup: TrainSetup, config: TrainConfig) -> None:
     """Write the configuration for users to read; a run does not depend on it, since checkpoints also contain it."""
     if setup.accelerator.is_main_process:
         try:
-            write_json(Path(setup.config.run.out) / CONFIG_FILE, setup.config.to_dict())
+            write_json(Path(setup.config.run.out) / CONFIG_FILE, config.to_dict())
         except OSError as error:
             setup.say(f"{CONFIG_FILE} not written: {error}")
 
@@ -196,6 +218,7 @@ def export(setup: TrainSetup, trainer: Trainer) -> Path:
 
     Raises:
         OSError: it could not be written; on every process. The checkpoint is kept, so the same command exports again.
+        NonFiniteLoss: the weights are not finite.
     """
     folder = Path(setup.config.run.out) / "pipeline"
     weights = state.ema_tensors(trainer.ema, trainer.model)
@@ -205,6 +228,7 @@ def export(setup: TrainSetup, trainer: Trainer) -> Path:
 
 
 def _write_pipeline(setup: TrainSetup, weights: dict[str, Tensor], folder: Path) -> None:
+    check_finite(weights, "the pipeline")
     averaged = DiT(**setup.arguments)
     averaged.load_state_dict(weights)
     pipe = pipeline_of(averaged.eval(), setup.dataset.class_names, setup.vae, setup.config.own_guidance)

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -407,6 +408,17 @@ def test_the_fingerprint_follows_names_content_and_labels(tmp_path: Path) -> Non
     assert open_dataset(again, 16).fingerprint == found[0]
     copies = [folder(tmp_path / name, content) for name in ("one", "two")]
     assert len({open_dataset(copy, 8).fingerprint for copy in copies}) == 1
+
+
+def test_an_uncompressed_picture_that_was_changed_is_another_one(tmp_path: Path) -> None:
+    found = []
+    for number in (0, 0, 1):
+        place = tmp_path / str(len(found)) / "a"
+        place.mkdir(parents=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / "0.bmp")
+        found.append(open_dataset(place.parent, 8).fingerprint)
+    assert found[0] == found[1] != found[2]
 
 
 def test_in_memory_is_the_same_data(store: Store) -> None:

@@ -520,6 +520,35 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
     assert record.calls == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_inference_steps=2.5), "num_inference_steps must be a whole number, got 2.5"),
+        (dict(num_images_per_label=True), "num_images_per_label must be a whole number, got True"),
+        (dict(height=16.0), "height must be a whole number, got 16.0"),
+        (dict(guidance_scale="2"), "guidance_scale must be a number, got '2'"),
+        (dict(guidance_channels=1.5), "guidance_channels must be a whole number, got 1.5"),
+        (dict(generator=tuple(seeded(0))), "generator must be a torch.Generator, or a list of them, got tuple"),
+        (dict(generator=[0]), "generator must be a torch.Generator, or a list of them, got int"),
+    ],
+)
+def test_values_of_another_type(options: dict[str, Any], message: str) -> None:
+    pipe = tiny_pipeline()
+    record = Recorder(pipe.transformer)
+    with pytest.raises(TypeError, match=message):
+        pipe(**(dict(class_labels=0, num_inference_steps=2, output_type="pt") | options))
+    assert record.calls == []
+
+
+def test_schedulers_whose_time_rises_or_whose_noise_is_of_another_path() -> None:
+    with pytest.raises(ValueError, match="invert_sigmas must be False"):
+        tiny_pipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    stochastic = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    tiny_pipeline(stochastic)
+    with pytest.raises(ValueError, match=r"stochastic_sampling follows the linear path.*path='gvp'"):
+        SiTPipeline(tiny_dit(path="gvp"), stochastic)
+
+
 def test_guidance_needs_a_null_class() -> None:
     pipe = tiny_pipeline(null_class=False)
     assert images(pipe, 0).isfinite().all()

@@ -10,6 +10,8 @@ from diffattn.cli import app
 from diffattn.models import DiT
 from diffattn.models.attention import ATTENTION
 from diffattn.sampling import SiTPipeline
+from diffattn.training.config import TrainConfig
+from diffattn.training.plan import TrainPlan, make_plan
 
 ONE_STEP = ["run.steps=2", "run.save_every=1", "run.log_every=1"]
 
@@ -54,6 +56,26 @@ def test_a_dry_run_counts_every_attention(attention: str, pictures: Path, tmp_pa
     assert code == 0
     assert ("1: " if attention == "mediator" else f"{attention}: ") in text
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_memory_of_a_plan_follows_what_is_trained_and_kept() -> None:
+    def plan(*settings: str) -> TrainPlan:
+        config = TrainConfig.read(
+            settings=["model.hidden_size=64", "model.num_layers=6", "model.num_heads=2", *settings]
+        )
+        shape = {"num_classes": 10, "sample_size": 16, "in_channels": 3, "null_class": True}
+        return make_plan(config, config.model_arguments() | shape)
+
+    plain, number = plan(), plan().parameters
+    assert plain.weight_gib == pytest.approx(4 * 5 * number / 2**30)
+    assert plan("objective.distill=x").weight_gib < 4 * 6 * number / 2**30
+    assert plain.weight_gib < plan("objective.distill=x").weight_gib
+    assert 4 * 4 * number / 2**30 < plan("optim.name=muon").weight_gib < plain.weight_gib
+    frozen = plan("model.freeze_backbone=true")
+    assert 4 * 2 * number / 2**30 < frozen.weight_gib < 4 * 3 * number / 2**30
+    assert frozen.activation_gib < plain.activation_gib
+    assert plan("run.gradient_checkpointing=true").activation_gib < plain.activation_gib / 3
+    assert all(found.parameters == number for found in (frozen, plan("optim.name=muon")))
 
 
 @pytest.mark.parametrize(("settings", "says"), [

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from diffattn.training.config import PRESETS, TrainConfig, differing_fields
+from diffattn.training.config import PRESETS, ModelConfig, TrainConfig, differing_fields
 
 
 def test_defaults_presets_files_settings_and_options_win_in_this_order(tmp_path) -> None:
@@ -71,7 +71,7 @@ def test_the_path_of_the_objective_is_written_into_the_model() -> None:
         ("optim.betas=[0.9]", "optim.betas must be"),
         ("optim.betas=[2, 0.9]", "optim.betas must be two numbers from 0 to below 1, got (2.0, 0.9)"),
         ("optim.betas=[0.9, 1]", "optim.betas must be two numbers from 0 to below 1, got (0.9, 1.0)"),
-        ("optim.eps=-1", "optim.eps must be at least 0, got -1.0"),
+        ("optim.eps=0", "optim.eps must be more than 0, got 0.0"),
         ("optim.lr=.inf", "optim.lr must be finite, got inf"),
         ("objective.min_snr=-1", "objective.min_snr must be more than 0, got -1.0"),
         ("objective.logit_std=-1", "objective.logit_std must be more than 0, got -1.0"),
@@ -86,7 +86,7 @@ def test_the_path_of_the_objective_is_written_into_the_model() -> None:
         ("run.sample_steps=0", "run.sample_steps must be at least 1, got 0"),
         ("run.eval_every=-3", "run.eval_every must be at least 0, got -3"),
         ("run.eval_samples=1", "run.eval_samples must be at least 4, got 1"),
-        ("run.guidance=-1", "run.guidance must be at least 0, got -1.0"),
+        ("run.guidance=0.5", "run.guidance must be at least 1, got 0.5"),
         ("run.seed=-1", "run.seed must be at least 0, got -1"),
         ("run.seed=99999999999999999999", "run.seed must be at most 9223372036854774807, got 99999999999999999999"),
         ("data.num_workers=100000", "data.num_workers must be at most 256, got 100000"),
@@ -125,3 +125,44 @@ def test_differences_that_matter_are_named_and_others_are_not() -> None:
     new = TrainConfig.read("cifar-sit", settings=["run.steps=7", "run.keep=9", "optim.lr=1e-2", "model.num_layers=3"])
     assert differing_fields(old, new) == ["model.num_layers: 9 -> 3", "optim.lr: 0.001 -> 0.01"]
     assert differing_fields(old, old) == []
+
+
+SIZES = ("patch_size", "hidden_size", "num_layers", "num_heads")
+
+
+def sizes_of(config: TrainConfig) -> list[int]:
+    arguments = config.model_arguments()
+    assert [getattr(config.model, name) for name in SIZES] == [arguments[name] for name in SIZES]
+    return [arguments[name] for name in SIZES]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        (["model.size=B/4"], [4, 768, 12, 12]),
+        (["model.size=B/4", "model.num_layers=3"], [4, 768, 3, 12]),
+        (["model.num_layers=3", "model.size=B/4"], [4, 768, 3, 12]),
+        (["model.size=B/4", "model.patch_size=2"], [2, 768, 12, 12]),  # which is also the default
+    ],
+)
+def test_what_is_given_beside_a_size_counts(settings: list[str], sizes: list[int], tmp_path) -> None:
+    config = TrainConfig.read(settings=settings)
+    assert sizes_of(config) == sizes
+    assert sizes_of(TrainConfig.from_dict(config.to_dict())) == sizes
+    values = {name.removeprefix("model."): value for name, _, value in (setting.partition("=") for setting in settings)}
+    (tmp_path / "run.yaml").write_text("model: {" + ", ".join(f"{k}: {v}" for k, v in values.items()) + "}")
+    assert sizes_of(TrainConfig.read(file=tmp_path / "run.yaml")) == sizes
+    later = TrainConfig.read(file=tmp_path / "run.yaml", settings=["model.hidden_size=48"])
+    assert sizes_of(later) == [sizes[0], 48, *sizes[2:]]
+
+
+def test_a_size_replaces_those_of_the_preset() -> None:
+    preset, model = PRESETS["cifar-sit"]["model"], TrainConfig.read("cifar-sit", settings=["model.size=S/8"]).model
+    assert preset["patch_size"] != model.patch_size == 8
+    assert sizes_of(TrainConfig(model=ModelConfig(size="S/8"))) == [getattr(model, name) for name in SIZES]
+
+
+def test_a_configuration_of_an_earlier_version_has_the_size_that_it_names() -> None:
+    before = TrainConfig().to_dict()
+    before["model"]["size"] = "B/4"
+    assert sizes_of(TrainConfig.from_dict(before)) == [4, 768, 12, 12]

@@ -1,6 +1,7 @@
 """The training loop: what it learns, what survives a stop, what it refuses."""
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -140,6 +141,69 @@ def test_frozen_backbone_with_distillation(pictures, tmp_path) -> None:
         run(pictures, tmp_path / "x", "objective.distill=nowhere")
 
 
+def test_distillation_with_gradient_checkpointing_learns_the_same(pictures, tmp_path) -> None:
+    teacher = run(pictures, tmp_path / "teacher", "model.attention=softmax", "run.steps=1")
+    settings = [f"objective.distill={teacher}", "run.steps=3"]
+    run(pictures, tmp_path / "plain", *settings)
+    run(pictures, tmp_path / "recomputed", *settings, "run.gradient_checkpointing=true")
+    assert_same(tmp_path / "plain", tmp_path / "recomputed")
+
+
+def test_weights_count_when_a_run_is_resumed_and_not_their_paths(pictures, tmp_path) -> None:
+    teacher = run(pictures, tmp_path / "teacher", "model.attention=softmax", "run.steps=1")
+    other = run(pictures, tmp_path / "other", "model.attention=softmax", "run.steps=2")
+    shutil.copytree(teacher, tmp_path / "copy")
+    names = [f"model.start={teacher}", f"objective.distill={teacher}"]
+    run(pictures, tmp_path / "run", *names, "run.steps=2")
+    run(pictures, tmp_path / "run", *[name.replace(str(teacher), str(tmp_path / "copy")) for name in names])
+    with pytest.raises(ValueError, match=r"the weights of objective\.distill"):
+        run(pictures, tmp_path / "run", names[0], f"objective.distill={other}", "run.steps=9")
+    with pytest.raises(ValueError, match=r"the weights of objective\.distill"):
+        run(pictures, tmp_path / "run", names[0], "run.steps=9")
+    for wrong in (other, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"began from model\.start='.*', not from '.*': leave out model\.start"):
+            run(pictures, tmp_path / "run", f"model.start={wrong}", names[1], "run.steps=9")
+    run(pictures, tmp_path / "run", names[1], "run.steps=9")
+    assert last(tmp_path / "run")[1]["config"]["model"]["start"] == str(teacher)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["start"] == str(teacher)
+    with pytest.raises(ValueError, match="began from fresh weights"):
+        run(pictures, tmp_path / "teacher", "model.attention=softmax", f"model.start={other}")
+
+
+def test_checkpoints_of_earlier_versions_are_resumed_by_path(pictures, tmp_path, monkeypatch) -> None:
+    teacher = run(pictures, tmp_path / "teacher", "model.attention=softmax", "run.steps=1")
+    original = checkpoints.save
+
+    def without_weights(root, step, tensors, state, keep):
+        return original(root, step, tensors, {k: v for k, v in state.items() if k != "weights"}, keep)
+
+    monkeypatch.setattr(checkpoints, "save", without_weights)
+    run(pictures, tmp_path / "run", f"objective.distill={teacher}", "run.steps=1")
+    run(pictures, tmp_path / "run", f"objective.distill={teacher}", "run.steps=2")
+    shutil.copytree(teacher, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"objective\.distill: '.*teacher.*' -> '.*copy'"):
+        run(pictures, tmp_path / "run", f"objective.distill={tmp_path / 'copy'}", "run.steps=3")
+
+
+def test_weights_that_are_not_finite_are_not_written(pictures, tmp_path, monkeypatch) -> None:
+    original = Trainer.step
+
+    def spoiled(self, x, y):
+        found = original(self, x, y)
+        if self.progress.step == 4:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(Trainer, "step", spoiled)
+    said: list[str] = []
+    with pytest.raises(NonFiniteLoss, match="are not finite: the checkpoint of step 7 is not written"):
+        run(pictures, tmp_path, "run.steps=7", said=said)
+    assert any(line.startswith("checkpoint at step 6 not written: ") for line in said)
+    assert [p.name for p in checkpoints.complete(tmp_path / "checkpoints")] == ["step-00000003"]
+    assert not (tmp_path / "pipeline").exists()
+
+
 def test_latents_are_cached_and_the_pipeline_decodes_them(pictures, tmp_path) -> None:
     torch.manual_seed(0)
     AutoencoderKL(
@@ -155,6 +219,8 @@ def test_latents_are_cached_and_the_pipeline_decodes_them(pictures, tmp_path) ->
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer.config["in_channels"] == 2
     assert pipe("dark", num_inference_steps=2).images[0].size == (16, 16)
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    settings[0] = f"data.vae={tmp_path / 'moved'}"
     run(pictures, tmp_path / "run", *settings, "run.steps=5")
     assert {p: p.stat().st_mtime_ns for p in cached} == cached  # not computed again
     with pytest.raises(ValueError, match=r"data\.size must be a multiple of 2 for this autoencoder, got 15"):

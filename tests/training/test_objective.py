@@ -91,3 +91,9 @@ def test_bins_average_losses_by_time_and_begin_anew() -> None:
     bins.add(torch.tensor([0.0, 0.1, 0.3, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0]))
     assert bins.read(bins.sums.clone()) == {"loss/t0-0.25": 2.0, "loss/t0.25-0.5": 5.0, "loss/t0.75-1": 7.0}
     assert not bins.sums.any()
+
+
+def test_every_bin_has_a_name_of_its_own() -> None:
+    for number in (10, 100, 200, 1000):
+        bins = LossBins(number, torch.device("cpu"))
+        assert len(bins.read(torch.ones(2, number))) == number
