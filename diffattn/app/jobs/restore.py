@@ -36,7 +36,8 @@ def settings_of_record(record: Mapping[str, Any], models: Models, limits: Limits
         raise ValueError("a record must be an object")
     given = {name: record.get(name) for name in SETTINGS}
     given |= {"num_images": 1, **_way(record)}
-    if type(given["guidance"]) in (int, float) and 0 <= given["guidance"] < 1:
+    guidance = given["guidance"]
+    if isinstance(guidance, int | float) and not isinstance(guidance, bool) and 0 <= guidance < 1:
         given["guidance"] = 1.0
     read_given(record.get("decisions"))
     return checked_settings(given, models, limits)
