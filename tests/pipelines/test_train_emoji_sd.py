@@ -174,7 +174,9 @@ def test_a_start_grows_by_the_level_that_the_preset_has_more(
     data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = tuple(Stage(8, 2, 1e-3, Budget(steps=1), muon=True, key_strides=strides) for strides in ((2, 2), ()))
-    larger = replace(PRESETS["tiny"], unet_channels=(16, 32, 32, 32), unet_heads=(1, 2, 2, 2), stages=stages)
+    larger = replace(
+        PRESETS["tiny"], unet_channels=(16, 32, 32, 32), unet_heads=(1, 2, 2, 2), stages=stages, vae_muon=True
+    )
     monkeypatch.setitem(PRESETS, "larger", larger)
     run(
         "train", "--data", data, "--preset", "larger", "--work", tmp_path, "--start", trained, "--steps", 1,
