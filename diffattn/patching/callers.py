@@ -32,11 +32,14 @@ def stacklevel() -> int:
 
 
 def is_called(model: nn.Module) -> bool:
-    """Whether a module is being called, hooks and all, rather than its `forward` alone."""
+    """Whether a module is being called, hooks and all, rather than its `forward` alone; or a copy that shares its
+    hooks, such as a replica of `nn.DataParallel`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
-            return True
+        if frame.f_code is nn.Module._call_impl.__code__:
+            called = frame.f_locals.get("self")
+            if called is model or getattr(called, "_forward_pre_hooks", None) is model._forward_pre_hooks:
+                return True
         frame = frame.f_back
     return False
 

@@ -78,7 +78,7 @@ class Expected(NamedTuple):
     device: str  # torch device type
     mask_rows: int  # see `AttentionMethod.reason_call`
     batch: int | None  # samples; None: unknown
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]  # of the queries, the likeliest first: under autocast norms may keep float32
 
 
 class PatchedDenoiser:
@@ -178,7 +178,7 @@ class PatchedDenoiser:
             batch: samples in a call; None: guess what is faster, whatever was timed.
         """
         weight = next(self.model.parameters())
-        grids, expected = self.grids_for(size), Expected(weight.device.type, 0, batch, weight.dtype)
+        grids, expected = self.grids_for(size), Expected(weight.device.type, 0, batch, (weight.dtype,))
         found: dict[str, list[str | None]] = {}
         for layer in self.layers:
             if layer.spec.is_cross_attention:
@@ -209,10 +209,13 @@ class PatchedDenoiser:
         if layer.spec.context != "none":
             tokens += size.num_context
         layout = layer.runs.layout_of(grid, size.references, tokens)
-        device, rows, batch, dtype = expected
+        device, rows, batch, dtypes = expected
         if batch is None:
             return layout, None
-        return layout, layer.runs.faster.kind_at(phase, device, dtype, batch, tokens, rows > 0)
+        faster = layer.runs.faster
+        kinds = [faster.kind_at(phase, device, dtype, batch, tokens, rows > 0) for dtype in dtypes]
+        known = (kind for kind in kinds if kind is not None and faster.decisions.known(kind) is not None)
+        return layout, next(known, kinds[0])
 
 
 def attention_layers(prefix: str, model: nn.Module, architecture: Architecture) -> list[PatchedLayer]:

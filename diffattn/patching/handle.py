@@ -22,7 +22,7 @@ from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, HEADS, NotPickled
 from diffattn.patching.decision_cache import cache_for
 from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers, runs_of
-from diffattn.patching.hook import RunHook
+from diffattn.patching.hook import RunHook, hooks_of
 from diffattn.patching.plan import Plan
 from diffattn.patching.report import LayerReport, Report
 from diffattn.patching.run import Runs
@@ -140,6 +140,11 @@ class Patch(NotPickled):
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
+    @property
+    def subject(self) -> Any:
+        """What was patched, a pipeline or a denoiser; None if it is gone."""
+        return self._target.subject
+
     def report(self) -> Report:
         """What was patched, what ran accelerated, and why the rest did not."""
         if not self._removed:
@@ -147,7 +152,8 @@ class Patch(NotPickled):
         tokens = {x.spec.name: d.tokens(x.spec) for d in self._runs.denoisers for x in d.patched}
         shared = (SHARED,) if self._target.is_pipeline else ()
         other = None if self._removed else self._target.replaced(self._runs.denoisers[0].model)
-        replaced = () if other is None else (REPLACED.format(type(uncompiled(other)).__name__),)
+        patched = other is None or bool(hooks_of(other))
+        replaced = () if patched else (REPLACED.format(type(uncompiled(other)).__name__),)
         return Report(
             model=self._model_name,
             method=self.plan.method,

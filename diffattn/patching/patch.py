@@ -17,8 +17,8 @@ from diffattn.schedules import Schedule
 
 __all__ = ["Patch", "find_patch", "patch", "unpatch"]
 
-_MADE: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Patch]] = weakref.WeakKeyDictionary()
-"""What was patched -> its patches, whatever it draws with by now."""
+_MADE: weakref.WeakSet[Patch] = weakref.WeakSet()
+"""Every patch, also of what its pipeline no longer draws with."""
 
 
 def patch(
@@ -68,18 +68,20 @@ def patch(
     """
     every = denoisers_of(pipe_or_model)
     with CHANGING:
-        patched = [prefix for prefix, model in every.items() if _patches_of(model)]
-        for prefix in patched:
-            if draws(prefix):
+        for prefix, model in every.items():
+            if draws(prefix) and _patches_of(model):
                 raise ValueError(
-                    f"this {type(uncompiled(every[prefix])).__name__} is already patched, perhaps through a pipeline "
-                    "that shares it; call diffattn.unpatch first"
+                    f"this {type(uncompiled(model)).__name__} is already patched, perhaps through a pipeline that "
+                    "shares it; call diffattn.unpatch first"
                 )
+        for found in _left_behind(pipe_or_model):
+            found.remove()
+        patched = [prefix for prefix, model in every.items() if _patches_of(model)]
         denoisers = {prefix: model for prefix, model in every.items() if prefix not in patched}
         plan = Plan.read(method, preset, recipe, layers, schedule, options, layers_of(denoisers), decisions)
         left_out = [prefix.removesuffix(".") for prefix in patched]
         made = Patch(pipe_or_model, denoisers, plan, calibrate, left_out)
-        _MADE.setdefault(pipe_or_model, weakref.WeakSet()).add(made)
+        _MADE.add(made)
     return made
 
 
@@ -90,8 +92,9 @@ def unpatch(pipe_or_model: Pipeline | nn.Module) -> None:
     Raises:
         TypeError: the architecture is not supported.
     """
-    for found in (*_drawing_patches(pipe_or_model), *_MADE.get(pipe_or_model, ())):
-        found.remove()
+    with CHANGING:
+        for found in (*_drawing_patches(pipe_or_model), *_left_behind(pipe_or_model)):
+            found.remove()
 
 
 def find_patch(pipe_or_model: Pipeline | nn.Module) -> Patch | None:
@@ -101,6 +104,15 @@ def find_patch(pipe_or_model: Pipeline | nn.Module) -> Patch | None:
         TypeError: the architecture is not supported.
     """
     return next(iter(_drawing_patches(pipe_or_model)), None)
+
+
+def _left_behind(pipe_or_model: Pipeline | nn.Module) -> list[Patch]:
+    """Patches of a pipeline on what it no longer draws with, and on its ControlNets those whose pipeline is gone."""
+    steering = [model for prefix, model in denoisers_of(pipe_or_model).items() if not draws(prefix)]
+    orphans = [found for model in steering for found in _patches_of(model) if found.subject is None]
+    now = _drawing_patches(pipe_or_model)
+    own = [found for found in list(_MADE) if found.subject is pipe_or_model and found not in now]
+    return [*orphans, *own]
 
 
 def _drawing_patches(pipe_or_model: Pipeline | nn.Module) -> list[Patch]:

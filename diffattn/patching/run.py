@@ -281,8 +281,8 @@ class Runs(NotPickled):
 
 
 def _expected(sample: Tensor, mask_rows: int) -> Expected:
-    """What the latents of a call say about its attention, whose precision under autocast is not theirs."""
-    device, dtype = sample.device.type, sample.dtype
+    """What the latents of a call say about its attention, whose precision under autocast may not be theirs."""
+    device, dtypes = sample.device.type, (sample.dtype,)
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return Expected(device, mask_rows, sample.shape[0], dtype)
+        dtypes = (torch.get_autocast_dtype(device), *dtypes)
+    return Expected(device, mask_rows, sample.shape[0], dtypes)

@@ -14,6 +14,7 @@ class Target(NotPickled):
 
     def __init__(self, target: Any) -> None:
         self._ref = weakref.ref(target)
+        self._is_own = True  # False: of a copy of its denoiser alone
         self._scheduler = getattr(target, "scheduler", None)
 
     @property
@@ -21,11 +22,19 @@ class Target(NotPickled):
         """Whether it is a pipeline that still exists."""
         return isinstance(self._ref(), Pipeline)
 
-    def replaced(self, model: nn.Module) -> Any:
-        """What the pipeline draws with by now instead of a denoiser; None if it still draws with that, or is gone."""
+    @property
+    def subject(self) -> Any:
+        """The pipeline or denoiser, if it still exists."""
+        return self._ref()
+
+    def replaced(self, model: nn.Module) -> nn.Module | None:
+        """What the pipeline draws with by now instead of a denoiser; None if it still draws with that, alone or inside
+        of another module, or is gone."""
         pipe = self._ref()
-        now = denoiser_of(pipe) if isinstance(pipe, Pipeline) else model
-        return None if not isinstance(now, nn.Module) or uncompiled(now) is uncompiled(model) else now
+        now = denoiser_of(pipe) if isinstance(pipe, Pipeline) and self._is_own else None
+        if not isinstance(now, nn.Module) or any(part is uncompiled(model) for part in now.modules()):
+            return None
+        return now
 
     @property
     def scheduler(self) -> Any:
@@ -37,5 +46,6 @@ class Target(NotPickled):
         memo[id(self)] = new = object.__new__(type(self))
         target = self._ref()
         new._ref = self._ref if target is None else weakref.ref(memo.get(id(target), target))
+        new._is_own = self._is_own and id(target) in memo
         new._scheduler = self._scheduler
         return new

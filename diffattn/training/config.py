@@ -201,6 +201,22 @@ class TrainConfig:
             sections[section.name] = kind(**{k: _cast(f"{section.name}.{k}", v, types[k]) for k, v in given.items()})  # type: ignore[operator]
         return cls(**sections)
 
+    @classmethod
+    def of_earlier(cls, values: Mapping[str, Mapping[str, Any]], now: Self, free: Collection[str]) -> Self:
+        """What an earlier version wrote as `to_dict`: there `model.size` won over the fields that it sets.
+
+        Args:
+            values: written.
+            now: gives the fields that are free to change, whose ranges may have changed too.
+            free: "section.field" of these.
+        """
+        found = {section: dict(entries) for section, entries in values.items()}
+        found["model"] |= MODEL_PRESETS.get(found["model"].get("size"), {})
+        for name in free:
+            section, _, item = name.partition(".")
+            found[section][item] = getattr(getattr(now, section), item)
+        return cls.from_dict(found)
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """All sections as JSON types."""
         return json.loads(json.dumps(asdict(self)))
@@ -250,7 +266,11 @@ def _merge(values: dict[str, dict[str, Any]], more: Mapping[str, Mapping[str, An
     for section, entries in more.items():
         if not isinstance(entries, Mapping):
             raise ValueError(f"{section!r} must be a section with fields, got {entries!r}")
-        values.setdefault(section, {}).update(_with_sizes(section, entries))
+        before = values.setdefault(section, {})
+        if section == "model" and entries.get("size", "") is None:  # what the size had set goes with it
+            sizes = MODEL_PRESETS.get(before.get("size"), {})
+            before = {name: value for name, value in before.items() if name not in sizes or value != sizes[name]}
+        values[section] = before | dict(_with_sizes(section, entries))
 
 
 def _with_sizes(section: str, entries: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -111,7 +111,7 @@ class Trainer:
         """
         if "classes" in saved.state:  # missing from checkpoints of earlier versions
             check_classes(self.batches.dataset.class_names, saved.state["classes"])
-        differing = self._differing(TrainConfig.from_dict(saved.state["config"]), saved.state.get("weights"))
+        differing = self._differing(saved.state["config"], saved.state.get("weights"))
         if saved.state["data"] != self.batches.fingerprint:
             differing.append("the pictures (another data.source, or changed files)")
         if differing:
@@ -128,14 +128,15 @@ class Trainer:
         start = saved.state["config"]["model"]["start"]  # which the run began from
         self.config = replace(self.config, model=replace(self.config.model, start=start))
 
-    def _differing(self, before: TrainConfig, weights: dict[str, str | None] | None) -> list[str]:
+    def _differing(self, before: dict[str, dict[str, Any]], weights: dict[str, str | None] | None) -> list[str]:
         """What prevents resuming a run of this configuration that had these weights; None: not known, as in checkpoints
-        of earlier versions, where paths are compared."""
+        of earlier versions, where paths are compared and sizes had the last word."""
         if weights is None:
-            return differing_fields(before, self.config, FREE_TO_CHANGE - {"data.vae", "objective.distill"})
+            free = FREE_TO_CHANGE - {"data.vae", "objective.distill"}
+            return differing_fields(TrainConfig.of_earlier(before, self.config, free), self.config, free)
         compared = {name: found for name, found in self.weights.items() if name != "model.start"}  # by `run`
         changed = [f"the weights of {name}" for name, found in compared.items() if found != weights.get(name)]
-        return [*differing_fields(before, self.config), *changed]
+        return [*differing_fields(TrainConfig.from_dict(before), self.config), *changed]
 
     def check_processes(self) -> None:
         """Compare step and weights over all processes, every one of which must call it.
@@ -185,7 +186,7 @@ class Trainer:
         """Train up to the configured number of steps, saving periodically and at the end.
 
         Raises:
-            NonFiniteLoss: after `run.max_bad_steps` bad steps in a row.
+            NonFiniteLoss: after `run.max_bad_steps` bad steps in a row, or at the end if the weights are not finite.
             OSError: the last checkpoint could not be written; earlier failures are logged and retried.
             Stopped: by a signal, once all completed steps are in a checkpoint.
         """
@@ -225,7 +226,7 @@ class Trainer:
         try:
             if self.saved_step != step:
                 self.save()
-        except OSError as error:
+        except (OSError, NonFiniteLoss) as error:
             lost = f"at step {step}, whose checkpoint could not be written: {error}; {self._what_is_there()}"
             raise Stopped(signal, lost) from None
         folder = checkpoints.folder_of(self.root, step)

@@ -1,5 +1,6 @@
 """Models that several pipelines or threads share, and pipelines whose parts are exchanged after patching."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from support import tiny
-from support.patching import FEW, Make
+from support.patching import FEW, Make, call
 
 import diffattn
 from diffattn.patching.patch import find_patch
@@ -80,11 +81,67 @@ def test_a_denoiser_that_was_exchanged_is_told_of_and_restored(make_pipeline: Ma
     assert any("draws with another UNet2DConditionModel" in note for note in handle.report().notes)
     assert find_patch(pipe) is None
     again = diffattn.patch(pipe, **FEW)
+    assert handle.report().removed
+    assert not old._forward_pre_hooks
+    pipe.unet = old
+    diffattn.unpatch(pipe)
+    assert again.report().removed
+    assert not any("draws with another" in note for note in handle.report().notes)
+
+
+def test_a_denoiser_inside_of_another_module_or_copied_alone_is_not_exchanged(make_pipeline: Make) -> None:
+    class Around(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+    pipe: Any = make_pipeline("sd")
+    handle = diffattn.patch(pipe, **FEW)
+    copied = find_patch(copy.deepcopy(pipe.unet))
+    assert copied is not None
+    assert copied is not handle
+    pipe.unet = Around(pipe.unet)
+    for found in (handle, copied):
+        assert not any("draws with another" in note for note in found.report().notes)
+
+
+def test_a_controlnet_whose_pipeline_is_gone_is_restored_and_patched_anew(make_pipeline: Make) -> None:
+    first: Any = make_pipeline("controlnet")
+    other = beside(first, unet=tiny.unet())
+    diffattn.patch(first, **FEW)
+    net = first.controlnet
+    del first
+    gc.collect()
+    assert net._forward_pre_hooks
+    diffattn.unpatch(other)
+    assert not net._forward_pre_hooks
+    handle = diffattn.patch(other, **FEW)
+    other.unet = tiny.unet()
+    again = diffattn.patch(other, **FEW)
+    assert handle.report().removed
+    assert not any("belongs to the patch of another" in note for note in again.report().notes)
+    assert any(layer.name.startswith("controlnet.") for layer in again.report().layers)
+
+
+def test_a_pipeline_that_cannot_be_hashed_is_patched(make_pipeline: Make) -> None:
+    pipe: Any = make_pipeline("sd")
+
+    class Equal(type(pipe)):  # type: ignore[misc]
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    pipe.__class__ = Equal
+    handle = diffattn.patch(pipe, **FEW)
     diffattn.unpatch(pipe)
     assert handle.report().removed
-    assert again.report().removed
-    assert not old._forward_pre_hooks
-    assert not any("draws with another" in note for note in handle.report().notes)
+
+
+def test_a_replica_that_shares_the_hooks_is_accelerated() -> None:
+    unet: Any = tiny.unet()
+    handle = diffattn.patch(unet, **FEW)
+    call(unet._replicate_for_data_parallel())
+    assert handle.report().calls_accelerated
+    assert not handle.report().calls_passed_through
 
 
 def test_a_pipeline_that_was_patched_is_freed(make_pipeline: Make) -> None:

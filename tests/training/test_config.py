@@ -6,6 +6,7 @@ import re
 import pytest
 
 from diffattn.training.config import PRESETS, ModelConfig, TrainConfig, differing_fields
+from diffattn.training.ranges import FREE_TO_CHANGE
 
 
 def test_defaults_presets_files_settings_and_options_win_in_this_order(tmp_path) -> None:
@@ -162,7 +163,17 @@ def test_a_size_replaces_those_of_the_preset() -> None:
     assert sizes_of(TrainConfig(model=ModelConfig(size="S/8"))) == [getattr(model, name) for name in SIZES]
 
 
+def test_without_a_size_what_it_had_set_goes(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {size: B/4, num_layers: 3}")
+    config = TrainConfig.read(file=tmp_path / "run.yaml", settings=["model.size=null"])
+    assert sizes_of(config) == [2, 384, 3, 6]
+
+
 def test_a_configuration_of_an_earlier_version_has_the_size_that_it_names() -> None:
-    before = TrainConfig().to_dict()
-    before["model"]["size"] = "B/4"
-    assert sizes_of(TrainConfig.from_dict(before)) == [4, 768, 12, 12]
+    now = TrainConfig.read("cifar-sit", settings=["model.size=B/4"])
+    before = now.to_dict()
+    before["model"] |= {"hidden_size": 64, "num_layers": 9}  # of the preset, over which the size had won
+    before["run"]["guidance"] = 0.0  # may change, and was in range
+    found = TrainConfig.of_earlier(before, now, FREE_TO_CHANGE)
+    assert sizes_of(found) == [4, 768, 12, 12]
+    assert differing_fields(found, now) == []
