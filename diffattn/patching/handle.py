@@ -152,8 +152,8 @@ class Patch(NotPickled):
         tokens = {x.spec.name: d.tokens(x.spec) for d in self._runs.denoisers for x in d.patched}
         shared = (SHARED,) if self._target.is_pipeline else ()
         other = None if self._removed else self._target.replaced(self._runs.denoisers[0].model)
-        patched = other is None or bool(hooks_of(other))
-        replaced = () if patched else (REPLACED.format(type(uncompiled(other)).__name__),)
+        unpatched = other if other is not None and not hooks_of(other) else None
+        replaced = () if unpatched is None else (REPLACED.format(type(uncompiled(unpatched)).__name__),)
         return Report(
             model=self._model_name,
             method=self.plan.method,

@@ -211,7 +211,7 @@ class TrainConfig:
             free: "section.field" of these.
         """
         found = {section: dict(entries) for section, entries in values.items()}
-        found["model"] |= MODEL_PRESETS.get(found["model"].get("size"), {})
+        found["model"] |= MODEL_PRESETS.get(str(found["model"].get("size")), {})
         for name in free:
             section, _, item = name.partition(".")
             found[section][item] = getattr(getattr(now, section), item)
@@ -268,7 +268,7 @@ def _merge(values: dict[str, dict[str, Any]], more: Mapping[str, Mapping[str, An
             raise ValueError(f"{section!r} must be a section with fields, got {entries!r}")
         before = values.setdefault(section, {})
         if section == "model" and entries.get("size", "") is None:  # what the size had set goes with it
-            sizes = MODEL_PRESETS.get(before.get("size"), {})
+            sizes = MODEL_PRESETS.get(str(before.get("size")), {})
             before = {name: value for name, value in before.items() if name not in sizes or value != sizes[name]}
         values[section] = before | dict(_with_sizes(section, entries))
 
