@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -66,7 +67,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             "name": found.name,
             "memory_gib": round(found.total_memory / 2**30, 1),
             "compute_capability": f"{found.major}.{found.minor}",
-            "bfloat16": torch.cuda.is_bf16_supported(),
+            "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
         }
     return {
         "name": cpu_name(),
@@ -74,6 +75,19 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "bfloat16": _cpu_bfloat16(),
     }
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where a model computes. Between its calls, its weights may lie elsewhere: `enable_model_cpu_offload`,
+    `enable_sequential_cpu_offload` and group offloading put hooks around it or its parts, which know."""
+    for part in model.modules():
+        hook, hooks = getattr(part, "_hf_hook", None), getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        places = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+        places += [getattr(getattr(each, "group", None), "onload_device", None) for each in hooks.values()]
+        for place in places:
+            if place is not None:
+                return torch.device(place)
+    return next(model.parameters()).device
 
 
 def describe_devices() -> dict[str, dict[str, Any]]:

@@ -10,12 +10,13 @@ p probes, D channels per head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf, isnan, sqrt
 
 import torch
 from torch import Tensor
 
-from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, Tokens, beside, damp, probe_tokens
+from diffattn.functional.landmark import MAX_DAMPING, TRUSTED, Heads, Tokens, beside, damp, probe_tokens, solve_cholesky
 from diffattn.functional.masks import MASKED
 
 LEAST_DAMPING = 1e-6
@@ -80,11 +81,20 @@ def errors_of(seen: Tensor) -> list[list[float]]:
 
 def heads_above(errors: Sequence[Sequence[float]], most: float, device: torch.device) -> Heads | None:
     """The heads whose error exceeds `most`, None if there are none; NaN exceeds any."""
-    pairs = [(b, h) for b, row in enumerate(errors) for h, e in enumerate(row) if not e <= most]
-    if not pairs:
-        return None
-    samples, heads = zip(*pairs, strict=True)
-    return torch.tensor(samples, device=device), torch.tensor(heads, device=device)
+    pairs = tuple((b, h) for b, row in enumerate(errors) for h, e in enumerate(row) if not e <= most)
+    return _places(pairs, device) if pairs else None
+
+
+@lru_cache(maxsize=1024)
+def _places(pairs: tuple[tuple[int, int], ...], device: torch.device) -> Heads:
+    """Samples and heads as indices, which mostly stay the same from one calibration to the next: what is new is sent
+    without waiting for the device."""
+    with torch.inference_mode(False):
+        found = torch.tensor(pairs).mT.contiguous()  # [2, h]
+        if device.type == "cuda":
+            found = found.pin_memory()
+        samples, heads = found.to(device, non_blocking=True)
+        return samples, heads
 
 
 def _error(*seen: float) -> float:
@@ -205,7 +215,7 @@ def _calibrated(part: Part, damping: float, guarded: bool, dtype: torch.dtype) -
     del w
     factor, failed = torch.linalg.cholesky_ex(gram)
     del gram
-    z = torch.cholesky_solve(wanted, factor)
+    z = solve_cholesky(wanted, factor)
     some = sharpness[:, None, None]  # above 0
     x = torch.baddbmm(some, probes, z, beta=0, alpha=TRUSTED)  # beta=0: the first is not read
     probed = torch.stack((x, centred[:, n:], exact[:, n:]), dim=1).flatten(2)  # 0.8 X, Y and E [h, 3, p·D]
@@ -233,7 +243,7 @@ def _coasted(part: Part, damping: float, known: Calibration, dtype: torch.dtype)
     del w, centred
     factor, _ = torch.linalg.cholesky_ex(gram)
     del gram
-    return _corrected(mean, known.gamma[part.heads], torch.cholesky_solve(wanted, factor), dtype)
+    return _corrected(mean, known.gamma[part.heads], solve_cholesky(wanted, factor), dtype)
 
 
 def _between(weights: Tensor, n: int, kept: Tensor | None) -> Tensor:

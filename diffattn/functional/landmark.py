@@ -249,7 +249,7 @@ def correct(
         gram = w.mT @ w
         gram.diagonal(dim1=-2, dim2=-1).add_(damp(logits[..., :n, :n], w, damping, kept)[..., None])
         factor, info = torch.linalg.cholesky_ex(gram)
-        z = torch.cholesky_solve(w.mT @ centred[..., :n, :], factor)
+        z = solve_cholesky(w.mT @ centred[..., :n, :], factor)
         gamma, error = torch.ones_like(mean), None
         if asked.shape[-2] > n:
             got, wanted = weights[..., n:, :n] @ z, centred[..., n:, :]
@@ -260,6 +260,23 @@ def correct(
         corrected = torch.where((info == 0)[..., None, None], torch.addcmul(mean, gamma, z), values)
         # Solutions lie column by column in memory; fused attention needs channels side by side.
         return corrected.to(gathered.dtype).contiguous(), error
+
+
+def solve_cholesky(wanted: Tensor, factor: Tensor) -> Tensor:
+    """Z with L Lᵀ Z = B, from L and B [..., n, D].
+
+    The CPU has one operation for it. Of accelerators, CUDA's waits for the device before torch 2.12, which also forbids
+    CUDA graphs, and MPS has none; two triangular systems do the same.
+    """
+    if wanted.device.type == "cpu":
+        return torch.cholesky_solve(wanted, factor)
+    return solve_in_two(wanted, factor)
+
+
+def solve_in_two(wanted: Tensor, factor: Tensor) -> Tensor:
+    """`solve_cholesky` as two triangular systems."""
+    half = torch.linalg.solve_triangular(factor, wanted, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def beside(mean: Tensor, fixed: Tensor, n: int) -> Tensor:

@@ -230,10 +230,10 @@ def match_tokens(
     check_grid(grid, tokens)
     if not (1 <= sy <= h and 1 <= sx <= w) or sy * sx == 1:
         raise ValueError(f"stride must leave a full cell of several tokens on a {h}x{w} grid, got {sy}x{sx}")
-    is_destination = torch.zeros(h * w, dtype=torch.bool, device=metric.device)
-    is_destination[_cell_tokens(grid, stride, generator).to(metric.device)] = True
-    destinations = is_destination.nonzero().squeeze(1)  # [S]
-    sources = (~is_destination).nonzero().squeeze(1)  # [R]
+    if generator is None:
+        destinations, sources = _corners_of_cells(grid, stride, metric.device)
+    else:
+        destinations, sources = _split(_drawn_in_cells(grid, stride, generator), tokens, metric.device)
     unit = normalize(metric.float(), dim=-1).to(metric.dtype)  # norms in fp32: small half-precision ones are 0
     similarity = unit[:, sources] @ unit[:, destinations].transpose(1, 2)  # [B, R, S]
     best, target = similarity.max(dim=-1)
@@ -241,17 +241,30 @@ def match_tokens(
     return Matching(sources.expand(batch, -1).gather(1, order), target.gather(1, order), destinations)
 
 
-def _cell_tokens(grid: tuple[int, int], stride: tuple[int, int], generator: torch.Generator | None) -> Tensor:
-    """Position on the grid of one token per full cell."""
+@lru_cache(maxsize=256)
+def _corners_of_cells(grid: tuple[int, int], stride: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the top-left tokens of all full cells [S], and of all other tokens [R]."""
+    (h, w), (sy, sx) = grid, stride
+    corners = [row * w + column for row in range(0, h - sy + 1, sy) for column in range(0, w - sx + 1, sx)]
+    with torch.inference_mode(False):
+        return _split(corners, h * w, device)
+
+
+def _drawn_in_cells(grid: tuple[int, int], stride: tuple[int, int], generator: torch.Generator) -> list[int]:
+    """Position of one token per full cell."""
     (h, w), (sy, sx) = grid, stride
     shape = (h // sy, w // sx)
-    if generator is None:
-        offset = torch.zeros(shape, dtype=torch.long)
-    else:
-        offset = torch.randint(sy * sx, shape, generator=generator, device=generator.device).cpu()
+    offset = torch.randint(sy * sx, shape, generator=generator, device=generator.device).cpu()
     row = torch.arange(shape[0])[:, None] * sy + offset // sx
     column = torch.arange(shape[1])[None, :] * sx + offset % sx
-    return (row * w + column).flatten()
+    return (row * w + column).flatten().tolist()
+
+
+def _split(chosen: list[int], num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the chosen tokens, and of the others, ascending. Found here, since to ask the device is to wait."""
+    is_chosen = set(chosen)
+    others = [i for i in range(num_tokens) if i not in is_chosen]
+    return torch.tensor(sorted(chosen), device=device), torch.tensor(others, device=device)
 
 
 def merge_tokens(x: Tensor, matching: Matching, num_merged: int) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffattn.machine import execution_device
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of `forward`."""
 
@@ -151,5 +153,6 @@ def noise(model: nn.Module, *shape: int) -> Tensor:
 
 
 def like(model: nn.Module) -> Tensor:
-    """A weight in the dtype of the model's activations."""
-    return next(p for p in model.parameters() if p.is_floating_point())
+    """A tensor in the dtype of the model's activations, where it computes."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.empty(0, dtype=dtype, device=execution_device(model))

@@ -28,6 +28,7 @@ from diffattn.functional.tokens import pick_tokens
 from diffattn.methods.base import EXACT_HEADS, EXACT_SHARE, LayerCall, TokenLayout
 
 DEFAULT_HEAD_ERROR = 0.1
+LOWEST = -1e30  # of a mask: the mean with other numbers still masks, and is no infinity
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Landmarks:
         next call takes them over, so that nothing depends on when the copy arrives.
         """
         # Compiled code cannot detect products of less than fp32's precision, but is guarded in any case.
-        guarded = torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
+        guarded = torch.compiler.is_compiling() or _has_coarse_products()
         known: Coasting | None = None if memory is None else memory.get("landmarks")
         kind = (tokens.q.shape, tokens.k.shape, tokens.key_landmarks.shape, tokens.q.dtype, tokens.q.device)
         known = known if known is not None and known.kind == kind else None
@@ -158,6 +159,14 @@ class Coasting:
             self.missed, self.sent = self.sent.missed(most), None
 
 
+def _has_coarse_products() -> bool:
+    """Whether products of float32 matrices may be less precise than that (TF32, bfloat16)."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it refuses to answer where `torch.backends.fp32_precision` or one of its parts is below fp32
+        return True
+
+
 def _reads_at_once(x: Tensor) -> bool:
     """Whether reading a tensor does not wait for a device."""
     return x.device.type == "cpu"
@@ -175,7 +184,8 @@ def _with_context(out: Tensor, text: Tensor, q: Tensor, k: Tensor, v: Tensor, ca
 
 
 def _additive(mask: Tensor) -> Tensor:
-    """A mask as what is added to logits, so that the mean of several keys is masked if any of them is."""
+    """A mask as what is added to logits, so that the mean of several keys is masked if any of them is. Finite, since
+    between two infinities there is no number."""
     if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+        return mask.float().clamp(min=LOWEST)
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, LOWEST)

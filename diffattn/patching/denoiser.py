@@ -15,6 +15,7 @@ from diffattn.architectures.plain_attention import install
 from diffattn.architectures.plug import plug_of
 from diffattn.architectures.processor import MethodProcessor
 from diffattn.architectures.run_state import ACCELERATED, DenoiserCall
+from diffattn.machine import execution_device
 from diffattn.methods.base import Grid, LayerSpec, TokenLayout
 from diffattn.noise_level import Reading, TimeReader
 
@@ -177,8 +178,8 @@ class PatchedDenoiser:
             num_phases: of the schedule.
             batch: samples in a call; None: guess what is faster, whatever was timed.
         """
-        weight = next(self.model.parameters())
-        grids, expected = self.grids_for(size), Expected(weight.device.type, 0, batch, (weight.dtype,))
+        device, dtype = execution_device(self.model), next(self.model.parameters()).dtype
+        grids, expected = self.grids_for(size), Expected(device.type, 0, batch, (dtype,))
         found: dict[str, list[str | None]] = {}
         for layer in self.layers:
             if layer.spec.is_cross_attention:

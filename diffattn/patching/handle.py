@@ -20,6 +20,7 @@ from diffattn.architectures.decisions import read_given
 from diffattn.architectures.denoisers import Pipeline, draws, uncompiled, uncovered_networks
 from diffattn.architectures.plain_attention import install
 from diffattn.architectures.run_state import ACCELERATED, HEADS, NotPickled
+from diffattn.machine import execution_device
 from diffattn.patching.decision_cache import cache_for
 from diffattn.patching.denoiser import PatchedDenoiser, PatchedLayer, attention_layers, runs_of
 from diffattn.patching.hook import RunHook, hooks_of
@@ -79,7 +80,7 @@ class Patch(NotPickled):
             why = Counter(layer.reason for layer in self._layers if not layer.spec.is_cross_attention)
             reasons = "; ".join(f"{n} x {r}" for r, n in why.items()) or "it has no self-attention layer"
             raise ValueError(f"nothing to patch in {self._model_name}: {reasons}")
-        self._runs.look_up(next(self._runs.denoisers[0].model.parameters()).device)
+        self._runs.look_up(execution_device(self._runs.denoisers[0].model))
         self._swap_in()
 
     @property

@@ -23,7 +23,7 @@ from diffattn.architectures.denoisers import (
     uncompiled,
 )
 from diffattn.drawing.sizes import check_size, pixels_per_latent
-from diffattn.machine import describe_machine, dtype_name
+from diffattn.machine import describe_machine, dtype_name, execution_device
 from diffattn.measure.denoiser_inputs import NOISE_LEVEL, Inputs, make_denoiser_inputs
 from diffattn.measure.interleave import Spread, Timings, interleave
 from diffattn.measure.layer_times import Gflops, LayerSeconds, LayerTimer, count_layer_gflops
@@ -60,8 +60,8 @@ def preflight(
     """Time one denoiser call near the beginning of a run, and its self-attention; see `Preflight` for the results.
 
     Three kinds of calls take turns, round after round, after a warm-up: as the denoiser is; with hooks around its
-    self-attention; and patched. It runs on its own device and in its own dtype, and is left
-    unchanged. The ControlNets of a pipeline are not run.
+    self-attention; and patched. It runs on its own device, if it is offloaded on the one that a call moves it to, and
+    in its own dtype, and is left unchanged. The ControlNets of a pipeline are not run.
 
     Args:
         pipe_or_model: a pipeline with a supported denoiser, or a denoiser; neither patched nor compiled.
@@ -107,7 +107,7 @@ class PreflightRun:
         self.model = _plain(pipe_or_model)
         self.preset = preset or DEFAULT_PRESET
         self.method = method or default_method(self.model)
-        self.device = next(self.model.parameters()).device
+        self.device = execution_device(self.model)
         self.decisions: Mapping[str, bool | float] = {}
         self.height, self.width, latents = _size(pipe_or_model, self.model, height, width)
         self.latents = latents

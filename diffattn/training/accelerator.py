@@ -102,7 +102,7 @@ def _precision(config: TrainConfig, device: str) -> str:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in PRECISIONS:
         raise ValueError(f"the launcher asks for mixed_precision {asked!r}; training supports {', '.join(PRECISIONS)}")
-    has_bf16 = device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    has_bf16 = device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 else PRECISIONS[asked]
 
 

@@ -16,6 +16,7 @@ from diffattn.architectures import architecture_of
 from diffattn.architectures.denoisers import argument_names, denoisers_of, is_compiled
 from diffattn.drawing.draw import call_arguments, prepare
 from diffattn.drawing.request import UNPATCHED, Request
+from diffattn.machine import execution_device
 from diffattn.noise_level import NoiseLevels
 from diffattn.patching.patch import Patch, find_patch, patch
 
@@ -66,8 +67,8 @@ class PipelineRuns:
 
     @property
     def device(self) -> torch.device:
-        """The device of the denoiser."""
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser computes."""
+        return execution_device(self.denoiser)
 
     @contextmanager
     def watched(self) -> Iterator[None]:

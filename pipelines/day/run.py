@@ -87,6 +87,7 @@ class Day:
             if "CUDA error" in record.get("error", ""):
                 say("after this error nothing else can be measured in this process")
                 break
+            _release(self.setting.device)
         left = self._open(False)
         if left:
             say(f"{len(left)} items to do: run the same command again")
@@ -114,8 +115,6 @@ class Day:
             else:
                 write_json(self._file(item), before)
             raise
-        finally:
-            _release(self.setting.device)
         return record | {"seconds": time.monotonic() - began}
 
     def _keep(self, item: Item, record: Mapping[str, Any]) -> None:

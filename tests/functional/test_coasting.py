@@ -26,6 +26,7 @@ from diffattn.functional.landmark import (
     landmark_attention_with_context,
 )
 from diffattn.methods import landmarks
+from diffattn.methods.landmarks import _has_coarse_products
 
 GRID, N = (32, 32), 64
 
@@ -155,6 +156,23 @@ def test_heads_that_cannot_be_factorised_keep_what_their_landmarks_gathered() ->
     assert error.isinf().all()
     assert torch.tensor(found.errors()).isinf().all()
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_stay_the_same_are_not_sent_again() -> None:
+    _, _, found = calibrate(tokens(8.0), 1e-5)
+    first, again = found.missed(1e-4), found.missed(1e-4)
+    assert first is not None
+    assert again is not None
+    assert first[0] is again[0]
+    assert first[1] is again[1]
+
+
+def test_the_newer_settings_of_precision_are_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _has_coarse_products()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends, "fp32_precision", "bf16")  # `torch.get_float32_matmul_precision` then raises
+        assert _has_coarse_products()
+    assert not _has_coarse_products()
 
 
 @pytest.mark.slow

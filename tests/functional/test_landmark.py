@@ -22,6 +22,8 @@ from diffattn.functional.landmark import (
     landmark_attention_and_error,
     landmark_attention_with_context,
     probe_tokens,
+    solve_cholesky,
+    solve_in_two,
     trust,
 )
 from diffattn.methods.agent import AgentAttention
@@ -384,3 +386,26 @@ def test_agents_are_landmarks_unless_told_otherwise() -> None:
     assert AgentAttention().source == "landmarks"
     assert AgentAttention(agents="merge").source == "merge"
     assert AgentAttention(scale_exponent=1.0).source == AgentAttention(shortcut=0.0).source == "pool"
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 5), (2, 2, 16, 4)])
+def test_two_triangular_systems_are_the_solution_of_cholesky(shape: tuple[int, ...]) -> None:
+    half = random(*shape[:-1], shape[-2], seed=1)
+    matrix = half @ half.mT + torch.eye(shape[-2])
+    factor, wanted = torch.linalg.cholesky(matrix), random(*shape, seed=2)
+    for solve in (solve_cholesky, solve_in_two):
+        torch.testing.assert_close(matrix @ solve(wanted, factor), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "-inf", "lowest of bfloat16"])
+def test_masked_parts_of_a_picture_count_for_nothing(kind: str) -> None:
+    q, k, v = (smooth(16, 8, seed) for seed in (1, 2, 3))
+    is_kept = torch.ones(1, 1, 1, 256, dtype=torch.bool)
+    is_kept[..., 128:] = False  # the lower half
+    lowest = -torch.inf if kind == "-inf" else torch.finfo(torch.bfloat16).min
+    mask = is_kept if kind == "boolean" else torch.zeros(1, 1, 1, 256).masked_fill(~is_kept, lowest)
+    options = {"num_agents": 64, "max_head_error": math.inf, "min_tokens": 0}
+    attend = AgentAttention.from_options(options).build(LayerSpec("layer", 0, 2, 8))
+    out = attend(q, k, v, LayerCall(None, (16, 16), mask=mask))
+    exact = scaled_dot_product_attention(q, k, v, attn_mask=is_kept)
+    assert relative_error(out[:, :, :128], exact[:, :, :128]) < 0.1

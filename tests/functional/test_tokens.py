@@ -1,5 +1,7 @@
 """Pooling over the grid and merging by similarity: the published numbers, and properties for every grid."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from support.reference import Case, cases
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffattn.functional import Matching, match_tokens, merge_tokens, pool_tokens, unmerge_tokens
 from diffattn.functional.tokens import merged_slots, pooled_grid
@@ -273,3 +276,26 @@ def test_gradients_pass_through_merging() -> None:
     matching = match_tokens(rand(1, 16, 4), (4, 4), (2, 2))
     x = rand(1, 2, 16, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: unmerge_tokens(merge_tokens(x, matching, 8), matching, 8), x)
+
+
+class Asked(TorchDispatchMode):
+    """Counts what waits for a device: shapes that depend on values, and copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.waits += func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._to_copy)
+        return func(*args, **(kwargs or {}))
+
+
+def test_destinations_at_corners_need_no_answer_of_the_device() -> None:
+    metric = rand(2, 36, 5)
+    with Asked() as asked:
+        found = match_tokens(metric, (6, 6), (3, 3))
+    assert asked.waits == 0
+    assert found.destinations.tolist() == [0, 3, 18, 21]
+    with Asked() as asked:
+        match_tokens(metric.double(), (6, 6), (3, 3))
+    assert asked.waits > 0  # it counts

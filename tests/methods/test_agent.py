@@ -66,9 +66,9 @@ def test_landmarks_are_as_many_and_weigh_as_much_as_the_layout_asks_for(monkeypa
     plain, beside, two = seen
     assert [x.query_landmarks.shape[2] for x in seen] == [11**2, 16**2, 14**2 + 7**2]
     assert plain.landmark_mask is None
-    text = torch.tensor([0, 0, 0, -torch.inf, -torch.inf])
-    weights = torch.cat((torch.full((256,), log(4096 / 256)), text))
-    torch.testing.assert_close(beside.landmark_mask, weights[None, None, None])
+    weights = torch.cat((torch.full((256,), 4096 / 256), torch.tensor([1.0, 1, 1, 0, 0])))
+    assert beside.landmark_mask is not None
+    torch.testing.assert_close(beside.landmark_mask.exp(), weights[None, None, None])
     assert two.landmark_mask is not None
     sizes = two.landmark_mask.flatten().exp()
     torch.testing.assert_close(sizes[-5:], torch.ones(5))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from support import tiny, tiny_dit
 from support.commands import call
@@ -460,3 +461,14 @@ def test_bad_input_is_one_line_and_exit_code_2(words, named):
     (told,) = found.stderr.strip().splitlines()
     assert told.startswith("diffattn: ")
     assert named in told
+
+
+@pytest.mark.slow
+def test_an_offloaded_denoiser_is_measured_where_it_computes() -> None:
+    """As `enable_sequential_cpu_offload` leaves it: weights on "meta" between calls, loaded layer by layer."""
+    unet = tiny.unet()
+    cpu_offload(unet, CPU)
+    assert next(unet.parameters()).is_meta
+    found = preflight(unet, 16, 16, rounds=2)
+    assert found.device == "cpu"
+    assert found.covered_share.median > 0
