@@ -64,8 +64,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pictures(place / "samples.npz", pictures(4, 32))
     write_pictures(place / "VIRTUAL_imagenet256_labeled.npz", pictures(6, 32))
     (place / "prompts.txt").write_text("T-Rex\ntent\n")
-    late = {"method": "mediator", "schedule": {"0.7": {"num_mediators": 16}, "0.0": {"num_mediators": 64}}}
-    (place / "late.json").write_text(json.dumps(late))
+    entries = [{"num_mediators": n} for n in (4, 16, 64)]
+    change = {"kind": "latent_change", "entries": entries, "thresholds": [1.0, 0.9]}
+    (place / "change.json").write_text(json.dumps({"method": "mediator", "schedule": change}))
     (place / "models").mkdir()
     return place
 

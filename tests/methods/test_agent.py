@@ -1,6 +1,5 @@
 """Agents beside tokens without a place on the grid."""
 
-from math import log
 from typing import Any
 
 import pytest

@@ -90,9 +90,7 @@ SMALLER = {
     " run.steps=2 run.save_every=2 optim.batch=4 run.trackers=[] run.precision=fp32",
     "compare_mediators.py": "--samples 8 --steps 2 --rounds 1 --batch 8",
     "compare_mediators.py --timed-batch": "--sizes 512 --steps 1",
-    "compare_mediators.py --repeats": "--repeats 2 --samples 4 --batch 4 --only softmax,dynamic --repeated softmax",
-    "compare_mediators.py less-guidance": "--only dynamic --repeated dynamic",
-    "compare_mediators.py late": "--only tuned --repeated tuned",
+    "compare_mediators.py --repeats": "--repeats 2 --samples 4 --batch 4 --only softmax,tuned --repeated softmax",
     "train_emoji_sit.py train": "--steps 1 --every 3 optim.batch=2 model.hidden_size=16 model.num_layers=1"
     " model.num_heads=2 run.precision=fp32 run.trackers=[]",
     "train_emoji_sit.py judge": "--steps 1 --every 3 --dtype float32",
