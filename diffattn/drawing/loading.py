@@ -45,7 +45,7 @@ class Embedded:
 EMBEDDED = {
     "emoji-sd": Embedded("a small StableDiffusionPipeline that draws emoji from text", 1.5, "emoji-classifier"),
     "emoji-mmdit": Embedded("a small StableDiffusion3Pipeline that draws the same emoji", 1.5, "emoji-classifier"),
-    "emoji-sit": Embedded("a small SiTPipeline with mediators that draws emoji by class", 2.0, "emoji-classifier"),
+    "emoji-sit": Embedded("a small SiTPipeline with mediators that draws emoji by class", 1.5, "emoji-classifier"),
     "cifar-sit": Embedded("a smaller SiTPipeline that draws the classes of CIFAR-10", 1.5, "cifar-classifier"),
 }
 
