@@ -50,7 +50,7 @@ def test_a_model_computes_where_its_hooks_take_it() -> None:
     cpu_offload_with_hook(whole, meta)
     assert next(whole.parameters()).device.type == "cpu"
     assert execution_device(whole) == meta
-    cpu_offload(parts, "cpu")
+    cpu_offload(parts, torch.device("cpu"))
     assert next(parts.parameters()).is_meta
     assert execution_device(parts).type == "cpu"
     for device in (None, meta):
